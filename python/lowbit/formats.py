@@ -1,0 +1,370 @@
+"""Formats: what the bits of a quantized weight mean. Pure data; no kernel knows these names.
+
+Words: N = out features, K = in features, G = group (weights along K that share one scale).
+    W[n, k] = scale[n, k // G] * table[code]                     codec "lut", "e4m3", "e5m2"
+    W[n, k] = scale[n, k // G] * (code - zero)                   codec "affine", zero None | "int" | "float"
+    W[n, k] = scale[n, k // G] * code + zero[n, k // G]          codec "affine", zero "min"
+A symmetric affine format (zero None) has the constant zero 2^(bits - 1). A format without a scale has scale 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from dataclasses import dataclass
+from statistics import NormalDist
+
+CODECS = ("affine", "lut", "e4m3", "e5m2")
+BITS = (1, 2, 3, 4, 5, 6, 8)
+SCALES = (None, "fp32", "fp16", "bf16", "e8m0", "e4m3", "dq8")
+SCALE_RULES = ("absmax", "rms", "mean", "minmax")
+ZEROS = (None, "int", "float", "min")
+SCOPES = ("tensor", "row", "group")
+PACKINGS = ("bits", "trits")
+DQ_BLOCK = 256  # scales that share one second-level fp32 factor in "dq8" (QLoRA section 3)
+TRITS_PER_BYTE = 5  # 3^5 = 243 <= 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """One way to write a weight matrix in few bits.
+
+    Attributes:
+        name: the string that selects it.
+        codec: how a code becomes a value: "affine", "lut", "e4m3" or "e5m2".
+        bits: bits of one code, one of 1, 2, 3, 4, 5, 6, 8.
+        group: weights along K that share a scale; None means one scale per output row.
+        scale: how scales are stored: "fp32", "fp16", "bf16", "e8m0" (a power of two in a byte),
+            "e4m3" (with one fp32 factor per tensor), "dq8" (QLoRA double quantization: 8-bit dynamic
+            code, one fp32 factor per 256 scales, one fp32 offset per tensor), or None (scale 1).
+        scale_rule: what round-to-nearest fits the scale to: "absmax", "rms" or "mean" of |w|, or "minmax"
+            (the range of an asymmetric affine group).
+        zero: "int" (uint8 code), "float" or "min" (in the scale's dtype), or None.
+        table: values of the codes of a "lut" codec, 2 .. 2^bits of them; None means that the table is fitted
+            to the weight and stored beside it.
+        table_scope: one table per "tensor", per output "row", or per row and "group".
+        packing: "bits" (little-endian bit stream) or "trits" (five base-3 digits per byte).
+    """
+
+    name: str
+    codec: str
+    bits: int
+    group: int | None = None
+    scale: str | None = "fp16"
+    scale_rule: str = "absmax"
+    zero: str | None = None
+    table: tuple[float, ...] | None = None
+    table_scope: str = "tensor"
+    packing: str = "bits"
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, field: str, expected: str) -> None:
+            if not ok:
+                raise ValueError(
+                    f"format {self.name!r}: {field} must be {expected}, got {getattr(self, field)!r}"
+                )
+
+        check(isinstance(self.name, str) and bool(self.name), "name", "a non-empty string")
+        check(self.codec in CODECS, "codec", f"one of {CODECS}")
+        check(_is_int(self.bits) and self.bits in BITS, "bits", f"one of {BITS}")
+        check(
+            self.group is None or (_is_int(self.group) and 0 < self.group < 2**31),
+            "group",
+            "a positive integer below 2^31, or None for the whole row",
+        )
+        check(self.scale in SCALES, "scale", f"one of {SCALES}")
+        check(self.scale_rule in SCALE_RULES, "scale_rule", f"one of {SCALE_RULES}")
+        check(self.zero in ZEROS, "zero", f"one of {ZEROS}")
+        check(self.table_scope in SCOPES, "table_scope", f"one of {SCOPES}")
+        check(self.packing in PACKINGS, "packing", f"one of {PACKINGS}")
+        if self.codec != "affine":
+            check(self.zero is None, "zero", f"None with codec {self.codec!r}")
+        else:
+            check(self.bits > 1, "bits", "2 or more with codec 'affine' (a 1-bit format is a 'lut')")
+            check(self.scale is not None, "scale", "a scale dtype with codec 'affine'")
+        if self.zero in ("float", "min"):
+            check(self.scale in ("fp32", "fp16", "bf16"), "scale", "a float dtype with a float zero")
+        if self.codec in ("e4m3", "e5m2"):
+            check(self.bits == 8, "bits", f"8 with codec {self.codec!r}")
+        if self.codec != "lut":
+            check(self.table is None, "table", f"None with codec {self.codec!r}")
+            check(self.table_scope == "tensor", "table_scope", "'tensor' without a table")
+        if self.table is not None:
+            check(
+                isinstance(self.table, tuple) and 2 <= len(self.table) <= 2**self.bits,
+                "table",
+                f"a tuple of 2 to {2**self.bits} values",
+            )
+            check(all(math.isfinite(v) for v in self.table), "table", "finite values")
+            check(max(map(abs, self.table)) > 0, "table", "not all zero")
+            check(self.table_scope == "tensor", "table_scope", "'tensor' when the format carries the table")
+        if self.packing == "trits":
+            check(
+                self.bits == 2 and self.table is not None and len(self.table) <= 3,
+                "packing",
+                "'bits' unless the format is 2-bit with a table of at most 3 values",
+            )
+
+    @classmethod
+    def lut(
+        cls,
+        *,
+        bits: int,
+        table: object | None = None,
+        group: int | None = 64,
+        scale: str | None = "fp16",
+        scale_rule: str = "absmax",
+        table_scope: str = "tensor",
+        name: str | None = None,
+    ) -> Format:
+        """Makes a codebook format of one's own.
+
+        Args:
+            bits: bits of one code.
+            table: 2 .. 2^bits finite values (any sequence, array or 1-D tensor), or None to fit the table to
+                each weight (`method="kmeans"`).
+            group, scale, scale_rule, table_scope: as in `Format`.
+            name: a name for reports; by default one that says bits and group.
+        """
+        if table is not None:
+            values = table.tolist() if hasattr(table, "tolist") else table
+            if not isinstance(values, (list, tuple)) or not all(
+                isinstance(v, (int, float)) for v in values
+            ):
+                raise TypeError(f"table must be a flat sequence of numbers, got {table!r}")
+            table = tuple(_to_fp32(float(v)) for v in values)
+        suffix = "row" if group is None else f"g{group}"
+        kind = "lut" if table is not None else "kmeans"
+        return cls(
+            name=name or f"{kind}{bits}_{suffix}",
+            codec="lut",
+            bits=bits,
+            group=group,
+            scale=scale,
+            scale_rule=scale_rule,
+            table=table,
+            table_scope=table_scope,
+        )
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the table is fitted to each weight and stored beside it."""
+        return self.codec == "lut" and self.table is None
+
+    @property
+    def num_codes(self) -> int:
+        """How many codes are valid: a code at or above this is damage."""
+        return len(self.table) if self.table is not None else 2**self.bits
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits of one code as packed (1.6 for five trits per byte)."""
+        return 8 / TRITS_PER_BYTE if self.packing == "trits" else float(self.bits)
+
+    def values(self) -> tuple[float, ...] | None:
+        """The value of every code with scale 1 and zero 0; None if the table is fitted.
+
+        Symmetric affine codes are centred: code - 2^(bits - 1).
+        """
+        if self.codec == "affine":
+            offset = 2 ** (self.bits - 1) if self.zero is None else 0
+            return tuple(float(c - offset) for c in range(2**self.bits))
+        if self.codec in ("e4m3", "e5m2"):
+            return float8_values(self.codec)
+        return self.table
+
+    def num_groups(self, k: int) -> int:
+        """Groups in a row of k weights; the last may be short."""
+        return 1 if self.group is None else -(-k // self.group)
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of one canonical row of k codes (layout: `packing.py`)."""
+        if self.packing == "trits":
+            return -(-k // TRITS_PER_BYTE)
+        return -(-k * self.bits // 8)
+
+    @property
+    def spec(self) -> str:
+        """The string that `parse` turns back into an equal format: the name if built in, else JSON."""
+        return _spec(self)
+
+
+@functools.lru_cache(maxsize=4096)
+def _spec(f: Format) -> str:
+    try:
+        if parse(f.name) == f:
+            return f.name
+    except ValueError:
+        pass
+    return json.dumps(dataclasses.asdict(f), separators=(",", ":"), sort_keys=True)
+
+
+def _is_int(v: object) -> bool:
+    return isinstance(v, int) and not isinstance(v, bool)
+
+
+def _to_fp32(v: float) -> float:
+    """Rounds to the nearest fp32 value: tables are fp32 wherever they are stored."""
+    import struct
+
+    try:
+        return struct.unpack("<f", struct.pack("<f", v))[0]
+    except OverflowError:
+        raise ValueError(f"table value {v!r} does not fit fp32") from None
+
+
+def float8_values(codec: str) -> tuple[float, ...]:
+    """All 256 values of OCP FP8 "e4m3" (no infinities, 0x7f is NaN) or "e5m2" (IEEE-like)."""
+    exponent_bits, bias = (4, 7) if codec == "e4m3" else (5, 15)
+    mantissa_bits = 7 - exponent_bits
+    top = 2**exponent_bits - 1
+    values = []
+    for code in range(256):
+        sign = -1.0 if code & 0x80 else 1.0
+        e = (code >> mantissa_bits) & top
+        m = code & (2**mantissa_bits - 1)
+        if codec == "e4m3" and code & 0x7F == 0x7F:
+            value = math.nan
+        elif codec == "e5m2" and e == top:
+            value = math.nan if m else math.inf
+        elif e == 0:
+            value = m * 2.0 ** (1 - bias - mantissa_bits)
+        else:
+            value = (2**mantissa_bits + m) * 2.0 ** (e - bias - mantissa_bits)
+        values.append(sign * value)
+    return tuple(values)
+
+
+def normal_float(bits: int) -> tuple[float, ...]:
+    """NormalFloat table of `bits` bits (QLoRA, appendix E): quantiles of N(0, 1), scaled to [-1, 1]."""
+    levels = 2**bits
+    offset = 1 - 0.5 * (1 / (2 * (levels - 1)) + 1 / (2 * levels))
+    ppf = NormalDist().inv_cdf
+
+    def side(points: int) -> list[float]:
+        step = (0.5 - offset) / (points - 1)
+        return [ppf(offset + i * step) for i in range(points - 1)]
+
+    values = [*side(levels // 2 + 1), 0.0, *(-v for v in side(levels // 2))]
+    top = max(values)
+    return tuple(sorted(_to_fp32(v / top) for v in values))
+
+
+# As stored in QLoRA checkpoints: the fp32 constants of the authors' code, which differ from
+# `normal_float(4)` in the last bit of some entries.
+NF4_TABLE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# OCP MX specification 1.0, table 5; code bit 3 is the sign.
+E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# ggml's IQ4_NL codebook.
+IQ4_NL_TABLE = tuple(
+    float(v) for v in (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+)
+
+
+def _builtin() -> dict[str, Format]:
+    formats = []
+    for b in (2, 3, 4, 5, 6, 8):
+        formats.append(Format(name=f"int{b}", codec="affine", bits=b, group=128))
+        formats.append(
+            Format(name=f"uint{b}", codec="affine", bits=b, group=128, zero="int", scale_rule="minmax")
+        )
+    for b in (2, 3, 4, 5, 6, 8):
+        formats.append(
+            Format(name=f"uint{b}_zfloat", codec="affine", bits=b, group=64, zero="float", scale_rule="minmax")
+        )
+    lut = functools.partial(Format, codec="lut")
+    formats += [
+        lut(name="nf4", bits=4, group=64, table=NF4_TABLE),
+        lut(name="nf3", bits=3, group=64, table=normal_float(3)),
+        lut(name="fp4", bits=4, group=32, table=E2M1_TABLE),
+        lut(name="binary", bits=1, group=128, table=(-1.0, 1.0), scale_rule="mean"),
+        lut(name="ternary", bits=2, group=128, table=(-1.0, 0.0, 1.0), scale_rule="mean"),
+        lut(name="ternary_trits", bits=2, group=128, table=(-1.0, 0.0, 1.0), scale_rule="mean",
+            packing="trits"),
+        Format(name="e4m3", codec="e4m3", bits=8, group=None, scale="fp32"),
+        Format(name="e5m2", codec="e5m2", bits=8, group=None, scale="fp32"),
+        lut(name="mxfp4", bits=4, group=32, scale="e8m0", table=E2M1_TABLE),
+        lut(name="nvfp4", bits=4, group=16, scale="e4m3", table=E2M1_TABLE),
+    ]  # fmt: skip
+    for b in (1, 2, 3, 4, 5, 6, 8):
+        formats.append(lut(name=f"kmeans{b}", bits=b, group=64))
+        # SqueezeLLM's form: the table of a row holds its scale.
+        formats.append(lut(name=f"kmeans{b}_pr", bits=b, group=None, scale=None, table_scope="row"))
+    # GGUF block types (ggml-common.h), as stored.
+    for b in (4, 5, 8):
+        formats.append(Format(name=f"q{b}_0", codec="affine", bits=b, group=32))
+    for b in (4, 5):
+        formats.append(
+            Format(name=f"q{b}_1", codec="affine", bits=b, group=32, zero="min", scale_rule="minmax")
+        )
+    formats.append(lut(name="iq4_nl", bits=4, group=32, table=IQ4_NL_TABLE))
+    formats.append(lut(name="tq2_0", bits=2, group=256, table=(-1.0, 0.0, 1.0)))
+    return {f.name: f for f in formats}
+
+
+FORMATS: dict[str, Format] = _builtin()
+
+_SUFFIX = re.compile(r"_(?:g(?P<group>\d+)|(?P<row>row)|(?P<scale>fp32|fp16|bf16|e8m0|e4m3|dq8))$")
+
+
+@functools.lru_cache(maxsize=4096)
+def parse(spec: str) -> Format:
+    """Turns a name or a spec into a Format.
+
+    A name is one of `FORMATS`, optionally followed by `_gN` or `_row` (group) and a scale dtype:
+    "nf4", "int3_g64", "uint4_g32_bf16", "nf4_g64_dq8". A spec that starts with "{" is the JSON of `Format.spec`.
+
+    Raises:
+        ValueError: the name is unknown or a part of it is out of range.
+    """
+    if not isinstance(spec, str):
+        raise TypeError(f"format must be a Format or a string, got {type(spec).__name__}")
+    if spec in FORMATS:
+        return FORMATS[spec]
+    if spec.startswith("{"):
+        return _parse_json(spec)
+    base, changes = spec, {}
+    while (match := _SUFFIX.search(base)) and base not in FORMATS:
+        base = base[: match.start()]
+        key = "group" if match["group"] or match["row"] else "scale"
+        if key in changes:
+            raise ValueError(f"format {spec!r} gives its {key} twice")
+        if key == "group":
+            changes["group"] = int(match["group"]) if match["group"] else None
+        else:
+            changes["scale"] = match["scale"]
+    if base not in FORMATS:
+        raise ValueError(f"unknown format {spec!r}; expected one of {', '.join(sorted(FORMATS))}, "
+                         "optionally followed by _gN or _row and a scale dtype, as in 'int3_g64_bf16'")  # fmt: skip
+    return dataclasses.replace(FORMATS[base], name=spec, **changes)
+
+
+def _parse_json(spec: str) -> Format:
+    try:
+        fields = json.loads(spec)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"format spec is not JSON ({e}): {spec[:200]!r}") from None
+    known = {f.name for f in dataclasses.fields(Format)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"format spec has unknown fields {unknown}; expected {sorted(known)}")
+    if missing := sorted({"name", "codec", "bits"} - set(fields)):
+        raise ValueError(f"format spec lacks {missing}: {spec[:200]!r}")
+    table = fields.get("table")
+    if table is not None:
+        if not isinstance(table, list) or not all(isinstance(v, (int, float)) for v in table):
+            raise ValueError(f"format spec: table must be a list of numbers, got {str(table)[:200]}")
+        fields["table"] = tuple(_to_fp32(float(v)) for v in table)
+    return Format(**fields)
+
+
+def as_format(format: Format | str) -> Format:
+    """Returns the Format that a name, a spec or a Format stands for."""
+    return format if isinstance(format, Format) else parse(format)

@@ -1,0 +1,187 @@
+"""Operands: the tensors that an op takes, in a named layout, made from a QuantTensor and turned back into one.
+
+"canonical": codes as in `packing.py`; scales (N, groups) with the second level applied; zeros (N, groups);
+    table: the fitted table, or None if the format carries it. Read by the plain-torch backend.
+"n16": the CPU kernels' layout, N in the lanes, padded to whole blocks of 64 columns and 32 weights along K.
+    codes: flat uint8, described in csrc/layout.h; scales (N/64, groups, 64) fp32, fp16 or bf16; zeros
+    (N/64, groups, 64): int8 holding zero - 2^(bits-1), or a float dtype; table: fp32 (2^bits,), padded with zeros,
+    or (N/64, 1 or groups, 2^bits, 64) for a table per row or group. Integer tables are centred by 2^(bits-1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit import _C, reference
+from lowbit.formats import Format
+from lowbit.tensor import SCALE_DTYPES, QuantTensor, tensor_specs
+
+CANONICAL = "canonical"
+N16 = "n16"
+BLOCK_N = 64  # csrc/layout.h kBlockN
+CHUNK_K = 32  # csrc/layout.h kChunkK
+
+# Canonical tensors that a two-level scale needs besides its fp32 product; `Operands.second` keeps them.
+_SECOND_LEVEL = ("scales", "scales2", "scales2_offset")
+# The scales that an op reads: a second level is multiplied out, a power of two is a bf16 value.
+_PRODUCT_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "e8m0": torch.bfloat16,
+    "e4m3": torch.float32,
+    "dq8": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What an op reads. `second` holds canonical scales that cannot be recovered from the products."""
+
+    format: Format
+    shape: tuple[int, int]
+    layout: str
+    codes: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    table: Tensor | None
+    second: dict[str, Tensor]
+
+
+def kernel_layout(device: torch.device) -> str:
+    """The layout that the kernels of a device read."""
+    return N16 if device.type == "cpu" else CANONICAL
+
+
+def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
+    """Converts to `layout`, by default that of the kernels of the weight's device."""
+    layout = layout or kernel_layout(qt.device)
+    scales = qt.scales
+    second: dict[str, Tensor] = {}
+    if qt.format.scale in ("dq8", "e4m3"):
+        second = {k: t for k, t in qt.tensors.items() if k in _SECOND_LEVEL}
+        scales = reference.effective_scales(qt)
+    elif qt.format.scale == "e8m0":
+        scales = reference.effective_scales(qt).to(torch.bfloat16)  # a power of two: exact
+    if layout == CANONICAL:
+        return Operands(
+            qt.format, qt.shape, layout, qt.codes, scales, qt.zeros, qt.table, second
+        )
+    if layout != N16:
+        raise ValueError(f"layout must be {CANONICAL!r} or {N16!r}, got {layout!r}")
+    n, k = qt.shape
+    trits = qt.format.packing == "trits"
+    codes = _C.prepack(
+        qt.codes.contiguous().numpy(), n, k, qt.format.bits, trits, torch.get_num_threads()
+    )
+    return Operands(
+        qt.format,
+        qt.shape,
+        layout,
+        torch.from_numpy(codes),
+        None if scales is None else to_lanes(scales),
+        None if qt.zeros is None else to_lanes(_centre_zeros(qt.zeros, qt.format)),
+        kernel_table(qt.format, qt.table),
+        second,
+    )
+
+
+def from_operands(op: Operands) -> QuantTensor:
+    """Inverse of `to_operands`, bit for bit."""
+    n, k = op.shape
+    f = op.format
+    tensors = dict(op.second)
+    canonical = op.layout == CANONICAL
+    if canonical:
+        tensors["codes"] = op.codes
+    else:
+        trits = f.packing == "trits"
+        codes = _C.unprepack(op.codes.numpy(), n, k, f.bits, trits, torch.get_num_threads())
+        tensors["codes"] = torch.from_numpy(codes)
+    if op.scales is not None and not op.second:
+        scales = op.scales if canonical else from_lanes(op.scales, n)
+        if f.scale == "e8m0":
+            # The exponent field of a bf16 power of two is the E8M0 code; 2^-127 is subnormal and gives 0.
+            scales = (scales.contiguous().view(torch.int16) >> 7).to(SCALE_DTYPES["e8m0"])
+        tensors["scales"] = scales
+    if op.zeros is not None:
+        zeros = op.zeros if canonical else from_lanes(op.zeros, n)
+        if not canonical and f.zero == "int":
+            zeros = (zeros.to(torch.int16) + 2 ** (f.bits - 1)).to(torch.uint8)
+        tensors["zeros"] = zeros
+    if f.fitted:
+        table = op.table
+        if not canonical and f.table_scope != "tensor":
+            blocks, groups, entries, lanes = table.shape
+            table = table.permute(0, 3, 1, 2).reshape(blocks * lanes, groups, entries)[:n]
+            table = table.squeeze(1) if f.table_scope == "row" else table
+        tensors["table"] = table.contiguous()
+    specs = tensor_specs(f, n, k)
+    return QuantTensor(f, op.shape, {name: tensors[name].contiguous() for name in specs})
+
+
+def operand_specs(
+    format: Format, layout: str, n: int, k: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each operand of an (n, k) weight; an operand that is absent has no entry."""
+    groups = format.num_groups(k)
+    specs = {
+        name: spec
+        for name, spec in tensor_specs(format, n, k).items()
+        if name in ("codes", "scales", "zeros", "table")
+    }
+    if format.scale is not None:
+        specs["scales"] = ((n, groups), _PRODUCT_DTYPES[format.scale])
+    if layout == CANONICAL:
+        return specs
+    if layout != N16:
+        raise ValueError(f"layout must be {CANONICAL!r} or {N16!r}, got {layout!r}")
+    blocks, entries = -(-n // BLOCK_N), 2**format.bits
+    unit_bytes = 64 * format.bits  # csrc/layout.h: 16 columns x 32 weights
+    specs["codes"] = ((blocks * (BLOCK_N // 16) * -(-k // CHUNK_K) * unit_bytes,), torch.uint8)
+    for name in {"scales", "zeros"} & specs.keys():
+        specs[name] = ((blocks, groups, BLOCK_N), specs[name][1])
+    if format.zero == "int":
+        specs["zeros"] = (specs["zeros"][0], torch.int8)
+    table_groups = {"tensor": 0, "row": 1, "group": groups}[format.table_scope]
+    table_shape = (blocks, table_groups, entries, BLOCK_N) if table_groups else (entries,)
+    specs["table"] = (table_shape, torch.float32)
+    return specs
+
+
+def to_lanes(values: Tensor) -> Tensor:  # (N, groups) -> (ceil(N / 64), groups, 64)
+    """Brings 64 rows into the last dimension; missing rows are zero. Differentiable."""
+    n, groups = values.shape
+    padded = F.pad(values, (0, 0, 0, -n % BLOCK_N))
+    return padded.view(-1, BLOCK_N, groups).transpose(1, 2).contiguous()
+
+
+def from_lanes(values: Tensor, n: int) -> Tensor:  # (ceil(n / 64), groups, 64) -> (n, groups)
+    """Inverse of `to_lanes`."""
+    blocks, groups, lanes = values.shape
+    return values.transpose(1, 2).reshape(blocks * lanes, groups)[:n].contiguous()
+
+
+def kernel_table(format: Format, table: Tensor | None) -> Tensor:
+    """The "n16" table of a format: see the top of this file. Differentiable in a fitted table."""
+    if table is None:
+        values = torch.tensor(format.values(), dtype=torch.float32)
+        if format.zero == "int":
+            values = values - 2 ** (format.bits - 1)
+        return F.pad(values, (0, 2**format.bits - values.numel()))
+    if format.table_scope == "tensor":
+        return table
+    table = table.unsqueeze(1) if table.dim() == 2 else table  # (N, 1 or groups, E)
+    n, groups, entries = table.shape
+    padded = F.pad(table, (0, 0, 0, 0, 0, -n % BLOCK_N))
+    return padded.view(-1, BLOCK_N, groups, entries).permute(0, 2, 3, 1).contiguous()
+
+
+def _centre_zeros(zeros: Tensor, format: Format) -> Tensor:
+    if format.zero != "int":
+        return zeros
+    return (zeros.to(torch.int16) - 2 ** (format.bits - 1)).to(torch.int8)

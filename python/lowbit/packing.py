@@ -1,0 +1,120 @@
+"""Canonical packing: the one portable layout of codes, in plain torch. Files hold nothing else.
+
+Bits. Row n of an (N, K) code matrix is a little-endian bit stream: code k occupies bits [k*b, (k+1)*b) of the
+row, least significant bit first; bit i of the stream is bit i % 8 of byte i // 8. Every row starts on a byte, so
+a row takes ceil(K * b / 8) bytes; the unused high bits of its last byte are zero. Eight codes fill b bytes.
+
+Trits. Five codes c0..c4 in {0, 1, 2} make the byte c0 + 3*c1 + 9*c2 + 27*c3 + 81*c4 (0..242); a row takes
+ceil(K / 5) bytes and the missing digits of its last byte are zero.
+
+The layout that the CPU kernels read is made from this one by `_C.prepack` and described in csrc/layout.h.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import TRITS_PER_BYTE, Format
+
+# Rows are packed in slices of about this many codes, which bounds the int64 temporaries to 64 MiB.
+_SLICE_CODES = 1 << 22
+
+
+def pack_codes(
+    codes: Tensor,  # (N, K) uint8
+    format: Format,
+) -> Tensor:  # (N, format.row_bytes(K)) uint8
+    """Packs codes into the canonical layout.
+
+    Raises:
+        ValueError: a code does not fit the format.
+    """
+    _check_codes(codes, format)
+    n, k = codes.shape
+    out = torch.empty((n, format.row_bytes(k)), dtype=torch.uint8, device=codes.device)
+    for rows in _row_slices(n, k):
+        out[rows] = _pack_slice(codes[rows], format)
+    return out
+
+
+def unpack_codes(
+    packed: Tensor,  # (N, format.row_bytes(K)) uint8
+    format: Format,
+    k: int,
+) -> Tensor:  # (N, K) uint8
+    """Inverse of `pack_codes`."""
+    n = packed.shape[0]
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (n, format.row_bytes(k)):
+        raise ValueError(
+            f"packed must be uint8 of shape ({n}, {format.row_bytes(k)}) for K = {k} in format "
+            f"{format.name!r}, got {packed.dtype} of shape {tuple(packed.shape)}"
+        )
+    out = torch.empty((n, k), dtype=torch.uint8, device=packed.device)
+    for rows in _row_slices(n, k):
+        out[rows] = _unpack_slice(packed[rows], format, k)
+    return out
+
+
+def check_padding_and_range(packed: Tensor, format: Format, k: int) -> None:
+    """Raises ValueError if canonical bytes hold a code that the format does not have."""
+    if format.packing == "trits":
+        bad = packed.numel() and int(packed.max()) >= 3**TRITS_PER_BYTE
+        highest = "a byte above 242"
+    else:
+        bad = format.num_codes < 2**format.bits and any(
+            bool((_unpack_slice(packed[rows], format, k) >= format.num_codes).any())
+            for rows in _row_slices(packed.shape[0], k)
+        )
+        highest = f"a code above {format.num_codes - 1}"
+    if bad:
+        raise ValueError(f"codes of format {format.name!r} hold {highest}: the data is damaged")
+
+
+def _check_codes(codes: Tensor, format: Format) -> None:
+    if codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise ValueError(
+            f"codes must be a 2-D uint8 tensor, got {codes.dtype} of shape {tuple(codes.shape)}"
+        )
+    if codes.numel() and (highest := int(codes.max())) >= format.num_codes:
+        raise ValueError(
+            f"codes must be below {format.num_codes} for format {format.name!r}, got {highest}"
+        )
+
+
+def _row_slices(n: int, k: int) -> list[slice]:
+    step = max(1, _SLICE_CODES // max(1, k))
+    return [slice(i, min(n, i + step)) for i in range(0, n, step)]
+
+
+def _digits(codes: Tensor, per_unit: int) -> Tensor:
+    n, k = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -k % per_unit))
+    return padded.view(n, -1, per_unit).long()
+
+
+def _pack_slice(codes: Tensor, format: Format) -> Tensor:
+    n, k = codes.shape
+    if format.packing == "trits":
+        place = 3 ** torch.arange(TRITS_PER_BYTE, device=codes.device)
+        return (_digits(codes, TRITS_PER_BYTE) * place).sum(-1).to(torch.uint8)
+    b = format.bits
+    shift = torch.arange(8, device=codes.device) * b
+    word = (_digits(codes, 8) << shift).sum(-1)
+    byte_shift = torch.arange(b, device=codes.device) * 8
+    stream = ((word.unsqueeze(-1) >> byte_shift) & 0xFF).to(torch.uint8)
+    return stream.view(n, -1)[:, : format.row_bytes(k)]
+
+
+def _unpack_slice(packed: Tensor, format: Format, k: int) -> Tensor:
+    n = packed.shape[0]
+    if format.packing == "trits":
+        place = 3 ** torch.arange(TRITS_PER_BYTE, device=packed.device)
+        digits = (packed.long().unsqueeze(-1) // place) % 3
+        return digits.to(torch.uint8).view(n, -1)[:, :k]
+    b = format.bits
+    byte_shift = torch.arange(b, device=packed.device) * 8
+    word = (_digits(packed, b) << byte_shift).sum(-1)
+    shift = torch.arange(8, device=packed.device) * b
+    codes = (word.unsqueeze(-1) >> shift) & (2**b - 1)
+    return codes.to(torch.uint8).view(n, -1)[:, :k]

@@ -1,0 +1,149 @@
+"""QuantTensor: the tensors of one quantized weight matrix in canonical layout, and their Format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lowbit import packing
+from lowbit.formats import DQ_BLOCK, Format, as_format
+
+SCALE_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "e8m0": torch.uint8,  # value 2^(byte - 127); torch has float8_e8m0fnu only from 2.7 on
+    "e4m3": torch.float8_e4m3fn,
+    "dq8": torch.uint8,  # index into `reference.dynamic_map()`
+}
+TENSOR_NAMES = ("codes", "scales", "scales2", "scales2_offset", "zeros", "table")
+
+
+def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each canonical tensor of an (n, k) weight.
+
+    codes (N, row bytes) uint8; scales (N, groups); scales2: the second level, fp32, (ceil(N*groups/256),) for
+    "dq8" over the flattened scales and (1,) for "e4m3"; scales2_offset () fp32 for "dq8"; zeros (N, groups), uint8
+    for integer zeros, else the scales' dtype; table fp32 (E,), (N, E) or (N, groups, E), only if it is fitted.
+    """
+    groups = format.num_groups(k)
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "codes": ((n, format.row_bytes(k)), torch.uint8)
+    }
+    if format.scale is not None:
+        specs["scales"] = ((n, groups), SCALE_DTYPES[format.scale])
+    if format.scale == "e4m3":
+        specs["scales2"] = ((1,), torch.float32)
+    if format.scale == "dq8":
+        specs["scales2"] = ((-(-n * groups // DQ_BLOCK),), torch.float32)
+        specs["scales2_offset"] = ((), torch.float32)
+    if format.zero == "int":
+        specs["zeros"] = ((n, groups), torch.uint8)
+    elif format.zero is not None:
+        specs["zeros"] = ((n, groups), SCALE_DTYPES[format.scale or "fp32"])
+    if format.fitted:
+        lead = {"tensor": (), "row": (n,), "group": (n, groups)}[format.table_scope]
+        specs["table"] = ((*lead, 2**format.bits), torch.float32)
+    return specs
+
+
+class QuantTensor:
+    """A quantized (N, K) weight matrix: canonical tensors plus the Format that gives them meaning.
+
+    The constructor checks names, shapes, dtypes and devices; `validate` also looks at the values, and every
+    reader of files calls it.
+    """
+
+    __slots__ = ("_packed", "format", "shape", "tensors")
+
+    def __init__(
+        self, format: Format | str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
+    ) -> None:
+        self.format = as_format(format)
+        if len(shape) != 2 or any(int(s) < 0 for s in shape):
+            raise ValueError(f"shape must be (out features, in features), got {tuple(shape)}")
+        self.shape = (int(shape[0]), int(shape[1]))
+        specs = tensor_specs(self.format, *self.shape)
+        if set(tensors) != set(specs):
+            raise ValueError(
+                f"format {self.format.name!r} has the tensors {sorted(specs)}, got {sorted(tensors)}"
+            )
+        for name, (expected_shape, dtype) in specs.items():
+            t = tensors[name]
+            if tuple(t.shape) != expected_shape or t.dtype != dtype:
+                raise ValueError(
+                    f"{name} of a {self.shape} weight in format {self.format.name!r} must be {dtype} of shape "
+                    f"{expected_shape}, got {t.dtype} of shape {tuple(t.shape)}"
+                )
+            if t.device != tensors["codes"].device:
+                raise ValueError(f"{name} is on {t.device}, codes are on {tensors['codes'].device}")
+        self.tensors = {name: tensors[name] for name in TENSOR_NAMES if name in specs}
+        self._packed: object | None = None
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        """The canonical tensor `name`, or None if the format has none."""
+        if name in TENSOR_NAMES:
+            return self.tensors.get(name)
+        raise AttributeError(f"QuantTensor has no attribute {name!r}")
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors["codes"].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all canonical tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average stored bits of a weight: codes, scales, zeros and tables."""
+        n, k = self.shape
+        return 8 * self.nbytes / max(1, n * k)
+
+    def unpack(self) -> Tensor:
+        """The codes, (N, K) uint8."""
+        return packing.unpack_codes(self.tensors["codes"], self.format, self.shape[1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight, (N, K): computed in fp32 and rounded once to `dtype`."""
+        from lowbit import ops
+
+        return ops.dequantize(self, dtype)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> QuantTensor:
+        """The same weight with `fn` applied to each tensor (a move, a clone); dtypes must stay."""
+        return QuantTensor(self.format, self.shape, {k: fn(t) for k, t in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> QuantTensor:
+        return self.map(lambda t: t.to(device))
+
+    def validate(self) -> QuantTensor:
+        """Checks the values: codes within the table, finite scales, zeros and tables.
+
+        Raises:
+            ValueError: naming the tensor and what is wrong with it.
+        """
+        packing.check_padding_and_range(self.tensors["codes"], self.format, self.shape[1])
+        for name, t in self.tensors.items():
+            if t.is_floating_point() and not bool(torch.isfinite(t.float()).all()):
+                raise ValueError(f"{name} of a {self.format.name!r} weight holds NaN or inf")
+        if self.format.scale == "e8m0" and bool((self.tensors["scales"] == 255).any()):
+            raise ValueError("scales hold the E8M0 NaN (byte 255)")
+        if self.format.zero == "int" and bool(
+            (self.tensors["zeros"].int() >= 2**self.format.bits).any()
+        ):
+            raise ValueError(f"zeros must be below {2**self.format.bits} in {self.format.name!r}")
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (QuantTensor, (self.format, self.shape, self.tensors))
+
+    def __repr__(self) -> str:
+        n, k = self.shape
+        return (
+            f"QuantTensor({self.format.name}, {n}x{k}, {self.nbytes} bytes, "
+            f"{self.bits_per_weight:.3f} bits/weight, {self.device})"
+        )
