@@ -1,0 +1,406 @@
+// The Python module `lowbit._C`: the kernel table, packing, and one call per op. Raw pointers for torch (this file and
+// the module know nothing of it), numpy arrays for everybody else. Work runs without the GIL.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <optional>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "kmeans.h"
+#include "layout.h"
+#include "pack.h"
+
+namespace py = pybind11;
+
+namespace lowbit {
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+std::string shape_string(const py::array& a) {
+  std::string s = "(";
+  for (py::ssize_t i = 0; i < a.ndim(); ++i) s += (i ? ", " : "") + std::to_string(a.shape(i));
+  return s + ")";
+}
+
+template <class T>
+T* pointer(uint64_t address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "fp32") return Dtype::kF32;
+  if (name == "bf16") return Dtype::kBf16;
+  if (name == "fp16") return Dtype::kF16;
+  if (name == "int8") return Dtype::kI8;
+  fail("dtype must be fp32, bf16, fp16 or int8, got '" + name + "'");
+}
+const char* dtype_name(Dtype d) {
+  return d == Dtype::kF32 ? "fp32" : d == Dtype::kBf16 ? "bf16" : d == Dtype::kF16 ? "fp16" : "int8";
+}
+
+Op op_of(const std::string& name) {
+  if (name == "linear") return Op::kLinear;
+  if (name == "dequantize") return Op::kDequantize;
+  fail("op must be linear or dequantize, got '" + name + "'");
+}
+
+// What an n16 weight is, apart from its bytes.
+struct Weight {
+  int64_t n, k, group, table_groups;
+  int bits;
+  Codec codec;
+  Scope scope;
+  ZeroMode zero;
+  std::optional<Dtype> scale_dtype, zero_dtype;
+
+  Weight(int64_t n_, int64_t k_, int bits_, int64_t group_, bool integer, bool column_table, int64_t table_groups_,
+         const std::string& zero_mode, std::optional<std::string> scale, std::optional<std::string> zero_type)
+      : n(n_), k(k_), group(group_), table_groups(table_groups_), bits(bits_) {
+    if (n < 0 || k < 1 || n > INT32_MAX || k > INT32_MAX) {
+      fail("shape must be (n >= 0, k >= 1) and below 2^31, got (" + std::to_string(n) + ", " + std::to_string(k) + ")");
+    }
+    if (bits < 1 || bits > 8 || bits == 7) fail("bits must be 1, 2, 3, 4, 5, 6 or 8, got " + std::to_string(bits));
+    if (group < 1) fail("group must be positive, got " + std::to_string(group));
+    if (group > k) group = k;
+    if (table_groups != 1 && (!column_table || table_groups != groups())) {
+      fail("table_groups must be 1 or the number of groups, got " + std::to_string(table_groups));
+    }
+    codec = integer ? Codec::kInt : Codec::kLut;
+    scope = column_table ? Scope::kColumn : Scope::kShared;
+    if (zero_mode != "none" && zero_mode != "subtract" && zero_mode != "add") {
+      fail("zero must be none, subtract or add, got '" + zero_mode + "'");
+    }
+    zero = zero_mode == "none" ? ZeroMode::kNone : zero_mode == "add" ? ZeroMode::kAdd : ZeroMode::kSubtract;
+    if (scale) scale_dtype = dtype_of(*scale);
+    if (zero_type) zero_dtype = dtype_of(*zero_type);
+    if ((zero == ZeroMode::kNone) != !zero_dtype) fail("zero_dtype must be given if and only if there are zeros");
+  }
+
+  int64_t groups() const { return ceil_div(k, group); }
+  int64_t code_bytes() const { return packed_bytes(n, k, bits); }
+  int64_t lane_terms() const { return num_blocks(n) * groups() * kBlockN; }
+  int64_t table_size() const {
+    return scope == Scope::kShared ? int64_t{1} << bits : (num_blocks(n) * table_groups << bits) * kBlockN;
+  }
+
+  Desc desc(Op op, Dtype x, int64_t m) const { return {op, x, codec, bits, scope, zero, m, n, k, group}; }
+
+  Launch launch(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table) const {
+    Launch l{};
+    l.n = n;
+    l.k = k;
+    l.group = group;
+    l.num_groups = groups();
+    l.codes = pointer<const uint8_t>(codes);
+    l.scales = scale_dtype ? pointer<const void>(scales) : nullptr;
+    l.scale_dtype = scale_dtype.value_or(Dtype::kF32);
+    l.zeros = pointer<const void>(zeros);
+    l.zero_dtype = zero_dtype.value_or(Dtype::kF32);
+    l.zero = zero;
+    l.table = pointer<const float>(table);
+    l.table_groups = table_groups;
+    return l;
+  }
+
+  const Kernel& choose(const Desc& d, int row) const {
+    if (row >= 0) {
+      if (row >= static_cast<int>(kernels().size())) fail("row must be an index of kernels()");
+      const Kernel& k = *kernels()[row];
+      if (const char* why = rejection(k, d, detect_isa())) fail(std::string(k.name) + ": " + why);
+      return k;
+    }
+    const Kernel* k = select(d, active_isa());
+    if (!k) fail("no kernel of this CPU serves this request");
+    return *k;
+  }
+
+  void linear(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales, uint64_t zeros,
+              uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int threads, int row) const {
+    Launch l = launch(codes, scales, zeros, table);
+    l.m = m;
+    l.x = pointer<const void>(x);
+    l.x_dtype = l.out_dtype = static_cast<Dtype>(x_dtype);
+    l.x_stride = x_stride;
+    l.bias = pointer<const void>(bias);
+    l.bias_dtype = static_cast<Dtype>(bias_dtype);
+    l.out = pointer<void>(out);
+    l.out_stride = n;
+    const Kernel& kernel = choose(desc(Op::kLinear, l.x_dtype, m), row);
+    py::gil_scoped_release unlocked;
+    run(kernel, l, threads);
+  }
+
+  void linear_int8(uint64_t x, uint64_t x_scales, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales,
+                   uint64_t zeros, uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int out_dtype,
+                   int threads, int row) const {
+    Launch l = launch(codes, scales, zeros, table);
+    l.m = m;
+    l.x = pointer<const void>(x);
+    l.x_dtype = Dtype::kI8;
+    l.x_scales = pointer<const float>(x_scales);
+    l.x_stride = x_stride;
+    l.bias = pointer<const void>(bias);
+    l.bias_dtype = static_cast<Dtype>(bias_dtype);
+    l.out = pointer<void>(out);
+    l.out_dtype = static_cast<Dtype>(out_dtype);
+    l.out_stride = n;
+    const Kernel& kernel = choose(desc(Op::kLinear, Dtype::kI8, m), row);
+    py::gil_scoped_release unlocked;
+    run(kernel, l, threads);
+  }
+
+  void dequantize(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t out, int out_dtype,
+                  int threads, int row) const {
+    Launch l = launch(codes, scales, zeros, table);
+    l.m = 1;
+    l.out = pointer<void>(out);
+    l.out_dtype = static_cast<Dtype>(out_dtype);
+    l.out_stride = k;
+    const Kernel& kernel = choose(desc(Op::kDequantize, l.out_dtype, 1), row);
+    py::gil_scoped_release unlocked;
+    run(kernel, l, threads);
+  }
+
+  void embedding(uint64_t indices, int64_t count, uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table,
+                 uint64_t out, int out_dtype, int threads) const {
+    Launch l = launch(codes, scales, zeros, table);
+    l.out = pointer<void>(out);
+    l.out_dtype = static_cast<Dtype>(out_dtype);
+    l.out_stride = k;
+    py::gil_scoped_release unlocked;
+    embed(l, bits, scope, pointer<const int64_t>(indices), count, threads);
+  }
+
+  // y = x W^T + bias on numpy arrays, fp32. Scales and zeros in fp32 lanes layout.
+  Array<float> linear_numpy(const Array<float>& x, const Array<uint8_t>& codes, const Array<float>& table,
+                            const std::optional<Array<float>>& scales, const std::optional<Array<float>>& zeros,
+                            const std::optional<Array<float>>& bias, int threads) const {
+    if (x.ndim() != 2 || x.shape(1) != k)
+      fail("x must have shape (m, " + std::to_string(k) + "), got " + shape_string(x));
+    const auto want = [](const char* name, const py::array& a, int64_t size) {
+      if (a.size() != size) {
+        fail(std::string(name) + " must have " + std::to_string(size) + " elements, got shape " + shape_string(a));
+      }
+    };
+    want("codes", codes, code_bytes());
+    want("table", table, table_size());
+    if (scales.has_value() != scale_dtype.has_value())
+      fail("scales must be given if and only if the weight has a scale dtype");
+    if (zeros.has_value() != zero_dtype.has_value()) fail("zeros must be given if and only if the weight has zeros");
+    if (scale_dtype.value_or(Dtype::kF32) != Dtype::kF32 || zero_dtype.value_or(Dtype::kF32) != Dtype::kF32) {
+      fail("scales and zeros of the numpy call are fp32; make the Weight with fp32");
+    }
+    if (scales) want("scales", *scales, lane_terms());
+    if (zeros) want("zeros", *zeros, lane_terms());
+    if (bias) want("bias", *bias, n);
+    Array<float> out({x.shape(0), static_cast<py::ssize_t>(n)});
+    const auto address = [](const py::array& a) {
+      return static_cast<uint64_t>(reinterpret_cast<uintptr_t>(a.data()));
+    };
+    linear(address(x), 0, x.shape(0), k, address(codes), scales ? address(*scales) : 0, zeros ? address(*zeros) : 0,
+           address(table), bias ? address(*bias) : 0, 0, address(out), threads, -1);
+    return out;
+  }
+
+  std::string selected(const std::string& op, const std::string& x, int64_t m) const {
+    const Kernel* k = select(desc(op_of(op), dtype_of(x), m), active_isa());
+    return k ? k->name : "";
+  }
+
+  // (name, cost or None, reason or None) of every row of the op.
+  py::list explain(const std::string& op, const std::string& x, int64_t m) const {
+    const Desc d = desc(op_of(op), dtype_of(x), m);
+    py::list rows;
+    for (const Kernel* k : kernels()) {
+      if (k->op != d.op || k->bits != bits) continue;
+      const char* why = rejection(*k, d, active_isa());
+      rows.append(py::make_tuple(k->name, why ? py::object(py::none()) : py::cast(cost(*k, d)),
+                                 why ? py::object(py::str(why)) : py::object(py::none())));
+    }
+    return rows;
+  }
+};
+
+CanonicalCodes canonical(int64_t n, int64_t k, int bits, bool trits) {
+  if (n < 0 || k < 0) fail("shape must not be negative");
+  if (bits < 1 || bits > 8) fail("bits must be 1 to 8, got " + std::to_string(bits));
+  return {n, k, trits ? ceil_div(k, 5) : ceil_div(k * bits, 8), bits, trits};
+}
+
+void want_shape(const char* name, const py::array& a, int64_t rows, int64_t columns) {
+  if (a.ndim() != 2 || a.shape(0) != rows || a.shape(1) != columns) {
+    fail(std::string(name) + " must have shape (" + std::to_string(rows) + ", " + std::to_string(columns) + "), got " +
+         shape_string(a));
+  }
+}
+
+using Bytes = Array<uint8_t>;
+
+Bytes py_pack(const Bytes& codes, int bits, bool trits, int threads) {
+  if (codes.ndim() != 2) fail("codes must be 2-D, got shape " + shape_string(codes));
+  const CanonicalCodes s = canonical(codes.shape(0), codes.shape(1), bits, trits);
+  Bytes out({s.n, s.row_bytes});
+  const uint8_t* in = codes.data();
+  uint8_t* to = out.mutable_data();
+  py::gil_scoped_release unlocked;
+  pack_rows(in, s, to, threads);
+  return out;
+}
+
+Bytes py_unpack(const Bytes& packed, int64_t k, int bits, bool trits, int threads) {
+  const CanonicalCodes s = canonical(packed.ndim() ? packed.shape(0) : 0, k, bits, trits);
+  want_shape("packed", packed, s.n, s.row_bytes);
+  Bytes out({s.n, s.k});
+  const uint8_t* in = packed.data();
+  uint8_t* to = out.mutable_data();
+  py::gil_scoped_release unlocked;
+  unpack_rows(in, s, to, threads);
+  return out;
+}
+
+Bytes py_prepack(const Bytes& packed, int64_t n, int64_t k, int bits, bool trits, int threads) {
+  const CanonicalCodes s = canonical(n, k, bits, trits);
+  want_shape("packed", packed, s.n, s.row_bytes);
+  Bytes out(static_cast<py::ssize_t>(packed_bytes(n, k, bits)));
+  const uint8_t* in = packed.data();
+  uint8_t* to = out.mutable_data();
+  py::gil_scoped_release unlocked;
+  prepack(in, s, to, threads);
+  return out;
+}
+
+Bytes py_unprepack(const Bytes& n16, int64_t n, int64_t k, int bits, bool trits, int threads) {
+  const CanonicalCodes s = canonical(n, k, bits, trits);
+  if (n16.size() != packed_bytes(n, k, bits)) {
+    fail("codes must have " + std::to_string(packed_bytes(n, k, bits)) + " bytes, got " + std::to_string(n16.size()));
+  }
+  Bytes out({s.n, s.row_bytes});
+  const uint8_t* in = n16.data();
+  uint8_t* to = out.mutable_data();
+  py::gil_scoped_release unlocked;
+  unprepack(in, s, to, threads);
+  return out;
+}
+
+py::list py_kernels() {
+  py::list rows;
+  int index = 0;
+  for (const Kernel* k : kernels()) {
+    py::dict row;
+    row["index"] = index++;
+    row["name"] = k->name;
+    row["op"] = k->op == Op::kLinear ? "linear" : "dequantize";
+    row["compute"] = dtype_name(k->compute);
+    row["codec"] = k->codec == Codec::kInt ? "int" : "lut";
+    row["bits"] = k->bits;
+    row["scope"] = k->scope == Scope::kShared ? "shared" : "column";
+    row["isa"] = isa_name(k->isa);
+    row["available"] = (detect_isa() & k->isa) != 0;
+    row["chunk_groups"] = k->chunk_groups;
+    py::list x;
+    for (Dtype d : {Dtype::kF32, Dtype::kBf16, Dtype::kF16, Dtype::kI8}) {
+      if (k->exact_x[static_cast<int>(d)]) x.append(dtype_name(d));
+    }
+    row["x"] = x;
+    rows.append(row);
+  }
+  return rows;
+}
+
+std::vector<std::string> isa_names(uint32_t mask) {
+  std::vector<std::string> names;
+  for (Isa isa : {kScalar, kAvx2, kAvx512, kAvx512Bf16, kAvx512Vnni}) {
+    if (mask & isa) names.push_back(isa_name(isa));
+  }
+  return names;
+}
+
+Array<float> py_kmeans_1d(const Array<float>& values, const std::optional<Array<double>>& weights, int k) {
+  if (values.ndim() != 1 || values.size() == 0)
+    fail("values must be 1-D and not empty, got shape " + shape_string(values));
+  if (k < 1 || k > 256) fail("k must be 1 to 256, got " + std::to_string(k));
+  if (weights && weights->size() != values.size())
+    fail("weights must be as long as values, got shape " + shape_string(*weights));
+  Array<float> centers(k);
+  const float* v = values.data();
+  const double* w = weights ? weights->data() : nullptr;
+  float* c = centers.mutable_data();
+  const int64_t n = values.size();
+  py::gil_scoped_release unlocked;
+  kmeans_1d(v, w, n, k, c);
+  return centers;
+}
+
+Array<float> py_kmeans_rows(const Array<float>& values, const std::optional<Array<double>>& weights, int k,
+                            int threads) {
+  if (values.ndim() != 2 || values.size() == 0) {
+    fail("values must be 2-D and not empty, got shape " + shape_string(values));
+  }
+  if (k < 1 || k > 256) fail("k must be 1 to 256, got " + std::to_string(k));
+  const int64_t rows = values.shape(0), n = values.shape(1);
+  if (weights) want_shape("weights", *weights, rows, n);
+  Array<float> centers({rows, static_cast<int64_t>(k)});
+  const float* v = values.data();
+  const double* w = weights ? weights->data() : nullptr;
+  float* c = centers.mutable_data();
+  py::gil_scoped_release unlocked;
+  kmeans_rows(v, w, rows, n, k, c, threads);
+  return centers;
+}
+
+}  // namespace
+}  // namespace lowbit
+
+PYBIND11_MODULE(_C, m) {
+  using namespace lowbit;
+  m.doc() = "Compiled kernels of lowbit. Works with numpy alone.";
+  // A wrong LOWBIT_ISA must stop the import, not the first call.
+  active_isa();
+  m.def("kernels", &py_kernels, "Every row of the kernel table.");
+  m.def("isa_detected", [] { return isa_names(detect_isa()); });
+  m.def("isa_active", [] { return isa_names(active_isa()); });
+  m.def("isa_capped", [](const std::vector<std::string>& detected, const std::string& value) {
+    uint32_t mask = 0;
+    for (Isa isa : {kScalar, kAvx2, kAvx512, kAvx512Bf16, kAvx512Vnni}) {
+      for (const std::string& name : detected) mask |= name == isa_name(isa) ? uint32_t{isa} : 0u;
+    }
+    return isa_names(cap_isa(mask, value.c_str()));
+  });
+  m.def("pack", &py_pack, py::arg("codes"), py::arg("bits"), py::arg("trits") = false, py::arg("threads") = 1);
+  m.def("unpack", &py_unpack, py::arg("packed"), py::arg("k"), py::arg("bits"), py::arg("trits") = false,
+        py::arg("threads") = 1);
+  m.def("prepack", &py_prepack, py::arg("packed"), py::arg("n"), py::arg("k"), py::arg("bits"),
+        py::arg("trits") = false, py::arg("threads") = 1);
+  m.def("unprepack", &py_unprepack, py::arg("codes"), py::arg("n"), py::arg("k"), py::arg("bits"),
+        py::arg("trits") = false, py::arg("threads") = 1);
+  m.def("kmeans_1d", &py_kmeans_1d, py::arg("values"), py::arg("weights"), py::arg("k"));
+  m.def("kmeans_rows", &py_kmeans_rows, py::arg("values"), py::arg("weights"), py::arg("k"), py::arg("threads") = 1);
+  m.attr("BLOCK_N") = kBlockN;
+  m.attr("CHUNK_K") = kChunkK;
+
+  py::class_<Weight>(m, "Weight", "What a weight in n16 layout is, apart from its bytes (csrc/kernel.h).")
+      .def(py::init<int64_t, int64_t, int, int64_t, bool, bool, int64_t, const std::string&, std::optional<std::string>,
+                    std::optional<std::string>>(),
+           py::kw_only(), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group"), py::arg("integer") = false,
+           py::arg("column_table") = false, py::arg("table_groups") = 1, py::arg("zero") = "none",
+           py::arg("scale_dtype") = py::none(), py::arg("zero_dtype") = py::none())
+      .def("linear_ptr", &Weight::linear)
+      .def("linear_int8_ptr", &Weight::linear_int8)
+      .def("dequantize_ptr", &Weight::dequantize)
+      .def("embedding_ptr", &Weight::embedding)
+      .def("linear", &Weight::linear_numpy, py::arg("x"), py::arg("codes"), py::arg("table"),
+           py::arg("scales") = py::none(), py::arg("zeros") = py::none(), py::arg("bias") = py::none(),
+           py::arg("threads") = 1)
+      .def("select", &Weight::selected, py::arg("op"), py::arg("x"), py::arg("m"))
+      .def("explain", &Weight::explain, py::arg("op"), py::arg("x"), py::arg("m"))
+      .def_property_readonly("code_bytes", &Weight::code_bytes)
+      .def_property_readonly("lane_terms", &Weight::lane_terms)
+      .def_property_readonly("table_size", &Weight::table_size);
+}

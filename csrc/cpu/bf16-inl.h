@@ -1,0 +1,263 @@
+// bf16 activations with AVX-512 BF16: table entries as bf16, vdpbf16ps of two weights and two x per lane, fp32 sums.
+// Groups are multiples of kChunkK; the scale multiplies the sum of a group, so it is never rounded to bf16.
+// vdpbf16ps: latency 6 / 6, one every cycle / cycle on Zen 5 / Sapphire Rapids; vpermw and vpermt2w 1 a cycle.
+#pragma once
+
+#include "cpu/gemv-inl.h"
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace {
+
+// Looks up the low B bits of each 16-bit word in a table of bf16.
+template <int B>
+struct WordTable {
+  static constexpr int kVecs = B <= 5 ? 1 : 1 << (B - 5);
+  __m512i t[kVecs];
+  explicit WordTable(const float* values) {
+    for (int v = 0; v < kVecs; ++v) {
+      alignas(64) uint16_t words[32];
+      for (int half = 0; half < 2; ++half) {
+        float lanes[16];
+        for (int i = 0; i < 16; ++i) lanes[i] = values[(v * 32 + half * 16 + i) & ((1 << B) - 1)];
+        store_bf16(words + half * 16, load(lanes));
+      }
+      t[v] = load_i(words);
+    }
+  }
+  LOWBIT_INLINE __m512i operator()(__m512i code) const {
+    if constexpr (kVecs == 1) {
+      return _mm512_permutexvar_epi16(code, t[0]);
+    } else if constexpr (kVecs == 2) {
+      return _mm512_permutex2var_epi16(t[0], code, t[1]);
+    } else {
+      const __mmask32 bit6 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(64));
+      const __mmask32 bit7 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(128));
+      __m512i r[4];
+      unroll<4>([&](auto i) LOWBIT_INLINE { r[i] = _mm512_permutex2var_epi16(t[2 * i], code, t[2 * i + 1]); });
+      const __m512i low = _mm512_mask_blend_epi16(bit6, r[0], r[1]);
+      const __m512i high = _mm512_mask_blend_epi16(bit6, r[2], r[3]);
+      return _mm512_mask_blend_epi16(bit7, low, high);
+    }
+  }
+};
+
+// Brings the fields of the pair (2S, 2S + 1) in a plane of W bits to bit P of each word.
+template <int W, int S, int P>
+LOWBIT_INLINE inline __m512i word_field(const uint8_t* plane) {
+  constexpr FieldPlace place = field_place(W, 0, 2 * S);
+  constexpr int kShift = place.shift - P;
+  const __m512i v = load_i(plane + place.byte);
+  if constexpr (kShift > 0) {
+    return _mm512_srli_epi16(v, kShift);
+  } else if constexpr (kShift < 0) {
+    return _mm512_slli_epi16(v, -kShift);
+  } else {
+    return v;
+  }
+}
+
+template <int B, int S>
+LOWBIT_INLINE inline __m512i word_code_of(const uint8_t* block) {
+  constexpr Planes planes = planes_of(B);
+  constexpr int kLow = planes.width[0];
+  if constexpr (planes.count == 1) {
+    return word_field<kLow, S, 0>(block);
+  } else {
+    return select_bits(_mm512_set1_epi16((1 << kLow) - 1), word_field<kLow, S, 0>(block),
+                       word_field<planes.width[1], S, kLow>(block + kLow * kUnitBytes));
+  }
+}
+
+template <int B>
+struct WordLut {
+  static constexpr int kBits = B;
+  WordTable<B> table;
+  explicit WordLut(const Launch& l) : table(l.table) {}
+};
+
+template <int B>
+struct ComputeBf16 {
+  using Codec = WordLut<B>;
+  using X = uint16_t;
+  using Broadcast = __m512i;
+  static constexpr Dtype kType = Dtype::kBf16;
+  static constexpr int kStepK = 2;
+  template <int S>
+  LOWBIT_INLINE static __m512i value(const Codec& codec, const uint8_t* block) {
+    return codec.table(word_code_of<B, S>(block));
+  }
+  LOWBIT_INLINE static __m512i broadcast(const uint16_t* x) {
+    int32_t pair;
+    __builtin_memcpy(&pair, x, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  LOWBIT_INLINE static F dot(F acc, __m512i x, __m512i value) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)value, (__m512bh)x);
+  }
+};
+
+// Rows [begin, end) of bf16 x, zero beyond k.
+inline void prepare_bf16(const Launch& l, int64_t begin, int64_t end) {
+  for (int64_t m = begin; m < end; ++m) {
+    uint16_t* out = static_cast<uint16_t*>(l.prepared) + m * l.prepared_stride;
+    __builtin_memcpy(out, static_cast<const uint16_t*>(l.x) + m * l.x_stride, l.k * 2);
+    __builtin_memset(out + l.k, 0, (l.prepared_stride - l.k) * 2);
+    if (l.x_sums) sum_groups<Dtype::kBf16>(l, out, l.x_sums + m * l.num_groups);
+  }
+}
+
+constexpr int kWordPanelChunks = 8;  // 256 weights x 64 columns of bf16 = 32 KiB
+constexpr int64_t kWordRowsPerTask = 96;
+constexpr int kWordPanelRows = 6;
+constexpr int kPairsPerChunk = kChunkK / 2;
+constexpr int kColumnVecs = kBlockN / kUnitLanes;
+
+// panel[pair][64 columns][2] in bf16: table entries, not yet scaled.
+template <int B>
+inline void decode_words(const Launch& l, const WordLut<B>& codec, int64_t block, int64_t chunk_begin,
+                         int64_t chunk_end, uint16_t* panel) {
+  const uint8_t* codes = l.codes + (block * num_chunks(l.k) + chunk_begin) * chunk_bytes(B);
+  for (int64_t c = chunk_begin; c < chunk_end; ++c) {
+    unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
+      unroll<kPairsPerChunk>([&](auto s) LOWBIT_INLINE {
+        const __m512i value = ComputeBf16<B>::template value<s>(codec, codes + v * vector_bytes(B));
+        _mm512_store_si512(panel + s * 2 * kBlockN + v * 2 * kUnitLanes, value);
+      });
+    });
+    codes += chunk_bytes(B);
+    panel += kPairsPerChunk * 2 * kBlockN;
+  }
+}
+
+// Where a panel stands in the groups. A panel holds whole groups, or, if it `carries`, a part of one.
+struct Span {
+  int64_t block, first_row, chunk, chunk_end, chunks_per_group;
+  bool carries;
+};
+
+// Multiplies a panel; wherever a group ends, adds its scaled sums to `y`. The sums of an unfinished group go to
+// `carry`. Both are (rows, 64).
+template <int kRows>
+inline void multiply_words(const Launch& l, const Span& span, const uint16_t* panel, int64_t row, float* carry_row,
+                           float* y_row) {
+  using Compute = ComputeBf16<1>;  // the product is the same for all bit widths
+  F acc[kRows][kColumnVecs];
+  unroll<kRows>([&](auto r) LOWBIT_INLINE { unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = zero(); }); });
+  const int64_t stride = l.prepared_stride;
+  const uint16_t* x = static_cast<const uint16_t*>(l.prepared) + (span.first_row + row) * stride;
+  const int64_t chunks = num_chunks(l.k);
+  for (int64_t c = span.chunk; c < span.chunk_end; ++c) {
+    const uint16_t* xc = x + c * kChunkK;
+    for (int pair = 0; pair < kPairsPerChunk; ++pair) {
+      __m512i w[kColumnVecs];
+      unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { w[v] = load_i(panel + v * 2 * kUnitLanes); });
+      unroll<kRows>([&](auto r) LOWBIT_INLINE {
+        unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
+          acc[r][v] = Compute::dot(acc[r][v], Compute::broadcast(xc + r * stride + 2 * pair), w[v]);
+        });
+      });
+      panel += 2 * kBlockN;
+    }
+    if ((c + 1) % span.chunks_per_group != 0 && c + 1 < chunks) continue;
+    const int64_t group = c / span.chunks_per_group;
+    unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
+      const GroupTerms terms = group_terms(l, span.block, group, v * kUnitLanes);
+      unroll<kRows>([&](auto r) LOWBIT_INLINE {
+        float* y = y_row + r * kBlockN + v * kUnitLanes;
+        float* carry = carry_row + r * kBlockN + v * kUnitLanes;
+        if (span.carries) {
+          acc[r][v] = add(acc[r][v], load(carry));
+          store(carry, zero());
+        }
+        const float x_sum = l.x_sums ? l.x_sums[(span.first_row + row + r) * l.num_groups + group] : 0.0f;
+        store(y, finish_group(l, terms, load(y), acc[r][v], x_sum));
+        acc[r][v] = zero();
+      });
+    });
+  }
+  if (!span.carries) return;
+  unroll<kRows>([&](auto r) LOWBIT_INLINE {
+    unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
+      float* carry = carry_row + r * kBlockN + v * kUnitLanes;
+      store(carry, add(load(carry), acc[r][v]));
+    });
+  });
+}
+
+template <int B>
+void gemm_words_run(const Launch& l, int64_t begin, int64_t end) {
+  const WordLut<B> codec(l);
+  alignas(64) uint16_t panel[kWordPanelChunks * kChunkK * kBlockN];
+  alignas(64) float carry[kWordRowsPerTask * kBlockN];
+  alignas(64) float y[kWordRowsPerTask * kBlockN];
+  const int64_t row_blocks = ceil_div(l.m, kWordRowsPerTask), chunks = num_chunks(l.k);
+  for (int64_t task = begin; task < end; ++task) {
+    Span span{};
+    span.block = task / row_blocks;
+    span.first_row = task % row_blocks * kWordRowsPerTask;
+    span.chunks_per_group = l.num_groups == 1 ? chunks : l.group / kChunkK;
+    span.carries = span.chunks_per_group > kWordPanelChunks;
+    const int64_t panel_chunks =
+        span.carries ? kWordPanelChunks : kWordPanelChunks / span.chunks_per_group * span.chunks_per_group;
+    const int64_t left = l.m - span.first_row;
+    const int64_t rows = left < kWordRowsPerTask ? left : kWordRowsPerTask;
+    __builtin_memset(carry, 0, rows * kBlockN * sizeof(float));
+    __builtin_memset(y, 0, rows * kBlockN * sizeof(float));
+    for (span.chunk = 0; span.chunk < chunks; span.chunk = span.chunk_end) {
+      span.chunk_end = span.chunk + panel_chunks < chunks ? span.chunk + panel_chunks : chunks;
+      decode_words<B>(l, codec, span.block, span.chunk, span.chunk_end, panel);
+      int64_t r = 0;
+      for (; r + kWordPanelRows <= rows; r += kWordPanelRows) {
+        multiply_words<kWordPanelRows>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
+      }
+      for (; r + 2 <= rows; r += 2) multiply_words<2>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
+      for (; r < rows; ++r) multiply_words<1>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      store_columns(l, span.first_row + r, span.block * kBlockN, kBlockN, y + r * kBlockN);
+    }
+  }
+}
+
+template <int B>
+constexpr Kernel gemv_bf16(const char* name) {
+  return {name,
+          Op::kLinear,
+          Dtype::kBf16,
+          Codec::kLut,
+          B,
+          Scope::kShared,
+          kAvx512Bf16,
+          true,
+          {false, true, false, false},
+          gemv_cost(B, Codec::kLut),
+          prepare_bf16,
+          0,
+          gemv_run<ComputeBf16<B>>};
+}
+template <int B>
+constexpr Kernel gemm_bf16(const char* name) {
+  return {name,
+          Op::kLinear,
+          Dtype::kBf16,
+          Codec::kLut,
+          B,
+          Scope::kShared,
+          kAvx512Bf16,
+          true,
+          {false, true, false, false},
+          gemm_cost(B, Codec::kLut),
+          prepare_bf16,
+          kWordRowsPerTask,
+          gemm_words_run<B>};
+}
+
+#define LOWBIT_ROWS(B) \
+  gemv_bf16<B>(LOWBIT_NAME("gemv", "bf16", "lut" #B)), gemm_bf16<B>(LOWBIT_NAME("gemm", "bf16", "lut" #B)),
+
+const Kernel kBf16Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_ROWS)};
+
+}  // namespace
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit

@@ -1,0 +1,104 @@
+// Every codec: bits of the n16 layout (layout.h) to lanes. Compiled once per instruction set.
+//
+// A codec has kBits and value<S>(block, columns): the fp32 values of weight S (0..31) of a chunk for kVecLanes columns.
+// `block` points at the first unit of those columns; `columns` is what `at` returned for them. The bf16 codecs, pairs
+// of weights at a time, stand at the end.
+#pragma once
+
+#include <utility>
+
+#include "kernel.h"
+#include "layout.h"
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace {
+
+#define LOWBIT_INLINE __attribute__((always_inline))
+
+template <int N, class Fn>
+LOWBIT_INLINE inline void unroll(Fn&& fn) {
+  [&]<int... S>(std::integer_sequence<int, S...>)
+      LOWBIT_INLINE { (fn(std::integral_constant<int, S>{}), ...); }(std::make_integer_sequence<int, N>{});
+}
+
+// Brings the field of weight S in a plane of W bits to bit P of each lane. Bits outside the field are arbitrary.
+template <int W, int S, int P>
+LOWBIT_INLINE inline I field(const uint8_t* plane) {
+  constexpr FieldPlace place = field_place(W, 0, S);
+  // Byte 2 of lane 0 is its odd word: the upper half of the dword.
+  constexpr int kUnit = place.byte / kUnitBytes * kUnitBytes;
+  constexpr int kShift = place.byte % kUnitBytes * 8 + place.shift - P;
+  const I v = load_i(plane + kUnit);
+  if constexpr (kShift > 0) {
+    return shift_right<kShift>(v);
+  } else if constexpr (kShift < 0) {
+    return shift_left<-kShift>(v);
+  } else {
+    return v;
+  }
+}
+
+// The code of weight S in the low B bits of each lane. Higher bits are arbitrary.
+template <int B, int S>
+LOWBIT_INLINE inline I code_of(const uint8_t* block) {
+  constexpr Planes planes = planes_of(B);
+  constexpr int kLow = planes.width[0];
+  if constexpr (planes.count == 1) {
+    return field<kLow, S, 0>(block);
+  } else {
+    return select_bits(set1_i((1 << kLow) - 1), field<kLow, S, 0>(block),
+                       field<planes.width[1], S, kLow>(block + kLow * kUnitBytes));
+  }
+}
+
+// One table for all columns.
+template <int B>
+struct Lut {
+  static constexpr int kBits = B;
+  static constexpr Codec kCodec = Codec::kLut;
+  static constexpr Scope kScope = Scope::kShared;
+  Table<B> table;
+  explicit Lut(const Launch& l) : table(l.table) {}
+  const float* at(int64_t, int64_t, int) const { return nullptr; }
+  template <int S>
+  LOWBIT_INLINE F value(const uint8_t* block, const float*) const {
+    return table(code_of<B, S>(block));
+  }
+};
+
+// A table per column, and possibly per group: (n / 64, table_groups, 2^B, 64).
+template <int B>
+struct ColumnLut {
+  static constexpr int kBits = B;
+  static constexpr Codec kCodec = Codec::kLut;
+  static constexpr Scope kScope = Scope::kColumn;
+  const Launch& l;
+  explicit ColumnLut(const Launch& launch) : l(launch) {}
+  const float* at(int64_t block, int64_t group, int lane) const {
+    const int64_t g = l.table_groups == 1 ? 0 : group;
+    return l.table + ((block * l.table_groups + g) << B) * kBlockN + lane;
+  }
+  template <int S>
+  LOWBIT_INLINE F value(const uint8_t* block, const float* columns) const {
+    return gather_column(columns, bit_and(code_of<B, S>(block), set1_i((1 << B) - 1)), kBlockN);
+  }
+};
+
+// 8-bit integers by arithmetic: code + table[0].
+struct Int8 {
+  static constexpr int kBits = 8;
+  static constexpr Codec kCodec = Codec::kInt;
+  static constexpr Scope kScope = Scope::kShared;
+  F first;
+  explicit Int8(const Launch& l) : first(set1(l.table[0])) {}
+  const float* at(int64_t, int64_t, int) const { return nullptr; }
+  template <int S>
+  LOWBIT_INLINE F value(const uint8_t* block, const float*) const {
+    return add(to_float(bit_and(code_of<8, S>(block), set1_i(255))), first);
+  }
+};
+
+}  // namespace
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit

@@ -1,0 +1,144 @@
+// What every family of kernels shares: scales, zeros, preparing x, and storing results.
+#pragma once
+
+#include "cpu/codecs-inl.h"
+
+// A row's name in the kernel table, and the function through which dispatch.cpp finds an instruction set's rows.
+#define LOWBIT_STR_(x) #x
+#define LOWBIT_STR(x) LOWBIT_STR_(x)
+#define LOWBIT_NAME(op, act, codec) op "_" act "_" codec "_n16_" LOWBIT_STR(LOWBIT_ISA)
+#define LOWBIT_FOREACH_BITS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(8)
+#define LOWBIT_CAT_(a, b) a##b
+#define LOWBIT_CAT(a, b) LOWBIT_CAT_(a, b)
+#define LOWBIT_EXPORT_TABLE(rows)                                        \
+  namespace lowbit {                                                     \
+  const Kernel* LOWBIT_CAT(kernels_, LOWBIT_ISA)(int* count) {           \
+    *count = static_cast<int>(sizeof LOWBIT_ISA::rows / sizeof(Kernel)); \
+    return LOWBIT_ISA::rows;                                             \
+  }                                                                      \
+  }
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace {
+
+inline F load_as(const void* p, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return load(static_cast<const float*>(p) + i);
+    case Dtype::kBf16:
+      return load_bf16(static_cast<const uint16_t*>(p) + i);
+    case Dtype::kF16:
+      return load_f16(static_cast<const uint16_t*>(p) + i);
+    case Dtype::kI8:
+      return load_i8(static_cast<const int8_t*>(p) + i);
+  }
+  __builtin_unreachable();
+}
+
+constexpr int size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 ? 1 : 2; }
+
+// The first `count` (at most kVecLanes) values at p; the rest is zero. Reads nothing beyond them.
+inline F load_tail(const void* p, Dtype dtype, int64_t i, int64_t count) {
+  alignas(64) char bytes[kVecLanes * 4] = {};
+  const int size = size_of(dtype);
+  __builtin_memcpy(bytes, static_cast<const char*>(p) + i * size, count * size);
+  return load_as(bytes, dtype, 0);
+}
+
+// Converts `count` fp32 values to `dtype` at element i of p; values must have room for whole vectors.
+inline void store_as(void* p, Dtype dtype, int64_t i, const float* values, int64_t count) {
+  for (int64_t j = 0; j < count; j += kVecLanes) {
+    const F v = load(values + j);
+    alignas(64) char bytes[kVecLanes * 4];
+    if (dtype == Dtype::kF32) {
+      store(reinterpret_cast<float*>(bytes), v);
+    } else if (dtype == Dtype::kBf16) {
+      store_bf16(reinterpret_cast<uint16_t*>(bytes), v);
+    } else {
+      store_f16(reinterpret_cast<uint16_t*>(bytes), v);
+    }
+    const int64_t left = count - j < kVecLanes ? count - j : kVecLanes;
+    const int size = size_of(dtype);
+    __builtin_memcpy(static_cast<char*>(p) + (i + j) * size, bytes, left * size);
+  }
+}
+
+// Scale and zero of kVecLanes columns of one group.
+struct GroupTerms {
+  F scale, zero;
+};
+inline GroupTerms group_terms(const Launch& l, int64_t block, int64_t group, int lane) {
+  const int64_t i = (block * l.num_groups + group) * kBlockN + lane;
+  return {l.scales ? load_as(l.scales, l.scale_dtype, i) : set1(1.0f),
+          l.zero != ZeroMode::kNone ? load_as(l.zeros, l.zero_dtype, i) : zero()};
+}
+
+// y + scale * (acc - zero * x_sum), or y + (scale * acc + zero * x_sum). With one x equal to 1 and the rest 0 this is
+// the dequantized weight, rounded as reference.py rounds it.
+inline F finish_group(const Launch& l, GroupTerms t, F y, F acc, float x_sum) {
+  if (l.zero == ZeroMode::kNone) return fma(t.scale, acc, y);
+  if (l.zero == ZeroMode::kSubtract) {
+    return fma(t.scale, sub(acc, mul(t.zero, set1(x_sum))), y);
+  }
+  return add(add(mul(t.scale, acc), mul(t.zero, set1(x_sum))), y);
+}
+
+// Adds the bias to `count` columns of one row of y, from column n0, and stores those below n. `y` holds whole vectors.
+inline void store_columns(const Launch& l, int64_t row, int64_t n0, int64_t count, float* y) {
+  if (l.n - n0 < count) count = l.n - n0;
+  if (l.bias) {
+    for (int64_t j = 0; j < count; j += kVecLanes) {
+      const int64_t left = count - j < kVecLanes ? count - j : kVecLanes;
+      store(y + j, add(load(y + j), load_tail(l.bias, l.bias_dtype, n0 + j, left)));
+    }
+  }
+  store_as(l.out, l.out_dtype, row * l.out_stride + n0, y, count);
+}
+
+// Sums of a prepared row over each group; groups start at multiples of kChunkK.
+template <Dtype kType>
+inline void sum_groups(const Launch& l, const void* row, float* sums) {
+  for (int64_t g = 0; g < l.num_groups; ++g) {
+    const int64_t begin = g * l.group;
+    const int64_t end = g + 1 == l.num_groups ? l.prepared_stride : begin + l.group;
+    F total = zero();
+    for (int64_t i = begin; i < end; i += kVecLanes) total = add(total, load_as(row, kType, i));
+    sums[g] = sum(total);
+  }
+}
+
+// Rows [begin, end) of x as fp32, zero beyond k.
+inline void prepare_f32(const Launch& l, int64_t begin, int64_t end) {
+  for (int64_t m = begin; m < end; ++m) {
+    float* out = static_cast<float*>(l.prepared) + m * l.prepared_stride;
+    const int64_t x0 = m * l.x_stride;
+    int64_t i = 0;
+    for (; i + kVecLanes <= l.k; i += kVecLanes) store(out + i, load_as(l.x, l.x_dtype, x0 + i));
+    for (; i < l.prepared_stride; i += kVecLanes) {
+      const int64_t left = i < l.k ? l.k - i : 0;
+      store(out + i, load_tail(l.x, l.x_dtype, x0 + i, left));
+    }
+    if (l.x_sums) sum_groups<Dtype::kF32>(l, out, l.x_sums + m * l.num_groups);
+  }
+}
+
+// How a family multiplies: kSteps steps of kStepK weights cover a chunk.
+template <class C>
+struct ComputeF32 {
+  using Codec = C;
+  using X = float;
+  using Broadcast = F;
+  static constexpr Dtype kType = Dtype::kF32;
+  static constexpr int kStepK = 1;
+  template <int S>
+  LOWBIT_INLINE static F value(const C& codec, const uint8_t* block) {
+    return codec.template value<S>(block, nullptr);
+  }
+  LOWBIT_INLINE static F broadcast(const float* x) { return set1(*x); }
+  LOWBIT_INLINE static F dot(F acc, F x, F value) { return fma(x, value, acc); }
+};
+
+}  // namespace
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit

@@ -1,0 +1,151 @@
+// Vectors in plain C++: 16 lanes as arrays, for CPUs without AVX2. The compiler maps them to the baseline's SSE2.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace {
+
+constexpr int kVecLanes = 16;
+constexpr int kTileVecs = 1;
+constexpr int kPanelRows = 2;
+constexpr int kPanelVecs = 1;
+struct F {
+  float v[kVecLanes];
+};
+struct I {
+  uint32_t v[kVecLanes];
+};
+
+template <class R, class Fn>
+inline R each(Fn fn) {
+  R r;
+  for (int i = 0; i < kVecLanes; ++i) r.v[i] = fn(i);
+  return r;
+}
+
+inline F set1(float s) {
+  return each<F>([&](int) { return s; });
+}
+inline F zero() { return set1(0.0f); }
+inline F load(const float* p) {
+  return each<F>([&](int i) { return p[i]; });
+}
+inline void store(float* p, F v) { std::memcpy(p, v.v, sizeof v.v); }
+inline F add(F a, F b) {
+  return each<F>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F sub(F a, F b) {
+  return each<F>([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline F mul(F a, F b) {
+  return each<F>([&](int i) { return a.v[i] * b.v[i]; });
+}
+// Two roundings: a fused one would be a library call for every lane.
+inline F fma(F a, F b, F c) {
+  return each<F>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+inline float sum(F v) {
+  float s = 0;
+  for (int i = 0; i < kVecLanes; ++i) s += v.v[i];
+  return s;
+}
+
+inline I load_i(const void* p) {
+  I r;
+  std::memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+inline I set1_i(uint32_t s) {
+  return each<I>([&](int) { return s; });
+}
+template <int N>
+inline I shift_right(I a) {
+  return each<I>([&](int i) { return a.v[i] >> N; });
+}
+template <int N>
+inline I shift_left(I a) {
+  return each<I>([&](int i) { return a.v[i] << N; });
+}
+inline I bit_and(I a, I b) {
+  return each<I>([&](int i) { return a.v[i] & b.v[i]; });
+}
+// mask ? a : b, bit by bit.
+inline I select_bits(I mask, I a, I b) {
+  return each<I>([&](int i) { return (mask.v[i] & a.v[i]) | (~mask.v[i] & b.v[i]); });
+}
+inline F to_float(I a) {
+  return each<F>([&](int i) { return static_cast<float>(static_cast<int32_t>(a.v[i])); });
+}
+
+inline float from_bits(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t to_bits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t{h & 0x8000u} << 16, e = (h >> 10) & 31, m = h & 1023;
+  if (e == 31) return from_bits(sign | 0x7F800000u | m << 13);
+  if (e > 0) return from_bits(sign | (e + 112) << 23 | m << 13);
+  const float subnormal = static_cast<float>(m) * 0x1p-24f;
+  return sign ? -subnormal : subnormal;
+}
+// Round to nearest even.
+inline uint16_t float_to_half(float f) {
+  const uint32_t bits = to_bits(f), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
+  if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // 65520 and more
+  if (magnitude < 0x38800000u) {
+    // Subnormal half: adding 0.5 leaves the value, in units of 2^-24, in the low mantissa bits.
+    return static_cast<uint16_t>(sign | (to_bits(from_bits(magnitude) + 0.5f) & 0x7FFu));
+  }
+  const uint32_t rounded = magnitude + 0xFFFu + (magnitude >> 13 & 1u);
+  return static_cast<uint16_t>(sign | ((rounded >> 13) - (112u << 10)));
+}
+inline F load_bf16(const uint16_t* p) {
+  return each<F>([&](int i) { return from_bits(uint32_t{p[i]} << 16); });
+}
+inline F load_f16(const uint16_t* p) {
+  return each<F>([&](int i) { return half_to_float(p[i]); });
+}
+inline F load_i8(const int8_t* p) {
+  return each<F>([&](int i) { return static_cast<float>(p[i]); });
+}
+inline void store_bf16(uint16_t* p, F a) {
+  for (int i = 0; i < kVecLanes; ++i) {
+    const uint32_t b = to_bits(a.v[i]);
+    const bool nan = (b & 0x7FFFFFFFu) > 0x7F800000u;
+    p[i] = static_cast<uint16_t>((nan ? b | 0x400000u : b + 0x7FFFu + (b >> 16 & 1u)) >> 16);
+  }
+}
+inline void store_f16(uint16_t* p, F a) {
+  for (int i = 0; i < kVecLanes; ++i) p[i] = float_to_half(a.v[i]);
+}
+
+// Looks up the low B bits of each lane; higher bits are ignored.
+template <int B>
+struct Table {
+  const float* t;
+  explicit Table(const float* values) : t(values) {}
+  F operator()(I code) const {
+    return each<F>([&](int i) { return t[code.v[i] & ((1u << B) - 1)]; });
+  }
+};
+
+// Lane i of the result is table[code[i] * stride + i].
+inline F gather_column(const float* table, I code, int stride) {
+  return each<F>([&](int i) { return table[code.v[i] * static_cast<uint32_t>(stride) + i]; });
+}
+
+inline void prefetch(const void*) {}
+
+}  // namespace
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit

@@ -1,0 +1,87 @@
+// The kernel table's types: what is asked (Desc), one kernel (Kernel), and one call (Launch). No torch, no Python,
+// no std containers: this header is compiled under every instruction set's flags.
+#pragma once
+
+#include <cstdint>
+
+namespace lowbit {
+
+enum class Op : int32_t { kLinear, kDequantize };
+enum class Dtype : int32_t { kF32, kBf16, kF16, kI8 };
+// kInt: the table is code + table[0], so arithmetic may replace the lookup.
+enum class Codec : int32_t { kLut, kInt };
+// One table for the weight, or one per column (and possibly per group).
+enum class Scope : int32_t { kShared, kColumn };
+enum class ZeroMode : int32_t { kNone, kSubtract, kAdd };
+
+enum Isa : uint32_t {
+  kScalar = 1u << 0,
+  kAvx2 = 1u << 1,        // avx2, fma, f16c
+  kAvx512 = 1u << 2,      // f, bw, vl, dq, vbmi
+  kAvx512Bf16 = 1u << 3,  // avx512 and bf16
+  kAvx512Vnni = 1u << 4,  // avx512 and vnni
+};
+
+struct Desc {
+  Op op;
+  Dtype x;  // activations; for kDequantize, the output
+  Codec codec;
+  int32_t bits;
+  Scope scope;
+  ZeroMode zero;
+  int64_t m, n, k;
+  int64_t group;  // at least 1; k or more means the whole row
+};
+
+// W[n, k] = scale * (T - zero) or scale * T + zero, T = table[code]; y = x W^T + bias. Layouts: layout.h; scales and
+// zeros are (n / 64, groups, 64), a column table is (n / 64, table_groups, 2^bits, 64), all padded to whole blocks.
+struct Launch {
+  int64_t m, n, k, group, num_groups;
+  const void* x;
+  Dtype x_dtype;
+  int64_t x_stride;  // elements between rows
+  void* prepared;    // x in the kernel's compute dtype, rows of prepared_stride, zero beyond k
+  int64_t prepared_stride;
+  float* x_sums;          // (m, num_groups): sums of x over each group, int32 with int8 x; only where they are needed
+  const float* x_scales;  // (m): of int8 x
+  const uint8_t* codes;
+  const void* scales;  // may be null
+  Dtype scale_dtype;
+  const void* zeros;  // null if zero is kNone
+  Dtype zero_dtype;
+  ZeroMode zero;
+  const float* table;
+  int64_t table_groups;
+  const void* bias;  // may be null
+  Dtype bias_dtype;
+  void* out;  // (m, n), or (n, k) for kDequantize
+  Dtype out_dtype;
+  int64_t out_stride;
+};
+
+// Picoseconds per weight on one thread: `single` for one row, else fixed + pass * ceil(m / rows_per_pass). Each
+// instruction set's constants stand in its <isa>.cpp with how they were measured.
+struct Cost {
+  float single, fixed, pass;
+  int32_t rows_per_pass;
+};
+
+struct Kernel {
+  const char* name;  // op_act_codec_layout_isa
+  Op op;
+  Dtype compute;  // what x is converted to before it meets the weights
+  Codec codec;
+  int32_t bits;
+  Scope scope;
+  Isa isa;
+  bool chunk_groups;  // groups must be a multiple of kChunkK, or the whole row
+  bool exact_x[4];    // by Dtype of x: converting to `compute` loses nothing
+  Cost cost;
+  // Converts rows [begin, end) of x; null for kDequantize.
+  void (*prepare)(const Launch&, int64_t begin, int64_t end);
+  // A task is a block of 64 columns times a block of rows.
+  int64_t rows_per_task;
+  void (*run)(const Launch&, int64_t task_begin, int64_t task_end);
+};
+
+}  // namespace lowbit

@@ -1,0 +1,25 @@
+// Between canonical codes (python/lowbit/packing.py: rows of a little-endian bit stream, or five trits a byte) and
+// plain codes or the n16 layout (layout.h). Sizes are checked by the caller.
+#pragma once
+
+#include <cstdint>
+
+namespace lowbit {
+
+struct CanonicalCodes {
+  int64_t n, k, row_bytes;
+  int bits;
+  bool trits;
+};
+
+// codes (n, k), one per byte.
+void pack_rows(const uint8_t* codes, const CanonicalCodes& shape, uint8_t* packed, int threads);
+void unpack_rows(const uint8_t* packed, const CanonicalCodes& shape, uint8_t* codes, int threads);
+
+void prepack(const uint8_t* packed, const CanonicalCodes& shape, uint8_t* n16, int threads);
+void unprepack(const uint8_t* n16, const CanonicalCodes& shape, uint8_t* packed, int threads);
+
+// The codes of one row of an n16 weight, k of them.
+void read_row(const uint8_t* n16, int64_t n, int64_t k, int bits, uint8_t* codes);
+
+}  // namespace lowbit

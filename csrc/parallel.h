@@ -1,0 +1,28 @@
+// Static split of tasks over OpenMP threads. Only translation units compiled for the baseline include it.
+#pragma once
+
+#include <omp.h>
+
+#include <cstdint>
+
+namespace lowbit {
+
+// Whether this process is the child of a fork. libgomp's threads do not survive it, and a parallel region in the child
+// would wait for them forever, so everything runs on one thread there.
+bool after_fork();
+
+// Calls fn(begin, end) for disjoint ranges that cover [0, tasks), each thread's range contiguous.
+template <class Fn>
+void parallel(int64_t tasks, int threads, const Fn& fn) {
+  if (threads <= 1 || tasks <= 1 || after_fork()) {
+    fn(int64_t{0}, tasks);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t count = omp_get_num_threads(), index = omp_get_thread_num();
+    fn(tasks * index / count, tasks * (index + 1) / count);
+  }
+}
+
+}  // namespace lowbit

@@ -1,0 +1,252 @@
+// Every row of the kernel table against plain loops, without Python: for sanitizers and for emulated CPUs.
+// Packs random codes, checks that unpacking returns them, that x = identity gives scale * (T - zero) bit for bit, and
+// that random x agrees with a sum in double. Buffers have the exact sizes, so any overrun meets a red zone.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "dispatch.h"
+#include "layout.h"
+#include "pack.h"
+
+using namespace lowbit;
+
+namespace {
+
+int failures = 0;
+int checks = 0;
+
+void expect(bool ok, const char* kernel, const char* what, int64_t i, double got, double want) {
+  ++checks;
+  if (ok) return;
+  if (++failures <= 20)
+    std::printf("FAIL %s: %s at %lld: %.9g, expected %.9g\n", kernel, what, (long long)i, got, want);
+}
+
+float round_bf16(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+struct Case {
+  int64_t m, n, k, group;
+  ZeroMode zero;
+};
+
+// One weight in n16 layout with fp32 scales and zeros, and its dequantized values.
+struct Problem {
+  Case c;
+  int bits;
+  Scope scope;
+  std::vector<uint8_t> codes, packed, n16;
+  std::vector<float> scales, zeros, table, value;
+
+  Problem(const Case& c_, int bits_, Scope scope_, bool integer, bool bf16_table, std::mt19937& rng)
+      : c(c_), bits(bits_), scope(scope_) {
+    const int64_t groups = ceil_div(c.k, c.group), blocks = num_blocks(c.n);
+    const int entries = 1 << bits;
+    const CanonicalCodes shape{c.n, c.k, ceil_div(c.k * bits, 8), bits, false};
+    codes.resize(c.n * c.k);
+    for (uint8_t& code : codes) code = static_cast<uint8_t>(rng() % entries);
+    packed.resize(c.n * shape.row_bytes);
+    pack_rows(codes.data(), shape, packed.data(), 1);
+    std::vector<uint8_t> again(codes.size());
+    unpack_rows(packed.data(), shape, again.data(), 1);
+    expect(again == codes, "pack_rows", "round trip", bits, 0, 0);
+    n16.resize(packed_bytes(c.n, c.k, bits));
+    prepack(packed.data(), shape, n16.data(), 2);
+    std::vector<uint8_t> back(packed.size());
+    unprepack(n16.data(), shape, back.data(), 2);
+    expect(back == packed, "prepack", "round trip", bits, 0, 0);
+
+    std::normal_distribution<float> normal;
+    const int64_t tables = scope == Scope::kShared ? 1 : blocks * groups * kBlockN;
+    table.resize(tables * entries);
+    for (size_t i = 0; i < table.size(); ++i) {
+      const float v = integer ? static_cast<float>(static_cast<int>(i) - entries / 2) : normal(rng);
+      table[i] = bf16_table ? round_bf16(v) : v;
+    }
+    scales.resize(blocks * groups * kBlockN);
+    zeros.resize(scales.size());
+    for (float& s : scales) s = 0.5f + std::abs(normal(rng));
+    for (float& z : zeros) z = normal(rng);
+    value.resize(c.n * c.k);
+    for (int64_t n = 0; n < c.n; ++n) {
+      for (int64_t k = 0; k < c.k; ++k) {
+        const int64_t group = k / c.group, term = (n / kBlockN * groups + group) * kBlockN + n % kBlockN;
+        const int code = codes[n * c.k + k];
+        const int64_t column = ((n / kBlockN * groups + group) * entries + code) * kBlockN + n % kBlockN;
+        const float t = scope == Scope::kShared ? table[code] : table[column];
+        // volatile: one rounding an operation, whatever the compiler would fuse.
+        volatile float inner = c.zero == ZeroMode::kAdd ? scales[term] * t : t;
+        if (c.zero == ZeroMode::kSubtract) inner = inner - zeros[term];
+        value[n * c.k + k] = c.zero == ZeroMode::kAdd ? inner + zeros[term] : scales[term] * inner;
+      }
+    }
+  }
+
+  Launch launch() {
+    Launch l{};
+    l.n = c.n;
+    l.k = c.k;
+    l.group = c.group;
+    l.num_groups = ceil_div(c.k, c.group);
+    l.codes = n16.data();
+    l.scales = scales.data();
+    l.zeros = c.zero == ZeroMode::kNone ? nullptr : zeros.data();
+    l.zero = c.zero;
+    l.table = table.data();
+    l.table_groups = scope == Scope::kShared ? 1 : l.num_groups;
+    return l;
+  }
+};
+
+void check_linear(const Kernel& kernel, Problem& p, std::mt19937& rng) {
+  const Case& c = p.c;
+  const bool bf16 = kernel.compute == Dtype::kBf16;
+  const auto multiply = [&](const std::vector<float>& x, int64_t m, int threads) {
+    std::vector<uint16_t> words(bf16 ? x.size() : 0);
+    for (size_t i = 0; i < words.size(); ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &x[i], 4);
+      words[i] = static_cast<uint16_t>(bits >> 16);
+    }
+    std::vector<float> y(m * c.n, std::nanf(""));
+    Launch l = p.launch();
+    l.m = m;
+    l.x = bf16 ? static_cast<const void*>(words.data()) : x.data();
+    l.x_dtype = bf16 ? Dtype::kBf16 : Dtype::kF32;
+    l.x_stride = c.k;
+    l.out = y.data();
+    l.out_dtype = Dtype::kF32;
+    l.out_stride = c.n;
+    run(kernel, l, threads);
+    return y;
+  };
+  std::vector<float> identity(c.k * c.k, 0.0f);
+  for (int64_t k = 0; k < c.k; ++k) identity[k * c.k + k] = 1.0f;
+  const std::vector<float> w = multiply(identity, c.k, 2);
+  for (int64_t k = 0; k < c.k; ++k) {
+    for (int64_t n = 0; n < c.n; ++n) {
+      expect(w[k * c.n + n] == p.value[n * c.k + k], kernel.name, "identity", n * c.k + k, w[k * c.n + n],
+             p.value[n * c.k + k]);
+    }
+  }
+  std::normal_distribution<float> normal;
+  std::vector<float> x(c.m * c.k);
+  for (float& v : x) v = round_bf16(normal(rng));
+  const std::vector<float> y = multiply(x, c.m, 1);
+  for (int64_t m = 0; m < c.m; ++m) {
+    for (int64_t n = 0; n < c.n; ++n) {
+      double sum = 0, magnitude = 0;
+      for (int64_t k = 0; k < c.k; ++k) {
+        const double product = double{x[m * c.k + k]} * p.value[n * c.k + k];
+        sum += product;
+        magnitude += std::abs(product);
+      }
+      // k additions, each off by half an ulp of a partial sum; integers before their zero is taken away are larger
+      // than their products by at most their largest code.
+      const double bound = static_cast<double>(c.k + 4) * 0x1p-23 * (magnitude + 1) * 8;
+      expect(std::abs(y[m * c.n + n] - sum) <= bound, kernel.name, "random x", m * c.n + n, y[m * c.n + n], sum);
+    }
+  }
+}
+
+void check_int8(const Kernel& kernel, Problem& p, std::mt19937& rng) {
+  const Case& c = p.c;
+  std::vector<int8_t> x(c.m * c.k);
+  for (int8_t& v : x) v = static_cast<int8_t>(rng() % 256 - 128);
+  std::vector<float> x_scales(c.m), y(c.m * c.n, std::nanf(""));
+  for (float& s : x_scales) s = 0.25f + static_cast<float>(rng() % 8);
+  Launch l = p.launch();
+  l.m = c.m;
+  l.x = x.data();
+  l.x_dtype = Dtype::kI8;
+  l.x_scales = x_scales.data();
+  l.x_stride = c.k;
+  l.out = y.data();
+  l.out_dtype = Dtype::kF32;
+  l.out_stride = c.n;
+  run(kernel, l, 2);
+  for (int64_t m = 0; m < c.m; ++m) {
+    for (int64_t n = 0; n < c.n; ++n) {
+      double sum = 0, magnitude = 0;
+      for (int64_t k = 0; k < c.k; ++k) {
+        sum += double{p.value[n * c.k + k]} * x[m * c.k + k] * x_scales[m];
+        magnitude += (std::abs(p.value[n * c.k + k]) + 300) * 128 * x_scales[m];
+      }
+      // The int32 sums are exact; four fp32 operations a group follow.
+      expect(std::abs(y[m * c.n + n] - sum) <= 4 * 0x1p-23 * magnitude, kernel.name, "int8 x", m * c.n + n,
+             y[m * c.n + n], sum);
+    }
+  }
+}
+
+void check_dequantize(const Kernel& kernel, Problem& p) {
+  std::vector<float> w(p.c.n * p.c.k, std::nanf(""));
+  Launch l = p.launch();
+  l.m = 1;
+  l.out = w.data();
+  l.out_dtype = Dtype::kF32;
+  l.out_stride = p.c.k;
+  run(kernel, l, 2);
+  for (size_t i = 0; i < w.size(); ++i) expect(w[i] == p.value[i], kernel.name, "dequantize", i, w[i], p.value[i]);
+}
+
+void check_embedding(Problem& p) {
+  const std::vector<int64_t> indices = {p.c.n - 1, 0, p.c.n / 2};
+  std::vector<float> rows(indices.size() * p.c.k, std::nanf(""));
+  Launch l = p.launch();
+  l.out = rows.data();
+  l.out_dtype = Dtype::kF32;
+  l.out_stride = p.c.k;
+  embed(l, p.bits, p.scope, indices.data(), static_cast<int64_t>(indices.size()), 2);
+  for (size_t i = 0; i < indices.size(); ++i) {
+    for (int64_t k = 0; k < p.c.k; ++k) {
+      const float want = p.value[indices[i] * p.c.k + k];
+      expect(rows[i * p.c.k + k] == want, "embedding", "row", k, rows[i * p.c.k + k], want);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Case cases[] = {
+      {1, 64, 64, 32, ZeroMode::kNone},    {3, 70, 96, 96, ZeroMode::kSubtract}, {9, 1, 33, 32, ZeroMode::kAdd},
+      {2, 130, 100, 64, ZeroMode::kNone},  {5, 17, 1, 1, ZeroMode::kSubtract},   {4, 65, 77, 20, ZeroMode::kAdd},
+      {7, 63, 40, 7, ZeroMode::kSubtract}, {200, 66, 31, 31, ZeroMode::kNone},   {98, 64, 288, 32, ZeroMode::kSubtract},
+      {1, 128, 320, 320, ZeroMode::kNone},
+  };
+  int ran = 0, skipped = 0;
+  for (const Kernel* kernel : kernels()) {
+    if (!(active_isa() & kernel->isa)) {
+      ++skipped;
+      continue;
+    }
+    ++ran;
+    std::mt19937 rng(1);
+    for (const Case& c : cases) {
+      Desc desc{kernel->op, kernel->compute, kernel->codec, kernel->bits, kernel->scope, c.zero, c.m, c.n,
+                c.k,        c.group};
+      if (rejection(*kernel, desc, active_isa())) continue;
+      Problem p(c, kernel->bits, kernel->scope, kernel->codec == Codec::kInt, kernel->compute == Dtype::kBf16, rng);
+      if (kernel->compute == Dtype::kI8) {
+        check_int8(*kernel, p, rng);
+      } else if (kernel->op == Op::kLinear) {
+        check_linear(*kernel, p, rng);
+      } else {
+        check_dequantize(*kernel, p);
+        check_embedding(p);
+      }
+    }
+  }
+  std::printf("isa mask %u: %d rows ran, %d skipped (instruction set not available), %d checks, %d failures\n",
+              active_isa(), ran, skipped, checks, failures);
+  return failures != 0;
+}
