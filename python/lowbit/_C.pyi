@@ -1,0 +1,81 @@
+"""Types of the compiled module; csrc/bindings.cpp."""
+
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK_N: int
+CHUNK_K: int
+
+class KernelRow(TypedDict):
+    index: int
+    name: str
+    op: str
+    compute: str
+    codec: str
+    bits: int
+    scope: str
+    isa: str
+    available: bool
+    chunk_groups: bool
+    x: list[str]
+
+def kernels() -> list[KernelRow]: ...
+def isa_detected() -> list[str]: ...
+def isa_active() -> list[str]: ...
+def isa_capped(detected: list[str], value: str) -> list[str]: ...
+def pack(
+    codes: NDArray[np.uint8], bits: int, trits: bool = False, threads: int = 1
+) -> NDArray[np.uint8]: ...
+def unpack(
+    packed: NDArray[np.uint8], k: int, bits: int, trits: bool = False, threads: int = 1
+) -> NDArray[np.uint8]: ...
+def prepack(
+    packed: NDArray[np.uint8], n: int, k: int, bits: int, trits: bool = False, threads: int = 1
+) -> NDArray[np.uint8]: ...
+def unprepack(
+    codes: NDArray[np.uint8], n: int, k: int, bits: int, trits: bool = False, threads: int = 1
+) -> NDArray[np.uint8]: ...
+def kmeans_1d(
+    values: NDArray[np.float32], weights: NDArray[np.float64] | None, k: int
+) -> NDArray[np.float32]: ...
+def kmeans_rows(
+    values: NDArray[np.float32], weights: NDArray[np.float64] | None, k: int, threads: int = 1
+) -> NDArray[np.float32]: ...
+
+class Weight:
+    code_bytes: int
+    lane_terms: int
+    table_size: int
+
+    def __init__(
+        self,
+        *,
+        n: int,
+        k: int,
+        bits: int,
+        group: int,
+        integer: bool = False,
+        column_table: bool = False,
+        table_groups: int = 1,
+        zero: str = "none",
+        scale_dtype: str | None = None,
+        zero_dtype: str | None = None,
+    ) -> None: ...
+    def linear_ptr(self, *arguments: int) -> None: ...
+    def linear_int8_ptr(self, *arguments: int) -> None: ...
+    def dequantize_ptr(self, *arguments: int) -> None: ...
+    def embedding_ptr(self, *arguments: int) -> None: ...
+    def linear(
+        self,
+        x: NDArray[np.float32],
+        codes: NDArray[np.uint8],
+        table: NDArray[np.float32],
+        scales: NDArray[np.float32] | None = None,
+        zeros: NDArray[np.float32] | None = None,
+        bias: NDArray[np.float32] | None = None,
+        threads: int = 1,
+    ) -> NDArray[np.float32]: ...
+    def select(self, op: str, x: str, m: int) -> str: ...
+    def explain(self, op: str, x: str, m: int) -> list[tuple[str, Any, Any]]: ...
