@@ -16,6 +16,7 @@ import math
 import re
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 CODECS = ("affine", "lut", "e4m3", "e5m2")
 BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -83,10 +84,14 @@ class Format:
         if self.codec != "affine":
             check(self.zero is None, "zero", f"None with codec {self.codec!r}")
         else:
-            check(self.bits > 1, "bits", "2 or more with codec 'affine' (a 1-bit format is a 'lut')")
+            check(
+                self.bits > 1, "bits", "2 or more with codec 'affine' (a 1-bit format is a 'lut')"
+            )
             check(self.scale is not None, "scale", "a scale dtype with codec 'affine'")
         if self.zero in ("float", "min"):
-            check(self.scale in ("fp32", "fp16", "bf16"), "scale", "a float dtype with a float zero")
+            check(
+                self.scale in ("fp32", "fp16", "bf16"), "scale", "a float dtype with a float zero"
+            )
         if self.codec in ("e4m3", "e5m2"):
             check(self.bits == 8, "bits", f"8 with codec {self.codec!r}")
         if self.codec != "lut":
@@ -100,7 +105,11 @@ class Format:
             )
             check(all(math.isfinite(v) for v in self.table), "table", "finite values")
             check(max(map(abs, self.table)) > 0, "table", "not all zero")
-            check(self.table_scope == "tensor", "table_scope", "'tensor' when the format carries the table")
+            check(
+                self.table_scope == "tensor",
+                "table_scope",
+                "'tensor' when the format carries the table",
+            )
         if self.packing == "trits":
             check(
                 self.bits == 2 and self.table is not None and len(self.table) <= 3,
@@ -135,7 +144,7 @@ class Format:
                 isinstance(v, (int, float)) for v in values
             ):
                 raise TypeError(f"table must be a flat sequence of numbers, got {table!r}")
-            table = tuple(_to_fp32(float(v)) for v in values)
+            table = tuple(_to_fp32(v) for v in values)
         suffix = "row" if group is None else f"g{group}"
         kind = "lut" if table is not None else "kmeans"
         return cls(
@@ -211,7 +220,7 @@ def _to_fp32(v: float) -> float:
     import struct
 
     try:
-        return struct.unpack("<f", struct.pack("<f", v))[0]
+        return struct.unpack("<f", struct.pack("<f", float(v)))[0]
     except OverflowError:
         raise ValueError(f"table value {v!r} does not fit fp32") from None
 
@@ -262,7 +271,24 @@ NF4_TABLE = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 # OCP MX specification 1.0, table 5; code bit 3 is the sign.
-E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+E2M1_TABLE = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+)
 # ggml's IQ4_NL codebook.
 IQ4_NL_TABLE = tuple(
     float(v) for v in (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -274,11 +300,20 @@ def _builtin() -> dict[str, Format]:
     for b in (2, 3, 4, 5, 6, 8):
         formats.append(Format(name=f"int{b}", codec="affine", bits=b, group=128))
         formats.append(
-            Format(name=f"uint{b}", codec="affine", bits=b, group=128, zero="int", scale_rule="minmax")
+            Format(
+                name=f"uint{b}", codec="affine", bits=b, group=128, zero="int", scale_rule="minmax"
+            )
         )
     for b in (2, 3, 4, 5, 6, 8):
         formats.append(
-            Format(name=f"uint{b}_zfloat", codec="affine", bits=b, group=64, zero="float", scale_rule="minmax")
+            Format(
+                name=f"uint{b}_zfloat",
+                codec="affine",
+                bits=b,
+                group=64,
+                zero="float",
+                scale_rule="minmax",
+            )
         )
     lut = functools.partial(Format, codec="lut")
     formats += [
@@ -303,7 +338,9 @@ def _builtin() -> dict[str, Format]:
         formats.append(Format(name=f"q{b}_0", codec="affine", bits=b, group=32))
     for b in (4, 5):
         formats.append(
-            Format(name=f"q{b}_1", codec="affine", bits=b, group=32, zero="min", scale_rule="minmax")
+            Format(
+                name=f"q{b}_1", codec="affine", bits=b, group=32, zero="min", scale_rule="minmax"
+            )
         )
     formats.append(lut(name="iq4_nl", bits=4, group=32, table=IQ4_NL_TABLE))
     formats.append(lut(name="tq2_0", bits=2, group=256, table=(-1.0, 0.0, 1.0)))
@@ -331,7 +368,8 @@ def parse(spec: str) -> Format:
         return FORMATS[spec]
     if spec.startswith("{"):
         return _parse_json(spec)
-    base, changes = spec, {}
+    base = spec
+    changes: dict[str, Any] = {}
     while (match := _SUFFIX.search(base)) and base not in FORMATS:
         base = base[: match.start()]
         key = "group" if match["group"] or match["row"] else "scale"
@@ -360,8 +398,10 @@ def _parse_json(spec: str) -> Format:
     table = fields.get("table")
     if table is not None:
         if not isinstance(table, list) or not all(isinstance(v, (int, float)) for v in table):
-            raise ValueError(f"format spec: table must be a list of numbers, got {str(table)[:200]}")
-        fields["table"] = tuple(_to_fp32(float(v)) for v in table)
+            raise ValueError(
+                f"format spec: table must be a list of numbers, got {str(table)[:200]}"
+            )
+        fields["table"] = tuple(_to_fp32(v) for v in table)
     return Format(**fields)
 
 

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,11 @@ class Operands:
     zeros: Tensor | None
     table: Tensor | None
     second: dict[str, Tensor]
+    # format.spec, kept: making it takes longer than a small product.
+    spec: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", self.format.spec)
 
 
 def kernel_layout(device: torch.device) -> str:
@@ -66,18 +71,18 @@ def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
         second = {k: t for k, t in qt.tensors.items() if k in _SECOND_LEVEL}
         scales = reference.effective_scales(qt)
     elif qt.format.scale == "e8m0":
-        scales = reference.effective_scales(qt).to(torch.bfloat16)  # a power of two: exact
+        # A power of two: exact in bf16.
+        scales = reference.e8m0_values(qt.tensors["scales"]).to(torch.bfloat16)
     if layout == CANONICAL:
         return Operands(
-            qt.format, qt.shape, layout, qt.codes, scales, qt.zeros, qt.table, second
+            qt.format, qt.shape, layout, qt.tensors["codes"], scales, qt.zeros, qt.table, second
         )
     if layout != N16:
         raise ValueError(f"layout must be {CANONICAL!r} or {N16!r}, got {layout!r}")
     n, k = qt.shape
     trits = qt.format.packing == "trits"
-    codes = _C.prepack(
-        qt.codes.contiguous().numpy(), n, k, qt.format.bits, trits, torch.get_num_threads()
-    )
+    packed = qt.tensors["codes"].contiguous().numpy()
+    codes = _C.prepack(packed, n, k, qt.format.bits, trits, torch.get_num_threads())
     return Operands(
         qt.format,
         qt.shape,
@@ -94,14 +99,8 @@ def from_operands(op: Operands) -> QuantTensor:
     """Inverse of `to_operands`, bit for bit."""
     n, k = op.shape
     f = op.format
-    tensors = dict(op.second)
     canonical = op.layout == CANONICAL
-    if canonical:
-        tensors["codes"] = op.codes
-    else:
-        trits = f.packing == "trits"
-        codes = _C.unprepack(op.codes.numpy(), n, k, f.bits, trits, torch.get_num_threads())
-        tensors["codes"] = torch.from_numpy(codes)
+    tensors = {**op.second, "codes": packed_codes(op)}
     if op.scales is not None and not op.second:
         scales = op.scales if canonical else from_lanes(op.scales, n)
         if f.scale == "e8m0":
@@ -113,15 +112,32 @@ def from_operands(op: Operands) -> QuantTensor:
         if not canonical and f.zero == "int":
             zeros = (zeros.to(torch.int16) + 2 ** (f.bits - 1)).to(torch.uint8)
         tensors["zeros"] = zeros
-    if f.fitted:
-        table = op.table
-        if not canonical and f.table_scope != "tensor":
-            blocks, groups, entries, lanes = table.shape
-            table = table.permute(0, 3, 1, 2).reshape(blocks * lanes, groups, entries)[:n]
-            table = table.squeeze(1) if f.table_scope == "row" else table
-        tensors["table"] = table.contiguous()
+    table = table_of(op) if f.fitted else None
+    if table is not None:
+        tensors["table"] = table
     specs = tensor_specs(f, n, k)
     return QuantTensor(f, op.shape, {name: tensors[name].contiguous() for name in specs})
+
+
+def packed_codes(op: Operands) -> Tensor:  # (N, row bytes) uint8
+    """The codes in canonical packing."""
+    if op.layout == CANONICAL:
+        return op.codes
+    n, k = op.shape
+    f = op.format
+    codes = _C.unprepack(
+        op.codes.numpy(), n, k, f.bits, f.packing == "trits", torch.get_num_threads()
+    )
+    return torch.from_numpy(codes)
+
+
+def table_of(op: Operands) -> Tensor | None:
+    """The table as `reference.code_values` takes it: (E,), (N, E) or (N, groups, E) by scope."""
+    if op.table is None or op.layout == CANONICAL or op.format.table_scope == "tensor":
+        return op.table
+    blocks, groups, entries, lanes = op.table.shape
+    table = op.table.permute(0, 3, 1, 2).reshape(blocks * lanes, groups, entries)[: op.shape[0]]
+    return table.squeeze(1) if op.format.table_scope == "row" else table
 
 
 def operand_specs(

@@ -39,17 +39,18 @@ def e8m0_values(code: Tensor) -> Tensor:
 
 def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
     """The fp32 scale of every group, second level applied; None without scales."""
-    if qt.scales is None:
+    if qt.format.scale is None:
         return None
+    scales = qt.tensors["scales"]
     if qt.format.scale == "e8m0":
-        return e8m0_values(qt.scales)
+        return e8m0_values(scales)
     if qt.format.scale == "e4m3":
-        return qt.scales.to(torch.float32) * qt.scales2
+        return scales.to(torch.float32) * qt.tensors["scales2"]
     if qt.format.scale == "dq8":
-        flat = dynamic_map().to(qt.device)[qt.scales.flatten().long()]
-        factor = qt.scales2.repeat_interleave(DQ_BLOCK)[: flat.numel()]
-        return (flat * factor + qt.scales2_offset).view_as(qt.scales)
-    return qt.scales.to(torch.float32)
+        flat = dynamic_map().to(qt.device)[scales.flatten().long()]
+        factor = qt.tensors["scales2"].repeat_interleave(DQ_BLOCK)[: flat.numel()]
+        return (flat * factor + qt.tensors["scales2_offset"]).view_as(scales)
+    return scales.to(torch.float32)
 
 
 def group_index(format: Format, k: int, device: torch.device) -> Tensor:  # (K,) int64

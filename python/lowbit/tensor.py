@@ -18,6 +18,7 @@ SCALE_DTYPES = {
     "e4m3": torch.float8_e4m3fn,
     "dq8": torch.uint8,  # index into `reference.dynamic_map()`
 }
+_FLOAT8 = torch.float8_e4m3fn
 TENSOR_NAMES = ("codes", "scales", "scales2", "scales2_offset", "zeros", "table")
 
 
@@ -90,6 +91,7 @@ class QuantTensor:
 
     @property
     def device(self) -> torch.device:
+        """Where all tensors are."""
         return self.tensors["codes"].device
 
     @property
@@ -118,6 +120,7 @@ class QuantTensor:
         return QuantTensor(self.format, self.shape, {k: fn(t) for k, t in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> QuantTensor:
+        """The same weight on another device."""
         return self.map(lambda t: t.to(device))
 
     def validate(self) -> QuantTensor:
@@ -139,7 +142,9 @@ class QuantTensor:
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (QuantTensor, (self.format, self.shape, self.tensors))
+        # As bytes: torch can write float8 tensors with pickle but not read them.
+        raw = {k: t.view(torch.uint8) if t.dtype == _FLOAT8 else t for k, t in self.tensors.items()}
+        return (_rebuild, (self.format, self.shape, raw))
 
     def __repr__(self) -> str:
         n, k = self.shape
@@ -147,3 +152,8 @@ class QuantTensor:
             f"QuantTensor({self.format.name}, {n}x{k}, {self.nbytes} bytes, "
             f"{self.bits_per_weight:.3f} bits/weight, {self.device})"
         )
+
+
+def _rebuild(format: Format, shape: tuple[int, int], raw: dict[str, Tensor]) -> QuantTensor:
+    specs = tensor_specs(format, *shape)
+    return QuantTensor(format, shape, {name: t.view(specs[name][1]) for name, t in raw.items()})

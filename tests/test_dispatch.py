@@ -1,0 +1,218 @@
+"""The choice of a kernel row, and the process around it: instruction sets, threads, fork, the GIL."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+
+from lowbit import _C, layouts
+from lowbit.backends import cpu
+from lowbit.formats import parse
+from weights import random_weight
+
+ALL_ISAS = ["scalar", "avx2", "avx512", "avx512bf16", "avx512vnni"]
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def int4(n: int = 64, k: int = 64, **kw) -> _C.Weight:
+    return _C.Weight(n=n, k=k, bits=4, group=32, **kw)
+
+
+def test_cap_leaves_an_instruction_set_and_what_it_builds_on() -> None:
+    assert _C.isa_capped(ALL_ISAS, "") == ALL_ISAS
+    assert _C.isa_capped(ALL_ISAS, "scalar") == ["scalar"]
+    assert _C.isa_capped(ALL_ISAS, "avx2") == ["scalar", "avx2"]
+    assert _C.isa_capped(ALL_ISAS, "avx512bf16") == ["scalar", "avx2", "avx512", "avx512bf16"]
+    assert _C.isa_capped(ALL_ISAS, "avx512vnni") == ["scalar", "avx2", "avx512", "avx512vnni"]
+    assert _C.isa_capped(["scalar", "avx2"], "avx512") == ["scalar", "avx2"]
+
+
+def test_environment_caps_the_active_sets_and_the_choice() -> None:
+    code = """
+    from lowbit import _C
+    w = _C.Weight(n=64, k=64, bits=4, group=32)
+    print(_C.isa_active(), w.select("linear", "bf16", 1))
+    """
+    for cap in ("scalar", "avx2"):
+        done = python(code, LOWBIT_ISA=cap)
+        assert done.returncode == 0, done.stderr
+        active = _C.isa_capped(_C.isa_detected(), cap)
+        assert done.stdout.startswith(str(active))
+        assert done.stdout.strip().endswith(active[-1])
+
+
+def test_unknown_cap_stops_the_import() -> None:
+    done = python("import lowbit._C", LOWBIT_ISA="avx3")
+    assert done.returncode != 0
+    assert "LOWBIT_ISA" in done.stderr
+    assert "'avx3'" in done.stderr
+
+
+def test_fp16_is_never_rounded_to_bf16() -> None:
+    assert "_f32_" in int4().select("linear", "fp16", 1)
+    assert "_f32_" in int4().select("linear", "fp32", 1)
+
+
+def test_every_request_has_a_row_and_every_other_row_a_reason() -> None:
+    for group in (1, 7, 32, 100, 64):
+        for bits in (1, 2, 3, 4, 5, 6, 8):
+            for column in (False, True):
+                w = _C.Weight(n=100, k=100, bits=bits, group=group, column_table=column)
+                for x in ("fp32", "bf16", "fp16"):
+                    for m in (1, 4, 1000):
+                        chosen = w.select("linear", x, m)
+                        rows = w.explain("linear", x, m)
+                        assert chosen in [name for name, cost, why in rows if why is None]
+                        assert all((cost is None) != (why is None) for _, cost, why in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"n": -1}, "shape"),
+        ({"k": 0}, "shape"),
+        ({"bits": 7}, "bits"),
+        ({"group": 0}, "group"),
+        ({"zero": "minus"}, "zero"),
+        ({"zero": "add"}, "zero_dtype"),
+        ({"scale_dtype": "fp64"}, "dtype"),
+        ({"table_groups": 3}, "table_groups"),
+    ],
+)
+def test_bad_weight_descriptions(change: dict, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        _C.Weight(**{"n": 64, "k": 64, "bits": 4, "group": 32, **change})
+
+
+def test_numpy_calls_check_sizes() -> None:
+    import numpy as np
+
+    w = int4(scale_dtype="fp32")
+    codes = np.zeros(w.code_bytes, np.uint8)
+    table = np.arange(16, dtype=np.float32)
+    scales = np.ones(w.lane_terms, np.float32)
+    y = w.linear(np.ones((2, 64), np.float32), codes, table, scales)
+    assert y.shape == (2, 64)
+    assert (y == 0).all()
+    for bad in (
+        {"x": np.ones((2, 63), np.float32)},
+        {"codes": codes[:-1]},
+        {"table": table[:-1]},
+        {"scales": scales[:-1]},
+        {"scales": None},
+        {"zeros": scales},
+        {"bias": scales[:3]},
+    ):
+        arguments = {
+            "x": np.ones((2, 64), np.float32),
+            "codes": codes,
+            "table": table,
+            "scales": scales,
+        }
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            w.linear(**{**arguments, **bad})
+    with pytest.raises(TypeError):
+        w.linear(np.ones((2, 64)), codes, table, scales)
+
+
+def big_call():
+    op = layouts.to_operands(random_weight(parse("int4"), 2048, 2048))
+    x = torch.randn(64, 2048)
+    return lambda: cpu.linear(
+        x, op.codes, op.scales, op.zeros, op.table, None, op.format, *op.shape
+    )
+
+
+def test_one_openmp_runtime_in_the_process() -> None:
+    done = python("""
+    import lowbit._C, torch, threadpoolctl
+    pools = [p for p in threadpoolctl.threadpool_info() if p["user_api"] == "openmp"]
+    assert len(pools) == 1, pools
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+def test_thread_count_follows_torch() -> None:
+    done = python("""
+    import os, sys, torch
+    sys.path.insert(0, "tests")
+    torch.set_num_threads(1)
+    from test_dispatch import big_call
+    call = big_call()
+    tasks = lambda: len(os.listdir("/proc/self/task"))
+    before = tasks()
+    call()
+    assert tasks() == before, (before, tasks())
+    torch.set_num_threads(3)
+    call()
+    assert tasks() == before + 2, (before, tasks())
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gil_is_released() -> None:
+    call = big_call()
+    call()
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            call()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    # While the kernels run, this thread goes on: a held GIL would let it through only every few milliseconds.
+    ticks, end = 0, time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        ticks += 1
+    stop.set()
+    thread.join()
+    assert ticks > 10_000
+
+
+def test_concurrent_calls_agree() -> None:
+    call = big_call()
+    expected = call()
+    results: list[torch.Tensor] = []
+    threads = [
+        threading.Thread(target=lambda: results.extend(call() for _ in range(5))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 20
+    assert all(torch.equal(r, expected) for r in results)
+
+
+def test_calls_after_fork() -> None:
+    done = python("""
+    import os, sys, torch
+    sys.path.insert(0, "tests")
+    torch.set_num_threads(2)
+    from test_dispatch import big_call
+    call = big_call()
+    expected = call()
+    child = os.fork()
+    if child == 0:
+        same = bool((call().numpy() == expected.numpy()).all())
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    """)
+    assert done.returncode == 0, done.stderr

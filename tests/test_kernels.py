@@ -1,0 +1,248 @@
+"""Every row of the kernel table against reference.py: format x row x activation dtype x ragged shapes.
+
+A new format or row is covered by existing. Rows of instruction sets that this CPU lacks are skipped and counted; the
+C++ test runs them under emulation.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lowbit import _C, layouts, reference
+from lowbit.backends import cpu
+from lowbit.formats import Format, parse
+from lowbit.layouts import Operands
+from weights import ALL_FORMATS, random_weight
+
+KERNELS = _C.kernels()
+FLOAT_KERNELS = [k for k in KERNELS if k["compute"] != "int8"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# (N, K) around the 64-column block and the 32-weight chunk.
+SHAPES = ((70, 96), (64, 300), (1, 33), (130, 64), (63, 1))
+# M around the row tiles of 1, 2, 4 (GEMV) and 6 (GEMM), and past a row block of 96 and 192.
+ROWS = (0, 1, 2, 3, 5, 13, 100, 197)
+
+
+def legal(format: Format, kernel: dict, op: str) -> bool:
+    """Whether a row could serve the format, apart from group size and instruction set."""
+    return (
+        kernel["op"] == op
+        and kernel["bits"] == format.bits
+        and (kernel["scope"] == "shared") == (format.table_scope == "tensor")
+        and (kernel["codec"] == "lut" or format.codec == "affine")
+    )
+
+
+def fits_groups(format: Format, kernel: dict, k: int) -> bool:
+    whole = format.group is None or format.group >= k
+    return not kernel["chunk_groups"] or whole or format.group % 32 == 0
+
+
+def cases(op: str) -> list:
+    out = []
+    for format in ALL_FORMATS:
+        for kernel in FLOAT_KERNELS:
+            if legal(format, kernel, op):
+                skip = pytest.mark.skip(reason=f"this CPU has no {kernel['isa']}")
+                marks = () if kernel["available"] else (skip,)
+                out.append(
+                    pytest.param(format, kernel, id=f"{format.name}-{kernel['name']}", marks=marks)
+                )
+    return out
+
+
+def linear(
+    op: Operands, x: torch.Tensor, row: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return cpu.linear(
+        x, op.codes, op.scales, op.zeros, op.table, bias, op.format, *op.shape, row=row
+    )
+
+
+def expected_weight(qt, kernel: dict) -> torch.Tensor:
+    """The weight that a row multiplies with: table entries rounded to bf16 where it multiplies in bf16."""
+    values = reference.code_values(qt.unpack(), qt.format, qt.table)
+    if kernel["compute"] == "bf16":
+        values = values.to(torch.bfloat16).to(torch.float32)
+    return reference.apply_scales(values, qt.format, reference.effective_scales(qt), qt.zeros)
+
+
+@pytest.mark.parametrize(("format", "kernel"), cases("linear"))
+def test_identity_returns_the_weight(format: Format, kernel: dict) -> None:
+    """x = I makes the product return the dequantized weight: no tolerance."""
+    ran = 0
+    for n, k in SHAPES:
+        if not fits_groups(format, kernel, k):
+            continue
+        qt = random_weight(format, n, k)
+        op = layouts.to_operands(qt)
+        weight = expected_weight(qt, kernel)
+        for name in kernel["x"]:
+            y = linear(op, torch.eye(k, dtype=DTYPES[name]), kernel["index"])
+            assert torch.equal(y.T, weight.to(DTYPES[name])), (n, k, name)
+            ran += 1
+    assert ran
+
+
+@pytest.mark.parametrize(("format", "kernel"), cases("dequantize"))
+def test_dequantize_is_exact(format: Format, kernel: dict) -> None:
+    for n, k in SHAPES:
+        qt = random_weight(format, n, k)
+        op = layouts.to_operands(qt)
+        for dtype in DTYPES.values():
+            got = cpu.dequantize(
+                op.codes, op.scales, op.zeros, op.table, format, n, k, dtype, row=kernel["index"]
+            )
+            assert torch.equal(got, reference.dequantize(qt, dtype)), (n, k, dtype)
+
+
+@pytest.mark.parametrize(("format", "kernel"), cases("linear"))
+def test_random_x_with_bias(format: Format, kernel: dict) -> None:
+    """Ragged M against float64 on the same weight, x with a row stride, output from poisoned memory."""
+    n, k = 70, 160
+    if not fits_groups(format, kernel, k):
+        n, k = 70, 20 if format.group == 20 else 16
+        if not fits_groups(format, kernel, k):
+            pytest.skip(f"groups of {format.group} are for the rows that take any group")
+    qt = random_weight(format, n, k, seed=1)
+    op = layouts.to_operands(qt)
+    weight = expected_weight(qt, kernel).double()
+    for name in kernel["x"]:
+        dtype = DTYPES[name]
+        for m in ROWS:
+            x = torch.randn(m, k + 3).to(dtype)[:, :k]
+            bias = torch.randn(n).to(dtype)
+            y = linear(op, x, kernel["index"], bias)
+            exact = F.linear(x.double(), weight, bias.double())
+            assert_close(y, exact, x, qt, weight)
+
+
+def assert_close(y, exact, x, qt, weight) -> None:
+    """Each of K products and the sums of a group are rounded once to fp32, and y once to its dtype.
+
+    With a zero point the kernels sum x * code and x apart, so the bound counts |code| + |zero|, not their
+    difference. 2 covers the second rounding of each term (scale, then sum). Beyond the dtype's range y is infinite.
+    """
+    magnitude = weight.abs()
+    if qt.zeros is not None:
+        codes = reference.code_values(qt.unpack(), qt.format, qt.table)
+        scales, zeros = reference.effective_scales(qt).abs(), qt.zeros.float().abs()
+        shift = zeros if qt.format.zero == "min" else zeros * scales
+        group = reference.group_index(qt.format, codes.shape[1], codes.device)
+        magnitude = (codes * scales[:, group] + shift[:, group]).double()
+    info = torch.finfo(y.dtype)
+    bound = 2 * (x.shape[1] + 2) * 2**-24 * F.linear(x.double().abs(), magnitude) + info.tiny
+    bound = bound + exact.abs() * info.eps
+    infinite = y.isinf() & (exact.abs() + bound > info.max) & (y.sign() == exact.sign())
+    error = (y.double() - exact).abs()
+    bad = ~(infinite | (error <= bound))
+    assert not bool(bad.any()), (
+        f"errors {error[bad][:5]} above {bound[bad][:5]} at {bad.nonzero()[:5]}"
+    )
+
+
+@pytest.mark.parametrize("format", ALL_FORMATS, ids=lambda f: f.name)
+def test_layout_is_invertible(format: Format) -> None:
+    """Canonical -> n16 -> canonical returns every tensor bit for bit."""
+    for n, k in SHAPES:
+        qt = random_weight(format, n, k)
+        back = layouts.from_operands(layouts.to_operands(qt))
+        for name, t in qt.tensors.items():
+            assert torch.equal(raw(back.tensors[name]), raw(t)), name
+
+
+def raw(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("bits", (1, 2, 3, 4, 5, 6, 8))
+def test_layout_is_as_documented(bits: int) -> None:
+    """csrc/layout.h, computed bit by bit from its words."""
+    n, k = 70, 40
+    g = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (n, k), generator=g, dtype=torch.uint8)
+    packed = _C.pack(codes.numpy(), bits)
+    n16 = _C.prepack(packed, n, k, bits)
+    expected = bytearray(n16.size)
+    chunks = -(-k // 32)
+    planes = {3: (2, 1), 5: (4, 1), 6: (4, 2)}.get(bits, (bits,))
+    for row in range(n):
+        for col in range(k):
+            block, vector, lane = row // 64, row % 64 // 16, row % 16
+            chunk, kk = col // 32, col % 32
+            base = (((block * chunks) + chunk) * 4 + vector) * bits * 64
+            low = 0
+            for width in planes:
+                unit, j, parity = kk // (32 // width), kk % (32 // width) // 2, kk % 2
+                field = (int(codes[row, col]) >> low) & (2**width - 1)
+                bit = width * j
+                byte = base + unit * 64 + (2 * lane + parity) * 2 + bit // 8
+                expected[byte] |= field << (bit % 8)
+                base += width * 64
+                low += width
+    assert n16.tobytes() == bytes(expected)
+
+
+@pytest.mark.parametrize("format", ALL_FORMATS, ids=lambda f: f.name)
+def test_embedding_rows(format: Format) -> None:
+    n, k = 70, 100
+    qt = random_weight(format, n, k)
+    op = layouts.to_operands(qt)
+    indices = torch.tensor([0, 69, 64, 63, 1, 1])
+    for dtype in DTYPES.values():
+        got = cpu.embedding(indices, op.codes, op.scales, op.zeros, op.table, format, n, k, dtype)
+        assert torch.equal(got, reference.dequantize(qt, dtype)[indices])
+
+
+@pytest.mark.parametrize(
+    "name", ("nf4", "int4_g64", "uint3_g32", "int8_g64", "nf3", "q4_1", "e4m3")
+)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("m", (1, 8))
+def test_no_less_exact_than_dense(name: str, dtype: torch.dtype, m: int) -> None:
+    """Against float64 on the dequantized weight: the mean error of the chosen row is at most that of torch's dense
+    linear, whose weight is that one rounded to the activations' dtype.
+
+    In fp32 both errors come from the order of the sums alone, so theirs may be smaller by chance: 10 % of slack.
+    """
+    format = parse(name)
+    qt = random_weight(format, 256, 1024)
+    op = layouts.to_operands(qt)
+    weight = reference.dequantize(qt)
+    x = torch.randn(m, 1024).to(dtype)
+    exact = F.linear(x.double(), weight.double())
+    ours = (linear(op, x, -1).double() - exact).abs().mean()
+    dense = (F.linear(x, weight.to(dtype)).double() - exact).abs().mean()
+    assert ours <= dense * 1.1, f"{float(ours):.4g} against {float(dense):.4g}"
+
+
+INT8_KERNELS = [k for k in KERNELS if k["compute"] == "int8"]
+
+
+@pytest.mark.parametrize("kernel", INT8_KERNELS, ids=lambda k: k["name"])
+@pytest.mark.parametrize("zero", (None, "int", "min"))
+@pytest.mark.parametrize("group", (32, 96, None))
+def test_int8_activations_are_exact(kernel: dict, zero: str | None, group: int | None) -> None:
+    """All sums are integers below 2^24 times the scale of x, a power of two: fp32 holds them, no tolerance."""
+    if not kernel["available"]:
+        pytest.skip(f"this CPU has no {kernel['isa']}")
+    format = Format(
+        name="int", codec="affine", bits=kernel["bits"], zero=zero, scale="fp32", group=group
+    )
+    for n, k in ((70, 96), (64, 300), (1, 33), (130, 64)):
+        qt = random_weight(format, n, k)
+        qt.scales.copy_(2.0 ** torch.randint(0, 2, qt.scales.shape))
+        if zero == "min":
+            qt.zeros.copy_(torch.randint(-8, 8, qt.zeros.shape))
+        op = layouts.to_operands(qt)
+        for m in (0, 1, 3, 4, 9):
+            x = torch.randint(-128, 64, (m, k + 5), dtype=torch.int8)[:, :k]
+            x_scales = 2.0 ** torch.randint(-6, 3, (m,))
+            y = cpu.linear_int8(
+                x, x_scales, op.codes, op.scales, op.zeros, op.table, None, format, n, k,
+                torch.float32, row=kernel["index"],
+            )  # fmt: skip
+            exact = F.linear(x.double(), reference.dequantize(qt).double()) * x_scales[:, None]
+            assert torch.equal(y.double(), exact), (n, k, m)

@@ -1,0 +1,61 @@
+"""Random weights of any format for tests: every code, scale and zero that the format allows."""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit import packing
+from lowbit.formats import FORMATS, Format
+from lowbit.tensor import QuantTensor, tensor_specs
+
+# Formats that no built-in covers: odd groups, short tables, every table scope with groups, each scale dtype.
+EXTRA_FORMATS = (
+    Format.lut(bits=3, table=(1.0, 2.5, 3.0, -5.0, 0.1), group=20, name="lut3_five_entries"),
+    Format.lut(bits=4, group=32, table_scope="row", name="row_tables_g32"),
+    Format.lut(bits=4, group=32, table_scope="group", name="group_tables_g32"),
+    Format.lut(bits=3, group=20, table_scope="group", scale=None, name="group_tables_no_scale"),
+    Format.lut(bits=2, group=None, scale=None, name="one_table_no_scale"),
+    Format.lut(bits=6, group=1, scale="bf16", name="kmeans6_g1"),
+    *(
+        Format(name=f"affine{b}_{zero}_{scale}_g{g}", codec="affine", bits=b, zero=zero, scale=scale, group=g)
+        for b, zero, scale, g in (
+            (4, None, "e8m0", 32),
+            (5, "int", "e4m3", 64),
+            (3, "int", "dq8", 7),
+            (8, "float", "fp32", 5),
+            (6, "min", "bf16", 64),
+            (2, "float", "bf16", None),
+        )
+    ),
+    Format(name="e4m3_g64_bf16", codec="e4m3", bits=8, group=64, scale="bf16"),
+)  # fmt: skip
+ALL_FORMATS = (*FORMATS.values(), *EXTRA_FORMATS)
+
+
+def random_weight(format: Format, n: int, k: int, seed: int = 0) -> QuantTensor:
+    """A weight whose codes, scales, zeros and tables are random and finite."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (shape, dtype) in tensor_specs(format, n, k).items():
+        if name == "codes":
+            tensors[name] = packing.pack_codes(random_codes(format, n, k, g), format)
+        elif name == "zeros" and dtype == torch.uint8:
+            tensors[name] = torch.randint(0, 2**format.bits, shape, generator=g, dtype=dtype)
+        elif format.scale == "e8m0" and name == "scales":
+            tensors[name] = torch.randint(110, 140, shape, generator=g, dtype=dtype)
+        elif dtype == torch.uint8:
+            tensors[name] = torch.randint(0, 256, shape, generator=g, dtype=dtype)
+        elif name in ("zeros", "table"):
+            tensors[name] = (torch.randn(shape, generator=g) * 3).to(dtype)
+        else:
+            tensors[name] = (torch.rand(shape, generator=g) + 0.05).to(dtype)
+    return QuantTensor(format, (n, k), tensors).validate()
+
+
+def random_codes(format: Format, n: int, k: int, g: torch.Generator) -> torch.Tensor:
+    """Codes that stand for finite values."""
+    codes = torch.randint(0, format.num_codes, (n, k), generator=g, dtype=torch.uint8)
+    if format.codec in ("e4m3", "e5m2"):
+        finite = torch.tensor(format.values()).isfinite()[codes.long()]
+        codes = torch.where(finite, codes, torch.tensor(1, dtype=torch.uint8))
+    return codes
