@@ -1,0 +1,69 @@
+"""Kernels for neural networks whose weights take 1 to 8 bits, in any codebook, on CPU and GPU.
+
+Names are imported when they are first used, so `lowbit.formats()`, `lowbit.kernels()` and
+`lowbit._C` need numpy alone; everything else needs torch.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if importlib.util.find_spec("torch") is not None:
+    # Before lowbit._C: both then share the OpenMP runtime of torch. Two cost milliseconds a call.
+    import torch  # noqa: F401
+
+from lowbit.formats import FORMATS, Format
+
+if TYPE_CHECKING:
+    from lowbit import integrations, nn
+    from lowbit._C import kernels
+    from lowbit.backends import explain
+    from lowbit.io.safetensors import load, save
+    from lowbit.ops import dequantize, linear
+    from lowbit.quantize import quantize, quantize_model
+    from lowbit.tensor import QuantTensor
+
+# Where each name lives; None for a module.
+_HOMES = {
+    "QuantTensor": "lowbit.tensor", "dequantize": "lowbit.ops", "explain": "lowbit.backends",
+    "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops",
+    "load": "lowbit.io.safetensors", "nn": None, "quantize": "lowbit.quantize",
+    "quantize_model": "lowbit.quantize", "save": "lowbit.io.safetensors",
+}  # fmt: skip
+__all__ = [
+    "Format", "QuantTensor", "__version__", "dequantize", "explain", "formats", "integrations",
+    "kernels", "linear", "load", "nn", "quantize", "quantize_model", "save",
+]  # fmt: skip
+
+
+def formats() -> dict[str, Format]:
+    """The built-in formats by name."""
+    return dict(FORMATS)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("lowbit")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+    home = _HOMES[name]
+    value = (
+        importlib.import_module(f"lowbit.{name}")
+        if home is None
+        else getattr(importlib.import_module(home), name)
+    )
+    globals()[name] = value
+    return value
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        # Importing lowbit.quantize would bind the name of the function `quantize` to the module.
+        if not (isinstance(value, ModuleType) and name in ("formats", "kernels", "quantize")):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

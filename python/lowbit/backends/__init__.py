@@ -1,0 +1,115 @@
+"""Which backend serves a device and a layout, and why a row of the kernel table was chosen.
+
+A backend is a module with `linear`, `dequantize`, `embedding`, `pack` and `unpack`: glue, no maths,
+no checks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lowbit import layouts
+from lowbit.backends import cpu, reference
+from lowbit.formats import Format
+from lowbit.layouts import CANONICAL, N16, Operands
+from lowbit.tensor import QuantTensor
+
+_BACKENDS: dict[tuple[str, str], ModuleType] = {
+    ("cpu", N16): cpu,
+    ("cpu", CANONICAL): reference,
+    ("cuda", CANONICAL): reference,
+}
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+REFERENCE_ROW = "reference"
+
+
+def find(device_type: str, layout: str) -> ModuleType:
+    """The backend for a device type and a layout.
+
+    Raises:
+        ValueError: no backend reads this layout on this device.
+    """
+    try:
+        return _BACKENDS[device_type, layout]
+    except KeyError:
+        layouts_here = [lay for dev, lay in _BACKENDS if dev == device_type]
+        raise ValueError(
+            f"layout must be one of {layouts_here} on device {device_type!r}, got {layout!r}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the kernel table as seen by one request: its cost, or the reason it cannot run."""
+
+    name: str
+    cost: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The row that runs a request and the fate of the others; `str()` is a table."""
+
+    request: str
+    selected: str
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.request}: {self.selected}"]
+        width = max((len(row.name) for row in self.rows), default=0)
+        for row in self.rows:
+            if row.name == self.selected:
+                verdict = "runs"
+            elif row.reason is not None:
+                verdict = row.reason
+            else:
+                verdict = f"estimated cost {row.cost:.3g} ps per weight"
+            lines.append(f"  {row.name:<{width}}  {verdict}")
+        return "\n".join(lines)
+
+
+def explain(x: Tensor, weight: QuantTensor | Operands) -> Explanation:
+    """Says which row of the kernel table `linear(x, weight)` runs, and why the others do not.
+
+    Args:
+        x: activations (..., K) in fp32, bf16 or fp16; only shape, dtype and device are read.
+        weight: (N, K).
+
+    Raises:
+        TypeError: x has another dtype.
+        ValueError: the last dimension of x is not K.
+    """
+    if x.dtype not in _DTYPE_NAMES:
+        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must have shape (..., {k}), got {tuple(x.shape)}")
+    layout = weight.layout if isinstance(weight, Operands) else layouts.kernel_layout(x.device)
+    m = x.numel() // k if k else 0
+    return explain_request(weight.format, n, k, m, x.dtype, x.device.type, layout)
+
+
+def explain_request(
+    format: Format,
+    n: int,
+    k: int,
+    m: int,
+    dtype: torch.dtype,
+    device_type: str = "cpu",
+    layout: str = N16,
+) -> Explanation:
+    """`explain` without tensors: an (m, k) x of `dtype` against an (n, k) weight."""
+    name = _DTYPE_NAMES[dtype]
+    request = f"linear {name} {format.name} M={m} N={n} K={k} on {device_type}"
+    if find(device_type, layout) is reference:
+        return Explanation(request, REFERENCE_ROW, ())
+    specs = layouts.operand_specs(format, layout, n, k)
+    scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
+    w = cpu.weight(format, n, k, scales, zeros)
+    rows = tuple(Row(*row) for row in w.explain("linear", name, m))
+    return Explanation(request, w.select("linear", name, m), rows)

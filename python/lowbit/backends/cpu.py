@@ -1,0 +1,236 @@
+"""The backend of the "n16" layout: hands the addresses of CPU tensors to the compiled kernels.
+
+No maths and no checks: `ops.py` has checked shapes, dtypes and contiguity. Output tensors are allocated here; the
+kernels write every element of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lowbit import _C
+from lowbit.formats import Format
+
+# csrc/kernel.h Dtype
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "int8",
+    None: None,
+}
+_ZERO_MODES = {None: "none", "int": "subtract", "float": "subtract", "min": "add"}
+
+# Keyed by the identity of the format: its hash visits every field, which takes longer than a small call.
+_weights: dict[tuple[object, ...], tuple[Format, _C.Weight]] = {}
+_MAX_WEIGHTS = 4096
+
+
+def weight(
+    format: Format, n: int, k: int, scales: torch.dtype | None, zeros: torch.dtype | None
+) -> _C.Weight:
+    """What the kernels know of a weight apart from its bytes; one object per distinct request."""
+    key = (id(format), n, k, scales, zeros)
+    entry = _weights.get(key)
+    if entry is not None and entry[0] is format:
+        return entry[1]
+    group = format.group or k
+    made = _C.Weight(
+        n=n,
+        k=k,
+        bits=format.bits,
+        group=group,
+        integer=format.codec == "affine",
+        column_table=format.table_scope != "tensor",
+        table_groups=format.num_groups(k) if format.table_scope == "group" else 1,
+        zero=_ZERO_MODES[format.zero],
+        scale_dtype=_NAMES[scales],
+        zero_dtype=_NAMES[zeros],
+    )
+    if len(_weights) >= _MAX_WEIGHTS:
+        _weights.clear()
+    _weights[key] = (format, made)
+    return made
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _operands(
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor,
+    format: Format,
+    n: int,
+    k: int,
+) -> tuple[_C.Weight, tuple[int, int, int, int]]:
+    scale_dtype = None if scales is None else scales.dtype
+    zero_dtype = None if zeros is None else zeros.dtype
+    addresses = (codes.data_ptr(), _address(scales), _address(zeros), table.data_ptr())
+    return weight(format, n, k, scale_dtype, zero_dtype), addresses
+
+
+def linear(
+    x: Tensor,  # (M, K), unit stride along K
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,  # (N,) contiguous
+    format: Format,
+    n: int,
+    k: int,
+    row: int = -1,
+) -> Tensor:  # (M, N), dtype of x
+    """x W^T + bias: the activations as given, fp32 sums, rounded once.
+
+    `row` is an index of `_C.kernels()` that must serve the request; -1 chooses by cost.
+    """
+    m = x.shape[0]
+    out = torch.empty((m, n), dtype=x.dtype)
+    w, addresses = _operands(codes, scales, zeros, table, format, n, k)
+    w.linear_ptr(
+        x.data_ptr(),
+        _CODES[x.dtype],
+        m,
+        x.stride(0),
+        *addresses,
+        _address(bias),
+        0 if bias is None else _CODES[bias.dtype],
+        out.data_ptr(),
+        torch.get_num_threads(),
+        row,
+    )
+    return out
+
+
+def linear_int8(
+    x: Tensor,  # (M, K) int8, unit stride along K
+    x_scales: Tensor,  # (M,) fp32 contiguous
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,  # (N,) contiguous
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    row: int = -1,
+) -> Tensor:  # (M, N) in `dtype`
+    """x_scales * (x W^T) + bias, the products and the sums of a group in int32, exact.
+
+    Raises:
+        ValueError: this CPU has no row for it (VNNI; integer formats of 2, 4 and 8 bits).
+    """
+    m = x.shape[0]
+    out = torch.empty((m, n), dtype=dtype)
+    w, addresses = _operands(codes, scales, zeros, table, format, n, k)
+    w.linear_int8_ptr(
+        x.data_ptr(),
+        x_scales.data_ptr(),
+        m,
+        x.stride(0),
+        *addresses,
+        _address(bias),
+        0 if bias is None else _CODES[bias.dtype],
+        out.data_ptr(),
+        _CODES[dtype],
+        torch.get_num_threads(),
+        row,
+    )
+    return out
+
+
+def bind_linear(
+    x: Tensor,  # (M, K), unit stride along K
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,  # (N,) contiguous
+    out: Tensor,  # (M, N) contiguous, dtype of x
+    format: Format,
+    n: int,
+    k: int,
+) -> Callable[[], None]:
+    """`linear` into `out` with its arguments made now, the number of threads too: 0.3 us a call instead of 3."""
+    w, addresses = _operands(codes, scales, zeros, table, format, n, k)
+    launch = w.linear_ptr
+    arguments = (
+        x.data_ptr(),
+        _CODES[x.dtype],
+        x.shape[0],
+        x.stride(0),
+        *addresses,
+        _address(bias),
+        0 if bias is None else _CODES[bias.dtype],
+        out.data_ptr(),
+        torch.get_num_threads(),
+        -1,
+    )
+
+    # The default keeps the memory alive for as long as there is a call that may use it.
+    def call(kept: object = (x, codes, scales, zeros, table, bias, out)) -> None:
+        launch(*arguments)
+
+    return call
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor,
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    row: int = -1,
+) -> Tensor:  # (N, K)
+    """The weight in fp32, rounded once to `dtype`."""
+    out = torch.empty((n, k), dtype=dtype)
+    w, addresses = _operands(codes, scales, zeros, table, format, n, k)
+    w.dequantize_ptr(*addresses, out.data_ptr(), _CODES[dtype], torch.get_num_threads(), row)
+    return out
+
+
+def embedding(
+    indices: Tensor,  # (M,) int64 contiguous, each in [0, N)
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor,
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (M, K)
+    """Rows of the dequantized weight; only these rows are decoded."""
+    m = indices.shape[0]
+    out = torch.empty((m, k), dtype=dtype)
+    w, addresses = _operands(codes, scales, zeros, table, format, n, k)
+    w.embedding_ptr(
+        indices.data_ptr(), m, *addresses, out.data_ptr(), _CODES[dtype], torch.get_num_threads()
+    )
+    return out
+
+
+def pack(codes: Tensor, format: Format) -> Tensor:
+    """Canonical packing: (N, K) uint8 to (N, row bytes) uint8."""
+    trits = format.packing == "trits"
+    packed = _C.pack(codes.contiguous().numpy(), format.bits, trits, torch.get_num_threads())
+    return torch.from_numpy(packed)
+
+
+def unpack(packed: Tensor, format: Format, k: int) -> Tensor:
+    """Inverse of `pack`."""
+    trits = format.packing == "trits"
+    codes = _C.unpack(packed.contiguous().numpy(), k, format.bits, trits, torch.get_num_threads())
+    return torch.from_numpy(codes)

@@ -1,0 +1,91 @@
+"""The backend of the "canonical" layout: plain torch, any device, no kernel of ours.
+
+Each call decodes what it needs to fp32 and leaves the product to torch, so it is right everywhere
+and slow: the first call on a device says so through the logger "lowbit".
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit import packing, reference
+from lowbit.formats import Format
+
+_logger = logging.getLogger("lowbit")
+
+
+def linear(
+    x: Tensor,  # (M, K)
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,  # (N,)
+    format: Format,
+    n: int,
+    k: int,
+) -> Tensor:  # (M, N), dtype of x
+    """x W^T + bias with fp32 products and sums, rounded once to the dtype of x."""
+    _log_once(x.device.type)
+    weight = dequantize(codes, scales, zeros, table, format, n, k, torch.float32)
+    return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (N, K)
+    """The weight in fp32, rounded once to `dtype`."""
+    values = reference.code_values(packing.unpack_codes(codes, format, k), format, table)
+    scales = None if scales is None else scales.float()
+    return reference.apply_scales(values, format, scales, zeros).to(dtype)
+
+
+def embedding(
+    indices: Tensor,  # (M,) int64, each in [0, N)
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (M, K)
+    """Rows of the dequantized weight; only these rows are decoded."""
+    _log_once(indices.device.type)
+    if table is not None and format.table_scope != "tensor":
+        table = table[indices]
+    scales, zeros = (None if t is None else t[indices] for t in (scales, zeros))
+    return dequantize(codes[indices], scales, zeros, table, format, indices.numel(), k, dtype)
+
+
+def pack(codes: Tensor, format: Format) -> Tensor:
+    """Canonical packing: (N, K) uint8 to (N, row bytes) uint8."""
+    return packing.pack_codes(codes, format)
+
+
+def unpack(packed: Tensor, format: Format, k: int) -> Tensor:
+    """Inverse of `pack`."""
+    return packing.unpack_codes(packed, format, k)
+
+
+@functools.cache
+def _log_once(device_type: str) -> None:
+    why = (
+        "the weight is in canonical layout"
+        if device_type == "cpu"
+        else f"there are no {device_type} kernels"
+    )
+    _logger.warning("plain torch dequantizes the weight in every call on %s: %s", device_type, why)

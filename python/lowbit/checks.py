@@ -1,0 +1,168 @@
+"""What the ops accept: each check once, with the name and the value in the message.
+
+Kernels read exactly the bytes that `layouts.operand_specs` gives, so nothing here may be skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit import layouts
+from lowbit.formats import Format, parse
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int64, torch.int32)
+_OPERANDS = ("codes", "scales", "zeros", "table")
+
+
+def requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether any of the tensors requires grad."""
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def refuse_grad(op: str, *tensors: Tensor | None) -> None:
+    """Raises ValueError if autograd would expect gradients of `op`: it has none."""
+    if torch.is_grad_enabled() and requires_grad(*tensors):
+        raise ValueError(
+            f"lowbit::{op} has no gradients and an input requires grad: "
+            "use lowbit::linear_trainable, or call it under torch.no_grad()"
+        )
+
+
+class _Expected(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    or_fp32: bool  # learnable scales and zeros are rounded to `dtype` but kept in fp32
+
+
+@functools.lru_cache(maxsize=4096)
+def _expected(
+    spec: str, layout: str, n: int, k: int
+) -> tuple[Format, tuple[_Expected | None, ...]]:
+    """The format, and what codes, scales, zeros and table must be, None where there is none."""
+    if k < 1 or n < 0:
+        raise ValueError(f"weight must have n >= 0 and k >= 1, got ({n}, {k})")
+    format = parse(spec)
+    specs = layouts.operand_specs(format, layout, n, k)
+    return format, tuple(
+        _Expected(name, *specs[name], specs[name][1].is_floating_point) if name in specs else None
+        for name in _OPERANDS
+    )
+
+
+def check_weight(
+    spec: str, layout: str, n: int, k: int, device: torch.device | None, *tensors: Tensor | None
+) -> Format:
+    """Checks codes, scales, zeros and table; `device` None says that all are on the CPU."""
+    if not (isinstance(n, int) and isinstance(k, int)):
+        return parse(spec)  # symbolic: the shapes are checked where they are numbers
+    format, expected = _expected(spec, layout, n, k)
+    for t, want in zip(tensors, expected):  # noqa: B905 (strict costs as much as a check)
+        if t is None or want is None:
+            if t is not want:
+                _fail_weight(format, layout, n, k, device, tensors, expected)
+        elif (
+            t.shape != want[1]
+            or (t.dtype is not want[2] and not (want[3] and t.dtype is torch.float32))
+            or not t.is_contiguous()
+            or (device is not None and t.device != device)
+        ):
+            _fail_weight(format, layout, n, k, device, tensors, expected)
+    return format
+
+
+def _fail_weight(
+    format: Format,
+    layout: str,
+    n: int,
+    k: int,
+    device: torch.device | None,
+    tensors: tuple[Tensor | None, ...],
+    expected: tuple[_Expected | None, ...],
+) -> None:
+    """Says what `check_weight` found."""
+    given = [name for name, t in zip(_OPERANDS, tensors, strict=True) if t is not None]
+    wanted = [want.name for want in expected if want is not None]
+    if given != wanted:
+        raise ValueError(
+            f"format {format.name!r} in layout {layout!r} takes the operands {wanted}, got {given}"
+        )
+    for t, want in zip(tensors, expected, strict=True):
+        if t is None or want is None:
+            continue
+        if device is not None and t.device != device:
+            raise ValueError(f"{want.name} must be on {device}, got {t.device}")
+        dtypes = {want.dtype, torch.float32} if want.or_fp32 else {want.dtype}
+        if t.shape != want.shape or t.dtype not in dtypes or not t.is_contiguous():
+            raise ValueError(
+                f"{want.name} of a ({n}, {k}) weight in format {format.name!r} and layout "
+                f"{layout!r} must be a contiguous {want.dtype} of shape {want.shape}, got "
+                f"{t.dtype} of shape {tuple(t.shape)} and strides {t.stride()}"
+            )
+
+
+def check_float(name: str, dtype: torch.dtype) -> None:
+    """Raises TypeError unless `dtype` is one that kernels compute with."""
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
+
+
+def check_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+) -> Format:
+    """Checks all tensors of a linear and returns the format."""
+    if x.dtype not in FLOAT_DTYPES:
+        check_float("x", x.dtype)
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must have shape (..., {k}), got {tuple(x.shape)}")
+    if bias is not None:
+        check_float("bias", bias.dtype)
+        if bias.dim() != 1 or bias.shape[0] != n or bias.device != x.device:
+            raise ValueError(
+                f"bias must have shape ({n},) on {x.device}, "
+                f"got {tuple(bias.shape)} on {bias.device}"
+            )
+    # The dispatcher calls a CPU kernel only if every tensor is on the CPU.
+    device = None if x.is_cpu else x.device
+    return check_weight(spec, layout, n, k, device, codes, scales, zeros, table)
+
+
+def check_indices(indices: Tensor) -> None:
+    """Checks the dtype of embedding indices; their range is looked at where they have values."""
+    if indices.dtype not in INDEX_DTYPES:
+        raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
+
+
+def check_codes(codes: Tensor, spec: str) -> Format:
+    """Checks shape and dtype of codes to pack and returns the format."""
+    if codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise ValueError(
+            f"codes must be 2-D uint8, got {codes.dtype} of shape {tuple(codes.shape)}"
+        )
+    return parse(spec)
+
+
+def check_packed(packed: Tensor, spec: str, k: int) -> Format:
+    """Checks shape and dtype of canonical bytes of k codes a row and returns the format."""
+    format = parse(spec)
+    row_bytes = format.row_bytes(k) if k >= 0 else -1
+    if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != row_bytes:
+        raise ValueError(
+            f"packed must be uint8 of shape (N, {row_bytes}) for k = {k} in format "
+            f"{format.name!r}, got {packed.dtype} of shape {tuple(packed.shape)}"
+        )
+    return format

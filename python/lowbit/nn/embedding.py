@@ -1,0 +1,119 @@
+"""QuantEmbedding: rows of a quantized (num_embeddings, embedding_dim) weight, for nn.Embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import lowbit
+from lowbit import checks, layouts, ops
+from lowbit.formats import Format
+from lowbit.nn.packed import PackedModule, zero_weight
+from lowbit.tensor import QuantTensor
+
+E = TypeVar("E", bound="QuantEmbedding")
+
+
+class QuantEmbedding(PackedModule):
+    """An embedding whose weight is quantized.
+
+    Attributes:
+        num_embeddings, embedding_dim: N and K.
+        padding_idx: as in nn.Embedding; it plays no part in the result.
+        dtype: of the rows. It follows `.to(dtype)`, `.half()` and the like; the weight does not.
+    """
+
+    dtype: torch.dtype
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        format: Format | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Makes an embedding whose tensors are zero, to be filled by `load_state_dict`."""
+        weight = zero_weight(format, num_embeddings, embedding_dim, device)
+        self._init(weight, dtype or torch.get_default_dtype(), padding_idx)
+
+    def _init(self, weight: QuantTensor, dtype: torch.dtype, padding_idx: int | None) -> None:
+        if dtype not in checks.FLOAT_DTYPES:
+            raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        super().__init__(weight)
+        self.num_embeddings, self.embedding_dim = self.shape
+        self.padding_idx = padding_idx
+        self.dtype = dtype
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, format: Format | str, method: str | None = None
+    ) -> QuantEmbedding:
+        """Quantizes a dense embedding; its rows keep their dtype.
+
+        Raises:
+            TypeError: `embedding` is not an nn.Embedding.
+            NotImplementedError: it renormalizes its rows, or is a subclass with another forward.
+        """
+        if not isinstance(embedding, nn.Embedding):
+            raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
+        if type(embedding).forward is not nn.Embedding.forward:
+            raise NotImplementedError(
+                f"embedding is a {type(embedding).__name__}: its forward is not nn.Embedding's"
+            )
+        if embedding.max_norm is not None:
+            raise NotImplementedError(f"max_norm must be None, got {embedding.max_norm}")
+        weight = lowbit.quantize(embedding.weight.detach(), format, method)
+        made = cls.from_quant_tensor(weight, embedding.weight.dtype, embedding.padding_idx)
+        return made.train(embedding.training)
+
+    @classmethod
+    def from_quant_tensor(
+        cls,
+        weight: QuantTensor,
+        dtype: torch.dtype | None = None,
+        padding_idx: int | None = None,
+    ) -> QuantEmbedding:
+        """Makes an embedding of a quantized (N, K) weight.
+
+        Args:
+            weight: on the device where the embedding shall run.
+            dtype: of the rows: fp32, bf16 or fp16; by default torch's default dtype.
+            padding_idx: kept as an attribute.
+        """
+        made = cls.__new__(cls)
+        made._init(weight, dtype or torch.get_default_dtype(), padding_idx)
+        return made
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Rows of the weight: indices (...) int64 or int32 give (..., K)."""
+        b = self._buffers
+        codes = b["codes"]
+        return ops.call_embedding(
+            indices,
+            codes,
+            b["scales"],
+            b["zeros"],
+            b["table"],
+            self._spec,
+            layouts.kernel_layout(codes.device),
+            *self.shape,
+            self.dtype,
+        )
+
+    def _apply(self: E, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> E:
+        super()._apply(fn, recurse)
+        codes = self._buffers["codes"]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=codes.device)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape, padding, dtype, format and bytes."""
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        shape = f"{self.num_embeddings}, {self.embedding_dim}{padding}"
+        return f"{shape}, dtype={self.dtype}, {super().extra_repr()}"

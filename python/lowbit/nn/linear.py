@@ -1,0 +1,243 @@
+"""QuantLinear: y = x W^T + bias with W quantized; takes the place of nn.Linear.
+
+x (..., K) in fp32, bf16 or fp16 gives (..., N) in the same dtype, with gradients for x (LoRA);
+`train_parameters` makes scales, float zeros, tables and the bias learnable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+import lowbit
+from lowbit import layouts, ops
+from lowbit.formats import Format
+from lowbit.layouts import Operands
+from lowbit.nn.packed import PackedModule, zero_weight
+from lowbit.tensor import SCALE_DTYPES, QuantTensor
+
+TRAINABLE = ("bias", "scales", "zeros", "table")
+# Stored scales that are the learnable number itself, not a code for it.
+_FLOAT_SCALES = ("fp32", "fp16", "bf16")
+
+
+class QuantLinear(PackedModule):
+    """A linear layer whose weight is quantized.
+
+    Attributes:
+        in_features, out_features: K and N.
+        bias: Parameter (N,) or None. It does not require grad unless `train_parameters` says so.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        format: Format | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Makes a layer whose tensors are zero, to be filled by `load_state_dict`.
+
+        Args:
+            in_features, out_features, bias: as in nn.Linear.
+            format: a Format or its name.
+            device: where the weight and the bias live; "meta" works.
+            dtype: of the bias.
+        """
+        weight = zero_weight(format, out_features, in_features, device)
+        vector = torch.zeros(out_features, device=weight.device, dtype=dtype) if bias else None
+        self._init(weight, vector)
+
+    def _init(self, weight: QuantTensor, bias: Tensor | None) -> None:
+        super().__init__(weight)
+        self._finish(bias)
+
+    def _finish(self, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = self.shape
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        )
+        self._trained: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, format: Format | str, method: str | None = None
+    ) -> QuantLinear:
+        """Quantizes the weight of a dense layer; the bias is shared.
+
+        Raises:
+            TypeError: `linear` is not an nn.Linear.
+            NotImplementedError: it is a subclass that computes something else.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        if type(linear).forward is not nn.Linear.forward:
+            raise NotImplementedError(
+                f"linear is a {type(linear).__name__}, whose forward is not that of nn.Linear"
+            )
+        weight = lowbit.quantize(linear.weight.detach(), format, method)
+        layer = cls.from_quant_tensor(weight, linear.bias)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_quant_tensor(
+        cls, weight: QuantTensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> QuantLinear:
+        """Makes a layer of a quantized (N, K) weight.
+
+        Args:
+            weight: on the device where the layer shall run.
+            bias: (N,) in fp32, bf16 or fp16.
+            dtype: the bias is cast to it.
+
+        Raises:
+            ValueError: the bias has another shape.
+        """
+        if bias is not None:
+            if tuple(bias.shape) != weight.shape[:1]:
+                raise ValueError(
+                    f"bias must have shape {weight.shape[:1]}, got {tuple(bias.shape)}"
+                )
+            bias = bias.to(weight.device, dtype)
+        layer = cls.__new__(cls)
+        layer._init(weight, bias)
+        return layer
+
+    @classmethod
+    def tied_to(cls, module: PackedModule, bias: Tensor | None = None) -> QuantLinear:
+        """Makes a layer that shares the weight of another module, as a tied head does."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.share_weight(module)
+        layer._finish(bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + bias: x (..., K) gives (..., N) in its dtype; checks as `lowbit.linear`."""
+        # Not self.codes: nn.Module finds a buffer only after three failed look-ups.
+        w = self._buffers
+        if self._trained:
+            w = {**w, **self._learned()}
+        codes = w["codes"]
+        n, k = self.shape
+        return ops.call_linear(
+            x,
+            codes,
+            w["scales"],
+            w["zeros"],
+            w["table"],
+            self._parameters["bias"],
+            self._spec,
+            layouts.kernel_layout(codes.device),
+            n,
+            k,
+        )
+
+    def train_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """Makes the named tensors learnable, and every other one not; () freezes the layer again.
+
+        Scales and zeros become fp32 Parameters in canonical layout; the product uses them rounded
+        to their stored dtype, with the gradient passed straight through. The layer stops sharing
+        its weight with tied modules.
+
+        Args:
+            names: some of "bias", "scales", "zeros", "table".
+
+        Returns:
+            The learnable Parameters, for an optimizer.
+
+        Raises:
+            ValueError: a name is unknown, or the layer has no such tensor.
+            NotImplementedError: the format stores its scales in two levels or as powers of two.
+        """
+        wanted = frozenset(names)
+        self._check_trainable(wanted)
+        current = self.quant_tensor()
+        codebook = wanted - {"bias"}
+        self._buffers = dict(self._buffers)
+        for name in self._trained - codebook:
+            del self._parameters[name]
+        self._trained = frozenset()
+        self._set_operands(layouts.to_operands(current))
+        for name in sorted(codebook):
+            del self._buffers[name]
+            values = current.tensors[name].detach().to(torch.float32, copy=True)
+            self.register_parameter(name, nn.Parameter(values))
+        self._trained = codebook
+        if self.bias is not None:
+            self.bias.requires_grad_("bias" in wanted)
+        return [self._parameters[name] for name in TRAINABLE if name in wanted]  # type: ignore[misc]
+
+    def _check_trainable(self, names: frozenset[str]) -> None:
+        if unknown := sorted(names - set(TRAINABLE)):
+            raise ValueError(f"names must be some of {TRAINABLE}, got {unknown}")
+        f = self.format
+        has = {
+            "bias": self.bias is not None,
+            "scales": f.scale is not None,
+            "zeros": f.zero in ("float", "min"),
+            "table": f.fitted,
+        }
+        if absent := sorted(name for name in names if not has[name]):
+            raise ValueError(f"a layer of format {f.name!r} has no learnable {absent}")
+        if "scales" in names and f.scale not in _FLOAT_SCALES:
+            raise NotImplementedError(
+                f"scales of format {f.name!r} are stored as {f.scale!r}; "
+                f"learnable are {_FLOAT_SCALES}"
+            )
+
+    def operands(self) -> Operands:
+        """The weight as the kernels read it, learnable tensors rounded to their stored dtype."""
+        return self._make_operands(self._learned())
+
+    def _learned(self) -> dict[str, Tensor]:
+        """The learnable tensors as the kernels read them, differentiable."""
+        lanes = self.layout == layouts.N16
+        learned: dict[str, Tensor] = {}
+        for name in self._trained:
+            p = self._parameters[name]
+            assert p is not None
+            if name == "table":
+                learned[name] = layouts.kernel_table(self.format, p) if lanes else p
+            else:
+                # Rounded to the stored dtype, kept in fp32: a gradient in fp16 could overflow.
+                rounded = p + (p.detach().to(self._stored_dtype).to(p.dtype) - p.detach())
+                learned[name] = layouts.to_lanes(rounded) if lanes else rounded
+        return learned
+
+    @property
+    def _stored_dtype(self) -> torch.dtype:
+        return SCALE_DTYPES[self.format.scale or "fp32"]
+
+    def quant_tensor(self) -> QuantTensor:
+        """The weight in canonical layout; learnable tensors are rounded to their stored dtype."""
+        with torch.no_grad():
+            learned = {
+                name: t.detach() if name == "table" else t.to(self._stored_dtype)
+                for name, t in self._learned().items()
+            }
+            return layouts.from_operands(self._make_operands(learned))
+
+    def _load_weight(self, tensors: dict[str, Tensor]) -> None:
+        super()._load_weight(tensors)
+        with torch.no_grad():
+            for name in self._trained:
+                self._parameters[name].copy_(tensors[name])  # type: ignore[union-attr]
+
+    def _apply_other(self, fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+        new = fn(t)
+        parameters = [self._parameters[name] for name in self._trained]
+        learned = any(t is p or (p is not None and t is p.grad) for p in parameters)
+        return t.to(new.device) if learned and new.dtype != t.dtype else new
+
+    def extra_repr(self) -> str:
+        """Shape, bias, format and bytes."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {super().extra_repr()}"
+        )

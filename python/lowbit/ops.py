@@ -1,0 +1,371 @@
+"""torch.ops.lowbit.*: schemas, fakes and autograd, each once, and the functions that call them.
+
+Operands (codes, scales, zeros, table) of an (n, k) weight lie as `layouts.py` says for `layout`;
+`format` is `Format.spec`. `linear`, `dequantize` and `embedding` refuse inputs that require grad; a
+separate `linear_trainable` has gradients for x, bias, scales, float zeros and table, because
+autograd adds 2.7 us to a call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit import backends, checks, gradients, layouts
+from lowbit.layouts import Operands
+from lowbit.tensor import QuantTensor
+
+_WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table"
+_MEANING = "str format, str layout, SymInt n, SymInt k"
+_LINEAR = f"(Tensor x, {_WEIGHT}, Tensor? bias, {_MEANING}) -> Tensor"
+_SCHEMAS = {
+    "linear": _LINEAR,
+    "linear_trainable": _LINEAR,
+    "dequantize": f"({_WEIGHT}, {_MEANING}, ScalarType dtype) -> Tensor",
+    "embedding": f"(Tensor indices, {_WEIGHT}, {_MEANING}, ScalarType dtype) -> Tensor",
+    "codebook_grad": (
+        f"(Tensor grad_weight, {_WEIGHT}, {_MEANING}, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
+    ),
+    "pack": "(Tensor codes, str format) -> Tensor",
+    "unpack": "(Tensor packed, str format, SymInt k) -> Tensor",
+}
+_library = torch.library.Library("lowbit", "FRAGMENT")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+_backend = functools.cache(backends.find)
+
+
+def linear(x: Tensor, weight: QuantTensor | Operands, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias with a quantized weight.
+
+    Args:
+        x: (..., K) in fp32, bf16 or fp16, any strides; autocast casts it to its dtype.
+        weight: (N, K), on the device of x. A QuantTensor keeps the kernel's own copy of itself
+            after the first call, so its tensors must not be written to afterwards.
+        bias: (N,) in fp32, bf16 or fp16.
+
+    Returns:
+        (..., N) in the dtype of x, with gradients for x, bias and operands that require them.
+
+    Raises:
+        TypeError: a dtype is not one of those above.
+        ValueError: a shape, device or layout does not fit.
+    """
+    w = operands(weight)
+    spec, (n, k) = w.spec, w.shape
+    return call_linear(x, w.codes, w.scales, w.zeros, w.table, bias, spec, w.layout, n, k)
+
+
+def call_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+) -> Tensor:
+    """`linear` on loose operands: applies autocast, takes the trainable op where grad is needed."""
+    device_type = "cpu" if x.is_cpu else x.device.type
+    if (
+        (device_type == "cpu" or torch.amp.is_autocast_available(device_type))
+        and torch.is_autocast_enabled(device_type)
+        and x.dtype in checks.FLOAT_DTYPES
+    ):
+        x = x.to(torch.get_autocast_dtype(device_type))
+    op = _linear
+    if torch.is_grad_enabled() and checks.requires_grad(x, scales, zeros, table, bias):
+        op = _linear_trainable
+    return op(x, codes, scales, zeros, table, bias, spec, layout, n, k)
+
+
+def dequantize(weight: QuantTensor | Operands, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight, (N, K): computed in fp32 and rounded once to `dtype` (fp32, bf16 or fp16).
+
+    A QuantTensor is read as it lies, unless it has a copy in the kernel's layout already.
+    """
+    if isinstance(weight, QuantTensor) and weight._packed is None:
+        w = layouts.to_operands(weight, layouts.CANONICAL)
+    else:
+        w = operands(weight)
+    spec, (n, k) = w.spec, w.shape
+    return _dequantize(w.codes, w.scales, w.zeros, w.table, spec, w.layout, n, k, dtype)
+
+
+def embedding(
+    indices: Tensor, weight: QuantTensor | Operands, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Rows of the weight: (*indices.shape, K) in `dtype`.
+
+    Raises:
+        TypeError: indices are not int64 or int32, or `dtype` is not fp32, bf16 or fp16.
+        IndexError: an index is outside [0, N).
+    """
+    w = operands(weight)
+    spec, (n, k) = w.spec, w.shape
+    return _embedding(indices, w.codes, w.scales, w.zeros, w.table, spec, w.layout, n, k, dtype)
+
+
+def call_embedding(
+    indices: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`embedding` on loose operands."""
+    return _embedding(indices, codes, scales, zeros, table, spec, layout, n, k, dtype)
+
+
+def operands(weight: QuantTensor | Operands) -> Operands:
+    """The weight as its device's kernels read it; a QuantTensor is converted once."""
+    if isinstance(weight, Operands):
+        return weight
+    if not isinstance(weight, QuantTensor):
+        raise TypeError(f"weight must be a QuantTensor or Operands, got {type(weight).__name__}")
+    if weight._packed is None:
+        weight._packed = layouts.to_operands(weight)
+    return weight._packed  # type: ignore[return-value]
+
+
+def _linear_impl(
+    device_type: str,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+) -> Tensor:
+    format = checks.check_linear(x, codes, scales, zeros, table, bias, spec, layout, n, k)
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    backend = _backend(device_type, layout)
+    y = backend.linear(rows, codes, scales, zeros, table, bias, format, n, k)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+
+def _inference_linear_impl(device_type: str, x: Tensor, *args: Any) -> Tensor:
+    if torch.is_grad_enabled():
+        checks.refuse_grad("linear", x, *args[:5])
+    return _linear_impl(device_type, x, *args)
+
+
+def _dequantize_impl(
+    device_type: str,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    checks.refuse_grad("dequantize", scales, zeros, table)
+    checks.check_float("dtype", dtype)
+    format = checks.check_weight(spec, layout, n, k, codes.device, codes, scales, zeros, table)
+    backend: ModuleType = _backend(device_type, layout)
+    return backend.dequantize(codes, scales, zeros, table, format, n, k, dtype)
+
+
+def _embedding_impl(
+    device_type: str,
+    indices: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    checks.refuse_grad("embedding", scales, zeros, table)
+    checks.check_indices(indices)
+    checks.check_float("dtype", dtype)
+    format = checks.check_weight(spec, layout, n, k, indices.device, codes, scales, zeros, table)
+    rows = indices.reshape(-1).to(torch.int64)
+    if rows.numel():
+        low, high = (int(v) for v in torch.aminmax(rows))
+        if low < 0 or high >= n:
+            raise IndexError(f"indices must be in [0, {n}), got {low if low < 0 else high}")
+    backend: ModuleType = _backend(device_type, layout)
+    y = backend.embedding(rows, codes, scales, zeros, table, format, n, k, dtype)
+    return y.view(*indices.shape, k)
+
+
+def _codebook_grad_impl(
+    device_type: str,
+    grad_weight: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    if grad_weight.dtype != torch.float32 or grad_weight.shape != (n, k):
+        raise ValueError(
+            f"grad_weight must be float32 of shape ({n}, {k}), got {grad_weight.dtype} of shape "
+            f"{tuple(grad_weight.shape)}"
+        )
+    format = checks.check_weight(
+        spec, layout, n, k, grad_weight.device, codes, scales, zeros, table
+    )
+    w = Operands(format, (n, k), layout, codes, scales, zeros, table, {})
+    return gradients.codebook_grad(grad_weight, w, *wanted)
+
+
+def _pack_impl(device_type: str, codes: Tensor, spec: str) -> Tensor:
+    format = checks.check_codes(codes, spec)
+    if codes.numel() and (highest := int(codes.max())) >= format.num_codes:
+        raise ValueError(
+            f"codes must be below {format.num_codes} in format {format.name!r}, got {highest}"
+        )
+    return _canonical_packer(device_type).pack(codes, format)
+
+
+def _unpack_impl(device_type: str, packed: Tensor, spec: str, k: int) -> Tensor:
+    format = checks.check_packed(packed, spec, k)
+    return _canonical_packer(device_type).unpack(packed, format, k)
+
+
+def _canonical_packer(device_type: str) -> ModuleType:
+    return backends.cpu if device_type == "cpu" else backends.reference
+
+
+def _linear_fake(x: Tensor, *args: Any) -> Tensor:
+    checks.check_linear(x, *args)
+    return x.new_empty((*x.shape[:-1], args[-2]))
+
+
+def _inference_linear_fake(x: Tensor, *args: Any) -> Tensor:
+    checks.refuse_grad("linear", x, *args[:5])
+    return _linear_fake(x, *args)
+
+
+def _dequantize_fake(codes: Tensor, *args: Any) -> Tensor:
+    *tensors, spec, layout, n, k, dtype = args
+    checks.refuse_grad("dequantize", *tensors)
+    checks.check_float("dtype", dtype)
+    checks.check_weight(spec, layout, n, k, codes.device, codes, *tensors)
+    return codes.new_empty((n, k), dtype=dtype)
+
+
+def _embedding_fake(indices: Tensor, codes: Tensor, *args: Any) -> Tensor:
+    *tensors, spec, layout, n, k, dtype = args
+    checks.refuse_grad("embedding", *tensors)
+    checks.check_indices(indices)
+    checks.check_float("dtype", dtype)
+    checks.check_weight(spec, layout, n, k, indices.device, codes, *tensors)
+    return codes.new_empty((*indices.shape, k), dtype=dtype)
+
+
+def _codebook_grad_fake(grad_weight: Tensor, codes: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    operands, wanted = args[:3], args[-1]
+    return tuple(
+        torch.empty_like(t) if want else grad_weight.new_empty(0)
+        for t, want in zip(operands, wanted, strict=True)
+    )
+
+
+def _pack_fake(codes: Tensor, spec: str) -> Tensor:
+    format = checks.check_codes(codes, spec)
+    n, k = codes.shape
+    return codes.new_empty((n, format.row_bytes(k)))
+
+
+def _unpack_fake(packed: Tensor, spec: str, k: int) -> Tensor:
+    checks.check_packed(packed, spec, k)
+    return packed.new_empty((packed.shape[0], k))
+
+
+_IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "linear": (_inference_linear_impl, _inference_linear_fake),
+    "linear_trainable": (_linear_impl, _linear_fake),
+    "dequantize": (_dequantize_impl, _dequantize_fake),
+    "embedding": (_embedding_impl, _embedding_fake),
+    "codebook_grad": (_codebook_grad_impl, _codebook_grad_fake),
+    "pack": (_pack_impl, _pack_fake),
+    "unpack": (_unpack_impl, _unpack_fake),
+}
+for _name, (_impl, _fake) in _IMPLS.items():
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, functools.partial(_impl, _key.lower()), _key)
+    torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, zeros, table, bias, *ctx.meaning = inputs
+    wants_weight = any(ctx.needs_input_grad[2:5])
+    ctx.save_for_backward(x if wants_weight else None, codes, scales, zeros, table)
+    ctx.x_dtype = x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """As in a dense layer of the dtype of x: dx is computed with the weight rounded to it."""
+    x, *weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    n, k = ctx.meaning[2:]
+    grad_x = grad_bias = None
+    if needs[0]:
+        grad_x = grad @ _dequantize(*weight, *ctx.meaning, ctx.x_dtype)
+    if needs[5]:
+        grad_bias = grad.reshape(-1, n).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    terms: tuple[Tensor | None, ...] = (None, None, None)
+    wanted = list(needs[2:5])
+    if any(wanted):
+        rows, x_rows = grad.reshape(-1, n).float(), x.reshape(-1, k).float()
+        with _no_autocast(grad.device.type):
+            grad_weight = rows.t() @ x_rows
+        made = _codebook_grad(grad_weight, *weight, *ctx.meaning, wanted)
+        terms = tuple(g if want else None for g, want in zip(made, wanted, strict=True))
+    return grad_x, None, *terms, grad_bias, None, None, None, None
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+torch.library.register_autograd(
+    "lowbit::linear_trainable", _backward, setup_context=_setup_context, lib=_library
+)
+# Looking an overload up costs as much as a small call.
+_linear = torch.ops.lowbit.linear.default
+_linear_trainable = torch.ops.lowbit.linear_trainable.default
+_dequantize = torch.ops.lowbit.dequantize.default
+_embedding = torch.ops.lowbit.embedding.default
+_codebook_grad = torch.ops.lowbit.codebook_grad.default
