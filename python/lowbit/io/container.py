@@ -1,0 +1,205 @@
+"""The safetensors container: a reader with clear errors, and a writer that streams and is atomic.
+
+The writer lays a file out before it has the tensors and then asks for one group of them at a time,
+so that a model larger than memory can be converted. A file appears under its name complete or not
+at all: it is written beside its place, flushed to the disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+# Of newer versions of torch.
+for _attribute, _name in (
+    ("uint16", "U16"),
+    ("uint32", "U32"),
+    ("uint64", "U64"),
+    ("complex64", "C64"),
+    ("float8_e8m0fnu", "F8_E8M0"),
+):
+    if hasattr(torch, _attribute):
+        _DTYPES[getattr(torch, _attribute)] = _name
+_TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Tensors that are made together: their names, shapes and dtypes now, the tensors when they
+    are written.
+    """
+
+    specs: Specs
+    make: Callable[[], Mapping[str, Tensor]]
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the name `path` when the block ends, and vanishes if it raises."""
+    # Not tempfile: its files are private to the user whatever the umask says.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with temporary.open("xb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write(path: Path, sources: list[Source], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        TypeError: safetensors has no name for a dtype.
+        ValueError: a name comes twice, or a source makes something else than it announced.
+    """
+    header, offsets = _header(sources, metadata)
+    with atomic(path) as f:
+        f.write(header)
+        for source in sources:
+            tensors = source.make()
+            if set(tensors) != set(source.specs):
+                raise ValueError(f"{path}: {sorted(tensors)} were made, not {sorted(source.specs)}")
+            for name, (shape, dtype) in source.specs.items():
+                t = tensors[name]
+                if tuple(t.shape) != shape or t.dtype != dtype:
+                    raise ValueError(
+                        f"{path}: {name} must be {dtype} of shape {shape}, "
+                        f"got {t.dtype} of shape {tuple(t.shape)}"
+                    )
+                f.seek(len(header) + offsets[name])
+                # A tensor without dimensions cannot be viewed in another dtype.
+                flat = t.detach().cpu().contiguous().view(-1)
+                f.write(flat.view(torch.uint8).numpy().data)
+
+
+def _header(sources: list[Source], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the data, and where each tensor starts after them."""
+    specs: Specs = {}
+    for source in sources:
+        for name, spec in source.specs.items():
+            if name in specs:
+                raise ValueError(f"tensor {name!r} comes twice")
+            if spec[1] not in _DTYPES:
+                raise TypeError(f"tensor {name!r}: safetensors cannot hold {spec[1]}")
+            specs[name] = spec
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    offsets = {}
+    end = 0
+    # Wide dtypes first: every tensor is then aligned to its own element.
+    for name, (shape, dtype) in sorted(specs.items(), key=lambda i: (-i[1][1].itemsize, i[0])):
+        begin = end
+        end += torch.Size(shape).numel() * dtype.itemsize
+        offsets[name] = begin
+        entries[name] = {
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+class Reader:
+    """One open safetensors file. Every error is a ValueError that names the file.
+
+    Attributes:
+        path: the file.
+        metadata: the strings of the header.
+        specs: shape and dtype of every tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._clear_errors():
+            self._file = safe_open(str(path), framework="pt")
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+        self.specs: Specs = {}
+        for name, s in slices.items():
+            if s.get_dtype() not in _TORCH_DTYPES:
+                raise ValueError(
+                    f"{path}: tensor {name!r} has the dtype {s.get_dtype()}, which lowbit or "
+                    f"torch {torch.__version__} does not know"
+                )
+            self.specs[name] = (tuple(s.get_shape()), _TORCH_DTYPES[s.get_dtype()])
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`, on the CPU."""
+        with self._clear_errors(f", tensor {name!r}"):
+            return self._file.get_tensor(name)
+
+    @contextlib.contextmanager
+    def _clear_errors(self, where: str = "") -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, UnicodeDecodeError, AttributeError, RuntimeError) as e:
+            raise ValueError(f"{self.path}{where}: not a readable safetensors file: {e}") from e
+
+
+def tensor_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: the file itself, or what a folder's index or the
+    folder itself lists.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the index is damaged or points outside the folder.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"no file or folder {path}")
+        return [path]
+    index = path / INDEX_NAME
+    if index.exists():
+        return _indexed_files(index)
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"{path} must hold one .safetensors file or {index.name}, "
+            f"found {[f.name for f in files]}"
+        )
+    return files
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{index}: not an index of safetensors files: {e!r}") from e
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index}: {name!r} is not a file name in this folder")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index}: the file {name!r} is missing")
+    return sorted(index.parent / name for name in names)

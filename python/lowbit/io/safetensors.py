@@ -1,0 +1,243 @@
+"""save and load: a model, or names with tensors, to and from the files of `checkpoint.py`.
+
+Loading swaps the dense layers of a model for the quantized ones that the header names, and is
+strict: names, shapes and formats are all compared before the model is touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.formats import Format
+from lowbit.io.checkpoint import Checkpoint, Header, dense_source, layer_source
+from lowbit.io.container import Source, write
+from lowbit.io.convert import quantize_file
+from lowbit.io.matching import Match, own_tensors, prefix_of
+from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
+from lowbit.tensor import QuantTensor
+
+__all__ = ["load", "load_tensors", "quantize_file", "save"]
+
+SUFFIX = ".safetensors"
+FILE_NAME = "model.safetensors"
+
+
+def save(
+    model_or_state: nn.Module | Mapping[str, Tensor | QuantTensor], path: str | os.PathLike[str]
+) -> Path:
+    """Writes a model, or what `load_tensors` gives, to one safetensors file.
+
+    Quantized weights are converted to the canonical layout one at a time; shared tensors are
+    written once. The file is complete or not there: a failure leaves what was at `path` before.
+
+    Args:
+        model_or_state: a module, or names with Tensors and QuantTensors.
+        path: the file if it ends in ".safetensors", else a folder, made if needed, that gets
+            "model.safetensors".
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TypeError: a value is neither a tensor nor a QuantTensor, or safetensors cannot hold its
+            dtype.
+    """
+    if isinstance(model_or_state, nn.Module):
+        sources, header = _module_sources(model_or_state)
+    elif isinstance(model_or_state, Mapping):
+        sources, header = _state_sources(model_or_state)
+    else:
+        raise TypeError(
+            f"model_or_state must be an nn.Module or a mapping, got {type(model_or_state).__name__}"
+        )
+    file = Path(path)
+    if file.suffix != SUFFIX:
+        file = file / FILE_NAME
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write(file, sources, header.metadata())
+    return file
+
+
+def _same(qt: QuantTensor) -> QuantTensor:
+    return qt
+
+
+class _Collector:
+    """Gathers sources; a dense tensor that is the same memory as an earlier one becomes a tie."""
+
+    def __init__(self) -> None:
+        self.sources: list[Source] = []
+        self.header = Header({}, {})
+        self._seen: dict[tuple[object, ...], str] = {}
+
+    def dense(self, name: str, t: object) -> None:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor or a QuantTensor, got {type(t).__name__}")
+        if t.is_meta:
+            raise ValueError(f"{name} is on the meta device and holds no values")
+        memory = (t.device, t.data_ptr(), t.dtype, tuple(t.shape), t.stride())
+        first = self._seen.setdefault(memory, name) if t.numel() else name
+        if first != name:
+            self.header.tied[name] = first
+        else:
+            self.sources.append(dense_source(name, t))
+
+    def layer(
+        self,
+        name: str,
+        identity: object,
+        format: Format,
+        shape: tuple[int, int],
+        make: Callable[[], QuantTensor],
+    ) -> None:
+        first = self._seen.setdefault(("layer", id(identity)), name)
+        if first != name:
+            self.header.tied[name] = first
+            return
+        self.header.layers[name] = (format, shape)
+        self.sources.append(layer_source(name, format, shape, make))
+
+
+def _module_sources(model: nn.Module) -> tuple[list[Source], Header]:
+    found = _Collector()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedModule):
+            # Tied modules hold one dict of buffers.
+            found.layer(name, module._buffers, module.format, module.shape, module.quant_tensor)
+        for key, t in own_tensors(module, prefix_of(name)).items():
+            found.dense(key, t)
+    return found.sources, found.header
+
+
+def _state_sources(state: Mapping[str, Tensor | QuantTensor]) -> tuple[list[Source], Header]:
+    found = _Collector()
+    for name, value in state.items():
+        if isinstance(value, QuantTensor):
+            found.layer(name, value, value.format, value.shape, functools.partial(_same, value))
+        else:
+            found.dense(name, value)
+    return found.sources, found.header
+
+
+def load_tensors(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> dict[str, Tensor | QuantTensor]:
+    """Reads a checkpoint without a model.
+
+    Args:
+        path: a safetensors file that `save` or `quantize_file` wrote, or a folder with one or with
+            an index.
+        device: where the tensors go.
+
+    Returns:
+        A QuantTensor for the name of every layer and a Tensor for every other; tied names give the
+        same object.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: the file is damaged or not a lowbit checkpoint; the message names file, tensor
+            and value.
+    """
+    checkpoint = Checkpoint(path)
+    state: dict[str, Tensor | QuantTensor] = {
+        name: checkpoint.layer(name, device) for name in checkpoint.header.layers
+    }
+    state.update((name, checkpoint.tensor(name, device)) for name in checkpoint.dense)
+    state.update((name, state[first]) for name, first in checkpoint.header.tied.items())
+    return state
+
+
+def load(
+    model: nn.Module, path: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Loads a checkpoint into a model.
+
+    Each layer that the header names takes the place of the `nn.Linear` or `nn.Embedding` of that
+    name, or fills a quantized one of the same format; every other tensor is copied into the model,
+    in the model's dtype. What the model shares, it still shares.
+
+    Args:
+        model: as it was before it was quantized, or quantized alike; parameters on the meta device
+            get the dtype of the file.
+        path: as for `load_tensors`.
+        device: where tensors of the meta device go; others stay where they are.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: the file is damaged or not a lowbit checkpoint; or names, shapes or formats
+            differ from the model's, and then the model is unchanged and the message lists all of
+            them.
+    """
+    checkpoint = Checkpoint(path)
+    match = Match(model, checkpoint)
+    state: dict[str, Any] = {}
+    made: dict[str, PackedModule] = {}
+    for name in checkpoint.header.layers:
+        module = match.modules[name]
+        weight = checkpoint.layer(name, _device_of(module, device))
+        if isinstance(module, PackedModule):
+            made[name] = module
+            state.update((prefix_of(name) + key, t) for key, t in weight.tensors.items())
+        else:
+            made[name] = _quantized(module, weight)
+    for name, first in match.tied.items():
+        made[name] = _tied(match.modules[name], match.modules[first], made[first])
+    for name, module in made.items():
+        if module is not match.modules[name]:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
+    for name in match.wanted:
+        stored = checkpoint.header.tied.get(name, name)
+        if stored in checkpoint.dense:
+            state[name] = checkpoint.tensor(stored, device)
+    assign = any(isinstance(t, Tensor) and t.is_meta for t in match.wanted.values())
+    model.load_state_dict(state, strict=False, assign=assign)
+    if assign:
+        match.restore_sharing(model)
+    return model
+
+
+def _device_of(module: Any, default: torch.device | str) -> torch.device | str:
+    name = "codes" if isinstance(module, PackedModule) else "weight"
+    tensor = getattr(module, name)
+    return default if tensor.is_meta else tensor.device
+
+
+def _quantized(module: Any, weight: QuantTensor) -> PackedModule:
+    """The quantized module with this weight in place of a dense one; its bias is loaded later."""
+    made: PackedModule
+    if isinstance(module, nn.Embedding):
+        made = QuantEmbedding.from_quant_tensor(weight, module.weight.dtype, module.padding_idx)
+    else:
+        made = QuantLinear.from_quant_tensor(weight, _bias(module, weight.device))
+    return made.train(module.training)
+
+
+def _tied(module: nn.Module, first: nn.Module, made: PackedModule) -> PackedModule:
+    """What `module` becomes if it shares the weight of `first`, which became `made`."""
+    if module is first:
+        return made
+    if isinstance(module, nn.Linear):
+        device = _device_of(made, "cpu")
+        return QuantLinear.tied_to(made, _bias(module, device)).train(module.training)
+    if isinstance(module, nn.Embedding):
+        module = _quantized(module, made.quant_tensor())
+    assert isinstance(module, PackedModule)
+    module.share_weight(made)
+    return module
+
+
+def _bias(linear: Any, device: torch.device | str) -> Tensor | None:
+    if linear.bias is None or not linear.bias.is_meta:
+        return linear.bias
+    return torch.zeros_like(linear.bias, device=device)

@@ -1,0 +1,18 @@
+"""Quantizers: each makes a QuantTensor from a weight matrix, one file per method; `model.py` runs
+them on a model.
+"""
+
+from lowbit.quantize.methods import METHODS, quantize
+from lowbit.quantize.model import quantize_model
+from lowbit.quantize.names import Recipe, Selection
+from lowbit.quantize.report import LayerReport, Report
+
+__all__ = [
+    "METHODS",
+    "LayerReport",
+    "Recipe",
+    "Report",
+    "Selection",
+    "quantize",
+    "quantize_model",
+]

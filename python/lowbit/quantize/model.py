@@ -1,0 +1,162 @@
+"""quantize_model: swaps the linears (and, by recipe, embeddings) of a model for quantized ones, in
+place.
+
+One layer at a time: its dense weight can be freed before the next one is made, so memory peaks near
+one layer above the result. Modules and weights that were shared stay shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lowbit.formats import Format
+from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
+from lowbit.quantize.methods import quantize
+from lowbit.quantize.names import Recipe, Selection
+from lowbit.quantize.progress import bar
+from lowbit.quantize.report import LayerReport, Report, measure
+
+# They hand the weights of their children to fused kernels of torch without calling the children.
+_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def quantize_model(
+    model: nn.Module,
+    format: Recipe,
+    *,
+    skip: Iterable[str] = ("lm_head",),
+    method: str | None = None,
+    progress: bool = True,
+) -> Report:
+    """Quantizes a model in place.
+
+    Args:
+        model: any module. Its `nn.Linear` layers become `lowbit.nn.QuantLinear`; everything else
+            stays, but for an `nn.Embedding` that a recipe names.
+        format: a Format or its name for every linear, or a recipe {pattern: format or None}: the
+            first pattern that matches the module's name counts, and no match means None, "leave
+            it". How a pattern matches: `lowbit.quantize.Selection`.
+        skip: patterns of modules to leave as they are.
+        method: as in `lowbit.quantize`.
+        progress: show a bar on stderr, if rich or tqdm is installed.
+
+    Returns:
+        Bytes and error per layer, and the reason for every weight that was left.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or a weight cannot be quantized (the message
+            starts with the layer's name; the layers before it are quantized then).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    selection = Selection(format, skip)
+    report = Report()
+    plan = _plan(model, selection, report)
+    made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
+    with bar(len(plan), "quantizing", progress) as advance:
+        for names, (chosen, weight_id) in plan.items():
+            first = made.get((weight_id, chosen.spec))
+            try:
+                module, row = _replace(model, names[0], chosen, method, first)
+            except (TypeError, ValueError) as e:
+                raise type(e)(f"{names[0]}: {e}") from e
+            made.setdefault((weight_id, chosen.spec), (names[0], module))
+            for name in names:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module)
+            report.layers.append(row)
+            advance()
+    return report
+
+
+def _plan(
+    model: nn.Module, selection: Selection, report: Report
+) -> dict[tuple[str, ...], tuple[Format, int]]:
+    """Every name of each module to replace, with its format and the identity of its weight.
+
+    Embeddings come first: a linear can share the weight of one, and the dict must not keep the
+    modules alive.
+    """
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    fused: set[int] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+        if isinstance(module, _READS_WEIGHTS):
+            fused.update(id(child) for child in module.children())
+    plan = {}
+    for key, module in modules.items():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, PackedModule) or (
+            isinstance(weight, nn.Parameter) and weight.dim() > 1
+        ):
+            name = names[key][0]
+            chosen = selection.format(name)
+            why = _obstacle(module, name, selection, key in fused)
+            if why or chosen is None:
+                report.left[name] = why or "not in the recipe"
+            elif not name:
+                raise ValueError(
+                    "model must contain the layers to replace, it is one itself "
+                    f"({type(module).__name__}): use QuantLinear.from_linear or "
+                    "QuantEmbedding.from_embedding"
+                )
+            else:
+                plan[tuple(names[key])] = (chosen, id(weight), isinstance(module, nn.Linear))
+    ordered = sorted(plan.items(), key=lambda item: item[1][2])
+    return {key: value[:2] for key, value in ordered}
+
+
+def _obstacle(module: nn.Module, name: str, selection: Selection, fused: bool) -> str | None:
+    """Why a module cannot be replaced, whatever the recipe says."""
+    kind = type(module).__name__
+    if isinstance(module, PackedModule):
+        return f"already quantized to {module.format.name}"
+    if selection.skipped(name):
+        return "skipped"
+    if isinstance(module, nn.Linear):
+        if type(module).forward is not nn.Linear.forward:
+            return f"{kind} has a forward of its own"
+        if fused:
+            return f"the parent of this {kind} reads its weight directly"
+        return None
+    if isinstance(module, nn.Embedding):
+        if not selection.by_name:
+            return "an embedding is quantized only if a recipe names it"
+        if type(module).forward is not nn.Embedding.forward:
+            return f"{kind} has a forward of its own"
+        if module.max_norm is not None:
+            return "max_norm changes the weight in forward"
+        return None
+    return f"{kind} has no quantized form"
+
+
+def _replace(
+    model: nn.Module,
+    name: str,
+    format: Format,
+    method: str | None,
+    first: tuple[str, PackedModule] | None,
+) -> tuple[PackedModule, LayerReport]:
+    """Makes the quantized module of the dense one `name`; `first` has quantized the same weight
+    already.
+    """
+    dense: Any = model.get_submodule(name)
+    weight = dense.weight.detach()
+    qt = first[1].quant_tensor() if first else quantize(weight, format, method)
+    row = measure(name, weight, qt)
+    made: PackedModule
+    if isinstance(dense, nn.Embedding):
+        made = QuantEmbedding.from_quant_tensor(qt, weight.dtype, dense.padding_idx)
+        if first:
+            made.share_weight(first[1])
+    elif first:
+        made = QuantLinear.tied_to(first[1], dense.bias)
+    else:
+        made = QuantLinear.from_quant_tensor(qt, dense.bias)
+    return made.train(dense.training), replace(row, tied_to=first[0] if first else None)

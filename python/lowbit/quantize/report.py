@@ -1,0 +1,131 @@
+"""What quantization did to a model: bytes and error per layer, and what was left as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowbit import packing, reference
+from lowbit.quantize import rtn
+from lowbit.tensor import QuantTensor
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized weight; sizes in bytes, bias not counted.
+
+    Attributes:
+        relative_error: ||W - W^|| / ||W||, Frobenius norms.
+        max_error: the largest |W - W^|.
+        tied_to: the layer whose bytes it shares, and which alone counts in totals.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, int]
+    nbytes: int
+    dense_nbytes: int
+    relative_error: float
+    max_error: float
+    tied_to: str | None = None
+
+
+@dataclass
+class Report:
+    """Rows per layer, and the modules or tensors that were left dense, with the reason."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def _counted(self) -> list[LayerReport]:
+        return [row for row in self.layers if row.tied_to is None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all quantized weights."""
+        return sum(row.nbytes for row in self._counted)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that the same weights took before."""
+        return sum(row.dense_nbytes for row in self._counted)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average stored bits of a quantized weight."""
+        return 8 * self.nbytes / max(1, sum(math.prod(row.shape) for row in self._counted))
+
+    @property
+    def relative_error(self) -> float:
+        """Root mean square of the layers' relative errors."""
+        squares = [row.relative_error**2 for row in self._counted]
+        return math.sqrt(sum(squares) / max(1, len(squares)))
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as plain data for JSON."""
+        return {
+            "layers": [dataclasses.asdict(row) for row in self.layers],
+            "left": dict(self.left),
+            "nbytes": self.nbytes,
+            "dense_nbytes": self.dense_nbytes,
+            "bits_per_weight": self.bits_per_weight,
+            "relative_error": self.relative_error,
+        }
+
+    def __str__(self) -> str:
+        head = ("layer", "format", "shape", "bytes", "dense", "rel. error", "max error")
+        rows = [
+            (
+                row.name,
+                row.format,
+                f"{row.shape[0]}x{row.shape[1]}",
+                f"{row.nbytes:,}" if row.tied_to is None else "tied",
+                f"{row.dense_nbytes:,}",
+                f"{row.relative_error:.3g}",
+                f"{row.max_error:.3g}",
+            )
+            for row in self.layers
+        ]
+        total = f"{len(self.layers)} layers, {self.bits_per_weight:.3f} bits/weight"
+        sizes = (f"{self.nbytes:,}", f"{self.dense_nbytes:,}", f"{self.relative_error:.3g}")
+        table = [head, *rows, (total, "", "", *sizes, "")]
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 3 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        lines += [f"left dense: {name} ({why})" for name, why in self.left.items()]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def measure(name: str, weight: Tensor, qt: QuantTensor) -> LayerReport:
+    """Compares a weight with what was made of it, slice by slice."""
+    scales = reference.effective_scales(qt)
+    square = norm = largest = 0.0
+    for rows, w in rtn.slices(weight):
+        table = qt.table
+        if table is not None and qt.format.table_scope != "tensor":
+            table = table[rows]
+        codes = packing.unpack_codes(qt.tensors["codes"][rows], qt.format, qt.shape[1])
+        values = reference.apply_scales(
+            reference.code_values(codes, qt.format, table),
+            qt.format,
+            None if scales is None else scales[rows],
+            None if qt.zeros is None else qt.zeros[rows],
+        )
+        error = (w - values).double()
+        square += float(error.square().sum())
+        norm += float(w.double().square().sum())
+        largest = max(largest, float(error.abs().max()))
+    relative = math.sqrt(square / norm) if norm else math.inf if square else 0.0
+    dense = weight.numel() * weight.element_size()
+    return LayerReport(name, qt.format.name, qt.shape, qt.nbytes, dense, relative, largest)

@@ -1,0 +1,45 @@
+"""What tests of quantizers share: a weight, and the check that no other code would be nearer to it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lowbit import reference
+from lowbit.tensor import QuantTensor
+
+
+def normal(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    """A weight of independent normal values."""
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+
+
+def candidates(qt: QuantTensor) -> torch.Tensor:
+    """What each weight would be with each code, (codes, N, K) fp64; NaN and inf codes count as
+    inf.
+    """
+    n, k = qt.shape
+    every = []
+    for code in range(qt.format.num_codes):
+        codes = torch.full((n, k), code, dtype=torch.uint8)
+        values = reference.code_values(codes, qt.format, qt.table)
+        scales = reference.effective_scales(qt)
+        every.append(reference.apply_scales(values, qt.format, scales, qt.zeros).double())
+    return torch.stack(every).nan_to_num(nan=math.inf)
+
+
+def assert_codes_are_best(qt: QuantTensor, weight: torch.Tensor) -> None:
+    w = weight.float().double()
+    chosen = (qt.dequantize().double() - w).abs()
+    best = (candidates(qt) - w).abs().amin(0)
+    # The code is chosen from w / scale (after w - zero for zero "min", and before + zero for
+    # "float"), each rounded to fp32; this moves the boundary between two codes by at most 2^-24 of
+    # every term, and the error by twice that.
+    terms = w.abs()
+    if qt.zeros is not None:
+        group = reference.group_index(qt.format, qt.shape[1], w.device)
+        zero = qt.zeros.double()[:, group]
+        scale = reference.effective_scales(qt).double()[:, group]
+        terms = terms + (zero if qt.format.zero == "min" else zero * scale).abs()
+    assert (chosen <= best + 2**-22 * terms).all()
