@@ -1,0 +1,1 @@
+"""Other projects' models on packed weights; each submodule imports its project."""
