@@ -1,0 +1,199 @@
+"""The measurement behind `lowbit bench`: linear with quantized weights beside torch's dense linear.
+
+Weights rotate through more memory than twice the last-level cache, as the layers of a model do, so
+that none is found in a cache. A case is checked against `reference.py` before it is timed; times
+are medians.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit import _C, backends, ops, reference
+from lowbit.formats import Format, as_format
+from lowbit.layouts import Operands
+from lowbit.quantize import quantize
+from lowbit.tensor import QuantTensor
+
+_UNKNOWN_CACHE = 64 << 20
+_MIN_CALLS, _MAX_CALLS = 20, 2000
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case: an (m, k) x against an (n, k) weight.
+
+    Attributes:
+        kernel: the row of the kernel table that ran.
+        us: median time of a call.
+        gb_per_second: packed weight, x and y, read and written once.
+        gflops: 2 m n k operations.
+        dense_us: median time of F.linear in the dtype of x.
+        speedup: dense_us / us.
+    """
+
+    format: str
+    dtype: str
+    m: int
+    n: int
+    k: int
+    kernel: str
+    us: float
+    gb_per_second: float
+    gflops: float
+    dense_us: float
+    speedup: float
+
+
+def bench(
+    formats: Iterable[Format | str],
+    shapes: Iterable[tuple[int, int]],
+    rows: Iterable[int],
+    dtype: torch.dtype = torch.bfloat16,
+    seconds: float = 0.2,
+) -> list[Result]:
+    """Times every format at every (n, k) shape and number of rows of x.
+
+    Args:
+        formats: formats or their names.
+        shapes: (n, k) of the weights.
+        rows: numbers of rows of x.
+        dtype: of x and of the dense weight: fp32, bf16 or fp16.
+        seconds: time for each median.
+
+    Raises:
+        RuntimeError: a result is wrong; nothing is timed then.
+        ValueError, TypeError: an argument is out of range.
+    """
+    chosen = [as_format(f) for f in formats]
+    counts = list(rows)
+    if seconds <= 0 or any(m < 1 for m in counts):
+        raise ValueError(f"rows and seconds must be positive, got {counts} and {seconds}")
+    results = []
+    for n, k in shapes:
+        if n < 1 or k < 1:
+            raise ValueError(f"shapes must be positive, got ({n}, {k})")
+        weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
+        dense_us = _dense_times(weight.to(dtype), counts, seconds)
+        for format in chosen:
+            qt = quantize(weight, format)
+            copies = _rotation(ops.operands(qt))
+            for m in counts:
+                x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+                row = backends.explain(x, copies[0])
+                _check(x, qt, copies[0], row.selected)
+                us = _median_us(_linear(x), copies, seconds)
+                results.append(_result(x, copies[0], row.selected, us, dense_us[m]))
+    return results
+
+
+def _linear(x: Tensor) -> Callable[[Operands], object]:
+    return lambda w: ops.linear(x, w)
+
+
+def _dense(x: Tensor) -> Callable[[Tensor], object]:
+    return lambda w: F.linear(x, w)
+
+
+def _dense_times(weight: Tensor, counts: list[int], seconds: float) -> dict[int, float]:
+    copies = _copies(weight, weight.nbytes)
+    times = {}
+    for m in counts:
+        x = torch.randn(m, weight.shape[1]).to(weight.dtype)
+        times[m] = _median_us(_dense(x), copies, seconds)
+    return times
+
+
+def _copies(t: Tensor, nbytes: int) -> list[Tensor]:
+    return [t.clone() for _ in range(_num_copies(nbytes))]
+
+
+def _num_copies(nbytes: int) -> int:
+    return 2 + 2 * cache_bytes() // max(1, nbytes)
+
+
+def _rotation(w: Operands) -> list[Operands]:
+    return [
+        dataclasses.replace(w, codes=codes, **_terms(w)) for codes in _copies(w.codes, _nbytes(w))
+    ]
+
+
+def _terms(w: Operands) -> dict[str, Any]:
+    terms = {"scales": w.scales, "zeros": w.zeros, "table": w.table}
+    return {name: t.clone() for name, t in terms.items() if t is not None}
+
+
+def _nbytes(w: Operands) -> int:
+    tensors = (w.codes, w.scales, w.zeros, w.table)
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def _check(x: Tensor, qt: QuantTensor, w: Operands, kernel: str) -> None:
+    """Raises RuntimeError if the kernel is wrong by more than rounding."""
+    in_bf16 = any(row["name"] == kernel and row["compute"] == "bf16" for row in _C.kernels())
+    few = x[:4]
+    exact = reference.linear(few.double(), qt, round_table_to=torch.bfloat16 if in_bf16 else None)
+    got = ops.linear(few, w).double()
+    # sum |x w| <= |x| |w|; each of 2 k roundings to fp32 loses 2^-24 of it, and y is rounded once.
+    # A zero point doubles the terms. Anything worse is a wrong weight, not rounding.
+    size = few.double().norm(dim=1, keepdim=True) * qt.dequantize().double().norm(dim=1)
+    bound = 8 * qt.shape[1] * 2**-24 * size + torch.finfo(x.dtype).eps * exact.abs()
+    if not bool(((got - exact).abs() <= bound).all()):
+        raise RuntimeError(
+            f"{kernel} is wrong on {qt}: largest error {float((got - exact).abs().max()):.3g}"
+        )
+
+
+def _median_us(call: Callable[[Any], object], weights: Sequence[Any], seconds: float) -> float:
+    ring = itertools.cycle(weights)
+    with torch.inference_mode():
+        for _ in range(3):
+            call(next(ring))
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < _MIN_CALLS or (len(times) < _MAX_CALLS and time.perf_counter() < end):
+            w = next(ring)
+            start = time.perf_counter()
+            call(w)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
+
+
+def _result(x: Tensor, w: Operands, kernel: str, us: float, dense_us: float) -> Result:
+    (n, k), m = w.shape, x.shape[0]
+    moved = _nbytes(w) + x.nbytes + m * n * x.element_size()
+    return Result(
+        format=w.format.name,
+        dtype=str(x.dtype).removeprefix("torch."),
+        m=m,
+        n=n,
+        k=k,
+        kernel=kernel,
+        us=us,
+        gb_per_second=moved / us / 1e3,
+        gflops=2 * m * n * k / us / 1e3,
+        dense_us=dense_us,
+        speedup=dense_us / us,
+    )
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache of CPU 0, or 64 MiB where the system does not tell."""
+    sizes = []
+    for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = entry.read_text().strip()
+        unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 0)
+        if unit and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) * unit)
+    return max(sizes, default=_UNKNOWN_CACHE)
