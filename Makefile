@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc cmake python kernels -type f -not -name '*.so' -not
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 
-.PHONY: demo test lint types unit cpp emulate sanitize clean
+.PHONY: demo test lint types unit cpp emulate sanitize bench clean
 
 demo: $(VENV)/.built
 	$(BIN)/lowbit run --compare
@@ -29,6 +29,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/python benchmarks/report.py --check
 
 types: $(VENV)/.built
 	$(BIN)/mypy python/lowbit
@@ -54,6 +55,11 @@ sanitize: $(VENV)/.ready
 	$(CMAKE) -S . -B build/sanitize -DLOWBIT_CPP_TESTS=ON -DLOWBIT_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_kernels
+
+# On an idle machine: measures, and writes the result files and the tables of README.md.
+bench: $(VENV)/.built
+	$(BIN)/python benchmarks/record.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf build $(VENV)

@@ -1,0 +1,59 @@
+"""Runs `lowbit bench` and `lowbit run --compare` and writes benchmarks/results/{kernels,model}.json.
+
+Each file holds the machine, the versions, the commit and the JSON that the command printed. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+FORMATS = ("int4", "nf4", "kmeans3", "int2", "int8", "e4m3")
+ROWS = (1, 4, 16, 128)
+
+
+def lowbit(*arguments: str) -> dict[str, Any]:
+    """The JSON that a `lowbit` command prints."""
+    command = [sys.executable, "-m", "lowbit.cli", *arguments, "--json"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def machine() -> dict[str, Any]:
+    """The CPU, the versions and the commit."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        cpu = next((value.strip() for key, _, value in lines if key.strip() == "model name"), cpu)
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    packages = ("lowbit", "torch", "transformers")
+    return {
+        "cpu": cpu,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "commit": commit,
+    }
+
+
+def main() -> None:
+    """Measures everything, then writes the files."""
+    arguments = [a for f in FORMATS for a in ("--format", f)]
+    arguments += [a for m in ROWS for a in ("--m", str(m))]
+    kernels = [lowbit("bench", *arguments, "--threads", str(threads)) for threads in (1, 2)]
+    models = [lowbit("run", "--compare", *extra) for extra in ((), ("--format", "int3_g64"))]
+    about = machine()
+    for name, runs in (("kernels", kernels), ("model", models)):
+        text = json.dumps({"machine": about, "runs": runs}, indent=1, sort_keys=True)
+        (RESULTS / f"{name}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

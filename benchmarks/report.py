@@ -1,0 +1,104 @@
+"""Writes the result tables of README.md from benchmarks/results/*.json; --check only compares."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
+MIB = 1 << 20
+
+
+def load(name: str) -> dict[str, Any]:
+    """One result file."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def kernel_table(data: dict[str, Any]) -> str:
+    """Time of a linear by format, rows of x and threads, and the ratio to torch's dense bf16."""
+    runs = {run["threads"]: run["results"] for run in data["runs"]}
+    rows = sorted({r["m"] for r in data["runs"][0]["results"]})
+    formats = list(dict.fromkeys(r["format"] for r in data["runs"][0]["results"]))
+    heads = [f"M = {m}, {t} thr." for m in rows for t in runs]
+    lines = [f"| format | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for format in formats:
+        cells = []
+        for m in rows:
+            for results in runs.values():
+                r = next(r for r in results if r["m"] == m and r["format"] == format)
+                cells.append(f"{r['us']:.0f} us, {r['speedup']:.2f}x")
+        lines.append(f"| {format} | {' | '.join(cells)} |")
+    n, k = runs[1][0]["n"], runs[1][0]["k"]
+    caption = (
+        f"Linear of {n} x {k} with bf16 activations: median time and speed-up over torch's dense bf16 in the same run "
+        f"(below 1: slower). {about(data)} Weights rotate through more than twice the last-level cache; each result is "
+        "checked against the reference first."
+    )
+    return "\n".join([caption, "", *lines])
+
+
+def model_table(data: dict[str, Any]) -> str:
+    """`lowbit run --compare` on the model of the demo."""
+    first = data["runs"][0]
+    columns = [
+        ("dense bf16, transformers", first["dense"], None),
+        *((f"lowbit, {run['format'] or 'as stored'}", run, run) for run in data["runs"]),
+    ]
+    lines = [
+        f"| | {' | '.join(name for name, _, _ in columns)} |",
+        "|---|" + "---|" * len(columns),
+        row("decode, tokens/s", [f"{c['decode_tokens_per_second']:.0f}" for _, c, _ in columns]),
+        row("prefill, tokens/s", [f"{c['prefill_tokens_per_second']:.0f}" for _, c, _ in columns]),
+        row("peak memory, MiB", [f"{c['peak_rss_bytes'] / MIB:.0f}" for _, c, _ in columns]),
+        row(
+            "bits per weight",
+            ["16" if r is None else f"{r['bits_per_weight']:.2f}" for _, _, r in columns],
+        ),
+        row("perplexity", [perplexity(c, r) for _, c, r in columns]),
+        row(
+            "KL to dense, nats",
+            ["" if r is None else f"{r['kl_divergence']:.4f}" for _, _, r in columns],
+        ),
+    ]
+    caption = f"{first['model']}, {first['threads']} threads. {about(data)}"
+    return "\n".join([caption, "", *lines])
+
+
+def perplexity(column: dict[str, Any], run: dict[str, Any] | None) -> str:
+    """Perplexity of a column, wherever the command put it."""
+    value = column.get("perplexity") if run is None else run["perplexity"]
+    return "" if value is None else f"{value:.2f}"
+
+
+def row(name: str, cells: list[str]) -> str:
+    """One line of a table."""
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def about(data: dict[str, Any]) -> str:
+    """The machine in one sentence."""
+    m = data["machine"]
+    versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items())
+    return f"{m['cpu']}, {versions}, commit {m['commit']}."
+
+
+def main() -> None:
+    """Rewrites README.md, or with --check fails if it differs from the files."""
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    tables = f"{model_table(load('model'))}\n\n{kernel_table(load('kernels'))}\n"
+    new = head + BEGIN + tables + END + tail
+    if "--check" in sys.argv[1:]:
+        if new != text:
+            raise SystemExit("README.md differs from benchmarks/results: run benchmarks/report.py")
+    else:
+        readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
