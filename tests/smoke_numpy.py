@@ -20,9 +20,7 @@ lanes = np.zeros((-(-n // _C.BLOCK_N) * _C.BLOCK_N, k // group), np.float32)
 lanes[:n] = scales
 lanes = np.ascontiguousarray(lanes.reshape(-1, _C.BLOCK_N, k // group).swapaxes(1, 2))
 
-y = weight.linear(
-    np.eye(k, dtype=np.float32), _C.prepack(_C.pack(codes, 4), n, k, 4), table, lanes
-)
+y = weight.linear(np.eye(k, dtype=np.float32), _C.prepack(_C.pack(codes, 4), n, k, 4), table, lanes)
 expected = table[codes] * scales.repeat(group, axis=1)
 if not np.array_equal(y.T, expected):
     raise SystemExit("the product with the identity is not the weight")

@@ -123,7 +123,9 @@ def test_every_dtype_and_shape_round_trips(tmp_path: Path):
 
 
 def test_the_container_is_that_of_the_library(tmp_path: Path):
-    """Byte for byte what safetensors writes; dtypes of one size each, whose order it leaves open."""
+    """Byte for byte what safetensors writes; dtypes of one size each, whose order it leaves
+    open.
+    """
     tensors = {
         "bytes": torch.arange(5, dtype=torch.uint8),
         "b": torch.randn(3, 2),
@@ -227,17 +229,19 @@ def test_shared_modules_are_stored_once(tmp_path: Path):
         m.b = m.a
         m.c = nn.Linear(10, 10)
         m.c.weight = m.a.weight
+        m.d = nn.Embedding(10, 10)
+        m.d.weight = m.a.weight
         return m
 
     saved = make()
-    quantize_model(saved, "int4", progress=False)
+    quantize_model(saved, {".*": "int4"}, progress=False)
     path = save(saved, tmp_path / "x.safetensors")
     assert len(load_file(path)) == len({"codes", "scales", "bias", "c.bias"})
     read = load_tensors(path)
-    assert read["a"] is read["b"] is read["c"]
+    assert read["a"] is read["b"] is read["c"] is read["d"]
     loaded = load(make(), path)
     assert loaded.b is loaded.a is not loaded.c
-    assert loaded.c.codes is loaded.a.codes
+    assert loaded.c.codes is loaded.a.codes is loaded.d.codes
     assert_same_state(loaded, saved)
 
 

@@ -158,11 +158,11 @@ def test_shared_modules_stay_shared():
     assert model.list[1].codes is model.first.up.codes
     assert model.second.codes is model.list[2].codes
     assert {row.name: row.tied_to for row in report.layers} == {
-        "list.2": None,
-        "second": "list.2",
         "first.up": None,
         "first.down": None,
         "list.1": "first.up",
+        "list.2": None,
+        "second": "list.2",
     }
 
 

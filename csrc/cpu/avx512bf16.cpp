@@ -7,10 +7,10 @@
 namespace lowbit::avx512bf16 {
 namespace {
 [[maybe_unused]] constexpr Cost gemv_cost([[maybe_unused]] int bits, [[maybe_unused]] Codec codec) {
-  return bits == 8 ? Cost{38, 77, 42, 4} : Cost{21, 22, 18, 4};
+  return bits == 8 ? Cost{38, 77, 42, 4} : Cost{21, 22, 19.5f, 4};
 }
 constexpr Cost gemm_cost([[maybe_unused]] int bits, [[maybe_unused]] Codec codec) {
-  return bits == 8 ? Cost{107, 79, 26, 6} : Cost{48, 45, 28, 6};
+  return bits == 8 ? Cost{107, 79, 26, 6} : Cost{48, 45, 26, 6};
 }
 }  // namespace
 }  // namespace lowbit::avx512bf16

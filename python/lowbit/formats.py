@@ -61,6 +61,10 @@ class Format:
     table_scope: str = "tensor"
     packing: str = "bits"
 
+    def __hash__(self) -> int:
+        # Equal formats have equal names; hashing a table of 256 values takes longer than a small product.
+        return hash((self.name, self.bits, self.group))
+
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, expected: str) -> None:
             if not ok:

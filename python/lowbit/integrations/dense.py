@@ -36,6 +36,7 @@ class Request:
     out: str
 
     def to_json(self) -> str:
+        """The argument of the process that runs this request."""
         return json.dumps(asdict(self))
 
 
@@ -56,6 +57,7 @@ class _Streamer(BaseStreamer):
 
 
 def run(request: Request) -> None:
+    """Loads the dense model, answers the prompt, and writes its speeds, memory and logits to `request.out`."""
     torch.set_num_threads(request.threads)
     path, out = Path(request.model), Path(request.out)
     start = time.perf_counter()

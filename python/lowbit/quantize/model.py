@@ -78,8 +78,7 @@ def _plan(
 ) -> dict[tuple[str, ...], tuple[Format, int]]:
     """Every name of each module to replace, with its format and the identity of its weight.
 
-    Embeddings come first: a linear can share the weight of one, and the dict must not keep the
-    modules alive.
+    It must not keep the modules alive.
     """
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
@@ -107,9 +106,8 @@ def _plan(
                     "QuantEmbedding.from_embedding"
                 )
             else:
-                plan[tuple(names[key])] = (chosen, id(weight), isinstance(module, nn.Linear))
-    ordered = sorted(plan.items(), key=lambda item: item[1][2])
-    return {key: value[:2] for key, value in ordered}
+                plan[tuple(names[key])] = (chosen, id(weight))
+    return plan
 
 
 def _obstacle(module: nn.Module, name: str, selection: Selection, fused: bool) -> str | None:

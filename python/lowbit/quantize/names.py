@@ -39,6 +39,7 @@ class Selection:
         ]
 
     def skipped(self, name: str) -> bool:
+        """Whether a module is left as it is, by its name."""
         return any(pattern.search(name) for pattern in self._skip)
 
     def format(self, name: str) -> Format | None:

@@ -159,8 +159,7 @@ def _unit(format: Format) -> float:
     down.
     """
     if format.codec == "affine":
-        top = 2 ** (format.bits - 1)
-        unit = top - 1 if format.scale == "e8m0" else top - 0.5
+        unit = 2 ** (format.bits - 1) - 0.5
     elif format.fitted:
         unit = 1.0
     else:
