@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import math
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +216,33 @@ def test_dense_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(model_module, "quantize", counting)
     quantize_model(model, "int4", progress=False)
     assert alive == [6, 5, 4, 3, 2, 1]
+
+
+PEAK = """
+import re, torch
+from lowbit.quantize import quantize_model
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+
+torch.set_num_threads(1)
+linears = [torch.nn.Linear(4096, 2048, bias=False, dtype=torch.bfloat16) for _ in range(5)]
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), *linears)
+del linears
+quantize_model(model[:1], "nf4", progress=False)
+before = peak()
+quantize_model(model, "nf4", progress=False)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_peaks_near_one_layer_above_the_dense_model():
+    """The start holds every dense layer; quantizing adds no more than two of them to it at any
+    time.
+    """
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 2 * 4096 * 2048 * 2
 
 
 def test_errors_name_the_layer():

@@ -189,6 +189,8 @@ def broken_files():
         "zero": (tensors, field(llama__attention__head_count=0), ValueError, r"in \(0, .* got 0"),
         "type": (tensors, field(llama__block_count="2"), ValueError, "must be int, got '2'"),
         "layers": (tensors, field(llama__block_count=2**31), ValueError, "got 2147483648"),
+        "uneven": (tensors, field(llama__attention__head_count_kv=2), ValueError, "3 heads cannot"),
+        "eos": (tensors, field(tokenizer__ggml__eos_token_id=2**31), ValueError, r"\[0, 320\)"),
         "scaling": (
             tensors, field(llama__rope__scaling__type="yarn"), NotImplementedError, "'yarn'"
         ),
@@ -226,7 +228,7 @@ def test_broken_files(tmp_path, case):
         ({"tokenizer.ggml.tokens": None}, r"'tokenizer\.ggml\.tokens' is missing"),
         ({"tokenizer.ggml.model": None}, r"'tokenizer\.ggml\.model' is missing"),
         ({"tokenizer.ggml.tokens": [1, 2]}, "must be list, got array"),
-        ({"tokenizer.ggml.eos_token_id": 320}, "eos_token_id must be below 320, got 320"),
+        ({"tokenizer.ggml.eos_token_id": 320}, r"eos_token_id must be in \[0, 320\), got 320"),
     ],
 )
 def test_broken_tokenizers(tmp_path, changes, message):

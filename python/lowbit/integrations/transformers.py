@@ -112,11 +112,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     _key(file, "tokenizer.ggml.model", str)
     tokens = _key(file, "tokenizer.ggml.tokens", list)
     for name in ("bos", "eos", "unknown", "padding"):
-        token = _token(file, name)
-        if token is not None and token >= len(tokens):
-            raise ValueError(
-                f"{path}: tokenizer.ggml.{name}_token_id must be below {len(tokens)}, got {token}"
-            )
+        _token(file, name, len(tokens))
     # Not AutoTokenizer: for the class name alone it parses the header once more, which takes seconds.
     return PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
 
@@ -138,6 +134,10 @@ def llama_config(file: GGUFFile) -> LlamaConfig:
         raise ValueError(f"{file.path}: tensor 'token_embd.weight' is missing")
     layers = _key(file, "llama.block_count", int, most=len(file))
     heads = _key(file, "llama.attention.head_count", int)
+    kv_heads = _key(file, "llama.attention.head_count_kv", int, default=heads)
+    if heads % kv_heads:
+        raise ValueError(f"{file.path}: {heads} heads cannot share {kv_heads} key heads evenly")
+    vocab = file.tensors["token_embd.weight"].shape[0]
     hidden = _key(file, "llama.embedding_length", int)
     head_dim = _key(file, "llama.attention.key_length", int, default=hidden // heads)
     rotated = _key(file, "llama.rope.dimension_count", int, default=head_dim)
@@ -147,12 +147,12 @@ def llama_config(file: GGUFFile) -> LlamaConfig:
             "expected all, and an even number"
         )
     return LlamaConfig(
-        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=_key(file, "llama.feed_forward_length", int),
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=_key(file, "llama.attention.head_count_kv", int, default=heads),
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=_key(file, "llama.context_length", int),
         rms_norm_eps=_key(file, "llama.attention.layer_norm_rms_epsilon", float),
@@ -163,9 +163,9 @@ def llama_config(file: GGUFFile) -> LlamaConfig:
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         mlp_bias="blk.0.ffn_up.bias" in file.tensors,
         tie_word_embeddings="output.weight" not in file.tensors,
-        bos_token_id=_token(file, "bos"),
-        eos_token_id=_token(file, "eos"),
-        pad_token_id=_token(file, "padding"),
+        bos_token_id=_token(file, "bos", vocab),
+        eos_token_id=_token(file, "eos", vocab),
+        pad_token_id=_token(file, "padding", vocab),
     )
 
 
@@ -191,9 +191,12 @@ def _key(
     return value
 
 
-def _token(file: GGUFFile, name: str) -> int | None:
-    value = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-    return value if isinstance(value, int) else None
+def _token(file: GGUFFile, name: str, vocab: int) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = file.metadata.get(key)
+    if value is not None and not (isinstance(value, int) and 0 <= value < vocab):
+        raise ValueError(f"{file.path}: {key} must be in [0, {vocab}), got {value!r:.100}")
+    return value
 
 
 def _stored_names(
