@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc cmake python kernels -type f -not -name '*.so' -not -name '*.pyc') CMakeLists.txt pyproject.toml
+SOURCES := $(shell find csrc cmake python $(wildcard kernels) -type f -not -name '*.so' -not -name '*.pyc') CMakeLists.txt pyproject.toml
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 

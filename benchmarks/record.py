@@ -50,6 +50,7 @@ def main() -> None:
     kernels = [lowbit("bench", *arguments, "--threads", str(threads)) for threads in (1, 2)]
     models = [lowbit("run", "--compare", *extra) for extra in ((), ("--format", "int3_g64"))]
     about = machine()
+    RESULTS.mkdir(exist_ok=True)
     for name, runs in (("kernels", kernels), ("model", models)):
         text = json.dumps({"machine": about, "runs": runs}, indent=1, sort_keys=True)
         (RESULTS / f"{name}.json").write_text(text + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import subprocess
@@ -209,7 +208,6 @@ def test_dense_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch):
     alive = []
 
     def counting(*args, **kwargs):
-        gc.collect()
         alive.append(sum(r() is not None for r in references))
         return quantize(*args, **kwargs)
 
@@ -226,7 +224,7 @@ def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 
 torch.set_num_threads(1)
-linears = [torch.nn.Linear(4096, 2048, bias=False, dtype=torch.bfloat16) for _ in range(5)]
+linears = [torch.nn.Linear(4096, 8192, bias=False, dtype=torch.bfloat16) for _ in range(3)]
 model = torch.nn.Sequential(torch.nn.Linear(64, 64), *linears)
 del linears
 quantize_model(model[:1], "nf4", progress=False)
@@ -238,11 +236,9 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_peaks_near_one_layer_above_the_dense_model():
-    """The start holds every dense layer; quantizing adds no more than two of them to it at any
-    time.
-    """
+    """The start holds every dense layer; quantizing adds at most the size of one at any time."""
     run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 2 * 4096 * 2048 * 2
+    assert int(run.stdout) < 4096 * 8192 * 2
 
 
 def test_errors_name_the_layer():

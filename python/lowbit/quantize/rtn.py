@@ -150,9 +150,12 @@ def start(weight: Tensor, format: Format) -> QuantTensor:
 
 def _reduce(weight: Tensor, format: Format, statistic: Callable[[Tensor], Tensor]) -> Tensor:
     """`statistic` of every group, (N, groups) fp64."""
-    return torch.cat(
-        [torch.cat([statistic(g) for g in group_parts(w, format)], 1) for _, w in slices(weight)]
-    )
+    n, k = weight.shape
+    # Not a list of results: small blocks that stay between large ones that go fragment the heap.
+    out = torch.empty((n, format.num_groups(k)), dtype=torch.float64, device=weight.device)
+    for rows, w in slices(weight):
+        out[rows] = torch.cat([statistic(g) for g in group_parts(w, format)], 1)
+    return out
 
 
 def _unit(format: Format) -> float:
