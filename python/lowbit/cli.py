@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the command and turns errors of the user into one line."""
     try:
         app(args=arguments)
-    except (ValueError, TypeError, NotImplementedError, OSError) as e:
+    except (ValueError, TypeError, RuntimeError, OSError) as e:
         print(f"lowbit: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(1) from None
 
