@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 from oracle import assert_codes_are_best, normal
 
@@ -14,6 +16,13 @@ from lowbit import _C, reference
 from lowbit.formats import Format
 from lowbit.quantize import kmeans, quantize
 from lowbit.tensor import QuantTensor
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The problems are tiny: threads of scikit-learn would only wait for each other."""
+    with threadpoolctl.threadpool_limits(1):
+        yield
 
 
 def inertia(values: np.ndarray, centers: np.ndarray, weights: np.ndarray | None = None) -> float:
