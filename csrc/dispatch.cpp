@@ -123,7 +123,7 @@ const Kernel* select(const Desc& desc, uint32_t isa_mask) {
   const Kernel* best = nullptr;
   for (const Kernel* k : kernels()) {
     if (rejection(*k, desc, isa_mask)) continue;
-    // At equal cost the later row wins: the table runs from the oldest instruction set to the newest.
+    // The newest instruction set wins; costs compare rows of one set, whose constants were measured together.
     if (!best || k->isa > best->isa || (k->isa == best->isa && cost(*k, desc) <= cost(*best, desc))) best = k;
   }
   return best;
@@ -144,7 +144,7 @@ void run(const Kernel& kernel, Launch launch, int threads) {
     char* base = static_cast<char*>(scratch.get(sum_offset + sum_bytes));
     launch.prepared = base;
     launch.x_sums = sums ? reinterpret_cast<float*>(base + sum_offset) : nullptr;
-    // Converting a row takes about as long as a thousandth of a parallel region per element.
+    // Converting this many elements takes about as long as starting a parallel region.
     const int prepare_threads = launch.m * launch.k < 64 * 1024 ? 1 : threads;
     parallel(launch.m, prepare_threads, [&](int64_t b, int64_t e) { kernel.prepare(launch, b, e); });
   }

@@ -24,7 +24,7 @@ std::span<const Kernel* const> kernels();
 const char* rejection(const Kernel& kernel, const Desc& desc, uint32_t isa_mask);
 // Estimated time in picoseconds per weight.
 double cost(const Kernel& kernel, const Desc& desc);
-// The legal row of least cost, or nullptr.
+// Of the legal rows of the newest instruction set, the one of least cost; nullptr if there is none.
 const Kernel* select(const Desc& desc, uint32_t isa_mask);
 
 // Runs a row on up to `threads` OpenMP threads. `launch.prepared`, `x_sums` are set here.

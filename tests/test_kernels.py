@@ -205,7 +205,7 @@ def test_no_less_exact_than_dense(name: str, dtype: torch.dtype, m: int) -> None
     """Against float64 on the dequantized weight: the mean error of the chosen row is at most that of torch's dense
     linear, whose weight is that one rounded to the activations' dtype.
 
-    In fp32 both errors come from the order of the sums alone, so theirs may be smaller by chance: 10 % of slack.
+    Where both round alike (fp32 sums; a bf16 table against bf16 weights) chance decides: 2 % of slack.
     """
     format = parse(name)
     qt = random_weight(format, 256, 1024)
@@ -215,7 +215,7 @@ def test_no_less_exact_than_dense(name: str, dtype: torch.dtype, m: int) -> None
     exact = F.linear(x.double(), weight.double())
     ours = (linear(op, x, -1).double() - exact).abs().mean()
     dense = (F.linear(x, weight.to(dtype)).double() - exact).abs().mean()
-    assert ours <= dense * 1.1, f"{float(ours):.4g} against {float(dense):.4g}"
+    assert ours <= dense * 1.02, f"{float(ours):.4g} against {float(dense):.4g}"
 
 
 INT8_KERNELS = [k for k in KERNELS if k["compute"] == "int8"]

@@ -228,7 +228,7 @@ make = torch.nn.utils.skip_init
 shape = (torch.nn.Linear, 4096, 8192)
 linears = [make(*shape, bias=False, dtype=torch.bfloat16) for _ in range(2)]
 for linear in linears:
-    linear.weight.data.fill_(0.01)
+    linear.weight.data.normal_()
 model = torch.nn.Sequential(torch.nn.Linear(64, 64), *linears)
 del linears
 quantize_model(model[:1], "nf4", progress=False)
@@ -240,11 +240,9 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_peaks_near_one_layer_above_the_dense_model():
-    """The start holds every dense layer; quantizing adds at most 1.5 of them: codes twice,
-    temporaries.
-    """
+    """The start holds every dense layer; quantizing adds at most the size of one at any time."""
     run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 1.5 * 4096 * 8192 * 2
+    assert int(run.stdout) < 4096 * 8192 * 2
 
 
 def test_errors_name_the_layer():

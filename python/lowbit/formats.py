@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import re
+import struct
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -221,8 +222,6 @@ def _is_int(v: object) -> bool:
 
 def _to_fp32(v: float) -> float:
     """Rounds to the nearest fp32 value: tables are fp32 wherever they are stored."""
-    import struct
-
     try:
         return struct.unpack("<f", struct.pack("<f", float(v)))[0]
     except OverflowError:
