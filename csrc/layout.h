@@ -1,12 +1,16 @@
 // The "n16" layout of codes: what every CPU kernel reads. N in the lanes, one sequential stream for a thread.
 //
-// N is padded to blocks of 64 columns and K to chunks of 32 weights (code 0). A code of b bits is split into planes of
-// 1, 2, 4 or 8 bits: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2 (low bits first), any other b is one plane. The bytes run
-//     [n / 64][k / 32][(n % 64) / 16][plane][unit][64 bytes]
-// and a plane of w bits has w units for 16 columns x 32 weights. The 64 bytes of a unit are 32 little-endian 16-bit
-// words; word 2 * lane + p holds, for column lane (0..15) and parity p of k, 16 / w fields, least significant first:
-//     field j of word (lane, p) of unit u  =  plane bits of weight k = 32 / w * u + 2 * j + p of the chunk.
-// So a dword belongs to one column, and a pair (k even, k odd) fills the two words that a bf16 dot product wants.
+// N is padded to blocks of 64 columns and K to chunks of 32 weights (code 0). The bytes run
+//     [n / 64][k / 32][(n % 64) / 16][unit][64 bytes]
+// with one unit for each bit of a code. The 64 bytes of a unit are 32 little-endian 16-bit words; word 2 * lane + p
+// holds weights of parity p (k = 2 * j + p, j = 0..15) of column lane (0..15). So a dword belongs to one column, and a
+// pair (k even, k odd) fills the two words that a bf16 dot product wants.
+//
+// A word has room for 16 / bits whole codes, least significant first: code j is field j % (16 / bits) of unit
+// j / (16 / bits). Bits that this leaves over hold the last codes, so that no bit is wasted:
+//     3 and 5 bits: bit 15 of unit i is bit i of code 15.
+//     6 bits: bits 12-15 of unit i are the low bits of code 12 + i (i < 4); bits 12-13 and 14-15 of unit 4 + i are the
+//     high bits of codes 12 + 2 * i and 13 + 2 * i (i < 2).
 #pragma once
 
 #include <cstdint>
@@ -18,18 +22,6 @@ constexpr int kChunkK = 32;     // weights along K of a chunk
 constexpr int kUnitBytes = 64;  // one vector of 16 columns
 constexpr int kUnitLanes = 16;
 
-struct Planes {
-  int count;
-  int width[2];
-};
-
-static constexpr Planes planes_of(int bits) {
-  return bits == 3   ? Planes{2, {2, 1}}
-         : bits == 5 ? Planes{2, {4, 1}}
-         : bits == 6 ? Planes{2, {4, 2}}
-                     : Planes{1, {bits, 0}};
-}
-
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static constexpr int64_t num_blocks(int64_t n) { return ceil_div(n, kBlockN); }
 static constexpr int64_t num_chunks(int64_t k) { return ceil_div(k, kChunkK); }
@@ -39,16 +31,26 @@ static constexpr int64_t packed_bytes(int64_t n, int64_t k, int bits) {
   return num_blocks(n) * num_chunks(k) * chunk_bytes(bits);
 }
 
-// Where the bits of one weight lie inside the bytes of its 16 columns x 32 weights: byte offset of the word within
-// the plane, and the position of the field in it.
-struct FieldPlace {
-  int byte;
-  int shift;
+// Bits [shift, shift + width) of the 16-bit word of a unit are bits [at, at + width) of a code.
+struct Piece {
+  int unit, shift, width, at;
 };
-static constexpr FieldPlace field_place(int width, int lane, int k) {
-  const int per_unit = 32 / width;
-  const int unit = k / per_unit, j = k % per_unit / 2, parity = k % 2;
-  return {unit * kUnitBytes + (2 * lane + parity) * 2, width * j};
+struct Place {
+  int count;
+  Piece pieces[5];
+};
+
+// Where the bits of code j (0..15) of a word column lie.
+static constexpr Place place_of(int bits, int j) {
+  const int whole = 16 / bits;
+  if (j < whole * bits) return {1, {{j / whole, j % whole * bits, bits, 0}}};
+  if (bits == 6) return {2, {{j - 12, 12, 4, 0}, {4 + (j - 12) / 2, 12 + j % 2 * 2, 2, 4}}};
+  Place place{bits, {}};
+  for (int i = 0; i < bits; ++i) place.pieces[i] = {i, 15, 1, i};
+  return place;
 }
+
+// The byte of a unit where the word of a column's weights k of that parity starts.
+static constexpr int word_byte(int lane, int k) { return (2 * lane + k % 2) * 2; }
 
 }  // namespace lowbit

@@ -60,38 +60,32 @@ int64_t vector_offset(int64_t n, int64_t chunk, int64_t k, int bits) {
   return (block * num_chunks(k) + chunk) * chunk_bytes(bits) + vector * vector_bytes(bits);
 }
 
-// Adds (or, if `write` is false, reads) the 32 codes of one column of one chunk.
+// Adds the 32 codes of one column of one chunk to words that hold none of their bits.
 void write_chunk(uint8_t* vector, int lane, int bits, const uint8_t* codes) {
-  const Planes planes = planes_of(bits);
-  int low = 0;
-  for (int p = 0; p < planes.count; ++p) {
-    const int width = planes.width[p];
-    for (int k = 0; k < kChunkK; ++k) {
-      const FieldPlace place = field_place(width, lane, k);
+  for (int k = 0; k < kChunkK; ++k) {
+    const Place place = place_of(bits, k / 2);
+    for (int i = 0; i < place.count; ++i) {
+      const Piece& piece = place.pieces[i];
+      uint8_t* at = vector + piece.unit * kUnitBytes + word_byte(lane, k);
       uint16_t word;
-      std::memcpy(&word, vector + place.byte, 2);
-      word = static_cast<uint16_t>(word | (codes[k] >> low & ((1 << width) - 1)) << place.shift);
-      std::memcpy(vector + place.byte, &word, 2);
+      std::memcpy(&word, at, 2);
+      word = static_cast<uint16_t>(word | (codes[k] >> piece.at & ((1 << piece.width) - 1)) << piece.shift);
+      std::memcpy(at, &word, 2);
     }
-    vector += width * kUnitBytes;
-    low += width;
   }
 }
 
 void read_chunk(const uint8_t* vector, int lane, int bits, uint8_t* codes) {
-  const Planes planes = planes_of(bits);
-  std::memset(codes, 0, kChunkK);
-  int low = 0;
-  for (int p = 0; p < planes.count; ++p) {
-    const int width = planes.width[p];
-    for (int k = 0; k < kChunkK; ++k) {
-      const FieldPlace place = field_place(width, lane, k);
+  for (int k = 0; k < kChunkK; ++k) {
+    const Place place = place_of(bits, k / 2);
+    int code = 0;
+    for (int i = 0; i < place.count; ++i) {
+      const Piece& piece = place.pieces[i];
       uint16_t word;
-      std::memcpy(&word, vector + place.byte, 2);
-      codes[k] = static_cast<uint8_t>(codes[k] | (word >> place.shift & ((1 << width) - 1)) << low);
+      std::memcpy(&word, vector + piece.unit * kUnitBytes + word_byte(lane, k), 2);
+      code |= (word >> piece.shift & ((1 << piece.width) - 1)) << piece.at;
     }
-    vector += width * kUnitBytes;
-    low += width;
+    codes[k] = static_cast<uint8_t>(code);
   }
 }
 

@@ -167,21 +167,26 @@ def test_layout_is_as_documented(bits: int) -> None:
     n16 = _C.prepack(packed, n, k, bits)
     expected = bytearray(n16.size)
     chunks = -(-k // 32)
-    planes = {3: (2, 1), 5: (4, 1), 6: (4, 2)}.get(bits, (bits,))
+    whole = 16 // bits
     for row in range(n):
         for col in range(k):
             block, vector, lane = row // 64, row % 64 // 16, row % 16
             chunk, kk = col // 32, col % 32
             base = (((block * chunks) + chunk) * 4 + vector) * bits * 64
-            low = 0
-            for width in planes:
-                unit, j, parity = kk // (32 // width), kk % (32 // width) // 2, kk % 2
-                field = (int(codes[row, col]) >> low) & (2**width - 1)
-                bit = width * j
-                byte = base + unit * 64 + (2 * lane + parity) * 2 + bit // 8
-                expected[byte] |= field << (bit % 8)
-                base += width * 64
-                low += width
+            j, parity, code = kk // 2, kk % 2, int(codes[row, col])
+            # (unit, bit of the word, bits) of the pieces of the code, lowest bits first
+            if j < whole * bits:
+                pieces = [(j // whole, j % whole * bits, bits)]
+            elif bits == 6:
+                pieces = [(j - 12, 12, 4), (4 + (j - 12) // 2, 12 + 2 * (j % 2), 2)]
+            else:
+                pieces = [(unit, 15, 1) for unit in range(bits)]
+            for unit, shift, width in pieces:
+                word = (code & (2**width - 1)) << shift
+                code >>= width
+                at = base + unit * 64 + (2 * lane + parity) * 2
+                expected[at] |= word & 255
+                expected[at + 1] |= word >> 8
     assert n16.tobytes() == bytes(expected)
 
 

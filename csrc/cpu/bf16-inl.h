@@ -9,65 +9,84 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
-// Looks up the low B bits of each 16-bit word in a table of bf16.
+// Tables of bf16 in registers, indexed by 16-bit words. vpermw reads 5 bits of an index and ignores the rest, so that
+// a code of 1 or 2 bits may stand anywhere in them: table `i` is that of codes whose first bit is bit i * B. A word is
+// then shifted once for five or two codes.
 template <int B>
 struct WordTable {
-  static constexpr int kVecs = B <= 5 ? 1 : 1 << (B - 5);
-  __m512i t[kVecs];
+  static constexpr int kPlaces = B <= 2 ? 5 / B : 1;
+  static constexpr int kVecs = B <= 5 ? 1 : 2;  // 6 bits: 64 entries
+  __m512i t[kPlaces * kVecs];
   explicit WordTable(const float* values) {
-    for (int v = 0; v < kVecs; ++v) {
+    for (int v = 0; v < kPlaces * kVecs; ++v) {
       alignas(64) uint16_t words[32];
       for (int half = 0; half < 2; ++half) {
         float lanes[16];
-        for (int i = 0; i < 16; ++i) lanes[i] = values[(v * 32 + half * 16 + i) & ((1 << B) - 1)];
+        for (int i = 0; i < 16; ++i) {
+          const int index = kVecs == 2 ? v * 32 + half * 16 + i : (half * 16 + i) >> v * B;
+          lanes[i] = values[index & ((1 << B) - 1)];
+        }
         store_bf16(words + half * 16, load(lanes));
       }
       t[v] = load_i(words);
     }
   }
-  LOWBIT_INLINE __m512i operator()(__m512i code) const {
+  // The entries of the pair (2 J, 2 J + 1) of 16 columns.
+  template <int J>
+  LOWBIT_INLINE __m512i value(const uint8_t* block) const {
+    constexpr Place kPlace = place_of(B, J);
+    __m512i code;
+    constexpr int kShift = kPlace.pieces[0].shift, kTable = kPlaces > 1 ? kShift / B % kPlaces : 0;
+    unroll<kPlace.count>([&](auto i) LOWBIT_INLINE {
+      constexpr Piece piece = kPlace.pieces[i];
+      constexpr int kDown = piece.shift - piece.at - kTable * B;
+      __m512i bits = load_i(block + piece.unit * kUnitBytes);
+      if constexpr (kDown > 0) bits = _mm512_srli_epi16(bits, kDown);
+      if constexpr (i == 0) {
+        code = bits;
+      } else {
+        code = select_bits(_mm512_set1_epi16((1 << piece.at) - 1), code, bits);
+      }
+    });
     if constexpr (kVecs == 1) {
-      return _mm512_permutexvar_epi16(code, t[0]);
-    } else if constexpr (kVecs == 2) {
-      return _mm512_permutex2var_epi16(t[0], code, t[1]);
+      return _mm512_permutexvar_epi16(code, t[kTable]);
     } else {
-      const __mmask32 bit6 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(64));
-      const __mmask32 bit7 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(128));
-      __m512i r[4];
-      unroll<4>([&](auto i) LOWBIT_INLINE { r[i] = _mm512_permutex2var_epi16(t[2 * i], code, t[2 * i + 1]); });
-      const __m512i low = _mm512_mask_blend_epi16(bit6, r[0], r[1]);
-      const __m512i high = _mm512_mask_blend_epi16(bit6, r[2], r[3]);
-      return _mm512_mask_blend_epi16(bit7, low, high);
+      return _mm512_permutex2var_epi16(t[0], code, t[1]);
     }
   }
 };
 
-// Brings the fields of the pair (2S, 2S + 1) in a plane of W bits to bit P of each word.
-template <int W, int S, int P>
-LOWBIT_INLINE inline __m512i word_field(const uint8_t* plane) {
-  constexpr FieldPlace place = field_place(W, 0, 2 * S);
-  constexpr int kShift = place.shift - P;
-  const __m512i v = load_i(plane + place.byte);
-  if constexpr (kShift > 0) {
-    return _mm512_srli_epi16(v, kShift);
-  } else if constexpr (kShift < 0) {
-    return _mm512_slli_epi16(v, -kShift);
-  } else {
-    return v;
+// 256 entries: the low and the high bytes of the bf16 apart, each in two tables of 128 bytes. A unit holds two pairs,
+// in the low and the high bytes of its words; the compiler looks the unit up once for both.
+template <>
+struct WordTable<8> {
+  __m512i low[4], high[4];
+  explicit WordTable(const float* values) {
+    for (int v = 0; v < 4; ++v) {
+      alignas(64) uint16_t words[64];
+      for (int i = 0; i < 64; i += 16) store_bf16(words + i, load(values + v * 64 + i));
+      alignas(64) uint8_t bytes[2][64];
+      for (int i = 0; i < 64; ++i) {
+        bytes[0][i] = static_cast<uint8_t>(words[i]);
+        bytes[1][i] = static_cast<uint8_t>(words[i] >> 8);
+      }
+      low[v] = load_i(bytes[0]);
+      high[v] = load_i(bytes[1]);
+    }
   }
-}
-
-template <int B, int S>
-LOWBIT_INLINE inline __m512i word_code_of(const uint8_t* block) {
-  constexpr Planes planes = planes_of(B);
-  constexpr int kLow = planes.width[0];
-  if constexpr (planes.count == 1) {
-    return word_field<kLow, S, 0>(block);
-  } else {
-    return select_bits(_mm512_set1_epi16((1 << kLow) - 1), word_field<kLow, S, 0>(block),
-                       word_field<planes.width[1], S, kLow>(block + kLow * kUnitBytes));
+  template <int J>
+  LOWBIT_INLINE __m512i value(const uint8_t* block) const {
+    const __m512i code = load_i(block + J / 2 * kUnitBytes);
+    const __mmask64 upper = _mm512_movepi8_mask(code);
+    const __m512i l = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(low[0], code, low[1]),
+                                             _mm512_permutex2var_epi8(low[2], code, low[3]));
+    const __m512i h = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(high[0], code, high[1]),
+                                             _mm512_permutex2var_epi8(high[2], code, high[3]));
+    const __m512i low_bytes = _mm512_set1_epi16(255);
+    return J % 2 == 0 ? select_bits(low_bytes, l, _mm512_slli_epi16(h, 8))
+                      : select_bits(low_bytes, _mm512_srli_epi16(l, 8), h);
   }
-}
+};
 
 template <int B>
 struct WordLut {
@@ -85,7 +104,7 @@ struct ComputeBf16 {
   static constexpr int kStepK = 2;
   template <int S>
   LOWBIT_INLINE static __m512i value(const Codec& codec, const uint8_t* block) {
-    return codec.table(word_code_of<B, S>(block));
+    return codec.table.template value<S>(block);
   }
   LOWBIT_INLINE static __m512i broadcast(const uint16_t* x) {
     int32_t pair;

@@ -22,34 +22,24 @@ LOWBIT_INLINE inline void unroll(Fn&& fn) {
       LOWBIT_INLINE { (fn(std::integral_constant<int, S>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
-// Brings the field of weight S in a plane of W bits to bit P of each lane. Bits outside the field are arbitrary.
-template <int W, int S, int P>
-LOWBIT_INLINE inline I field(const uint8_t* plane) {
-  constexpr FieldPlace place = field_place(W, 0, S);
-  // Byte 2 of lane 0 is its odd word: the upper half of the dword.
-  constexpr int kUnit = place.byte / kUnitBytes * kUnitBytes;
-  constexpr int kShift = place.byte % kUnitBytes * 8 + place.shift - P;
-  const I v = load_i(plane + kUnit);
-  if constexpr (kShift > 0) {
-    return shift_right<kShift>(v);
-  } else if constexpr (kShift < 0) {
-    return shift_left<-kShift>(v);
-  } else {
-    return v;
-  }
-}
-
-// The code of weight S in the low B bits of each lane. Higher bits are arbitrary.
+// The code of weight S in the low B bits of each dword. Higher bits are arbitrary.
 template <int B, int S>
 LOWBIT_INLINE inline I code_of(const uint8_t* block) {
-  constexpr Planes planes = planes_of(B);
-  constexpr int kLow = planes.width[0];
-  if constexpr (planes.count == 1) {
-    return field<kLow, S, 0>(block);
-  } else {
-    return select_bits(set1_i((1 << kLow) - 1), field<kLow, S, 0>(block),
-                       field<planes.width[1], S, kLow>(block + kLow * kUnitBytes));
-  }
+  constexpr Place kPlace = place_of(B, S / 2);
+  I code;
+  unroll<kPlace.count>([&](auto i) LOWBIT_INLINE {
+    constexpr Piece piece = kPlace.pieces[i];
+    // The odd weight's word is the upper half of the dword.
+    constexpr int kShift = S % 2 * 16 + piece.shift - piece.at;
+    I bits = load_i(block + piece.unit * kUnitBytes);
+    if constexpr (kShift > 0) bits = shift_right<kShift>(bits);
+    if constexpr (i == 0) {
+      code = bits;
+    } else {
+      code = select_bits(set1_i((1 << piece.at) - 1), code, bits);
+    }
+  });
+  return code;
 }
 
 // One table for all columns.

@@ -14,6 +14,7 @@ using F = __m256;
 using I = __m256i;
 constexpr int kVecLanes = 8;
 constexpr int kTileVecs = 2;
+constexpr int kTileRows = 4;  // rows of x that a GEMV takes at a time
 constexpr int kPanelRows = 6;
 constexpr int kPanelVecs = 2;
 

@@ -14,6 +14,7 @@ using F = __m512;
 using I = __m512i;
 constexpr int kVecLanes = 16;
 constexpr int kTileVecs = 4;  // vectors of columns that a GEMV keeps in registers
+constexpr int kTileRows = 8;  // rows of x that a GEMV takes at a time
 constexpr int kPanelRows = 6;
 constexpr int kPanelVecs = 4;
 

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kVecLanes = 16;
 constexpr int kTileVecs = 1;
+constexpr int kTileRows = 4;
 constexpr int kPanelRows = 2;
 constexpr int kPanelVecs = 1;
 struct F {
