@@ -126,8 +126,34 @@ inline void prepare_bf16(const Launch& l, int64_t begin, int64_t end) {
   }
 }
 
-constexpr int kWordPanelChunks = 8;  // 256 weights x 64 columns of bf16 = 32 KiB
-constexpr int64_t kWordRowsPerTask = 96;
+// Rows [begin, end) of bf16 x as the panels meet them: [k / 32][row][32], zero beyond k. The rows of a tile are then
+// one stream, where rows that lie a power of two apart would share few sets of the cache.
+inline void prepare_bf16_chunks(const Launch& l, int64_t begin, int64_t end) {
+  const int64_t chunks = num_chunks(l.k);
+  for (int64_t m = begin; m < end; ++m) {
+    const uint16_t* x = static_cast<const uint16_t*>(l.x) + m * l.x_stride;
+    uint16_t* out = static_cast<uint16_t*>(l.prepared) + m * kChunkK;
+    alignas(64) uint16_t last[kChunkK] = {};
+    __builtin_memcpy(last, x + (chunks - 1) * kChunkK, (l.k - (chunks - 1) * kChunkK) * 2);
+    for (int64_t c = 0; c < chunks; ++c) {
+      _mm512_storeu_si512(out + c * l.m * kChunkK, load_i(c + 1 < chunks ? x + c * kChunkK : last));
+    }
+    if (!l.x_sums) continue;
+    const int64_t chunks_per_group = l.num_groups == 1 ? chunks : l.group / kChunkK;
+    for (int64_t g = 0; g < l.num_groups; ++g) {
+      const int64_t chunk_end = (g + 1) * chunks_per_group < chunks ? (g + 1) * chunks_per_group : chunks;
+      F total = zero();
+      for (int64_t c = g * chunks_per_group; c < chunk_end; ++c) {
+        const uint16_t* in = out + c * l.m * kChunkK;
+        total = add(total, add(load_bf16(in), load_bf16(in + kUnitLanes)));
+      }
+      l.x_sums[m * l.num_groups + g] = sum(total);
+    }
+  }
+}
+
+constexpr int kWordPanelChunks = 4;  // 128 weights x 64 columns of bf16: 16 KiB, half of the smallest L1 cache
+constexpr int64_t kWordRowsPerTask = 258;
 constexpr int kWordPanelRows = 6;
 constexpr int kPairsPerChunk = kChunkK / 2;
 constexpr int kColumnVecs = kBlockN / kUnitLanes;
@@ -163,17 +189,16 @@ inline void multiply_words(const Launch& l, const Span& span, const uint16_t* pa
   using Compute = ComputeBf16<1>;  // the product is the same for all bit widths
   F acc[kRows][kColumnVecs];
   unroll<kRows>([&](auto r) LOWBIT_INLINE { unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = zero(); }); });
-  const int64_t stride = l.prepared_stride;
-  const uint16_t* x = static_cast<const uint16_t*>(l.prepared) + (span.first_row + row) * stride;
+  const uint16_t* x = static_cast<const uint16_t*>(l.prepared) + (span.first_row + row) * kChunkK;
   const int64_t chunks = num_chunks(l.k);
   for (int64_t c = span.chunk; c < span.chunk_end; ++c) {
-    const uint16_t* xc = x + c * kChunkK;
+    const uint16_t* xc = x + c * l.m * kChunkK;
     for (int pair = 0; pair < kPairsPerChunk; ++pair) {
       __m512i w[kColumnVecs];
       unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { w[v] = load_i(panel + v * 2 * kUnitLanes); });
       unroll<kRows>([&](auto r) LOWBIT_INLINE {
         unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
-          acc[r][v] = Compute::dot(acc[r][v], Compute::broadcast(xc + r * stride + 2 * pair), w[v]);
+          acc[r][v] = Compute::dot(acc[r][v], Compute::broadcast(xc + r * kChunkK + 2 * pair), w[v]);
         });
       });
       panel += 2 * kBlockN;
@@ -267,7 +292,7 @@ constexpr Kernel gemm_bf16(const char* name) {
           true,
           {false, true, false, false},
           gemm_cost(B, Codec::kLut),
-          prepare_bf16,
+          prepare_bf16_chunks,
           kWordRowsPerTask,
           gemm_words_run<B>};
 }

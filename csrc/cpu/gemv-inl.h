@@ -48,7 +48,7 @@ inline void gemv_tile(const Launch& l, const typename Compute::Codec& codec, int
     const int64_t group_end = c + chunks_per_group < chunks ? c + chunks_per_group : chunks;
     F total[kRows][kVecs];
     each([&](auto r, auto v) LOWBIT_INLINE { total[r][v] = zero(); });
-    while (c < group_end) {
+    for (bool first = true; c < group_end; first = false) {
       const int64_t piece_end = c + kSumChunks < group_end ? c + kSumChunks : group_end;
       F acc[kParts][kRows][kVecs];
       unroll<kParts>([&](auto p) LOWBIT_INLINE { each([&](auto r, auto v) LOWBIT_INLINE { acc[p][r][v] = zero(); }); });
@@ -77,7 +77,7 @@ inline void gemv_tile(const Launch& l, const typename Compute::Codec& codec, int
       each([&](auto r, auto v) LOWBIT_INLINE {
         F sum = acc[0][r][v];
         unroll<kParts - 1>([&](auto p) LOWBIT_INLINE { sum = add(sum, acc[p + 1][r][v]); });
-        total[r][v] = add(total[r][v], sum);
+        total[r][v] = first ? sum : add(total[r][v], sum);
       });
     }
     unroll<kVecs>([&](auto v) LOWBIT_INLINE {
