@@ -303,7 +303,7 @@ py::list py_kernels() {
     row["scope"] = k->scope == Scope::kShared ? "shared" : "column";
     row["isa"] = isa_name(k->isa);
     row["available"] = (detect_isa() & k->isa) != 0;
-    row["chunk_groups"] = k->chunk_groups;
+    row["group_multiple"] = k->chunk_groups ? k->span : 1;
     py::list x;
     for (Dtype d : {Dtype::kF32, Dtype::kBf16, Dtype::kF16, Dtype::kI8}) {
       if (k->exact_x[static_cast<int>(d)]) x.append(dtype_name(d));

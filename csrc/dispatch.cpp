@@ -110,7 +110,7 @@ const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
     return d.x == Dtype::kI8 ? "needs float activations" : "would round the activations";
   }
   if (k.compute == Dtype::kI8 && (d.group < d.k ? d.group : d.k) > kMaxInt8Group) return "int32 sums would overflow";
-  if (k.chunk_groups && d.group < d.k && d.group % kChunkK != 0) return "group is not a multiple of 32";
+  if (k.chunk_groups && d.group < d.k && d.group % k.span != 0) return "group is not a multiple of the row's span";
   return nullptr;
 }
 
@@ -136,7 +136,7 @@ void run(const Kernel& kernel, Launch launch, int threads) {
 
   thread_local Scratch scratch;
   if (kernel.prepare) {
-    launch.prepared_stride = num_chunks(launch.k) * kChunkK;
+    launch.prepared_stride = ceil_div(launch.k, kernel.span) * kernel.span;
     const bool sums = kernel.compute == Dtype::kI8 || (launch.zero != ZeroMode::kNone && kernel.chunk_groups);
     const size_t x_bytes = static_cast<size_t>(launch.m * launch.prepared_stride) * size_of(kernel.compute);
     const size_t sum_offset = (x_bytes + 63) / 64 * 64;

@@ -74,7 +74,7 @@ struct Kernel {
   int32_t bits;
   Scope scope;
   Isa isa;
-  bool chunk_groups;  // groups must be a multiple of kChunkK, or the whole row
+  bool chunk_groups;  // groups must be a multiple of `span`, or the whole row
   bool exact_x[4];    // by Dtype of x: converting to `compute` loses nothing
   Cost cost;
   // Converts rows [begin, end) of x; null for kDequantize.
@@ -82,6 +82,7 @@ struct Kernel {
   // A task is a block of 64 columns times a block of rows.
   int64_t rows_per_task;
   void (*run)(const Launch&, int64_t task_begin, int64_t task_end);
+  int32_t span = 32;  // prepared rows are padded to a multiple of it
 };
 
 }  // namespace lowbit

@@ -37,7 +37,7 @@ def legal(format: Format, kernel: dict, op: str) -> bool:
 
 def fits_groups(format: Format, kernel: dict, k: int) -> bool:
     whole = format.group is None or format.group >= k
-    return not kernel["chunk_groups"] or whole or format.group % 32 == 0
+    return whole or format.group % kernel["group_multiple"] == 0
 
 
 def cases(op: str) -> list:

@@ -12,8 +12,19 @@ namespace {
 constexpr Cost gemm_cost([[maybe_unused]] int bits, [[maybe_unused]] Codec codec) {
   return bits == 8 ? Cost{80, 20, 56, 6} : Cost{55, 12, 56, 6};
 }
+constexpr Cost columns_cost(int bits) { return bits == 8 ? Cost{80, 60, 40, 4} : Cost{25, 10, 40, 4}; }
 }  // namespace
 }  // namespace lowbit::avx512bf16
 
-#include "cpu/bf16-inl.h"
+#include "cpu/columns-inl.h"
+
+#define LOWBIT_ROWS(B)                                                                                      \
+  gemv_bf16<B>(LOWBIT_NAME("gemv", "bf16", "lut" #B)), gemm_bf16<B>(LOWBIT_NAME("gemm", "bf16", "lut" #B)), \
+      columns_bf16<B>(LOWBIT_NAME("columns", "bf16", "columnlut" #B)),
+
+namespace lowbit::avx512bf16 {
+namespace {
+const Kernel kBf16Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_ROWS)};
+}  // namespace
+}  // namespace lowbit::avx512bf16
 LOWBIT_EXPORT_TABLE(kBf16Kernels)

@@ -21,12 +21,13 @@ struct WordTable {
     for (int v = 0; v < kPlaces * kVecs; ++v) {
       alignas(64) uint16_t words[32];
       for (int half = 0; half < 2; ++half) {
-        float lanes[16];
-        for (int i = 0; i < 16; ++i) {
-          const int index = kVecs == 2 ? v * 32 + half * 16 + i : (half * 16 + i) >> v * B;
-          lanes[i] = values[index & ((1 << B) - 1)];
+        if constexpr (B >= 4) {
+          store_bf16(words + half * 16, load(values + ((v * 32 + half * 16) & ((1 << B) - 1))));
+        } else {
+          float lanes[16];
+          for (int i = 0; i < 16; ++i) lanes[i] = values[(half * 16 + i) >> v * B & ((1 << B) - 1)];
+          store_bf16(words + half * 16, load(lanes));
         }
-        store_bf16(words + half * 16, load(lanes));
       }
       t[v] = load_i(words);
     }
@@ -296,11 +297,6 @@ constexpr Kernel gemm_bf16(const char* name) {
           kWordRowsPerTask,
           gemm_words_run<B>};
 }
-
-#define LOWBIT_ROWS(B) \
-  gemv_bf16<B>(LOWBIT_NAME("gemv", "bf16", "lut" #B)), gemm_bf16<B>(LOWBIT_NAME("gemm", "bf16", "lut" #B)),
-
-const Kernel kBf16Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_ROWS)};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

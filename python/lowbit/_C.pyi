@@ -18,7 +18,7 @@ class KernelRow(TypedDict):
     scope: str
     isa: str
     available: bool
-    chunk_groups: bool
+    group_multiple: int
     x: list[str]
 
 def kernels() -> list[KernelRow]: ...
