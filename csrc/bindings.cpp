@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "dispatch.h"
+#include "int8.h"
 #include "kmeans.h"
 #include "layout.h"
 #include "pack.h"
@@ -59,10 +60,19 @@ struct Weight {
   Scope scope;
   ZeroMode zero;
   std::optional<Dtype> scale_dtype, zero_dtype;
+  bool int8_x;       // float activations are quantized to int8
+  float table_step;  // of the table as int8 (int8.h)
 
   Weight(int64_t n_, int64_t k_, int bits_, int64_t group_, bool integer, bool column_table, int64_t table_groups_,
-         const std::string& zero_mode, std::optional<std::string> scale, std::optional<std::string> zero_type)
-      : n(n_), k(k_), group(group_), table_groups(table_groups_), bits(bits_) {
+         const std::string& zero_mode, std::optional<std::string> scale, std::optional<std::string> zero_type,
+         bool int8_x_, float table_step_)
+      : n(n_),
+        k(k_),
+        group(group_),
+        table_groups(table_groups_),
+        bits(bits_),
+        int8_x(int8_x_),
+        table_step(table_step_) {
     if (n < 0 || k < 1 || n > INT32_MAX || k > INT32_MAX) {
       fail("shape must be (n >= 0, k >= 1) and below 2^31, got (" + std::to_string(n) + ", " + std::to_string(k) + ")");
     }
@@ -90,7 +100,10 @@ struct Weight {
     return scope == Scope::kShared ? int64_t{1} << bits : (num_blocks(n) * table_groups << bits) * kBlockN;
   }
 
-  Desc desc(Op op, Dtype x, int64_t m) const { return {op, x, codec, bits, scope, zero, m, n, k, group}; }
+  Desc desc(Op op, Dtype x, int64_t m) const {
+    if (op == Op::kLinear && int8_x) x = Dtype::kI8;
+    return {op, x, codec, bits, scope, zero, m, n, k, group};
+  }
 
   Launch launch(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table) const {
     Launch l{};
@@ -106,6 +119,7 @@ struct Weight {
     l.zero = zero;
     l.table = pointer<const float>(table);
     l.table_groups = table_groups;
+    l.table_step = table_step;
     return l;
   }
 
@@ -137,20 +151,23 @@ struct Weight {
     run(kernel, l, threads);
   }
 
-  void linear_int8(uint64_t x, uint64_t x_scales, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales,
-                   uint64_t zeros, uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int out_dtype,
-                   int threads, int row) const {
+  // x_scales are (m), or (m, groups) if x_group_scales; int8 out holds y / out_scale.
+  void linear_int8(uint64_t x, uint64_t x_scales, bool x_group_scales, int64_t m, int64_t x_stride, uint64_t codes,
+                   uint64_t scales, uint64_t zeros, uint64_t table, uint64_t bias, int bias_dtype, uint64_t out,
+                   int out_dtype, float out_scale, int threads, int row) const {
     Launch l = launch(codes, scales, zeros, table);
     l.m = m;
     l.x = pointer<const void>(x);
     l.x_dtype = Dtype::kI8;
-    l.x_scales = pointer<const float>(x_scales);
+    l.x_scales = pointer<float>(x_scales);
+    l.x_group_scales = x_group_scales;
     l.x_stride = x_stride;
     l.bias = pointer<const void>(bias);
     l.bias_dtype = static_cast<Dtype>(bias_dtype);
     l.out = pointer<void>(out);
     l.out_dtype = static_cast<Dtype>(out_dtype);
     l.out_stride = n;
+    l.out_inverse = 1.0f / out_scale;
     const Kernel& kernel = choose(desc(Op::kLinear, Dtype::kI8, m), row);
     py::gil_scoped_release unlocked;
     run(kernel, l, threads);
@@ -289,6 +306,15 @@ Bytes py_unprepack(const Bytes& n16, int64_t n, int64_t k, int bits, bool trits,
   return out;
 }
 
+// x (m, k) to q (m, k) int8 and scales (m, groups); or with the given scales (m).
+void py_quantize_int8(uint64_t x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, int64_t group, uint64_t scales,
+                      bool static_scales, uint64_t q, int threads) {
+  const QuantizeInt8 request{
+      pointer<const void>(x), static_cast<Dtype>(x_dtype), x_stride, k, group, pointer<float>(scales), static_scales};
+  py::gil_scoped_release unlocked;
+  quantize_int8(request, m, pointer<int8_t>(q), threads);
+}
+
 py::list py_kernels() {
   py::list rows;
   int index = 0;
@@ -382,15 +408,17 @@ PYBIND11_MODULE(_C, m) {
         py::arg("trits") = false, py::arg("threads") = 1);
   m.def("kmeans_1d", &py_kmeans_1d, py::arg("values"), py::arg("weights"), py::arg("k"));
   m.def("kmeans_rows", &py_kmeans_rows, py::arg("values"), py::arg("weights"), py::arg("k"), py::arg("threads") = 1);
+  m.def("quantize_int8_ptr", &py_quantize_int8);
   m.attr("BLOCK_N") = kBlockN;
   m.attr("CHUNK_K") = kChunkK;
 
   py::class_<Weight>(m, "Weight", "What a weight in n16 layout is, apart from its bytes (csrc/kernel.h).")
       .def(py::init<int64_t, int64_t, int, int64_t, bool, bool, int64_t, const std::string&, std::optional<std::string>,
-                    std::optional<std::string>>(),
+                    std::optional<std::string>, bool, float>(),
            py::kw_only(), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group"), py::arg("integer") = false,
            py::arg("column_table") = false, py::arg("table_groups") = 1, py::arg("zero") = "none",
-           py::arg("scale_dtype") = py::none(), py::arg("zero_dtype") = py::none())
+           py::arg("scale_dtype") = py::none(), py::arg("zero_dtype") = py::none(), py::arg("int8_x") = false,
+           py::arg("table_step") = 0.0f)
       .def("linear_ptr", &Weight::linear)
       .def("linear_int8_ptr", &Weight::linear_int8)
       .def("dequantize_ptr", &Weight::dequantize)

@@ -6,14 +6,15 @@
 #include <stdexcept>
 #include <vector>
 
+#include "int8.h"
 #include "layout.h"
 #include "parallel.h"
 
 namespace lowbit {
 
-#define LOWBIT_FOREACH_ISA(X) X(scalar) X(avx2) X(avx512) X(avx512bf16) X(avx512vnni)
-#define LOWBIT_DECLARE(isa) const Kernel* kernels_##isa(int* count);
-LOWBIT_FOREACH_ISA(LOWBIT_DECLARE)
+#define LOWBIT_FOREACH_UNIT(X) X(scalar) X(scalar_int8) X(avx2) X(avx2_int8) X(avx512) X(avx512bf16) X(avx512vnni)
+#define LOWBIT_DECLARE(unit) const Kernel* kernels_##unit(int* count);
+LOWBIT_FOREACH_UNIT(LOWBIT_DECLARE)
 void embed_rows(const Launch& l, int bits, Scope scope, const int64_t* indices, int64_t begin, int64_t end,
                 uint8_t* codes);
 
@@ -36,10 +37,10 @@ std::vector<const Kernel*> collect() {
   std::vector<const Kernel*> all;
   int count = 0;
   const Kernel* rows = nullptr;
-#define LOWBIT_COLLECT(isa)     \
-  rows = kernels_##isa(&count); \
+#define LOWBIT_COLLECT(unit)     \
+  rows = kernels_##unit(&count); \
   for (int i = 0; i < count; ++i) all.push_back(rows + i);
-  LOWBIT_FOREACH_ISA(LOWBIT_COLLECT)
+  LOWBIT_FOREACH_UNIT(LOWBIT_COLLECT)
   return all;
 }
 
@@ -104,6 +105,7 @@ const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
   if (k.op != d.op) return "another op";
   if (k.bits != d.bits) return "another bit width";
   if (k.codec == Codec::kInt && d.codec != Codec::kInt) return "integers only";
+  if (k.compute == Dtype::kI8 && k.codec != d.codec) return "codebooks only";
   if (k.scope != d.scope) return "another table scope";
   if (!(isa_mask & k.isa)) return "instruction set not available";
   if (!k.exact_x[static_cast<int>(d.x)]) {
@@ -131,19 +133,31 @@ const Kernel* select(const Desc& desc, uint32_t isa_mask) {
 
 void run(const Kernel& kernel, Launch launch, int threads) {
   if (launch.m == 0 || launch.n == 0) return;
+  int8_t table_i8[kMaxEntries];
+  if (kernel.compute == Dtype::kI8) {
+    launch.table_step =
+        kernel.codec == Codec::kInt ? 1.0f : round_table(launch.table, 1 << kernel.bits, launch.table_step, table_i8);
+    launch.table_i8 = table_i8;
+  }
   const int64_t work = launch.m * launch.n * launch.k;
   if (work / kWorkPerThread < threads) threads = static_cast<int>(work / kWorkPerThread);
 
   thread_local Scratch scratch;
   if (kernel.prepare) {
+    const bool bytes = kernel.compute == Dtype::kI8;
     launch.prepared_stride = ceil_div(launch.k, kernel.span) * kernel.span;
-    const bool sums = kernel.compute == Dtype::kI8 || (launch.zero != ZeroMode::kNone && kernel.chunk_groups);
+    // An odd number of lines: rows then start in different sets of a cache.
+    if (bytes) launch.prepared_stride = (ceil_div(launch.k, 64) | 1) * 64;
+    const bool sums = bytes || (launch.zero != ZeroMode::kNone && kernel.chunk_groups);
     const size_t x_bytes = static_cast<size_t>(launch.m * launch.prepared_stride) * size_of(kernel.compute);
     const size_t sum_offset = (x_bytes + 63) / 64 * 64;
     const size_t sum_bytes = sums ? static_cast<size_t>(launch.m * launch.num_groups) * sizeof(float) : 0;
-    char* base = static_cast<char*>(scratch.get(sum_offset + sum_bytes));
+    const bool quantizes = bytes && launch.x_dtype != Dtype::kI8;
+    const size_t scale_bytes = quantizes ? static_cast<size_t>(launch.m) * sizeof(float) : 0;
+    char* base = static_cast<char*>(scratch.get(sum_offset + sum_bytes + scale_bytes));
     launch.prepared = base;
     launch.x_sums = sums ? reinterpret_cast<float*>(base + sum_offset) : nullptr;
+    if (quantizes) launch.x_scales = reinterpret_cast<float*>(base + sum_offset + sum_bytes);
     // Converting this many elements takes about as long as starting a parallel region.
     const int prepare_threads = launch.m * launch.k < 64 * 1024 ? 1 : threads;
     parallel(launch.m, prepare_threads, [&](int64_t b, int64_t e) { kernel.prepare(launch, b, e); });

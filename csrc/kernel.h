@@ -24,7 +24,7 @@ enum Isa : uint32_t {
 
 struct Desc {
   Op op;
-  Dtype x;  // activations; for kDequantize, the output
+  Dtype x;  // activations, kI8 also if they are to be quantized; for kDequantize, the output
   Codec codec;
   int32_t bits;
   Scope scope;
@@ -42,8 +42,9 @@ struct Launch {
   int64_t x_stride;  // elements between rows
   void* prepared;    // x in the kernel's compute dtype, rows of prepared_stride, zero beyond k
   int64_t prepared_stride;
-  float* x_sums;          // (m, num_groups): sums of x over each group, int32 with int8 x; only where they are needed
-  const float* x_scales;  // (m): of int8 x
+  float* x_sums;    // (m, num_groups): sums of x over each group, int32 with int8 x; only where they are needed
+  float* x_scales;  // of int8 x: (m), or (m, num_groups) if x_group_scales; written by `prepare` if x is float
+  bool x_group_scales;
   const uint8_t* codes;
   const void* scales;  // may be null
   Dtype scale_dtype;
@@ -52,11 +53,14 @@ struct Launch {
   ZeroMode zero;
   const float* table;
   int64_t table_groups;
+  const int8_t* table_i8;  // with int8 x: table = table_step * table_i8, exactly or rounded (int8.h)
+  float table_step;
   const void* bias;  // may be null
   Dtype bias_dtype;
   void* out;  // (m, n), or (n, k) for kDequantize
   Dtype out_dtype;
   int64_t out_stride;
+  float out_inverse;  // int8 out holds out_inverse * y, rounded to nearest even and saturated
 };
 
 // Picoseconds per weight on one thread: `single` for one row, else fixed + pass * ceil(m / rows_per_pass). Each

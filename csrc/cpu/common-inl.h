@@ -10,9 +10,11 @@
 #define LOWBIT_FOREACH_BITS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(8)
 #define LOWBIT_CAT_(a, b) a##b
 #define LOWBIT_CAT(a, b) LOWBIT_CAT_(a, b)
-#define LOWBIT_EXPORT_TABLE(rows)                                        \
+#define LOWBIT_EXPORT_TABLE(rows) LOWBIT_EXPORT_TABLE_OF(LOWBIT_ISA, rows)
+// `unit` tells translation units of one instruction set apart.
+#define LOWBIT_EXPORT_TABLE_OF(unit, rows)                               \
   namespace lowbit {                                                     \
-  const Kernel* LOWBIT_CAT(kernels_, LOWBIT_ISA)(int* count) {           \
+  const Kernel* LOWBIT_CAT(kernels_, unit)(int* count) {                 \
     *count = static_cast<int>(sizeof LOWBIT_ISA::rows / sizeof(Kernel)); \
     return LOWBIT_ISA::rows;                                             \
   }                                                                      \
@@ -55,6 +57,8 @@ inline void store_as(void* p, Dtype dtype, int64_t i, const float* values, int64
       store(reinterpret_cast<float*>(bytes), v);
     } else if (dtype == Dtype::kBf16) {
       store_bf16(reinterpret_cast<uint16_t*>(bytes), v);
+    } else if (dtype == Dtype::kI8) {
+      store_i8(reinterpret_cast<int8_t*>(bytes), v);
     } else {
       store_f16(reinterpret_cast<uint16_t*>(bytes), v);
     }
@@ -84,7 +88,8 @@ inline F finish_group(const Launch& l, GroupTerms t, F y, F acc, float x_sum) {
   return add(add(mul(t.scale, acc), mul(t.zero, set1(x_sum))), y);
 }
 
-// Adds the bias to `count` columns of one row of y, from column n0, and stores those below n. `y` holds whole vectors.
+// Adds the bias to `count` columns of one row of y, from column n0, and stores those below n; int8 results are scaled
+// first. `y` holds whole vectors.
 inline void store_columns(const Launch& l, int64_t row, int64_t n0, int64_t count, float* y) {
   if (l.n - n0 < count) count = l.n - n0;
   if (l.bias) {
@@ -92,6 +97,9 @@ inline void store_columns(const Launch& l, int64_t row, int64_t n0, int64_t coun
       const int64_t left = count - j < kVecLanes ? count - j : kVecLanes;
       store(y + j, add(load(y + j), load_tail(l.bias, l.bias_dtype, n0 + j, left)));
     }
+  }
+  if (l.out_dtype == Dtype::kI8) {
+    for (int64_t j = 0; j < count; j += kVecLanes) store(y + j, mul(load(y + j), set1(l.out_inverse)));
   }
   store_as(l.out, l.out_dtype, row * l.out_stride + n0, y, count);
 }

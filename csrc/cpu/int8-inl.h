@@ -1,143 +1,383 @@
-// int8 activations with AVX-512 VNNI: y = x_scale * sum over groups of scale * (x . (code - zero)), the products and
-// the sums of a group in int32, exact. Integer codes of 2, 4 and 8 bits; vpdpbusd takes the codes as unsigned bytes and
-// x as signed ones, 64 products at a time (latency 4, one or two a cycle).
+// int8 activations: the sum of a group is exact in int32, x . (T - zero) with T the table as int8, and fp32 follows in
+// the order that reference.int8_linear states. The dot product takes weights as unsigned bytes: an integer code as it
+// is, a table entry plus 128; the difference leaves through the sums of x, and so does an integer zero.
+//
+// A dword of a column holds four weights: two pairs (k even, k odd) whose fields lie 8 bits apart in the words of the
+// first plane, so that one shift brings all four into place. x is permuted to that order once.
 #pragma once
 
-#include "cpu/common-inl.h"
+#include "cpu/quantize-inl.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
-// In a unit of w-bit fields, byte q of a column's dword shifted by t * w holds field t + (q % 2) * 8 / w of parity q
-// / 2.
-template <int B>
-constexpr int weight_of(int dword, int q) {
-  const int steps = 8 / B, unit = dword / steps, t = dword % steps;
-  return unit * (32 / B) + 2 * (t + q % 2 * steps) + q / 2;
-}
 constexpr int kDwordsPerChunk = kChunkK / 4;
+constexpr int kDwordBytes = 4 * kBlockN;  // of a panel: four weights of 64 columns
 
-// Rows [begin, end) of x in the order in which the codes come out, zero beyond k; x_sums as int32.
+// Pairs of weights of a chunk in bytes 0 and 2 (`half` 0) and 1 and 3 (`half` 1) of dword d.
+template <int B>
+constexpr int pair_of(int d, int half) {
+  const int steps = 8 / planes_of(B).width[0];
+  return d / steps * 2 * steps + d % steps + half * steps;
+}
+
+template <int B>
+struct ChunkOrder {
+  uint8_t at[kChunkK];
+  constexpr ChunkOrder() : at() {
+    for (int d = 0; d < kDwordsPerChunk; ++d) {
+      for (int q = 0; q < 4; ++q) at[4 * d + q] = static_cast<uint8_t>(2 * pair_of<B>(d, q % 2) + q / 2);
+    }
+  }
+};
+
+// The codes of dword D of a chunk in the low B bits of each byte. Higher bits are arbitrary.
+template <int B, int D>
+LOWBIT_INLINE inline I dword_codes(const uint8_t* columns) {
+  constexpr Planes planes = planes_of(B);
+  constexpr int kLow = planes.width[0], kSteps = 8 / kLow;
+  const I low = shift_right<D % kSteps * kLow>(load_i(columns + D / kSteps * kUnitBytes));
+  if constexpr (planes.count == 1) {
+    return low;
+  } else {
+    constexpr int kHigh = planes.width[1], kPairs = 16 / kHigh;
+    constexpr int kFirst = pair_of<B>(D, 0), kSecond = pair_of<B>(D, 1);
+    static_assert(kFirst / kPairs == kSecond / kPairs);
+    const I high = gather_bits<kLow>(load_i(columns + (kLow + kFirst / kPairs) * kUnitBytes), kFirst % kPairs * kHigh,
+                                     kSecond % kPairs * kHigh, kHigh);
+    return select_bits(set1_bytes((1 << kLow) - 1), low, high);
+  }
+}
+
+// Integer codes are the bytes: T = code + table[0].
+template <int B>
+struct IntBytes {
+  static constexpr int kBits = B;
+  static constexpr bool kWide = B == 8;
+  static constexpr Codec kCodec = Codec::kInt;
+  int32_t first;
+  explicit IntBytes(const Launch& l) : first(static_cast<int32_t>(l.table[0])) {}
+  template <int D>
+  LOWBIT_INLINE I bytes(const uint8_t* columns) const {
+    const I code = dword_codes<B, D>(columns);
+    return B == 8 ? code : bit_and(code, set1_bytes((1 << B) - 1));
+  }
+};
+
+template <int B>
+struct LutBytes {
+  static constexpr int kBits = B;
+  static constexpr bool kWide = true;
+  static constexpr Codec kCodec = Codec::kLut;
+  static constexpr int32_t first = -128;
+  ByteTable<B> table;
+  explicit LutBytes(const Launch& l) : table(shifted(l).at) {}
+  struct Bytes {
+    uint8_t at[1 << B];
+  };
+  static Bytes shifted(const Launch& l) {
+    Bytes b;
+    for (int i = 0; i < 1 << B; ++i) b.at[i] = static_cast<uint8_t>(l.table_i8[i] - first);
+    return b;
+  }
+  template <int D>
+  LOWBIT_INLINE I bytes(const uint8_t* columns) const {
+    return table(dword_codes<B, D>(columns));
+  }
+};
+
+LOWBIT_INLINE inline I broadcast4(const int8_t* x) {
+  int32_t bytes;
+  __builtin_memcpy(&bytes, x, 4);
+  return set1_i(bytes);
+}
+
+inline bool int_zeros(const Launch& l) { return l.zero == ZeroMode::kSubtract && l.zero_dtype == Dtype::kI8; }
+
+inline int32_t x_sum_of(const Launch& l, int64_t row, int64_t group) {
+  return reinterpret_cast<const int32_t*>(l.x_sums)[row * l.num_groups + group];
+}
+
+// What a group's sum of products starts from: (first - zero) * sum of x.
+LOWBIT_INLINE inline I group_start(const Launch& l, int32_t first, int64_t block, int64_t group, int lane,
+                                   int64_t row) {
+  const int32_t x_sum = x_sum_of(l, row, group);
+  const I start = set1_i(first * x_sum);
+  if (!int_zeros(l)) return start;
+  const int8_t* zeros = static_cast<const int8_t*>(l.zeros) + (block * l.num_groups + group) * kBlockN + lane;
+  return add_i(start, mul_i(load_i8_lanes(zeros), set1_i(-x_sum)));
+}
+
+// Scales of kVecLanes columns of a group, and their zeros where these are not integers.
+LOWBIT_INLINE inline GroupTerms float_terms(const Launch& l, int64_t block, int64_t group, int lane) {
+  const int64_t i = (block * l.num_groups + group) * kBlockN + lane;
+  const bool zeros = l.zero != ZeroMode::kNone && !int_zeros(l);
+  return {l.scales ? load_as(l.scales, l.scale_dtype, i) : set1(1.0f),
+          zeros ? load_as(l.zeros, l.zero_dtype, i) : zero()};
+}
+
+// y + what a group adds to it, each operation rounded once.
+LOWBIT_INLINE inline F add_group(const Launch& l, GroupTerms t, F y, I acc, int64_t row, int64_t group) {
+  F term = to_float(acc);
+  if (l.zero == ZeroMode::kNone || int_zeros(l)) {
+    term = mul(t.scale, term);
+  } else {
+    const F shift = mul(t.zero, set1(static_cast<float>(x_sum_of(l, row, group))));
+    term = l.zero == ZeroMode::kAdd ? add(mul(t.scale, term), shift) : mul(t.scale, sub(term, shift));
+  }
+  if (l.x_group_scales) term = mul(term, set1(l.x_scales[row * l.num_groups + group]));
+  return add(y, term);
+}
+
+// Multiplies 64 columns of y by the scale of the row and the step of the table, and stores them.
+inline void finish_row(const Launch& l, int64_t block, int64_t row, int lane0, int count, float* y) {
+  const F factor = set1(l.x_group_scales ? l.table_step : l.x_scales[row] * l.table_step);
+  for (int i = 0; i < count; i += kVecLanes) store(y + i, mul(load(y + i), factor));
+  if (block * kBlockN + lane0 < l.n) store_columns(l, row, block * kBlockN + lane0, count, y);
+}
+
 template <int B>
 void prepare_i8(const Launch& l, int64_t begin, int64_t end) {
+  static constexpr ChunkOrder<B> order;
   for (int64_t m = begin; m < end; ++m) {
-    const int8_t* x = static_cast<const int8_t*>(l.x) + m * l.x_stride;
-    int8_t* out = static_cast<int8_t*>(l.prepared) + m * l.prepared_stride;
-    int32_t* sums = reinterpret_cast<int32_t*>(l.x_sums) + m * l.num_groups;
-    for (int64_t g = 0; g < l.num_groups; ++g) {
-      const int64_t k_end = (g + 1) * l.group < l.k ? (g + 1) * l.group : l.k;
-      int32_t sum = 0;
-      for (int64_t k = g * l.group; k < k_end; ++k) sum += x[k];
-      sums[g] = sum;
-    }
-    for (int64_t k0 = 0; k0 < l.prepared_stride; k0 += kChunkK) {
-      for (int d = 0; d < kDwordsPerChunk; ++d) {
-        for (int q = 0; q < 4; ++q) {
-          const int64_t k = k0 + weight_of<B>(d, q);
-          out[k0 + 4 * d + q] = k < l.k ? x[k] : int8_t{0};
-        }
-      }
-    }
+    int8_t* row = quantized_row(l, m);
+    sum_groups_i8(l, row, reinterpret_cast<int32_t*>(l.x_sums) + m * l.num_groups);
+    permute_chunks(row, l.prepared_stride, order.at);
   }
 }
 
-template <int B, int kRows>
-inline void int8_tile(const Launch& l, int64_t block, int64_t m0, int valid_rows) {
-  constexpr int kVecs = kBlockN / kUnitLanes;
-  const int64_t chunks = num_chunks(l.k);
-  const int64_t chunks_per_group = l.num_groups == 1 ? chunks : l.group / kChunkK;
-  const uint8_t* codes = l.codes + block * chunks * chunk_bytes(B);
-  const I mask = _mm512_set1_epi8(static_cast<char>((1 << B) - 1));
-  const int32_t first = static_cast<int32_t>(l.table[0]);
+inline int64_t chunks_of_group(const Launch& l) { return l.num_groups == 1 ? num_chunks(l.k) : l.group / kChunkK; }
+
+// Few rows: codes are decoded in registers and met by all of them.
+template <class C, int kRows, int kVecs>
+inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t m0, int valid_rows, int lane0) {
+  constexpr int kBits = C::kBits, kColumns = kVecs * kVecLanes;
+  const int64_t chunks = num_chunks(l.k), chunks_per_group = chunks_of_group(l);
+  const uint8_t* codes = l.codes + block * chunks * chunk_bytes(kBits);
   int64_t rows[kRows];
-  for (int r = 0; r < kRows; ++r) rows[r] = m0 + (r < valid_rows ? r : 0);
-
-  F y[kRows][kVecs];
-  I acc[kRows][kVecs];
-  unroll<kRows>([&](auto r) LOWBIT_INLINE {
-    unroll<kVecs>([&](auto v) LOWBIT_INLINE {
-      y[r][v] = zero();
-      acc[r][v] = _mm512_setzero_si512();
-    });
-  });
-  int64_t group = 0, left = chunks_per_group;
-  for (int64_t c = 0; c < chunks; ++c) {
-    const uint8_t* chunk = codes + c * chunk_bytes(B);
-    unroll<kDwordsPerChunk>([&](auto d) LOWBIT_INLINE {
-      constexpr int kSteps = 8 / B, kUnit = d / kSteps, kShift = d % kSteps * B;
-      I xs[kRows];
-      unroll<kRows>([&](auto r) LOWBIT_INLINE {
-        int32_t bytes;
-        __builtin_memcpy(&bytes,
-                         static_cast<const int8_t*>(l.prepared) + rows[r] * l.prepared_stride + c * kChunkK + 4 * d, 4);
-        xs[r] = _mm512_set1_epi32(bytes);
-      });
-      unroll<kVecs>([&](auto v) LOWBIT_INLINE {
-        const I unit = load_i(chunk + v * vector_bytes(B) + kUnit * kUnitBytes);
-        const I code = bit_and(shift_right<kShift>(unit), mask);
-        unroll<kRows>([&](auto r) LOWBIT_INLINE { acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], code, xs[r]); });
-      });
-    });
-    unroll<B>([&](auto u) LOWBIT_INLINE { prefetch(chunk + 6144 + u * kVecs * kUnitBytes); });
-    if (--left > 0 && c + 1 < chunks) continue;
-    unroll<kRows>([&](auto r) LOWBIT_INLINE {
-      const int32_t x_sum = reinterpret_cast<const int32_t*>(l.x_sums)[rows[r] * l.num_groups + group];
-      unroll<kVecs>([&](auto v) LOWBIT_INLINE {
-        const GroupTerms terms = group_terms(l, block, group, v * kUnitLanes);
-        const I sum = _mm512_add_epi32(acc[r][v], _mm512_set1_epi32(first * x_sum));
-        y[r][v] = finish_group(l, terms, y[r][v], to_float(sum), static_cast<float>(x_sum));
-        acc[r][v] = _mm512_setzero_si512();
-      });
-    });
-    ++group;
-    left = chunks_per_group;
+  const int8_t* x[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    rows[r] = m0 + (r < valid_rows ? r : 0);
+    x[r] = static_cast<const int8_t*>(l.prepared) + rows[r] * l.prepared_stride;
   }
-  unroll<kRows>([&](auto r) LOWBIT_INLINE {
-    if (r >= valid_rows) return;
-    alignas(64) float row[kBlockN];
-    const F x_scale = set1(l.x_scales[rows[r]]);
-    unroll<kVecs>([&](auto v) LOWBIT_INLINE { store(row + v * kUnitLanes, mul(y[r][v], x_scale)); });
-    store_columns(l, rows[r], block * kBlockN, kBlockN, row);
-  });
+  alignas(64) float y[kRows][kColumns] = {};
+  I acc[kRows][kVecs];
+  int64_t chunk = 0;
+  for (int64_t group = 0; group < l.num_groups; ++group) {
+    unroll<kRows>([&](auto r) LOWBIT_INLINE {
+      unroll<kVecs>([&](auto v) LOWBIT_INLINE {
+        acc[r][v] = group_start(l, codec.first, block, group, lane0 + v * kVecLanes, rows[r]);
+      });
+    });
+    const int64_t last = chunk + chunks_per_group < chunks ? chunk + chunks_per_group : chunks;
+    for (; chunk < last; ++chunk) {
+      const uint8_t* base = codes + chunk * chunk_bytes(kBits);
+      const uint8_t* columns[kVecs];
+      unroll<kVecs>([&](auto v) LOWBIT_INLINE {
+        const int lane = lane0 + v * kVecLanes;
+        columns[v] = base + lane / kUnitLanes * vector_bytes(kBits) + lane % kUnitLanes * 4;
+        if (lane % kUnitLanes == 0) {
+          unroll<kBits>([&](auto u) LOWBIT_INLINE { prefetch(columns[v] + 6144 + u * kUnitBytes); });
+        }
+      });
+      unroll<kDwordsPerChunk>([&](auto d) LOWBIT_INLINE {
+        I w[kVecs];
+        unroll<kVecs>([&](auto v) LOWBIT_INLINE { w[v] = codec.template bytes<d>(columns[v]); });
+        unroll<kRows>([&](auto r) LOWBIT_INLINE {
+          const I xs = broadcast4(x[r] + chunk * kChunkK + 4 * d);
+          unroll<kVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = dot4<C::kWide>(acc[r][v], w[v], xs); });
+        });
+      });
+    }
+    unroll<kVecs>([&](auto v) LOWBIT_INLINE {
+      const GroupTerms terms = float_terms(l, block, group, lane0 + v * kVecLanes);
+      unroll<kRows>([&](auto r) LOWBIT_INLINE {
+        float* sum = y[r] + v * kVecLanes;
+        store(sum, add_group(l, terms, load(sum), acc[r][v], rows[r], group));
+      });
+    });
+  }
+  for (int r = 0; r < valid_rows; ++r) finish_row(l, block, rows[r], lane0, kColumns, y[r]);
 }
 
-template <int B>
-void int8_run(const Launch& l, int64_t begin, int64_t end) {
+template <class C, int kRows, int kVecs>
+inline void skinny_rows(const Launch& l, const C& codec, int64_t block, int64_t m0, int valid_rows) {
+  for (int lane = 0; lane < kBlockN; lane += kVecs * kVecLanes) {
+    skinny_tile<C, kRows, kVecs>(l, codec, block, m0, valid_rows, lane);
+  }
+}
+
+// A block's codes stay in L2 while the rows pass over them.
+template <class C>
+void skinny_run(const Launch& l, int64_t begin, int64_t end) {
+  const C codec(l);
   for (int64_t block = begin; block < end; ++block) {
-    for (int64_t m0 = 0; m0 < l.m; m0 += 4) {
-      const int rows = l.m - m0 < 4 ? static_cast<int>(l.m - m0) : 4;
+    for (int64_t m0 = 0; m0 < l.m; m0 += kSkinnyRows) {
+      const int rows = l.m - m0 < kSkinnyRows ? static_cast<int>(l.m - m0) : kSkinnyRows;
       if (rows == 1) {
-        int8_tile<B, 1>(l, block, m0, rows);
+        skinny_rows<C, 1, kTileVecs>(l, codec, block, m0, rows);
+      } else if (rows == 2) {
+        skinny_rows<C, 2, kTileVecs>(l, codec, block, m0, rows);
+      } else if (rows <= 4) {
+        skinny_rows<C, 4, kTileVecs>(l, codec, block, m0, rows);
       } else {
-        int8_tile<B, 4>(l, block, m0, rows);
+        skinny_rows<C, kSkinnyRows, kSkinnyVecs>(l, codec, block, m0, rows);
       }
     }
   }
 }
 
-template <int B>
-constexpr Kernel gemv_i8(const char* name) {
+constexpr int kBytePanelChunks = 8;  // 256 weights x 64 columns of bytes = 16 KiB
+constexpr int64_t kByteRowsPerTask = 192;
+
+// Where a panel stands in the groups. It holds whole groups, or, if it `carries`, a part of one.
+struct ByteSpan {
+  int64_t block, first_row, chunk, chunk_end, chunks_per_group;
+  bool carries;
+  int32_t first;
+};
+
+// panel[dword][64 columns] as dword_codes gives them.
+template <class C>
+inline void decode_bytes(const Launch& l, const C& codec, const ByteSpan& span, uint8_t* panel) {
+  const uint8_t* codes = l.codes + (span.block * num_chunks(l.k) + span.chunk) * chunk_bytes(C::kBits);
+  for (int64_t c = span.chunk; c < span.chunk_end; ++c) {
+    for (int lane = 0; lane < kBlockN; lane += kVecLanes) {
+      const uint8_t* columns = codes + lane / kUnitLanes * vector_bytes(C::kBits) + lane % kUnitLanes * 4;
+      unroll<kDwordsPerChunk>(
+          [&](auto d) LOWBIT_INLINE { store_i(panel + d * kDwordBytes + 4 * lane, codec.template bytes<d>(columns)); });
+    }
+    codes += chunk_bytes(C::kBits);
+    panel += kDwordsPerChunk * kDwordBytes;
+  }
+}
+
+// Multiplies a panel with kRows rows: adds each finished group to y (rows, 64); the sum of an unfinished one waits in
+// `carry`.
+template <bool kWide, int kRows>
+inline void multiply_bytes(const Launch& l, const ByteSpan& span, const uint8_t* panel, int64_t row, int32_t* carry,
+                           float* y) {
+  const int64_t stride = l.prepared_stride, chunks = num_chunks(l.k);
+  const int8_t* x_row = static_cast<const int8_t*>(l.prepared) + row * stride;
+  for (int lane0 = 0; lane0 < kBlockN; lane0 += kGemmVecs * kVecLanes) {
+    for (int64_t c = span.chunk; c < span.chunk_end;) {
+      const int64_t group = c / span.chunks_per_group, group_end = (group + 1) * span.chunks_per_group;
+      const int64_t last = group_end < span.chunk_end ? group_end : span.chunk_end;
+      I acc[kRows][kGemmVecs];
+      unroll<kRows>([&](auto r) LOWBIT_INLINE {
+        unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE {
+          const int lane = lane0 + v * kVecLanes;
+          acc[r][v] = c % span.chunks_per_group == 0 ? group_start(l, span.first, span.block, group, lane, row + r)
+                                                     : load_i(carry + r * kBlockN + lane);
+        });
+      });
+      const uint8_t* w = panel + (c - span.chunk) * kDwordsPerChunk * kDwordBytes + 4 * lane0;
+      const int8_t* x = x_row + c * kChunkK;
+      for (const int8_t* x_end = x_row + last * kChunkK; x < x_end; x += 4, w += kDwordBytes) {
+        I ws[kGemmVecs];
+        unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE { ws[v] = load_i(w + v * 4 * kVecLanes); });
+        unroll<kRows>([&](auto r) LOWBIT_INLINE {
+          const I xs = broadcast4(x + r * stride);
+          unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = dot4<kWide>(acc[r][v], ws[v], xs); });
+        });
+      }
+      const bool ends = last == group_end || last == chunks;
+      unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE {
+        const int lane = lane0 + v * kVecLanes;
+        if (ends) {
+          const GroupTerms terms = float_terms(l, span.block, group, lane);
+          unroll<kRows>([&](auto r) LOWBIT_INLINE {
+            float* sum = y + r * kBlockN + lane;
+            store(sum, add_group(l, terms, load(sum), acc[r][v], row + r, group));
+          });
+        } else {
+          unroll<kRows>([&](auto r) LOWBIT_INLINE { store_i(carry + r * kBlockN + lane, acc[r][v]); });
+        }
+      });
+      c = last;
+    }
+  }
+}
+
+template <class C>
+void gemm_bytes_run(const Launch& l, int64_t begin, int64_t end) {
+  constexpr bool kWide = C::kWide;
+  const C codec(l);
+  alignas(64) uint8_t panel[kBytePanelChunks * kDwordsPerChunk * kDwordBytes];
+  alignas(64) int32_t carry[kByteRowsPerTask * kBlockN];
+  alignas(64) float y[kByteRowsPerTask * kBlockN];
+  const int64_t row_blocks = ceil_div(l.m, kByteRowsPerTask), chunks = num_chunks(l.k);
+  for (int64_t task = begin; task < end; ++task) {
+    ByteSpan span{};
+    span.block = task / row_blocks;
+    span.first_row = task % row_blocks * kByteRowsPerTask;
+    span.first = codec.first;
+    span.chunks_per_group = chunks_of_group(l);
+    span.carries = span.chunks_per_group > kBytePanelChunks;
+    const int64_t panel_chunks =
+        span.carries ? kBytePanelChunks : kBytePanelChunks / span.chunks_per_group * span.chunks_per_group;
+    const int64_t left = l.m - span.first_row, rows = left < kByteRowsPerTask ? left : kByteRowsPerTask;
+    __builtin_memset(y, 0, rows * kBlockN * sizeof(float));
+    for (span.chunk = 0; span.chunk < chunks; span.chunk = span.chunk_end) {
+      const int64_t group_end = (span.chunk / span.chunks_per_group + 1) * span.chunks_per_group;
+      span.chunk_end = span.chunk + panel_chunks < chunks ? span.chunk + panel_chunks : chunks;
+      if (span.carries && span.chunk_end > group_end) span.chunk_end = group_end;
+      decode_bytes(l, codec, span, panel);
+      const auto multiply = [&](auto count, int64_t r) LOWBIT_INLINE {
+        multiply_bytes<kWide, count>(l, span, panel, span.first_row + r, carry + r * kBlockN, y + r * kBlockN);
+      };
+      int64_t r = 0;
+      for (; r + kGemmRows <= rows; r += kGemmRows) multiply(std::integral_constant<int, kGemmRows>{}, r);
+      for (; r + 2 <= rows; r += 2) multiply(std::integral_constant<int, 2>{}, r);
+      if (r < rows) multiply(std::integral_constant<int, 1>{}, r);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      finish_row(l, span.block, span.first_row + r, 0, kBlockN, y + r * kBlockN);
+    }
+  }
+}
+
+template <class C>
+constexpr Kernel skinny_i8(const char* name) {
   return {name,
           Op::kLinear,
           Dtype::kI8,
-          Codec::kInt,
-          B,
+          C::kCodec,
+          C::kBits,
           Scope::kShared,
-          kAvx512Vnni,
+          LOWBIT_ISA_BIT,
           true,
           {false, false, false, true},
-          Cost{21, 10, 15, 4},
-          prepare_i8<B>,
+          skinny_cost(C::kBits, C::kCodec),
+          prepare_i8<C::kBits>,
           0,
-          int8_run<B>};
+          skinny_run<C>};
+}
+template <class C>
+constexpr Kernel gemm_i8(const char* name) {
+  return {name,
+          Op::kLinear,
+          Dtype::kI8,
+          C::kCodec,
+          C::kBits,
+          Scope::kShared,
+          LOWBIT_ISA_BIT,
+          true,
+          {false, false, false, true},
+          gemm_cost(C::kBits, C::kCodec),
+          prepare_i8<C::kBits>,
+          kByteRowsPerTask,
+          gemm_bytes_run<C>};
 }
 
-const Kernel kInt8Kernels[] = {
-    gemv_i8<2>(LOWBIT_NAME("gemv", "i8", "int2")),
-    gemv_i8<4>(LOWBIT_NAME("gemv", "i8", "int4")),
-    gemv_i8<8>(LOWBIT_NAME("gemv", "i8", "int8")),
-};
+#define LOWBIT_CODEC_ROWS(C, codec) \
+  skinny_i8<C>(LOWBIT_NAME("gemv", "i8", codec)), gemm_i8<C>(LOWBIT_NAME("gemm", "i8", codec)),
+#define LOWBIT_LUT_ROWS(B) LOWBIT_CODEC_ROWS(LutBytes<B>, "lut" #B)
+#define LOWBIT_INT_ROWS(B) LOWBIT_CODEC_ROWS(IntBytes<B>, "int" #B)
+
+const Kernel kInt8Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_LUT_ROWS) LOWBIT_INT_ROWS(2) LOWBIT_INT_ROWS(3)
+                                   LOWBIT_INT_ROWS(4) LOWBIT_INT_ROWS(5) LOWBIT_INT_ROWS(6) LOWBIT_INT_ROWS(8)};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

@@ -48,6 +48,11 @@ inline I select_bits(I mask, I a, I b) {
   return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
 }
 inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+inline I bits_of(F v) { return _mm256_castps_si256(v); }
+inline I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
+inline void store_i(void* p, I v) { _mm256_storeu_si256((__m256i*)p, v); }
+// The larger; v if that is NaN.
+inline F max_or_nan(F bound, F v) { return _mm256_max_ps(bound, v); }
 
 inline F load_bf16(const uint16_t* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -70,6 +75,14 @@ inline void store_bf16(uint16_t* p, F v) {
 }
 inline void store_f16(uint16_t* p, F v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+// Round to nearest even, saturating; NaN gives 0.
+inline void store_i8(int8_t* p, F v) {
+  const F low = _mm256_max_ps(v, _mm256_set1_ps(-128.0f));
+  const F clamped = _mm256_min_ps(low, _mm256_set1_ps(127.0f));
+  const __m256i i = _mm256_cvtps_epi32(_mm256_and_ps(clamped, _mm256_cmp_ps(v, v, _CMP_ORD_Q)));
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
 }
 
 // Eight loads: as fast as vgatherdps (slow on AMD, slower since the Downfall fix on Intel), and QEMU 7 has it wrong.

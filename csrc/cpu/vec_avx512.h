@@ -42,6 +42,11 @@ inline I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
 // mask ? a : b, bit by bit.
 inline I select_bits(I mask, I a, I b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xCA); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+inline I bits_of(F v) { return _mm512_castps_si512(v); }
+inline I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
+inline void store_i(void* p, I v) { _mm512_storeu_si512(p, v); }
+// The larger; v if that is NaN.
+inline F max_or_nan(F bound, F v) { return _mm512_max_ps(bound, v); }
 
 inline F load_bf16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
@@ -62,6 +67,13 @@ inline void store_bf16(uint16_t* p, F v) {
 }
 inline void store_f16(uint16_t* p, F v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+// Round to nearest even, saturating; NaN gives 0.
+inline void store_i8(int8_t* p, F v) {
+  const F low = _mm512_max_ps(v, _mm512_set1_ps(-128.0f));
+  const __m512i i = _mm512_cvtps_epi32(_mm512_min_ps(low, _mm512_set1_ps(127.0f)));
+  const __m512i kept = _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), i);
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(kept));
 }
 
 // Looks up the low B bits of each lane; higher bits are ignored.

@@ -81,6 +81,20 @@ inline F to_float(I a) {
   return each<F>([&](int i) { return static_cast<float>(static_cast<int32_t>(a.v[i])); });
 }
 
+inline I max_i(I a, I b) {
+  return each<I>([&](int i) { return static_cast<int32_t>(a.v[i]) > static_cast<int32_t>(b.v[i]) ? a.v[i] : b.v[i]; });
+}
+inline void store_i(void* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
+// The larger; v if that is NaN.
+inline F max_or_nan(F bound, F a) {
+  return each<F>([&](int i) { return a.v[i] < bound.v[i] ? bound.v[i] : a.v[i]; });
+}
+inline I bits_of(F a) {
+  I r;
+  std::memcpy(r.v, a.v, sizeof r.v);
+  return r;
+}
+
 inline float from_bits(uint32_t bits) {
   float f;
   std::memcpy(&f, &bits, 4);
@@ -128,6 +142,14 @@ inline void store_bf16(uint16_t* p, F a) {
 }
 inline void store_f16(uint16_t* p, F a) {
   for (int i = 0; i < kVecLanes; ++i) p[i] = float_to_half(a.v[i]);
+}
+// Round to nearest even, saturating; NaN gives 0.
+inline void store_i8(int8_t* p, F a) {
+  for (int i = 0; i < kVecLanes; ++i) {
+    const float v = a.v[i] < -128.0f ? -128.0f : a.v[i] > 127.0f ? 127.0f : a.v[i];
+    // Adding 1.5 * 2^23 leaves the integer in the low mantissa bits.
+    p[i] = v == v ? static_cast<int8_t>(to_bits(v + 12582912.0f)) : int8_t{0};
+  }
 }
 
 // Looks up the low B bits of each lane; higher bits are ignored.

@@ -16,6 +16,7 @@ import math
 import re
 import struct
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import NormalDist
 from typing import Any
 
@@ -26,6 +27,7 @@ SCALE_RULES = ("absmax", "rms", "mean", "minmax")
 ZEROS = (None, "int", "float", "min")
 SCOPES = ("tensor", "row", "group")
 PACKINGS = ("bits", "trits")
+ACTIVATIONS = (None, "int8", "int8_table")
 DQ_BLOCK = 256  # scales that share one second-level fp32 factor in "dq8" (QLoRA section 3)
 TRITS_PER_BYTE = 5  # 3^5 = 243 <= 256
 
@@ -49,6 +51,9 @@ class Format:
             to the weight and stored beside it.
         table_scope: one table per "tensor", per output "row", or per row and "group".
         packing: "bits" (little-endian bit stream) or "trits" (five base-3 digits per byte).
+        activation: None takes activations as given. "int8" quantizes each row of x to int8 (absmax / 127) and
+            sums exactly in int32; the table must be exact in int8 up to one factor. "int8_table" does so with
+            the table itself rounded to int8: an entry moves by at most max |table| / 254.
     """
 
     name: str
@@ -61,6 +66,7 @@ class Format:
     table: tuple[float, ...] | None = None
     table_scope: str = "tensor"
     packing: str = "bits"
+    activation: str | None = None
 
     def __hash__(self) -> int:
         # Equal formats have equal names; hashing a table of 256 values takes longer than a small product.
@@ -121,6 +127,20 @@ class Format:
                 "packing",
                 "'bits' unless the format is 2-bit with a table of at most 3 values",
             )
+        check(self.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}")
+        if self.activation is not None:
+            check(self.table_scope == "tensor", "table_scope", "'tensor' with int8 activations")
+        if self.activation == "int8":
+            self._check_exact_in_int8()
+        if self.activation == "int8_table":
+            check(self.codec != "affine", "activation", "'int8' with integers: they are exact")
+
+    def _check_exact_in_int8(self) -> None:
+        if self.int8_step is None:
+            raise ValueError(
+                f"format {self.name!r}: its table is not exact in int8; activation 'int8_table' (suffix _a8t) "
+                "rounds it"
+            )
 
     @classmethod
     def lut(
@@ -132,6 +152,7 @@ class Format:
         scale: str | None = "fp16",
         scale_rule: str = "absmax",
         table_scope: str = "tensor",
+        activation: str | None = None,
         name: str | None = None,
     ) -> Format:
         """Makes a codebook format of one's own.
@@ -140,7 +161,7 @@ class Format:
             bits: bits of one code.
             table: 2 .. 2^bits finite values (any sequence, array or 1-D tensor), or None to fit the table to
                 each weight (`method="kmeans"`).
-            group, scale, scale_rule, table_scope: as in `Format`.
+            group, scale, scale_rule, table_scope, activation: as in `Format`.
             name: a name for reports; by default one that says bits and group.
         """
         if table is not None:
@@ -161,6 +182,7 @@ class Format:
             scale_rule=scale_rule,
             table=table,
             table_scope=table_scope,
+            activation=activation,
         )
 
     @property
@@ -190,6 +212,11 @@ class Format:
             return float8_values(self.codec)
         return self.table
 
+    @property
+    def int8_step(self) -> float | None:
+        """The f with table = f * integers in -128 .. 127, or None: what makes int8 products exact."""
+        return 1.0 if self.codec == "affine" else _int8_step(self.values())
+
     def num_groups(self, k: int) -> int:
         """Groups in a row of k weights; the last may be short."""
         return 1 if self.group is None else -(-k // self.group)
@@ -204,6 +231,21 @@ class Format:
     def spec(self) -> str:
         """The string that `parse` turns back into an equal format: the name if built in, else JSON."""
         return _spec(self)
+
+
+@functools.lru_cache(maxsize=4096)
+def _int8_step(table: tuple[float, ...] | None) -> float | None:
+    if table is None or not all(math.isfinite(v) for v in table):
+        return None
+    step = functools.reduce(_gcd, (Fraction(v) for v in table))
+    return float(step) if all(-128 <= v / step <= 127 for v in table) else None
+
+
+def _gcd(a: Fraction, b: Fraction) -> Fraction:
+    return Fraction(
+        math.gcd(a.numerator * b.denominator, b.numerator * a.denominator),
+        a.denominator * b.denominator,
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -352,15 +394,17 @@ def _builtin() -> dict[str, Format]:
 
 FORMATS: dict[str, Format] = _builtin()
 
-_SUFFIX = re.compile(r"_(?:g(?P<group>\d+)|(?P<row>row)|(?P<scale>fp32|fp16|bf16|e8m0|e4m3|dq8))$")
+_SUFFIX = re.compile(
+    r"_(?:g(?P<group>\d+)|(?P<row>row)|(?P<scale>fp32|fp16|bf16|e8m0|e4m3|dq8)|(?P<activation>a8t?))$"
+)
 
 
 @functools.lru_cache(maxsize=4096)
 def parse(spec: str) -> Format:
     """Turns a name or a spec into a Format.
 
-    A name is one of `FORMATS`, optionally followed by `_gN` or `_row` (group) and a scale dtype:
-    "nf4", "int3_g64", "uint4_g32_bf16", "nf4_g64_dq8". A spec that starts with "{" is the JSON of `Format.spec`.
+    A name is one of `FORMATS`, optionally followed by `_gN` or `_row` (group), a scale dtype, and `_a8` (activation
+    "int8") or `_a8t` ("int8_table"): "nf4", "int3_g64", "uint4_g32_bf16", "nf4_g64_dq8", "int4_g32_a8". A spec that starts with "{" is the JSON of `Format.spec`.
 
     Raises:
         ValueError: the name is unknown or a part of it is out of range.
@@ -376,15 +420,18 @@ def parse(spec: str) -> Format:
     while (match := _SUFFIX.search(base)) and base not in FORMATS:
         base = base[: match.start()]
         key = "group" if match["group"] or match["row"] else "scale"
+        key = "activation" if match["activation"] else key
         if key in changes:
             raise ValueError(f"format {spec!r} gives its {key} twice")
         if key == "group":
             changes["group"] = int(match["group"]) if match["group"] else None
+        elif key == "activation":
+            changes["activation"] = "int8" if match["activation"] == "a8" else "int8_table"
         else:
             changes["scale"] = match["scale"]
     if base not in FORMATS:
         raise ValueError(f"unknown format {spec!r}; expected one of {', '.join(sorted(FORMATS))}, "
-                         "optionally followed by _gN or _row and a scale dtype, as in 'int3_g64_bf16'")  # fmt: skip
+                         "optionally followed by _gN or _row, a scale dtype and _a8 or _a8t, as in 'int3_g64_bf16'")  # fmt: skip
     return dataclasses.replace(FORMATS[base], name=spec, **changes)
 
 

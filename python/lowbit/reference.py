@@ -98,6 +98,99 @@ def apply_scales(
     return scale * values + zero if format.zero == "min" else scale * (values - zero)
 
 
+def quantize_int8(
+    x: Tensor,  # (M, K) float
+    group: int | None = None,
+    scale: Tensor | None = None,  # (M,) fp32
+) -> tuple[Tensor, Tensor]:  # (M, K) int8, and fp32 (M,), (M, groups) with `group`, or `scale`
+    """Symmetric int8: scale = absmax / 127 and q = round(x * min(127 / absmax, largest fp32)), ties to even.
+
+    A group whose absmax is not finite gets q = 0 and a scale that is not finite either. With a given scale,
+    q = round(x * (1 / scale)) saturates to -127 .. 127, and NaN gives 0.
+    """
+    x = x.float()
+    m, k = x.shape
+    if scale is not None:
+        q = (x * (1 / scale)[:, None]).clamp(-127, 127)
+        return q.nan_to_num(0).round().to(torch.int8), scale
+    groups = -(-k // (group or k))
+    padded = F.pad(x, (0, groups * (group or k) - k)).view(m, groups, -1)
+    absmax = padded.abs().amax(-1)
+    # A tensor: 127 / absmax would multiply 127 with the rounded reciprocal.
+    top = torch.full_like(absmax, 127)
+    inverse = (top / absmax).clamp(max=torch.finfo(torch.float32).max)
+    good = absmax.isfinite() & (absmax > 0)
+    q = torch.where(good[..., None], padded * inverse[..., None], 0.0).round().clamp(-127, 127)
+    scales = absmax / top
+    return q.to(torch.int8).view(m, -1)[:, :k], scales[:, 0] if group is None else scales
+
+
+def table_int8(values: Tensor, step: float | None) -> tuple[Tensor, Tensor]:
+    """The table as integers in -128 .. 127 (fp32) and its step: table / step to nearest even, 0 if not finite.
+
+    Without a step it is the largest finite |value| / 127, so that no finite value moves by more than half of that.
+    """
+    finite = torch.where(values.isfinite(), values, 0.0)
+    if step is None:
+        top = finite.abs().max() / 127
+        made = torch.where(top > 0, top, torch.ones_like(top))
+    else:
+        made = values.new_tensor(step)
+    return (finite / made).clamp(-128, 127).round(), made
+
+
+def int8_linear(
+    q: Tensor,  # (M, K) int8
+    x_scales: Tensor,  # (M,) or (M, groups) fp32
+    codes: Tensor,  # (N, K) uint8
+    format: Format,
+    scales: Tensor | None,  # (N, groups) fp32
+    zeros: Tensor | None,  # (N, groups)
+    table: Tensor | None,  # the fitted table
+    bias: Tensor | None = None,  # (N,)
+) -> Tensor:  # (M, N) fp32
+    """Products with int8 activations, bit for bit as the kernels compute them.
+
+    For each group in order: the sum of q * (T - zero) is exact, T the table as int8 and zero an integer; it is rounded
+    once to fp32 and multiplied by the weight's scale. A float zero enters as scale * (sum - zero * sum q), "min" as
+    scale * sum + zero * sum q. The result, times the group's scale of x if there is one, is added to y. Then y is
+    multiplied by the product of the row's scale of x (if it has one) and the table's step, and the bias is added. Each of
+    these operations is fp32 and rounds once.
+    """
+    m, k = q.shape
+    values = table if table is not None else torch.tensor(format.values(), device=q.device)
+    step = format.int8_step if format.activation != "int8_table" else None
+    values, step = (
+        (values, torch.tensor(1.0)) if format.codec == "affine" else table_int8(values, step)
+    )
+    weight = values.double()[codes.long()]
+    y = torch.zeros(m, codes.shape[0])
+    size = format.group or k
+    for g in range(format.num_groups(k)):
+        columns = slice(g * size, min(k, (g + 1) * size))
+        w, x = weight[:, columns], q[:, columns].double()
+        zero = None if zeros is None else zeros[:, g]
+        if format.zero == "int":
+            w, zero = w - zero[:, None].double(), None
+        term = (x @ w.T).float()
+        scale = 1.0 if scales is None else scales[:, g]
+        if zero is None:
+            term = scale * term
+        else:
+            shift = zero.float() * x.sum(1).float()[:, None]
+            term = scale * term + shift if format.zero == "min" else scale * (term - shift)
+        y = y + (term if x_scales.dim() == 1 else term * x_scales[:, g, None])
+    factor = step if x_scales.dim() == 2 else (x_scales * step)[:, None]
+    y = y * factor
+    return y if bias is None else y + bias.float()
+
+
+def requantize(y: Tensor, scale: float) -> Tensor:
+    """y * (1 / scale) in fp32, to nearest even, saturated to -128 .. 127."""
+    inverse = 1 / torch.tensor(scale, dtype=torch.float32)
+    return (y * inverse).clamp(-128, 127).nan_to_num(0).round().to(torch.int8)
+
+
 def linear(
     x: Tensor,  # (..., K)
     qt: QuantTensor,  # (N, K)
@@ -105,11 +198,15 @@ def linear(
     *,
     round_table_to: torch.dtype | None = None,
 ) -> Tensor:  # (..., N), dtype of x
-    """x W^T + bias in float64, rounded once to the dtype of x.
+    """x W^T + bias in float64, rounded once to the dtype of x; by `int8_linear` if the format wants int8 activations.
 
     `round_table_to=torch.bfloat16` states what a kernel that multiplies in bf16 computes: the table entry, never
     the product with the scale, is rounded to bf16. Integers of up to 8 bits, fp4, fp8 and bf16 tables are unaffected.
     """
+    if qt.format.activation is not None:
+        q, x_scales = quantize_int8(x.reshape(-1, x.shape[-1]))
+        weight = (qt.unpack(), qt.format, effective_scales(qt), qt.zeros, qt.table)
+        return int8_linear(q, x_scales, *weight, bias).to(x.dtype).view(*x.shape[:-1], -1)
     values = code_values(qt.unpack(), qt.format, qt.table)
     if round_table_to is not None:
         values = values.to(round_table_to).to(torch.float32)

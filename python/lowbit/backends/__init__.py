@@ -1,7 +1,7 @@
 """Which backend serves a device and a layout, and why a row of the kernel table was chosen.
 
-A backend is a module with `linear`, `dequantize`, `embedding`, `pack` and `unpack`: glue, no maths,
-no checks.
+A backend is a module with `linear`, `int8_linear`, `int8_quantize`, `dequantize`, `embedding`,
+`pack` and `unpack`: glue, no maths, no checks.
 """
 
 from __future__ import annotations

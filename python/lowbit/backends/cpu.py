@@ -50,11 +50,18 @@ def weight(
         zero=_ZERO_MODES[format.zero],
         scale_dtype=_NAMES[scales],
         zero_dtype=_NAMES[zeros],
+        int8_x=format.activation is not None,
+        table_step=_table_step(format),
     )
     if len(_weights) >= _MAX_WEIGHTS:
         _weights.clear()
     _weights[key] = (format, made)
     return made
+
+
+def _table_step(format: Format) -> float:
+    """What a table is divided by to be int8; 0 says the largest entry / 127."""
+    return 0.0 if format.activation == "int8_table" else format.int8_step or 0.0
 
 
 def _address(t: Tensor | None) -> int:
@@ -110,9 +117,9 @@ def linear(
     return out
 
 
-def linear_int8(
-    x: Tensor,  # (M, K) int8, unit stride along K
-    x_scales: Tensor,  # (M,) fp32 contiguous
+def int8_linear(
+    q: Tensor,  # (M, K) int8, unit stride along K
+    x_scales: Tensor,  # (M,) or (M, groups) fp32 contiguous
     codes: Tensor,
     scales: Tensor | None,
     zeros: Tensor | None,
@@ -122,30 +129,54 @@ def linear_int8(
     n: int,
     k: int,
     dtype: torch.dtype,
+    out_scale: float | None = None,
     row: int = -1,
 ) -> Tensor:  # (M, N) in `dtype`
-    """x_scales * (x W^T) + bias, the products and the sums of a group in int32, exact.
-
-    Raises:
-        ValueError: this CPU has no row for it (VNNI; integer formats of 2, 4 and 8 bits).
-    """
-    m = x.shape[0]
+    """`reference.int8_linear`, rounded once to `dtype`, or divided by out_scale for int8."""
+    m = q.shape[0]
     out = torch.empty((m, n), dtype=dtype)
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
     w.linear_int8_ptr(
-        x.data_ptr(),
+        q.data_ptr(),
         x_scales.data_ptr(),
+        x_scales.dim() == 2,
         m,
-        x.stride(0),
+        q.stride(0),
         *addresses,
         _address(bias),
         0 if bias is None else _CODES[bias.dtype],
         out.data_ptr(),
         _CODES[dtype],
+        1.0 if out_scale is None else out_scale,
         torch.get_num_threads(),
         row,
     )
     return out
+
+
+def int8_quantize(
+    x: Tensor,  # (M, K), unit stride along K
+    group: int | None,
+    scale: Tensor | None,  # (M,) fp32 contiguous
+) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_int8`."""
+    m, k = x.shape
+    shape = (m,) if group is None else (m, -(-k // group))
+    scales = torch.empty(shape, dtype=torch.float32) if scale is None else scale
+    q = torch.empty((m, k), dtype=torch.int8)
+    _C.quantize_int8_ptr(
+        x.data_ptr(),
+        _CODES[x.dtype],
+        m,
+        k,
+        x.stride(0),
+        group or k,
+        scales.data_ptr(),
+        scale is not None,
+        q.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return q, scales
 
 
 def bind_linear(

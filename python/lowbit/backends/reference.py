@@ -32,8 +32,44 @@ def linear(
 ) -> Tensor:  # (M, N), dtype of x
     """x W^T + bias with fp32 products and sums, rounded once to the dtype of x."""
     _log_once(x.device.type)
+    if format.activation is not None:
+        q, x_scales = reference.quantize_int8(x)
+        y = int8_linear(
+            q, x_scales, codes, scales, zeros, table, bias, format, n, k, torch.float32, None
+        )
+        return y.to(x.dtype)
     weight = dequantize(codes, scales, zeros, table, format, n, k, torch.float32)
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def int8_linear(
+    q: Tensor,  # (M, K) int8
+    x_scales: Tensor,  # (M,) or (M, groups) fp32
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,  # (N,)
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    out_scale: float | None,
+) -> Tensor:  # (M, N) in `dtype`
+    """`reference.int8_linear`, rounded once to `dtype`, or divided by out_scale for int8."""
+    unpacked = packing.unpack_codes(codes, format, k)
+    scales = None if scales is None else scales.float()
+    y = reference.int8_linear(q, x_scales, unpacked, format, scales, zeros, table, bias)
+    return reference.requantize(y, out_scale) if out_scale is not None else y.to(dtype)
+
+
+def int8_quantize(
+    x: Tensor,  # (M, K)
+    group: int | None,
+    scale: Tensor | None,  # (M,)
+) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_int8`."""
+    return reference.quantize_int8(x, group, scale)
 
 
 def dequantize(
