@@ -2,8 +2,8 @@
 // the order that reference.int8_linear states. The dot product takes weights as unsigned bytes: an integer code as it
 // is, a table entry plus 128; the difference leaves through the sums of x, and so does an integer zero.
 //
-// A dword of a column holds four weights: two pairs (k even, k odd) whose fields lie 8 bits apart in the words of the
-// first plane, so that one shift brings all four into place. x is permuted to that order once.
+// A dword of a column holds four weights: two pairs (k even, k odd), of codes that lie 8 bits apart in their words where
+// the width divides 8, so that one shift brings all four into place. x is permuted to that order once.
 #pragma once
 
 #include "cpu/quantize-inl.h"
@@ -15,11 +15,16 @@ namespace {
 constexpr int kDwordsPerChunk = kChunkK / 4;
 constexpr int kDwordBytes = 4 * kBlockN;  // of a panel: four weights of 64 columns
 
-// Pairs of weights of a chunk in bytes 0 and 2 (`half` 0) and 1 and 3 (`half` 1) of dword d.
+// Pair of weights of a chunk in bytes 0 and 2 (`half` 0) and 1 and 3 (`half` 1) of dword d. Widths that do not divide 8
+// take two codes of one unit where they can, then the codes that are left.
 template <int B>
 constexpr int pair_of(int d, int half) {
-  const int steps = 8 / planes_of(B).width[0];
-  return d / steps * 2 * steps + d % steps + half * steps;
+  constexpr int kWhole = 16 / B;
+  if (8 % B == 0) return d / (8 / B) * kWhole + d % (8 / B) + half * (8 / B);
+  constexpr int kPerUnit = kWhole / 2, kSingles = kWhole % 2 ? B : 0;
+  if (d < kPerUnit * B) return d / kPerUnit * kWhole + d % kPerUnit * 2 + half;
+  const int i = 2 * (d - kPerUnit * B) + half;
+  return i < kSingles ? i * kWhole + kWhole - 1 : kWhole * B + i - kSingles;
 }
 
 template <int B>
@@ -32,21 +37,38 @@ struct ChunkOrder {
   }
 };
 
+// Code J of both parities in both bytes of its words, from bit 0. Higher bits are arbitrary.
+template <int B, int J>
+LOWBIT_INLINE inline I word_code(const uint8_t* columns) {
+  constexpr Place kPlace = place_of(B, J);
+  I code;
+  unroll<kPlace.count>([&](auto i) LOWBIT_INLINE {
+    constexpr Piece piece = kPlace.pieces[i];
+    const I bits =
+        gather_bits<piece.at>(load_i(columns + piece.unit * kUnitBytes), piece.shift, piece.shift, piece.width);
+    if constexpr (i == 0) {
+      code = bits;
+    } else {
+      code = select_bits(set1_bytes((1 << piece.at) - 1), code, bits);
+    }
+  });
+  return code;
+}
+
 // The codes of dword D of a chunk in the low B bits of each byte. Higher bits are arbitrary.
 template <int B, int D>
 LOWBIT_INLINE inline I dword_codes(const uint8_t* columns) {
-  constexpr Planes planes = planes_of(B);
-  constexpr int kLow = planes.width[0], kSteps = 8 / kLow;
-  const I low = shift_right<D % kSteps * kLow>(load_i(columns + D / kSteps * kUnitBytes));
-  if constexpr (planes.count == 1) {
-    return low;
+  if constexpr (8 % B == 0) {
+    return shift_right<D % (8 / B) * B>(load_i(columns + D / (8 / B) * kUnitBytes));
   } else {
-    constexpr int kHigh = planes.width[1], kPairs = 16 / kHigh;
     constexpr int kFirst = pair_of<B>(D, 0), kSecond = pair_of<B>(D, 1);
-    static_assert(kFirst / kPairs == kSecond / kPairs);
-    const I high = gather_bits<kLow>(load_i(columns + (kLow + kFirst / kPairs) * kUnitBytes), kFirst % kPairs * kHigh,
-                                     kSecond % kPairs * kHigh, kHigh);
-    return select_bits(set1_bytes((1 << kLow) - 1), low, high);
+    constexpr Place kFirstPlace = place_of(B, kFirst), kSecondPlace = place_of(B, kSecond);
+    constexpr Piece a = kFirstPlace.pieces[0], b = kSecondPlace.pieces[0];
+    if constexpr (kFirstPlace.count == 1 && kSecondPlace.count == 1 && a.unit == b.unit) {
+      return gather_bits<0>(load_i(columns + a.unit * kUnitBytes), a.shift, b.shift, B);
+    } else {
+      return select_bits(set1_i(0x00FF00FF), word_code<B, kFirst>(columns), word_code<B, kSecond>(columns));
+    }
   }
 }
 
