@@ -28,7 +28,7 @@ LAYERS = (
     ("layouts",),
     ("backends", "checks", "gradients"),
     ("ops",),
-    ("bound", "nn"),
+    ("bound", "int8", "nn"),
     ("quantize",),
     ("io", "bench"),
     ("integrations",),

@@ -18,7 +18,7 @@ if importlib.util.find_spec("torch") is not None:
 from lowbit.formats import FORMATS, Format
 
 if TYPE_CHECKING:
-    from lowbit import integrations, nn
+    from lowbit import int8, integrations, nn
     from lowbit._C import kernels
     from lowbit.backends import explain
     from lowbit.io.safetensors import load, save
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 # Where each name lives; None for a module.
 _HOMES = {
     "QuantTensor": "lowbit.tensor", "dequantize": "lowbit.ops", "explain": "lowbit.backends",
-    "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops",
+    "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops",
     "load": "lowbit.io.safetensors", "nn": None, "quantize": "lowbit.quantize",
     "quantize_model": "lowbit.quantize", "save": "lowbit.io.safetensors",
 }  # fmt: skip
 __all__ = [
-    "Format", "QuantTensor", "__version__", "dequantize", "explain", "formats", "integrations",
+    "Format", "QuantTensor", "__version__", "dequantize", "explain", "formats", "int8", "integrations",
     "kernels", "linear", "load", "nn", "quantize", "quantize_model", "save",
 ]  # fmt: skip
 

@@ -431,7 +431,7 @@ def parse(spec: str) -> Format:
             changes["scale"] = match["scale"]
     if base not in FORMATS:
         raise ValueError(f"unknown format {spec!r}; expected one of {', '.join(sorted(FORMATS))}, "
-                         "optionally followed by _gN or _row, a scale dtype and _a8 or _a8t, as in 'int3_g64_bf16'")  # fmt: skip
+                         "optionally followed by _gN or _row, a scale dtype, _a8 or _a8t, as in 'int3_g64_bf16'")  # fmt: skip
     return dataclasses.replace(FORMATS[base], name=spec, **changes)
 
 

@@ -154,8 +154,8 @@ def int8_linear(
     For each group in order: the sum of q * (T - zero) is exact, T the table as int8 and zero an integer; it is rounded
     once to fp32 and multiplied by the weight's scale. A float zero enters as scale * (sum - zero * sum q), "min" as
     scale * sum + zero * sum q. The result, times the group's scale of x if there is one, is added to y. Then y is
-    multiplied by the product of the row's scale of x (if it has one) and the table's step, and the bias is added. Each of
-    these operations is fp32 and rounds once.
+    multiplied by the product of the row's scale of x (if it has one) and the table's step, and the bias is added. Each
+    of these operations is fp32 and rounds once.
     """
     m, k = q.shape
     values = table if table is not None else torch.tensor(format.values(), device=q.device)
@@ -164,7 +164,7 @@ def int8_linear(
         (values, torch.tensor(1.0)) if format.codec == "affine" else table_int8(values, step)
     )
     weight = values.double()[codes.long()]
-    y = torch.zeros(m, codes.shape[0])
+    y = torch.zeros(m, codes.shape[0], device=q.device)
     size = format.group or k
     for g in range(format.num_groups(k)):
         columns = slice(g * size, min(k, (g + 1) * size))
@@ -173,7 +173,7 @@ def int8_linear(
         if format.zero == "int":
             w, zero = w - zero[:, None].double(), None
         term = (x @ w.T).float()
-        scale = 1.0 if scales is None else scales[:, g]
+        scale = torch.ones((), device=q.device) if scales is None else scales[:, g]
         if zero is None:
             term = scale * term
         else:

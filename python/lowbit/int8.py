@@ -1,0 +1,211 @@
+"""int8 activations: `quantize` and `linear`, and their ops torch.ops.lowbit.int8_quantize and int8_linear.
+
+What they compute is stated in `reference.quantize_int8` and `reference.int8_linear`, bit for bit. A format with
+activation "int8" or "int8_table" does both inside `lowbit.linear`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit import backends, checks, ops
+from lowbit.formats import Format, parse
+from lowbit.layouts import CHUNK_K, Operands
+from lowbit.tensor import QuantTensor
+
+_WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table"
+_SCHEMAS = {
+    "int8_quantize": "(Tensor x, int? group, Tensor? scale) -> (Tensor, Tensor)",
+    "int8_linear": (
+        f"(Tensor q, Tensor x_scales, {_WEIGHT}, Tensor? bias, str format, str layout, SymInt n, SymInt k, "
+        "ScalarType out_dtype, float? out_scale) -> Tensor"
+    ),
+}
+_library = torch.library.Library("lowbit", "FRAGMENT")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def quantize(
+    x: Tensor, group: int | None = None, scale: float | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 quantization of activations: x is about q * scales.
+
+    Args:
+        x: (M, K) in fp32, bf16 or fp16.
+        group: a scale for every `group` values of a row, instead of one for the row.
+        scale: static: a number or an fp32 tensor of one or M elements, positive; q saturates at -127 and 127.
+
+    Returns:
+        q (M, K) int8, rounded to nearest even, and fp32 scales: (M,), or (M, ceil(K / group)). Without `scale` they
+        are absmax / 127; those of a group with NaN or infinity are not finite and its q is 0.
+
+    Raises:
+        TypeError: a dtype is not one of those above.
+        ValueError: x is not 2-D or empty along K, group is below 1 or given with `scale`, or a scale is not positive
+            and finite or of another shape.
+    """
+    if scale is not None:
+        scale = _static_scale(scale, x)
+    return _quantize(x, group, scale)
+
+
+def linear(
+    q: Tensor,
+    x_scales: Tensor,
+    weight: QuantTensor | Operands,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    out_scale: float | None = None,
+) -> Tensor:
+    """(q * x_scales) W^T + bias, with the products and the sum of every group exact in int32.
+
+    Args:
+        q: (M, K) int8.
+        x_scales: fp32 (M,), or (M, groups) with the groups of the weight, which are then multiples of 32.
+        weight: (N, K); its table must be exact in int8 unless its format has activation "int8_table".
+        bias: (N,) in fp32, bf16 or fp16.
+        out_dtype: fp32, bf16, fp16, or int8 with `out_scale`.
+        out_scale: the scale of an int8 result: y * (1 / out_scale) to nearest even, saturated to -128 .. 127.
+
+    Returns:
+        (M, N) in `out_dtype`. No gradients.
+
+    Raises:
+        TypeError: a dtype is not one of those above.
+        ValueError: a shape, device or layout does not fit, the table is not exact in int8, or `out_scale` is missing,
+            superfluous or not positive.
+    """
+    w = ops.operands(weight)
+    spec, (n, k) = _int8_spec(w.format), w.shape
+    arguments = (w.codes, w.scales, w.zeros, w.table, bias, spec, w.layout, n, k)
+    return _linear(q, x_scales, *arguments, out_dtype, out_scale)
+
+
+@functools.lru_cache(maxsize=4096)
+def _int8_spec(format: Format) -> str:
+    """The spec of the format with int8 activations, which its constructor checks."""
+    made = format if format.activation else dataclasses.replace(format, activation="int8")
+    return made.spec
+
+
+def _static_scale(scale: float | Tensor, x: Tensor) -> Tensor:
+    m = x.shape[0] if x.dim() else 0
+    values = torch.as_tensor(scale, dtype=torch.float32, device=x.device).flatten()
+    if values.numel() not in (1, m):
+        raise ValueError(f"scale must have 1 or {m} elements, got {values.numel()}")
+    if not bool(((values > 0) & values.isfinite()).all()):
+        raise ValueError(f"scale must be positive and finite, got {scale!r:.200}")
+    return values.expand(m).contiguous()
+
+
+def _check_quantize(x: Tensor, group: int | None, scale: Tensor | None) -> None:
+    checks.check_float("x", x.dtype)
+    if x.dim() != 2 or x.shape[1] < 1:
+        raise ValueError(f"x must have shape (M, K) with K >= 1, got {tuple(x.shape)}")
+    if group is not None and (group < 1 or scale is not None):
+        why = "None with a static scale" if scale is not None else "positive"
+        raise ValueError(f"group must be {why}, got {group}")
+    if scale is not None and (
+        scale.dtype != torch.float32 or scale.shape != x.shape[:1] or not scale.is_contiguous()
+    ):
+        raise ValueError(
+            f"scale must be a contiguous float32 of shape ({x.shape[0]},), got {scale.dtype} of shape "
+            f"{tuple(scale.shape)}"
+        )
+    checks.refuse_grad("int8_quantize", x, scale)
+
+
+def _check_linear(q: Tensor, x_scales: Tensor, *args: Any) -> Format:
+    *tensors, bias, spec, layout, n, k, out_dtype, out_scale = args
+    format = parse(spec)
+    if format.activation is None:
+        raise ValueError(f"format {format.name!r} must have activation 'int8' or 'int8_table'")
+    if q.dtype != torch.int8:
+        raise TypeError(f"q must be int8, got {q.dtype}")
+    if q.dim() != 2 or q.shape[1] != k:
+        raise ValueError(f"q must have shape (M, {k}), got {tuple(q.shape)}")
+    _check_x_scales(q, x_scales, format)
+    if bias is not None:
+        checks.check_float("bias", bias.dtype)
+        if bias.dim() != 1 or bias.shape[0] != n or bias.device != q.device:
+            raise ValueError(
+                f"bias must have shape ({n},) on {q.device}, got {tuple(bias.shape)} on {bias.device}"
+            )
+    if out_dtype != torch.int8:
+        checks.check_float("out_dtype", out_dtype)
+    if (out_dtype == torch.int8) != (out_scale is not None):
+        raise ValueError(
+            f"out_scale must be given with out_dtype int8 and only then, got {out_scale}"
+        )
+    if out_scale is not None and not (out_scale > 0 and math.isfinite(out_scale)):
+        raise ValueError(f"out_scale must be positive and finite, got {out_scale}")
+    checks.refuse_grad("int8_linear", x_scales, *tensors, bias)
+    return checks.check_weight(spec, layout, n, k, q.device, *tensors)
+
+
+def _check_x_scales(q: Tensor, x_scales: Tensor, format: Format) -> None:
+    m, k = q.shape
+    if x_scales.dtype != torch.float32:
+        raise TypeError(f"x_scales must be float32, got {x_scales.dtype}")
+    shape = (m,) if x_scales.dim() < 2 else (m, format.num_groups(k))
+    if x_scales.shape != shape or x_scales.device != q.device:
+        raise ValueError(
+            f"x_scales must have shape ({m},) or ({m}, {format.num_groups(k)}) on {q.device}, got "
+            f"{tuple(x_scales.shape)} on {x_scales.device}"
+        )
+    if x_scales.dim() == 2 and format.group is not None and format.group % CHUNK_K:
+        raise ValueError(
+            f"x_scales by group need groups that are multiples of {CHUNK_K}, got {format.group} in "
+            f"format {format.name!r}"
+        )
+
+
+def _quantize_impl(
+    device_type: str, x: Tensor, group: int | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    _check_quantize(x, group, scale)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    backend = backends.cpu if device_type == "cpu" else backends.reference
+    q, scales = backend.int8_quantize(x, group, scale)
+    return q, scales.clone() if scale is not None else scales
+
+
+def _quantize_fake(x: Tensor, group: int | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_quantize(x, group, scale)
+    m, k = x.shape
+    shape = (m,) if group is None else (m, -(-k // group))
+    return x.new_empty((m, k), dtype=torch.int8), x.new_empty(shape, dtype=torch.float32)
+
+
+def _linear_impl(device_type: str, q: Tensor, x_scales: Tensor, *args: Any) -> Tensor:
+    format = _check_linear(q, x_scales, *args)
+    *tensors, bias, _, layout, n, k, out_dtype, out_scale = args
+    q = q if q.stride(1) == 1 else q.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    backend: Any = backends.find(device_type, layout)
+    return backend.int8_linear(
+        q, x_scales.contiguous(), *tensors, bias, format, n, k, out_dtype, out_scale
+    )
+
+
+def _linear_fake(q: Tensor, x_scales: Tensor, *args: Any) -> Tensor:
+    _check_linear(q, x_scales, *args)
+    return q.new_empty((q.shape[0], args[-4]), dtype=args[-2])
+
+
+for _name, _impl, _fake in (
+    ("int8_quantize", _quantize_impl, _quantize_fake),
+    ("int8_linear", _linear_impl, _linear_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, functools.partial(_impl, _key.lower()), _key)
+    torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)
+_quantize = torch.ops.lowbit.int8_quantize.default
+_linear = torch.ops.lowbit.int8_linear.default
