@@ -221,33 +221,3 @@ def test_no_less_exact_than_dense(name: str, dtype: torch.dtype, m: int) -> None
     ours = (linear(op, x, -1).double() - exact).abs().mean()
     dense = (F.linear(x, weight.to(dtype)).double() - exact).abs().mean()
     assert ours <= dense * 1.02, f"{float(ours):.4g} against {float(dense):.4g}"
-
-
-INT8_KERNELS = [k for k in KERNELS if k["compute"] == "int8"]
-
-
-@pytest.mark.parametrize("kernel", INT8_KERNELS, ids=lambda k: k["name"])
-@pytest.mark.parametrize("zero", (None, "int", "min"))
-@pytest.mark.parametrize("group", (32, 96, None))
-def test_int8_activations_are_exact(kernel: dict, zero: str | None, group: int | None) -> None:
-    """All sums are integers below 2^24 times the scale of x, a power of two: fp32 holds them, no tolerance."""
-    if not kernel["available"]:
-        pytest.skip(f"this CPU has no {kernel['isa']}")
-    format = Format(
-        name="int", codec="affine", bits=kernel["bits"], zero=zero, scale="fp32", group=group
-    )
-    for n, k in ((70, 96), (64, 300), (1, 33), (130, 64)):
-        qt = random_weight(format, n, k)
-        qt.scales.copy_(2.0 ** torch.randint(0, 2, qt.scales.shape))
-        if zero == "min":
-            qt.zeros.copy_(torch.randint(-8, 8, qt.zeros.shape))
-        op = layouts.to_operands(qt)
-        for m in (0, 1, 3, 4, 9):
-            x = torch.randint(-128, 64, (m, k + 5), dtype=torch.int8)[:, :k]
-            x_scales = 2.0 ** torch.randint(-6, 3, (m,))
-            y = cpu.linear_int8(
-                x, x_scales, op.codes, op.scales, op.zeros, op.table, None, format, n, k,
-                torch.float32, row=kernel["index"],
-            )  # fmt: skip
-            exact = F.linear(x.double(), reference.dequantize(qt).double()) * x_scales[:, None]
-            assert torch.equal(y.double(), exact), (n, k, m)

@@ -2,8 +2,8 @@
 // the order that reference.int8_linear states. The dot product takes weights as unsigned bytes: an integer code as it
 // is, a table entry plus 128; the difference leaves through the sums of x, and so does an integer zero.
 //
-// A dword of a column holds four weights: two pairs (k even, k odd), of codes that lie 8 bits apart in their words where
-// the width divides 8, so that one shift brings all four into place. x is permuted to that order once.
+// A dword of a column holds four weights: two pairs (k even, k odd), of codes that lie 8 bits apart in their words
+// where the width divides 8, so that one shift brings all four into place. x is permuted to that order once.
 #pragma once
 
 #include "cpu/quantize-inl.h"
@@ -238,7 +238,8 @@ void skinny_run(const Launch& l, int64_t begin, int64_t end) {
     for (int64_t m0 = 0; m0 < l.m; m0 += kSkinnyRows) {
       const int rows = l.m - m0 < kSkinnyRows ? static_cast<int>(l.m - m0) : kSkinnyRows;
       if (rows == 1) {
-        skinny_rows<C, 1, kTileVecs>(l, codec, block, m0, rows);
+        // Wide codes of 64 columns at once come from too many places for the prefetchers.
+        skinny_rows<C, 1, C::kBits >= 6 ? kSkinnyVecs : kTileVecs>(l, codec, block, m0, rows);
       } else if (rows == 2) {
         skinny_rows<C, 2, kTileVecs>(l, codec, block, m0, rows);
       } else if (rows <= 4) {

@@ -404,7 +404,8 @@ def parse(spec: str) -> Format:
     """Turns a name or a spec into a Format.
 
     A name is one of `FORMATS`, optionally followed by `_gN` or `_row` (group), a scale dtype, and `_a8` (activation
-    "int8") or `_a8t` ("int8_table"): "nf4", "int3_g64", "uint4_g32_bf16", "nf4_g64_dq8", "int4_g32_a8". A spec that starts with "{" is the JSON of `Format.spec`.
+    "int8") or `_a8t` ("int8_table"): "nf4", "int3_g64", "uint4_g32_bf16", "nf4_g64_dq8", "int4_g32_a8".
+    A spec that starts with "{" is the JSON of `Format.spec`.
 
     Raises:
         ValueError: the name is unknown or a part of it is out of range.
@@ -431,7 +432,7 @@ def parse(spec: str) -> Format:
             changes["scale"] = match["scale"]
     if base not in FORMATS:
         raise ValueError(f"unknown format {spec!r}; expected one of {', '.join(sorted(FORMATS))}, "
-                         "optionally followed by _gN or _row, a scale dtype, _a8 or _a8t, as in 'int3_g64_bf16'")  # fmt: skip
+                         "optionally followed by _gN or _row, a scale dtype, _a8 or _a8t: 'int3_g64_bf16'")  # fmt: skip
     return dataclasses.replace(FORMATS[base], name=spec, **changes)
 
 

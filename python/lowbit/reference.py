@@ -180,7 +180,7 @@ def int8_linear(
             shift = zero.float() * x.sum(1).float()[:, None]
             term = scale * term + shift if format.zero == "min" else scale * (term - shift)
         y = y + (term if x_scales.dim() == 1 else term * x_scales[:, g, None])
-    factor = step if x_scales.dim() == 2 else (x_scales * step)[:, None]
+    factor = table_step if x_scales.dim() == 2 else (x_scales * table_step)[:, None]
     y = y * factor
     return y if bias is None else y + bias.float()
 
