@@ -158,26 +158,26 @@ def int8_linear(
     of these operations is fp32 and rounds once.
     """
     m, k = q.shape
-    values = table if table is not None else torch.tensor(format.values(), device=q.device)
-    step = format.int8_step if format.activation != "int8_table" else None
-    values, step = (
-        (values, torch.tensor(1.0)) if format.codec == "affine" else table_int8(values, step)
-    )
+    values = torch.tensor(format.values(), device=q.device) if table is None else table
+    table_step = torch.ones((), device=q.device)
+    if format.codec != "affine":
+        exact = format.activation != "int8_table"
+        values, table_step = table_int8(values, format.int8_step if exact else None)
     weight = values.double()[codes.long()]
     y = torch.zeros(m, codes.shape[0], device=q.device)
     size = format.group or k
     for g in range(format.num_groups(k)):
         columns = slice(g * size, min(k, (g + 1) * size))
         w, x = weight[:, columns], q[:, columns].double()
-        zero = None if zeros is None else zeros[:, g]
-        if format.zero == "int":
+        zero = None if zeros is None else zeros[:, g].float()
+        if zero is not None and format.zero == "int":
             w, zero = w - zero[:, None].double(), None
         term = (x @ w.T).float()
         scale = torch.ones((), device=q.device) if scales is None else scales[:, g]
         if zero is None:
             term = scale * term
         else:
-            shift = zero.float() * x.sum(1).float()[:, None]
+            shift = zero * x.sum(1).float()[:, None]
             term = scale * term + shift if format.zero == "min" else scale * (term - shift)
         y = y + (term if x_scales.dim() == 1 else term * x_scales[:, g, None])
     factor = table_step if x_scales.dim() == 2 else (x_scales * table_step)[:, None]
