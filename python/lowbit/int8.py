@@ -6,7 +6,6 @@ activation "int8" or "int8_table" does both inside `lowbit.linear`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -83,16 +82,8 @@ def linear(
             superfluous or not positive.
     """
     w = ops.operands(weight)
-    spec, (n, k) = _int8_spec(w.format), w.shape
-    arguments = (w.codes, w.scales, w.zeros, w.table, bias, spec, w.layout, n, k)
+    arguments = (w.codes, w.scales, w.zeros, w.table, bias, w.spec, w.layout, *w.shape)
     return _linear(q, x_scales, *arguments, out_dtype, out_scale)
-
-
-@functools.lru_cache(maxsize=4096)
-def _int8_spec(format: Format) -> str:
-    """The spec of the format with int8 activations, which its constructor checks."""
-    made = format if format.activation else dataclasses.replace(format, activation="int8")
-    return made.spec
 
 
 def _static_scale(scale: float | Tensor, x: Tensor) -> Tensor:
@@ -125,8 +116,11 @@ def _check_quantize(x: Tensor, group: int | None, scale: Tensor | None) -> None:
 def _check_linear(q: Tensor, x_scales: Tensor, *args: Any) -> Format:
     *tensors, bias, spec, layout, n, k, out_dtype, out_scale = args
     format = parse(spec)
-    if format.activation is None:
-        raise ValueError(f"format {format.name!r} must have activation 'int8' or 'int8_table'")
+    if format.activation is None and (format.int8_step is None or format.table_scope != "tensor"):
+        raise ValueError(
+            f"format {format.name!r}: its table is not exact in int8; activation 'int8_table' (suffix _a8t) "
+            "rounds it"
+        )
     if q.dtype != torch.int8:
         raise TypeError(f"q must be int8, got {q.dtype}")
     if q.dim() != 2 or q.shape[1] != k:
