@@ -168,6 +168,7 @@ void check_int8(const Kernel& kernel, Problem& p, std::mt19937& rng) {
   l.x = x.data();
   l.x_dtype = Dtype::kI8;
   l.x_scales = x_scales.data();
+  l.table_step = 1;
   l.x_stride = c.k;
   l.out = y.data();
   l.out_dtype = Dtype::kF32;
@@ -235,7 +236,8 @@ int main() {
       Desc desc{kernel->op, kernel->compute, kernel->codec, kernel->bits, kernel->scope, c.zero, c.m, c.n,
                 c.k,        c.group};
       if (rejection(*kernel, desc, active_isa())) continue;
-      Problem p(c, kernel->bits, kernel->scope, kernel->codec == Codec::kInt, kernel->compute == Dtype::kBf16, rng);
+      Problem p(c, kernel->bits, kernel->scope, kernel->codec == Codec::kInt || kernel->compute == Dtype::kI8,
+                kernel->compute == Dtype::kBf16, rng);
       if (kernel->compute == Dtype::kI8) {
         check_int8(*kernel, p, rng);
       } else if (kernel->op == Op::kLinear) {
