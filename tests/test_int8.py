@@ -30,7 +30,7 @@ def serves(format: Format, kernel: dict, k: int) -> bool:
     return (
         kernel["bits"] == format.bits
         and (kernel["codec"] == "int") == (format.codec == "affine")
-        and (not kernel["chunk_groups"] or group >= k or group % 32 == 0)
+        and (group >= k or group % kernel["group_multiple"] == 0)
     )
 
 
