@@ -1,8 +1,8 @@
 """The measurement behind `lowbit bench`: linear with quantized weights beside torch's dense linear.
 
 Weights rotate through more memory than twice the last-level cache, as the layers of a model do, so
-that none is found in a cache. A case is checked against `reference.py` before it is timed; times
-are medians.
+that none is found in a cache. A case is checked against `reference.py` before it is timed; its calls
+alternate with the dense ones, so that both see the same machine, and times are medians.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def bench(
         if n < 1 or k < 1:
             raise ValueError(f"shapes must be positive, got ({n}, {k})")
         weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
-        dense_us = _dense_times(weight.to(dtype), counts, seconds)
+        dense = _copies(weight.to(dtype), weight.numel() * dtype.itemsize)
         for format in chosen:
             qt = quantize(weight, format)
             copies = _rotation(ops.operands(qt))
@@ -93,8 +93,8 @@ def bench(
                 x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
                 row = backends.explain(x, copies[0])
                 _check(x, qt, copies[0], row.selected)
-                us = _median_us(_linear(x), copies, seconds)
-                results.append(_result(x, copies[0], row.selected, us, dense_us[m]))
+                us, dense_us = _median_us(((_linear(x), copies), (_dense(x), dense)), seconds)
+                results.append(_result(x, copies[0], row.selected, us, dense_us))
     return results
 
 
@@ -104,15 +104,6 @@ def _linear(x: Tensor) -> Callable[[Operands], object]:
 
 def _dense(x: Tensor) -> Callable[[Tensor], object]:
     return lambda w: F.linear(x, w)
-
-
-def _dense_times(weight: Tensor, counts: list[int], seconds: float) -> dict[int, float]:
-    copies = _copies(weight, weight.nbytes)
-    times = {}
-    for m in counts:
-        x = torch.randn(m, weight.shape[1]).to(weight.dtype)
-        times[m] = _median_us(_dense(x), copies, seconds)
-    return times
 
 
 def _copies(t: Tensor, nbytes: int) -> list[Tensor]:
@@ -142,16 +133,15 @@ def _nbytes(w: Operands) -> int:
 def _check(x: Tensor, qt: QuantTensor, w: Operands, kernel: str) -> None:
     """Raises RuntimeError if the kernel is wrong by more than rounding."""
     in_bf16 = any(row["name"] == kernel and row["compute"] == "bf16" for row in _C.kernels())
-    few = x[:4]
     if qt.format.activation is not None:
-        if not torch.equal(ops.linear(few, w), reference.linear(few, qt)):
+        if not torch.equal(ops.linear(x, w), reference.linear(x, qt)):
             raise RuntimeError(f"{kernel} is not exact on {qt}")
         return
-    exact = reference.linear(few.double(), qt, round_table_to=torch.bfloat16 if in_bf16 else None)
-    got = ops.linear(few, w).double()
+    exact = reference.linear(x.double(), qt, round_table_to=torch.bfloat16 if in_bf16 else None)
+    got = ops.linear(x, w).double()
     # sum |x w| <= |x| |w|; each of 2 k roundings to fp32 loses 2^-24 of it, and y is rounded once.
     # A zero point doubles the terms. Anything worse is a wrong weight, not rounding.
-    size = few.double().norm(dim=1, keepdim=True) * qt.dequantize().double().norm(dim=1)
+    size = x.double().norm(dim=1, keepdim=True) * qt.dequantize().double().norm(dim=1)
     bound = 8 * qt.shape[1] * 2**-24 * size + torch.finfo(x.dtype).eps * exact.abs()
     if not bool(((got - exact).abs() <= bound).all()):
         raise RuntimeError(
@@ -159,19 +149,25 @@ def _check(x: Tensor, qt: QuantTensor, w: Operands, kernel: str) -> None:
         )
 
 
-def _median_us(call: Callable[[Any], object], weights: Sequence[Any], seconds: float) -> float:
-    ring = itertools.cycle(weights)
+def _median_us(
+    rivals: Sequence[tuple[Callable[[Any], object], Sequence[Any]]], seconds: float
+) -> list[float]:
+    """Median time of each (call, weights), one call of each at a time, weights in rotation."""
+    rings = [(call, itertools.cycle(weights)) for call, weights in rivals]
+    times: list[list[float]] = [[] for _ in rings]
     with torch.inference_mode():
-        for _ in range(3):
+        for call, ring in rings * 3:
             call(next(ring))
-        times: list[float] = []
-        end = time.perf_counter() + seconds
-        while len(times) < _MIN_CALLS or (len(times) < _MAX_CALLS and time.perf_counter() < end):
-            w = next(ring)
-            start = time.perf_counter()
-            call(w)
-            times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6
+        end = time.perf_counter() + seconds * len(rings)
+        while len(times[0]) < _MIN_CALLS or (
+            len(times[0]) < _MAX_CALLS and time.perf_counter() < end
+        ):
+            for (call, ring), taken in zip(rings, times, strict=True):
+                w = next(ring)
+                start = time.perf_counter()
+                call(w)
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) * 1e6 for taken in times]
 
 
 def _result(x: Tensor, w: Operands, kernel: str, us: float, dense_us: float) -> Result:
