@@ -13,6 +13,7 @@
 #include "kmeans.h"
 #include "layout.h"
 #include "pack.h"
+#include "tensor_call.h"
 
 namespace py = pybind11;
 
@@ -100,9 +101,9 @@ struct Weight {
     return scope == Scope::kShared ? int64_t{1} << bits : (num_blocks(n) * table_groups << bits) * kBlockN;
   }
 
-  Desc desc(Op op, Dtype x, int64_t m) const {
+  Desc desc(Op op, Dtype x, int64_t m, int threads) const {
     if (op == Op::kLinear && int8_x) x = Dtype::kI8;
-    return {op, x, codec, bits, scope, zero, m, n, k, group};
+    return {op, x, codec, bits, scope, zero, m, n, k, group, threads};
   }
 
   Launch launch(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table) const {
@@ -135,8 +136,8 @@ struct Weight {
     return *k;
   }
 
-  void linear(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales, uint64_t zeros,
-              uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int threads, int row) const {
+  Call call(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales, uint64_t zeros,
+            uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int threads, int row) const {
     Launch l = launch(codes, scales, zeros, table);
     l.m = m;
     l.x = pointer<const void>(x);
@@ -146,9 +147,28 @@ struct Weight {
     l.bias_dtype = static_cast<Dtype>(bias_dtype);
     l.out = pointer<void>(out);
     l.out_stride = n;
-    const Kernel& kernel = choose(desc(Op::kLinear, l.x_dtype, m), row);
+    return {&choose(desc(Op::kLinear, l.x_dtype, m, threads), row), l};
+  }
+
+  void linear(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales, uint64_t zeros,
+              uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int threads, int row) const {
+    Call c = call(x, x_dtype, m, x_stride, codes, scales, zeros, table, bias, bias_dtype, out, threads, row);
     py::gil_scoped_release unlocked;
-    run(kernel, l, threads);
+    run_many({&c, 1}, threads);
+  }
+
+  // `linear` with what follows it; gate and residual have the dtype of x.
+  void linear_epilogue(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales,
+                       uint64_t zeros, uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int threads,
+                       int row, int activation, uint64_t gate, int64_t gate_stride, uint64_t residual,
+                       int64_t residual_stride) const {
+    if (activation < 0 || activation > static_cast<int>(Activation::kGeluTanh)) fail("activation is out of range");
+    Call c = call(x, x_dtype, m, x_stride, codes, scales, zeros, table, bias, bias_dtype, out, threads, row);
+    const Epilogue epilogue{static_cast<Activation>(activation), pointer<const void>(gate), gate_stride,
+                            pointer<const void>(residual),       residual_stride,           c.launch.out_dtype};
+    c.launch.epilogue = &epilogue;
+    py::gil_scoped_release unlocked;
+    run_many({&c, 1}, threads);
   }
 
   // x_scales are (m), or (m, groups) if x_group_scales; int8 out holds y / out_scale.
@@ -168,7 +188,7 @@ struct Weight {
     l.out_dtype = static_cast<Dtype>(out_dtype);
     l.out_stride = n;
     l.out_inverse = 1.0f / out_scale;
-    const Kernel& kernel = choose(desc(Op::kLinear, Dtype::kI8, m), row);
+    const Kernel& kernel = choose(desc(Op::kLinear, Dtype::kI8, m, threads), row);
     py::gil_scoped_release unlocked;
     run(kernel, l, threads);
   }
@@ -180,7 +200,7 @@ struct Weight {
     l.out = pointer<void>(out);
     l.out_dtype = static_cast<Dtype>(out_dtype);
     l.out_stride = k;
-    const Kernel& kernel = choose(desc(Op::kDequantize, l.out_dtype, 1), row);
+    const Kernel& kernel = choose(desc(Op::kDequantize, l.out_dtype, 1, threads), row);
     py::gil_scoped_release unlocked;
     run(kernel, l, threads);
   }
@@ -226,24 +246,43 @@ struct Weight {
     return out;
   }
 
-  std::string selected(const std::string& op, const std::string& x, int64_t m) const {
-    const Kernel* k = select(desc(op_of(op), dtype_of(x), m), active_isa());
+  std::string selected(const std::string& op, const std::string& x, int64_t m, int threads) const {
+    const Kernel* k = select(desc(op_of(op), dtype_of(x), m, threads), active_isa());
     return k ? k->name : "";
   }
 
-  // (name, cost or None, reason or None) of every row of the op.
-  py::list explain(const std::string& op, const std::string& x, int64_t m) const {
-    const Desc d = desc(op_of(op), dtype_of(x), m);
+  // (name, estimated ns or None, threads or None, reason or None) of every row of the op.
+  py::list explain(const std::string& op, const std::string& x, int64_t m, int threads) const {
+    const Desc d = desc(op_of(op), dtype_of(x), m, threads);
     py::list rows;
     for (const Kernel* k : kernels()) {
       if (k->op != d.op || k->bits != bits) continue;
       const char* why = rejection(*k, d, active_isa());
-      rows.append(py::make_tuple(k->name, why ? py::object(py::none()) : py::cast(cost(*k, d)),
-                                 why ? py::object(py::str(why)) : py::object(py::none())));
+      if (why) {
+        rows.append(py::make_tuple(k->name, py::none(), py::none(), why));
+      } else {
+        rows.append(py::make_tuple(k->name, cost(*k, d), threads_for(*k, d), py::none()));
+      }
     }
     return rows;
   }
 };
+
+// y_i = x W_i^T + bias_i in one parallel region. Each entry is (weight, codes, scales, zeros, table, bias, bias dtype,
+// out).
+void linear_many(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, const py::list& entries, int threads) {
+  std::vector<Call> calls;
+  calls.reserve(entries.size());
+  for (const py::handle& entry : entries) {
+    const auto e = py::reinterpret_borrow<py::tuple>(entry);
+    const auto address = [&](int i) { return e[i].cast<uint64_t>(); };
+    const Weight& w = e[0].cast<const Weight&>();
+    calls.push_back(w.call(x, x_dtype, m, x_stride, address(1), address(2), address(3), address(4), address(5),
+                           e[6].cast<int>(), address(7), threads, -1));
+  }
+  py::gil_scoped_release unlocked;
+  run_many(calls, threads);
+}
 
 CanonicalCodes canonical(int64_t n, int64_t k, int bits, bool trits) {
   if (n < 0 || k < 0) fail("shape must not be negative");
@@ -420,15 +459,26 @@ PYBIND11_MODULE(_C, m) {
            py::arg("scale_dtype") = py::none(), py::arg("zero_dtype") = py::none(), py::arg("int8_x") = false,
            py::arg("table_step") = 0.0f)
       .def("linear_ptr", &Weight::linear)
+      .def("linear_epilogue_ptr", &Weight::linear_epilogue)
       .def("linear_int8_ptr", &Weight::linear_int8)
       .def("dequantize_ptr", &Weight::dequantize)
       .def("embedding_ptr", &Weight::embedding)
       .def("linear", &Weight::linear_numpy, py::arg("x"), py::arg("codes"), py::arg("table"),
            py::arg("scales") = py::none(), py::arg("zeros") = py::none(), py::arg("bias") = py::none(),
            py::arg("threads") = 1)
-      .def("select", &Weight::selected, py::arg("op"), py::arg("x"), py::arg("m"))
-      .def("explain", &Weight::explain, py::arg("op"), py::arg("x"), py::arg("m"))
+      .def("select", &Weight::selected, py::arg("op"), py::arg("x"), py::arg("m"), py::arg("threads") = 1)
+      .def("explain", &Weight::explain, py::arg("op"), py::arg("x"), py::arg("m"), py::arg("threads") = 1)
       .def_property_readonly("code_bytes", &Weight::code_bytes)
       .def_property_readonly("lane_terms", &Weight::lane_terms)
       .def_property_readonly("table_size", &Weight::table_size);
+  m.def("linear_many_ptr", &linear_many);
+  m.def("plan", [](const Weight& w) {
+    return make_plan({w.desc(Op::kLinear, Dtype::kF32, 0, 1),
+                      w.launch(0, 0, 0, 0),
+                      w.code_bytes(),
+                      w.scale_dtype.has_value(),
+                      w.zero_dtype.has_value(),
+                      {}});
+  });
+  bind_tensor_calls(m);
 }

@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -65,13 +66,110 @@ struct Scratch {
 // More than this is returned to the system after the call.
 constexpr size_t kKeptScratch = size_t{16} << 20;
 
-int size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 ? 1 : 2; }
+size_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 ? 1 : 2; }
 
 // 255 * 128 * 65536 < 2^31.
 constexpr int64_t kMaxInt8Group = 65536;
 
-// Below this many multiply-adds a second thread costs more than it saves (a parallel region takes about 3 us).
+// Below this many weights of an embedding a second thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 64 * 1024;
+// A parallel region with its barrier, and the least time that is worth giving to another thread.
+constexpr double kRegionNs = 2000;
+constexpr double kLeastNsPerThread = 1500;
+
+int64_t tasks_of(const Kernel& k, int64_t m, int64_t n) {
+  return num_blocks(n) * (k.rows_per_task ? ceil_div(m, k.rows_per_task) : 1);
+}
+
+// Picoseconds per weight of rows that have no rivals and so no cost of their own (dequantize).
+constexpr float kUnratedPs = 60;
+
+// All tasks of a product on one thread, in nanoseconds.
+double work_ns(const Kernel& k, int64_t m, int64_t n, int64_t depth) {
+  const double passes = static_cast<double>(ceil_div(m, std::max(1, k.cost.rows_per_pass)));
+  double ps = m <= 1 ? k.cost.single : k.cost.fixed + k.cost.pass * passes;
+  if (ps <= 0) ps = kUnratedPs;
+  return ps * 1e-3 * static_cast<double>(num_blocks(n) * kBlockN) * static_cast<double>(depth);
+}
+
+int useful_threads(double ns, int64_t tasks, int threads) {
+  const double most = ns / kLeastNsPerThread;
+  if (most < threads) threads = static_cast<int>(most);
+  if (tasks < threads) threads = static_cast<int>(tasks);
+  return threads < 1 ? 1 : threads;
+}
+
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int64_t prepared_stride(const Kernel& kernel, const Launch& l) {
+  // An odd number of lines: rows then start in different sets of a cache.
+  if (kernel.compute == Dtype::kI8) return (ceil_div(l.k, 64) | 1) * 64;
+  return ceil_div(l.k, kernel.span) * kernel.span;
+}
+bool needs_sums(const Kernel& kernel, const Launch& l) {
+  return kernel.compute == Dtype::kI8 || (l.zero != ZeroMode::kNone && kernel.chunk_groups);
+}
+// Whether `prepare` writes scales of x.
+bool quantizes(const Kernel& kernel, const Launch& l) {
+  return kernel.compute == Dtype::kI8 && l.x_dtype != Dtype::kI8;
+}
+size_t x_bytes(const Kernel& kernel, const Launch& l) {
+  return aligned(static_cast<size_t>(l.m * prepared_stride(kernel, l)) * size_of(kernel.compute));
+}
+size_t sum_bytes(const Kernel& kernel, const Launch& l) {
+  return needs_sums(kernel, l) ? static_cast<size_t>(l.m * l.num_groups) * sizeof(float) : 0;
+}
+
+bool prepares_alike(const Call& a, const Call& b) {
+  const Launch &x = a.launch, &y = b.launch;
+  const bool sums = needs_sums(*a.kernel, x);
+  return a.kernel->prepare == b.kernel->prepare && a.kernel->span == b.kernel->span && x.x == y.x &&
+         x.x_dtype == y.x_dtype && x.x_stride == y.x_stride && x.m == y.m && x.k == y.k &&
+         sums == needs_sums(*b.kernel, y) && (!sums || x.group == y.group);
+}
+
+// Places what each call prepares from address `base` on; returns the bytes that this takes.
+size_t place_all(std::span<Call> calls, uintptr_t base) {
+  size_t used = 0;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    Launch& l = calls[i].launch;
+    if (!calls[i].kernel->prepare) continue;
+    size_t same = 0;
+    while (!prepares_alike(calls[same], calls[i])) ++same;
+    if (same < i) {
+      const Launch& first = calls[same].launch;
+      l.prepared = first.prepared;
+      l.prepared_stride = first.prepared_stride;
+      l.x_sums = first.x_sums;
+      if (quantizes(*calls[i].kernel, l)) l.x_scales = first.x_scales;
+      continue;
+    }
+    place_prepared(*calls[i].kernel, reinterpret_cast<void*>(base + used), &l);
+    used += aligned(prepared_bytes(*calls[i].kernel, l));
+  }
+  return used;
+}
+
+bool prepared_before(std::span<const Call> calls, size_t i) {
+  for (size_t j = 0; j < i; ++j) {
+    if (calls[j].launch.prepared == calls[i].launch.prepared) return true;
+  }
+  return false;
+}
+
+// Tasks of one call that thread `index` of `count` runs, when all calls stand one after another on a line as long as
+// their work. Tasks begin at multiples of 64 columns, so two threads write the same cache line only at the ends of the
+// rows of an m > 1 whose row is not a whole number of lines.
+struct Share {
+  double start, task_ns;
+  int64_t tasks;
+  int64_t edge(double at) const {
+    const double tasks_before = (at - start) / task_ns + 0.5;
+    return tasks_before <= 0                            ? 0
+           : tasks_before >= static_cast<double>(tasks) ? tasks
+                                                        : static_cast<int64_t>(tasks_before);
+  }
+};
 
 }  // namespace
 
@@ -116,9 +214,16 @@ const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
   return nullptr;
 }
 
+int threads_for(const Kernel& k, const Desc& d) {
+  return useful_threads(work_ns(k, d.m, d.n, d.k), tasks_of(k, d.m, d.n), d.threads);
+}
+
 double cost(const Kernel& k, const Desc& d) {
-  if (d.m <= 1) return k.cost.single;
-  return k.cost.fixed + k.cost.pass * static_cast<double>(ceil_div(d.m, k.cost.rows_per_pass));
+  const double ns = work_ns(k, d.m, d.n, d.k);
+  const int64_t tasks = tasks_of(k, d.m, d.n);
+  const int threads = threads_for(k, d);
+  if (threads == 1) return ns;
+  return ns * static_cast<double>(ceil_div(tasks, threads)) / static_cast<double>(tasks) + kRegionNs;
 }
 
 const Kernel* select(const Desc& desc, uint32_t isa_mask) {
@@ -131,40 +236,79 @@ const Kernel* select(const Desc& desc, uint32_t isa_mask) {
   return best;
 }
 
-void run(const Kernel& kernel, Launch launch, int threads) {
-  if (launch.m == 0 || launch.n == 0) return;
-  int8_t table_i8[kMaxEntries];
-  if (kernel.compute == Dtype::kI8) {
-    launch.table_step =
-        kernel.codec == Codec::kInt ? 1.0f : round_table(launch.table, 1 << kernel.bits, launch.table_step, table_i8);
-    launch.table_i8 = table_i8;
-  }
-  const int64_t work = launch.m * launch.n * launch.k;
-  if (work / kWorkPerThread < threads) threads = static_cast<int>(work / kWorkPerThread);
+size_t prepared_bytes(const Kernel& kernel, const Launch& launch) {
+  const size_t scales = quantizes(kernel, launch) ? static_cast<size_t>(launch.m) * sizeof(float) : 0;
+  return x_bytes(kernel, launch) + sum_bytes(kernel, launch) + scales;
+}
 
-  thread_local Scratch scratch;
-  if (kernel.prepare) {
-    const bool bytes = kernel.compute == Dtype::kI8;
-    launch.prepared_stride = ceil_div(launch.k, kernel.span) * kernel.span;
-    // An odd number of lines: rows then start in different sets of a cache.
-    if (bytes) launch.prepared_stride = (ceil_div(launch.k, 64) | 1) * 64;
-    const bool sums = bytes || (launch.zero != ZeroMode::kNone && kernel.chunk_groups);
-    const size_t x_bytes = static_cast<size_t>(launch.m * launch.prepared_stride) * size_of(kernel.compute);
-    const size_t sum_offset = (x_bytes + 63) / 64 * 64;
-    const size_t sum_bytes = sums ? static_cast<size_t>(launch.m * launch.num_groups) * sizeof(float) : 0;
-    const bool quantizes = bytes && launch.x_dtype != Dtype::kI8;
-    const size_t scale_bytes = quantizes ? static_cast<size_t>(launch.m) * sizeof(float) : 0;
-    char* base = static_cast<char*>(scratch.get(sum_offset + sum_bytes + scale_bytes));
-    launch.prepared = base;
-    launch.x_sums = sums ? reinterpret_cast<float*>(base + sum_offset) : nullptr;
-    if (quantizes) launch.x_scales = reinterpret_cast<float*>(base + sum_offset + sum_bytes);
-    // Converting this many elements takes about as long as starting a parallel region.
-    const int prepare_threads = launch.m * launch.k < 64 * 1024 ? 1 : threads;
-    parallel(launch.m, prepare_threads, [&](int64_t b, int64_t e) { kernel.prepare(launch, b, e); });
+void place_prepared(const Kernel& kernel, void* memory, Launch* launch) {
+  const uintptr_t sums = reinterpret_cast<uintptr_t>(memory) + x_bytes(kernel, *launch);
+  launch->prepared = memory;
+  launch->prepared_stride = prepared_stride(kernel, *launch);
+  launch->x_sums = needs_sums(kernel, *launch) ? reinterpret_cast<float*>(sums) : nullptr;
+  if (quantizes(kernel, *launch)) launch->x_scales = reinterpret_cast<float*>(sums + sum_bytes(kernel, *launch));
+}
+
+void run_many(std::span<Call> calls, int threads) {
+  // Calls without results are left out; those that stay are moved to the front.
+  size_t count = 0;
+  for (const Call& c : calls) {
+    if (c.launch.m > 0 && c.launch.n > 0) calls[count++] = c;
   }
-  const int64_t row_blocks = kernel.rows_per_task ? ceil_div(launch.m, kernel.rows_per_task) : 1;
-  parallel(num_blocks(launch.n) * row_blocks, threads, [&](int64_t b, int64_t e) { kernel.run(launch, b, e); });
+  calls = calls.first(count);
+  thread_local Scratch scratch;
+  const size_t table_bytes = calls.size() * kMaxEntries, bytes = table_bytes + place_all(calls, 0);
+  char* memory = static_cast<char*>(scratch.get(bytes));
+  place_all(calls, reinterpret_cast<uintptr_t>(memory) + table_bytes);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const Kernel& kernel = *calls[i].kernel;
+    Launch& l = calls[i].launch;
+    if (kernel.compute != Dtype::kI8) continue;
+    int8_t* table = reinterpret_cast<int8_t*>(memory) + i * kMaxEntries;
+    l.table_step = kernel.codec == Codec::kInt ? 1.0f : round_table(l.table, 1 << kernel.bits, l.table_step, table);
+    l.table_i8 = table;
+  }
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const Kernel& kernel = *calls[i].kernel;
+    const Launch& l = calls[i].launch;
+    if (!kernel.prepare || prepared_before(calls, i)) continue;
+    // Converting this many elements takes about as long as starting a parallel region.
+    const int prepare_threads = l.m * l.k < 64 * 1024 ? 1 : threads;
+    parallel(l.m, prepare_threads, [&](int64_t b, int64_t e) { kernel.prepare(l, b, e); });
+  }
+
+  constexpr size_t kMaxShares = 16;
+  for (size_t first = 0; first < calls.size(); first += kMaxShares) {
+    const std::span<const Call> part =
+        std::span<const Call>(calls).subspan(first, std::min(kMaxShares, calls.size() - first));
+    Share shares[kMaxShares];
+    double total_ns = 0;
+    int64_t tasks = 0;
+    for (size_t i = 0; i < part.size(); ++i) {
+      const Launch& l = part[i].launch;
+      const int64_t own = tasks_of(*part[i].kernel, l.m, l.n);
+      const double ns = work_ns(*part[i].kernel, l.m, l.n, l.k);
+      shares[i] = {total_ns, ns / static_cast<double>(own), own};
+      total_ns += ns;
+      tasks += own;
+    }
+    const int used = useful_threads(total_ns, tasks, threads);
+    parallel_threads(used, [&](int64_t index, int64_t num_threads) {
+      const double at = static_cast<double>(index) / static_cast<double>(num_threads);
+      const double end = static_cast<double>(index + 1) / static_cast<double>(num_threads);
+      for (size_t i = 0; i < part.size(); ++i) {
+        const int64_t b = shares[i].edge(total_ns * at),
+                      e = index + 1 == num_threads ? shares[i].tasks : shares[i].edge(total_ns * end);
+        if (b < e) part[i].kernel->run(part[i].launch, b, e);
+      }
+    });
+  }
   if (scratch.size > kKeptScratch) scratch = Scratch{};
+}
+
+void run(const Kernel& kernel, const Launch& launch, int threads) {
+  Call call{&kernel, launch};
+  run_many({&call, 1}, threads);
 }
 
 void embed(Launch launch, int bits, Scope scope, const int64_t* indices, int64_t count, int threads) {

@@ -1,6 +1,7 @@
 // The merged kernel table and the choice of a row: detection once, selection a pure function of the request and a mask.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -22,13 +23,27 @@ std::span<const Kernel* const> kernels();
 
 // Why a row cannot serve a request on a mask of instruction sets; nullptr if it can.
 const char* rejection(const Kernel& kernel, const Desc& desc, uint32_t isa_mask);
-// Estimated time in picoseconds per weight.
+// How many of `desc.threads` a row uses: no more than it has tasks, and one where the work is tiny.
+int threads_for(const Kernel& kernel, const Desc& desc);
+// Estimated time in nanoseconds on that many threads: the largest share of a thread, plus the parallel region.
 double cost(const Kernel& kernel, const Desc& desc);
 // Of the legal rows of the newest instruction set, the one of least cost; nullptr if there is none.
 const Kernel* select(const Desc& desc, uint32_t isa_mask);
 
-// Runs a row on up to `threads` OpenMP threads. `launch.prepared`, `x_sums` are set here.
-void run(const Kernel& kernel, Launch launch, int threads);
+// The memory in which a row's `prepare` works: x as the row reads it, and sums of its groups where they are needed.
+size_t prepared_bytes(const Kernel& kernel, const Launch& launch);
+// Sets `prepared`, `prepared_stride` and `x_sums` to `prepared_bytes` bytes at `memory`, aligned to 64.
+void place_prepared(const Kernel& kernel, void* memory, Launch* launch);
+
+// One product of a call. `launch.prepared`, `x_sums` are set by `run_many`.
+struct Call {
+  const Kernel* kernel;
+  Launch launch;
+};
+// Runs independent products in one parallel region of up to `threads` OpenMP threads. Calls whose x and whose way of
+// preparing it are the same share the prepared x. Each result is bit for bit that of a run alone.
+void run_many(std::span<Call> calls, int threads);
+void run(const Kernel& kernel, const Launch& launch, int threads);
 
 // out[i] = W[indices[i]] for `count` valid indices. Op, x and the row's name play no part.
 void embed(Launch launch, int bits, Scope scope, const int64_t* indices, int64_t count, int threads);

@@ -12,6 +12,8 @@ enum class Dtype : int32_t { kF32, kBf16, kF16, kI8 };
 enum class Codec : int32_t { kLut, kInt };
 // One table for the weight, or one per column (and possibly per group).
 enum class Scope : int32_t { kShared, kColumn };
+// gelu with erf, as torch's default, and its approximation with tanh.
+enum class Activation : int32_t { kNone, kRelu, kSilu, kGelu, kGeluTanh };
 enum class ZeroMode : int32_t { kNone, kSubtract, kAdd };
 
 enum Isa : uint32_t {
@@ -31,6 +33,18 @@ struct Desc {
   ZeroMode zero;
   int64_t m, n, k;
   int64_t group;  // at least 1; k or more means the whole row
+  int32_t threads = 1;
+};
+
+// What follows y = x W^T + bias in fp32, before the one rounding: out = activation(y) + residual, or with a gate
+// out = activation(gate) * y + residual. Gate and residual are (m, n), unit stride along n, and may be null.
+struct Epilogue {
+  Activation activation;
+  const void* gate;
+  int64_t gate_stride;
+  const void* residual;
+  int64_t residual_stride;
+  Dtype dtype;  // of gate and residual
 };
 
 // W[n, k] = scale * (T - zero) or scale * T + zero, T = table[code]; y = x W^T + bias. Layouts: layout.h; scales and
@@ -60,7 +74,8 @@ struct Launch {
   void* out;  // (m, n), or (n, k) for kDequantize
   Dtype out_dtype;
   int64_t out_stride;
-  float out_inverse;  // int8 out holds out_inverse * y, rounded to nearest even and saturated
+  float out_inverse;         // int8 out holds out_inverse * y, rounded to nearest even and saturated
+  const Epilogue* epilogue;  // may be null
 };
 
 // Picoseconds per weight on one thread: `single` for one row, else fixed + pass * ceil(m / rows_per_pass). Each

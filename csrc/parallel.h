@@ -11,18 +11,22 @@ namespace lowbit {
 // would wait for them forever, so everything runs on one thread there.
 bool after_fork();
 
-// Calls fn(begin, end) for disjoint ranges that cover [0, tasks), each thread's range contiguous.
+// Calls fn(index, count) once on each of up to `threads` threads; count is how many there are.
 template <class Fn>
-void parallel(int64_t tasks, int threads, const Fn& fn) {
-  if (threads <= 1 || tasks <= 1 || after_fork()) {
-    fn(int64_t{0}, tasks);
+void parallel_threads(int threads, const Fn& fn) {
+  if (threads <= 1 || after_fork()) {
+    fn(int64_t{0}, int64_t{1});
     return;
   }
 #pragma omp parallel num_threads(threads)
-  {
-    const int64_t count = omp_get_num_threads(), index = omp_get_thread_num();
-    fn(tasks * index / count, tasks * (index + 1) / count);
-  }
+  fn(int64_t{omp_get_thread_num()}, int64_t{omp_get_num_threads()});
+}
+
+// Calls fn(begin, end) for disjoint ranges that cover [0, tasks), each thread's range contiguous.
+template <class Fn>
+void parallel(int64_t tasks, int threads, const Fn& fn) {
+  parallel_threads(tasks <= 1 ? 1 : threads,
+                   [&](int64_t index, int64_t count) { fn(tasks * index / count, tasks * (index + 1) / count); });
 }
 
 }  // namespace lowbit

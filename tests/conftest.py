@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from lowbit import _C
+
 SEED = int(os.environ.get("LOWBIT_SEED", "0"))
 
 
@@ -44,6 +46,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
+    _C.poison_outputs(True)
 
 
 def _poisoning(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -78,8 +78,8 @@ def test_every_request_has_a_row_and_every_other_row_a_reason() -> None:
                     for m in (1, 4, 1000):
                         chosen = w.select("linear", x, m)
                         rows = w.explain("linear", x, m)
-                        assert chosen in [name for name, cost, why in rows if why is None]
-                        assert all((cost is None) != (why is None) for _, cost, why in rows)
+                        assert chosen in [name for name, _, _, why in rows if why is None]
+                        assert all((cost is None) != (why is None) for _, cost, _, why in rows)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ LAYERS = (
     ("reference",),
     ("layouts",),
     ("backends", "checks", "gradients"),
+    ("fused",),
     ("ops",),
     ("bound", "int8", "nn"),
     ("quantize",),

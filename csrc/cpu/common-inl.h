@@ -1,6 +1,7 @@
 // What every family of kernels shares: scales, zeros, preparing x, and storing results.
 #pragma once
 
+#include "cpu/activation-inl.h"
 #include "cpu/codecs-inl.h"
 
 // A row's name in the kernel table, and the function through which dispatch.cpp finds an instruction set's rows.
@@ -88,8 +89,28 @@ inline F finish_group(const Launch& l, GroupTerms t, F y, F acc, float x_sum) {
   return add(add(mul(t.scale, acc), mul(t.zero, set1(x_sum))), y);
 }
 
-// Adds the bias to `count` columns of one row of y, from column n0, and stores those below n; int8 results are scaled
-// first. `y` holds whole vectors.
+// A function of its own: calls without an epilogue pay one test.
+__attribute__((noinline)) void apply_epilogue(const Launch& l, int64_t row, int64_t n0, int64_t count, float* y) {
+  const Epilogue& e = *l.epilogue;
+  alignas(64) float gate[kBlockN];
+  if (e.gate) {
+    for (int64_t j = 0; j < count; j += kVecLanes) {
+      const int64_t left = count - j < kVecLanes ? count - j : kVecLanes;
+      store(gate + j, load_tail(e.gate, e.dtype, row * e.gate_stride + n0 + j, left));
+    }
+  }
+  activate(e.activation, e.gate ? gate : y, count);
+  for (int64_t j = 0; j < count; j += kVecLanes) {
+    const int64_t left = count - j < kVecLanes ? count - j : kVecLanes;
+    F v = load(y + j);
+    if (e.gate) v = mul(load(gate + j), v);
+    if (e.residual) v = add(v, load_tail(e.residual, e.dtype, row * e.residual_stride + n0 + j, left));
+    store(y + j, v);
+  }
+}
+
+// Adds the bias to `count` columns of one row of y, from column n0, applies the epilogue, and stores those below n;
+// int8 results are scaled first. `y` holds whole vectors.
 inline void store_columns(const Launch& l, int64_t row, int64_t n0, int64_t count, float* y) {
   if (l.n - n0 < count) count = l.n - n0;
   if (l.bias) {
@@ -98,6 +119,7 @@ inline void store_columns(const Launch& l, int64_t row, int64_t n0, int64_t coun
       store(y + j, add(load(y + j), load_tail(l.bias, l.bias_dtype, n0 + j, left)));
     }
   }
+  if (l.epilogue) apply_epilogue(l, row, n0, count, y);
   if (l.out_dtype == Dtype::kI8) {
     for (int64_t j = 0; j < count; j += kVecLanes) store(y + j, mul(load(y + j), set1(l.out_inverse)));
   }

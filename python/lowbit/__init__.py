@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lowbit._C import kernels
     from lowbit.backends import explain
     from lowbit.io.safetensors import load, save
-    from lowbit.ops import dequantize, linear
+    from lowbit.ops import dequantize, linear, linear_many
     from lowbit.quantize import quantize, quantize_model
     from lowbit.tensor import QuantTensor
 
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "QuantTensor": "lowbit.tensor", "dequantize": "lowbit.ops", "explain": "lowbit.backends",
     "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops",
+    "linear_many": "lowbit.ops",
     "load": "lowbit.io.safetensors", "nn": None, "quantize": "lowbit.quantize",
     "quantize_model": "lowbit.quantize", "save": "lowbit.io.safetensors",
 }  # fmt: skip
 __all__ = [
     "Format", "QuantTensor", "__version__", "dequantize", "explain", "formats", "int8", "integrations",
-    "kernels", "linear", "load", "nn", "quantize", "quantize_model", "save",
+    "kernels", "linear", "linear_many", "load", "nn", "quantize", "quantize_model", "save",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from lowbit.formats import Format, parse
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32)
+ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh")
 _OPERANDS = ("codes", "scales", "zeros", "table")
 
 
@@ -139,6 +140,24 @@ def check_linear(
     # The dispatcher calls a CPU kernel only if every tensor is on the CPU.
     device = None if x.is_cpu else x.device
     return check_weight(spec, layout, n, k, device, codes, scales, zeros, table)
+
+
+def check_epilogue(
+    x: Tensor, n: int, activation: str | None, gate: Tensor | None, residual: Tensor | None
+) -> None:
+    """Checks what follows a linear of x with n output features."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    for name, t in (("gate", gate), ("residual", residual)):
+        if t is None:
+            continue
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}")
+        if t.shape != (*x.shape[:-1], n) or t.device != x.device:
+            raise ValueError(
+                f"{name} must have shape {(*x.shape[:-1], n)} on {x.device}, "
+                f"got {tuple(t.shape)} on {t.device}"
+            )
 
 
 def check_indices(indices: Tensor) -> None:

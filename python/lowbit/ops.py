@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import backends, checks, gradients, layouts
+from lowbit import backends, checks, fused, gradients, layouts, reference
 from lowbit.layouts import Operands
 from lowbit.tensor import QuantTensor
 
@@ -28,6 +28,14 @@ _LINEAR = f"(Tensor x, {_WEIGHT}, Tensor? bias, {_MEANING}) -> Tensor"
 _SCHEMAS = {
     "linear": _LINEAR,
     "linear_trainable": _LINEAR,
+    "linear_epilogue": (
+        f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? gate, Tensor? residual, {_MEANING}, "
+        "str? activation) -> Tensor"
+    ),
+    "linear_many": (
+        "(Tensor x, Tensor[] codes, Tensor?[] scales, Tensor?[] zeros, Tensor?[] table, "
+        "Tensor?[] bias, str[] format, str layout, SymInt[] n, SymInt k) -> Tensor[]"
+    ),
     "dequantize": f"({_WEIGHT}, {_MEANING}, ScalarType dtype) -> Tensor",
     "embedding": f"(Tensor indices, {_WEIGHT}, {_MEANING}, ScalarType dtype) -> Tensor",
     "codebook_grad": (
@@ -41,28 +49,101 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-_backend = functools.cache(backends.find)
+_backend = backends.find_cached
 
 
-def linear(x: Tensor, weight: QuantTensor | Operands, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias with a quantized weight.
+def linear(
+    x: Tensor,
+    weight: QuantTensor | Operands,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias with a quantized weight, and what may follow it, rounded once.
+
+    The result is activation(y) + residual, or with a gate activation(gate) * y + residual (the
+    gated linear unit of Shazeer, arXiv 2002.05202). All of it is fp32 before the one rounding,
+    unless a gradient is needed: then each step rounds, as separate modules do.
 
     Args:
         x: (..., K) in fp32, bf16 or fp16, any strides; autocast casts it to its dtype.
         weight: (N, K), on the device of x. A QuantTensor keeps the kernel's own copy of itself
             after the first call, so its tensors must not be written to afterwards.
         bias: (N,) in fp32, bf16 or fp16.
+        activation: None, "relu", "silu", "gelu" or "gelu_tanh".
+        gate, residual: (..., N) in the dtype of x; autocast casts them with it.
 
     Returns:
-        (..., N) in the dtype of x, with gradients for x, bias and operands that require them.
+        (..., N) in the dtype of x, with gradients for all tensors that require them.
 
     Raises:
         TypeError: a dtype is not one of those above.
-        ValueError: a shape, device or layout does not fit.
+        ValueError: a shape, device, layout or the activation does not fit.
     """
     w = operands(weight)
     spec, (n, k) = w.spec, w.shape
-    return call_linear(x, w.codes, w.scales, w.zeros, w.table, bias, spec, w.layout, n, k)
+    if activation is None and gate is None and residual is None:
+        return call_linear(x, w.codes, w.scales, w.zeros, w.table, bias, spec, w.layout, n, k)
+    x = autocast(x)
+    gate, residual = (None if t is None else autocast(t) for t in (gate, residual))
+    checks.check_epilogue(x, n, activation, gate, residual)
+    tensors = (w.codes, w.scales, w.zeros, w.table, bias)
+    if torch.is_grad_enabled() and checks.requires_grad(x, gate, residual, *tensors[1:]):
+        y = _linear_trainable(x, *tensors, spec, w.layout, n, k)
+        return reference.apply_epilogue(y, activation, gate, residual)
+    return _linear_epilogue(x, *tensors, gate, residual, spec, w.layout, n, k, activation)
+
+
+def linear_many(
+    x: Tensor,
+    weights: Sequence[QuantTensor | Operands],
+    biases: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """[x W^T + bias for each weight]: one conversion of x and one parallel region.
+
+    Each result is bit for bit that of `linear`. If a gradient is needed they are separate calls.
+
+    Args:
+        x: (..., K), as in `linear`.
+        weights: (N_i, K) in any formats, all on the device of x.
+        biases: (N_i,) or None for each weight; None for no bias at all.
+
+    Raises:
+        TypeError, ValueError: as `linear`; or there is not one bias for each weight.
+    """
+    biases = [None] * len(weights) if biases is None else list(biases)
+    if len(biases) != len(weights):
+        raise ValueError(
+            f"biases must have one entry for each of {len(weights)} weights, got {len(biases)}"
+        )
+    return call_linear_many(x, [operands(w) for w in weights], biases)
+
+
+def call_linear_many(
+    x: Tensor, weights: list[Operands], biases: list[Tensor | None]
+) -> list[Tensor]:
+    """`linear_many` on operands, with as many biases as weights."""
+    x = autocast(x)
+    needs_grad = torch.is_grad_enabled() and checks.requires_grad(
+        x, *biases, *(t for w in weights for t in (w.scales, w.zeros, w.table))
+    )
+    layouts_given = {w.layout for w in weights}
+    if needs_grad or len(layouts_given) != 1:  # also no weights at all
+        return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+    return linear_many_op(
+        x,
+        [w.codes for w in weights],
+        [w.scales for w in weights],
+        [w.zeros for w in weights],
+        [w.table for w in weights],
+        biases,
+        [w.spec for w in weights],
+        layouts_given.pop(),
+        [w.shape[0] for w in weights],
+        weights[0].shape[1],
+    )
 
 
 def call_linear(
@@ -78,17 +159,23 @@ def call_linear(
     k: int,
 ) -> Tensor:
     """`linear` on loose operands: applies autocast, takes the trainable op where grad is needed."""
+    x = autocast(x)
+    op = _linear
+    if torch.is_grad_enabled() and checks.requires_grad(x, scales, zeros, table, bias):
+        op = _linear_trainable
+    return op(x, codes, scales, zeros, table, bias, spec, layout, n, k)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast asks for, if it is on for its device."""
     device_type = "cpu" if x.is_cpu else x.device.type
     if (
         (device_type == "cpu" or torch.amp.is_autocast_available(device_type))
         and torch.is_autocast_enabled(device_type)
         and x.dtype in checks.FLOAT_DTYPES
     ):
-        x = x.to(torch.get_autocast_dtype(device_type))
-    op = _linear
-    if torch.is_grad_enabled() and checks.requires_grad(x, scales, zeros, table, bias):
-        op = _linear_trainable
-    return op(x, codes, scales, zeros, table, bias, spec, layout, n, k)
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
 
 
 def dequantize(weight: QuantTensor | Operands, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -159,9 +246,7 @@ def _linear_impl(
     k: int,
 ) -> Tensor:
     format = checks.check_linear(x, codes, scales, zeros, table, bias, spec, layout, n, k)
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = fused.rows_of(x, k)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     backend = _backend(device_type, layout)
@@ -169,10 +254,29 @@ def _linear_impl(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
-def _inference_linear_impl(device_type: str, x: Tensor, *args: Any) -> Tensor:
+def _inference_linear_impl(
+    device_type: str,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+) -> Tensor:
     if torch.is_grad_enabled():
-        checks.refuse_grad("linear", x, *args[:5])
-    return _linear_impl(device_type, x, *args)
+        checks.refuse_grad("linear", x, codes, scales, zeros, table, bias)
+    if layout == layouts.N16:
+        plan = backends.cpu.plan(spec, n, k)
+        threads = torch.get_num_threads()
+        y = backends.cpu.linear_tensors(plan, threads, x, codes, scales, zeros, table, bias)
+        if y is not None:
+            return y
+    # Something is unusual or wrong: the checks in Python find out.
+    return _linear_impl(device_type, x, codes, scales, zeros, table, bias, spec, layout, n, k)
 
 
 def _dequantize_impl(
@@ -313,6 +417,8 @@ def _unpack_fake(packed: Tensor, spec: str, k: int) -> Tensor:
 _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (_inference_linear_impl, _inference_linear_fake),
     "linear_trainable": (_linear_impl, _linear_fake),
+    "linear_epilogue": (fused.linear_epilogue_impl, fused.linear_epilogue_fake),
+    "linear_many": (fused.linear_many_impl, fused.linear_many_fake),
     "dequantize": (_dequantize_impl, _dequantize_fake),
     "embedding": (_embedding_impl, _embedding_fake),
     "codebook_grad": (_codebook_grad_impl, _codebook_grad_fake),
@@ -366,6 +472,8 @@ torch.library.register_autograd(
 # Looking an overload up costs as much as a small call.
 _linear = torch.ops.lowbit.linear.default
 _linear_trainable = torch.ops.lowbit.linear_trainable.default
+_linear_epilogue = torch.ops.lowbit.linear_epilogue.default
+linear_many_op = torch.ops.lowbit.linear_many.default
 _dequantize = torch.ops.lowbit.dequantize.default
 _embedding = torch.ops.lowbit.embedding.default
 _codebook_grad = torch.ops.lowbit.codebook_grad.default

@@ -218,3 +218,16 @@ def linear(
 def embedding(indices: Tensor, qt: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows of the dequantized weight, (*indices.shape, K)."""
     return dequantize(qt, dtype)[indices]
+
+
+def apply_epilogue(
+    y: Tensor, activation: str | None, gate: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """activation(y) + residual, or activation(gate) * y + residual, in the dtype of y."""
+    acting = y if gate is None else gate.to(y.dtype)
+    if activation == "gelu_tanh":
+        acting = F.gelu(acting, approximate="tanh")
+    elif activation is not None:
+        acting = getattr(F, activation)(acting)
+    y = acting if gate is None else acting * y
+    return y if residual is None else y + residual.to(y.dtype)

@@ -6,6 +6,7 @@ A backend is a module with `linear`, `int8_linear`, `int8_quantize`, `dequantize
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -42,12 +43,18 @@ def find(device_type: str, layout: str) -> ModuleType:
         ) from None
 
 
+find_cached = functools.cache(find)
+
+
 @dataclass(frozen=True)
 class Row:
-    """One row of the kernel table as seen by one request: its cost, or the reason it cannot run."""
+    """One row of the kernel table as seen by one request: its cost in nanoseconds and the threads
+    it would use, or the reason it cannot run.
+    """
 
     name: str
     cost: float | None
+    threads: int | None
     reason: str | None
 
 
@@ -63,12 +70,10 @@ class Explanation:
         lines = [f"{self.request}: {self.selected}"]
         width = max((len(row.name) for row in self.rows), default=0)
         for row in self.rows:
-            if row.name == self.selected:
-                verdict = "runs"
-            elif row.reason is not None:
-                verdict = row.reason
-            else:
-                verdict = f"estimated cost {row.cost:.3g} ps per weight"
+            verdict = "runs, " if row.name == self.selected else row.reason or ""
+            if row.cost is not None:
+                verdict += f"estimated {row.cost / 1e3:.3g} us on {row.threads} thread"
+                verdict += "s" * (row.threads != 1)
             lines.append(f"  {row.name:<{width}}  {verdict}")
         return "\n".join(lines)
 
@@ -105,11 +110,14 @@ def explain_request(
 ) -> Explanation:
     """`explain` without tensors: an (m, k) x of `dtype` against an (n, k) weight."""
     name = _DTYPE_NAMES[dtype]
-    request = f"linear {name} {format.name} M={m} N={n} K={k} on {device_type}"
+    threads = torch.get_num_threads()
+    request = (
+        f"linear {name} {format.name} M={m} N={n} K={k} on {device_type}, at most {threads} threads"
+    )
     if find(device_type, layout) is reference:
         return Explanation(request, REFERENCE_ROW, ())
     specs = layouts.operand_specs(format, layout, n, k)
     scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
     w = cpu.weight(format, n, k, scales, zeros)
-    rows = tuple(Row(*row) for row in w.explain("linear", name, m))
-    return Explanation(request, w.select("linear", name, m), rows)
+    rows = tuple(Row(*row) for row in w.explain("linear", name, m, threads))
+    return Explanation(request, w.select("linear", name, m, threads), rows)

@@ -6,13 +6,15 @@ kernels write every element of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.formats import Format
+from lowbit.formats import Format, parse
+from lowbit.layouts import N16, operand_specs
 
 # csrc/kernel.h Dtype
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -23,6 +25,8 @@ _NAMES = {
     torch.int8: "int8",
     None: None,
 }
+# csrc/kernel.h Activation
+ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 _ZERO_MODES = {None: "none", "int": "subtract", "float": "subtract", "min": "add"}
 
 # Keyed by the identity of the format: its hash visits every field, which takes longer than a small call.
@@ -62,6 +66,24 @@ def weight(
 def _table_step(format: Format) -> float:
     """What a table is divided by to be int8; 0 says the largest entry / 127."""
     return 0.0 if format.activation == "int8_table" else format.int8_step or 0.0
+
+
+# Whether the compiled calls read tensors by themselves: from torch 2.10 on.
+_C.use_tensor_class(torch.Tensor, torch.nn.Parameter)
+linear_tensors, linear_many_tensors = _C.linear_tensors, _C.linear_many_tensors
+
+
+@functools.lru_cache(_MAX_WEIGHTS)
+def plan(spec: str, n: int, k: int) -> object | None:
+    """The first argument of `linear_tensors`, for operands whose dtypes are those of the format; None, which makes it
+    return None, for a shape that no kernel takes.
+    """
+    format = parse(spec)
+    if not (0 < n < 2**31 and 0 < k < 2**31):
+        return None
+    specs = operand_specs(format, N16, n, k)
+    scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
+    return _C.plan(weight(format, n, k, scales, zeros))
 
 
 def _address(t: Tensor | None) -> int:
@@ -115,6 +137,66 @@ def linear(
         row,
     )
     return out
+
+
+def linear_epilogue(
+    x: Tensor,  # (M, K), unit stride along K
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,  # (N,) contiguous
+    format: Format,
+    n: int,
+    k: int,
+    activation: str | None,
+    gate: Tensor | None,  # (M, N), unit stride along N, dtype of x
+    residual: Tensor | None,  # (M, N), unit stride along N, dtype of x
+) -> Tensor:  # (M, N), dtype of x
+    """activation(x W^T + bias) + residual, or activation(gate) * (x W^T + bias) + residual, rounded once."""
+    m = x.shape[0]
+    out = torch.empty((m, n), dtype=x.dtype)
+    w, addresses = _operands(codes, scales, zeros, table, format, n, k)
+    w.linear_epilogue_ptr(
+        x.data_ptr(),
+        _CODES[x.dtype],
+        m,
+        x.stride(0),
+        *addresses,
+        _address(bias),
+        0 if bias is None else _CODES[bias.dtype],
+        out.data_ptr(),
+        torch.get_num_threads(),
+        -1,
+        ACTIVATIONS[activation],
+        _address(gate),
+        0 if gate is None else gate.stride(0),
+        _address(residual),
+        0 if residual is None else residual.stride(0),
+    )
+    return out
+
+
+def linear_many(
+    x: Tensor,  # (M, K), unit stride along K
+    weights: list[tuple[Tensor, Tensor | None, Tensor | None, Tensor]],
+    biases: list[Tensor | None],  # (N_i,) contiguous
+    formats: list[Format],
+    ns: list[int],
+    k: int,
+) -> list[Tensor]:  # (M, N_i), dtype of x
+    """x W_i^T + bias_i in one parallel region, x converted once; each is bit for bit that of `linear`."""
+    m = x.shape[0]
+    outs, entries = [], []
+    for operands, bias, format, n in zip(weights, biases, formats, ns, strict=True):
+        out = torch.empty((m, n), dtype=x.dtype)
+        w, addresses = _operands(*operands, format, n, k)
+        bias_dtype = 0 if bias is None else _CODES[bias.dtype]
+        entries.append((w, *addresses, _address(bias), bias_dtype, out.data_ptr()))
+        outs.append(out)
+    threads = torch.get_num_threads()
+    _C.linear_many_ptr(x.data_ptr(), _CODES[x.dtype], m, x.stride(0), entries, threads)
+    return outs
 
 
 def int8_linear(

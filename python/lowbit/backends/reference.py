@@ -42,6 +42,38 @@ def linear(
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
+def linear_epilogue(
+    x: Tensor,  # (M, K)
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,  # (N,)
+    format: Format,
+    n: int,
+    k: int,
+    activation: str | None,
+    gate: Tensor | None,  # (M, N)
+    residual: Tensor | None,  # (M, N)
+) -> Tensor:  # (M, N), dtype of x
+    """`linear` and what follows it in fp32, rounded once to the dtype of x."""
+    y = linear(x.float(), codes, scales, zeros, table, bias, format, n, k)
+    return reference.apply_epilogue(y, activation, gate, residual).to(x.dtype)
+
+
+def linear_many(
+    x: Tensor,  # (M, K)
+    weights: list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]],
+    biases: list[Tensor | None],  # (N_i,)
+    formats: list[Format],
+    ns: list[int],
+    k: int,
+) -> list[Tensor]:  # (M, N_i), dtype of x
+    """x W_i^T + bias_i, one after another."""
+    each = zip(weights, biases, formats, ns, strict=True)
+    return [linear(x, *w, bias, format, n, k) for w, bias, format, n in each]
+
+
 def int8_linear(
     q: Tensor,  # (M, K) int8
     x_scales: Tensor,  # (M,) or (M, groups) fp32

@@ -15,6 +15,7 @@ import lowbit
 from lowbit import layouts, ops
 from lowbit.formats import Format
 from lowbit.layouts import Operands
+from lowbit.nn.fused import Siblings
 from lowbit.nn.packed import PackedModule, zero_weight
 from lowbit.tensor import SCALE_DTYPES, QuantTensor
 
@@ -52,6 +53,13 @@ class QuantLinear(PackedModule):
         weight = zero_weight(format, out_features, in_features, device)
         vector = torch.zeros(out_features, device=weight.device, dtype=dtype) if bias else None
         self._init(weight, vector)
+
+    # The group that computes the product of this layer with others' (nn/fused.py).
+    _siblings: Siblings | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        # A group is copied and pickled with the module around its layers, and joins them again.
+        return {name: value for name, value in self.__dict__.items() if name != "_siblings"}
 
     def _init(self, weight: QuantTensor, bias: Tensor | None) -> None:
         super().__init__(weight)
@@ -119,6 +127,10 @@ class QuantLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias: x (..., K) gives (..., N) in its dtype; checks as `lowbit.linear`."""
+        if self._siblings is not None and not torch.compiler.is_compiling():
+            y = self._siblings.product(self, x)
+            if y is not None:
+                return y
         # Not self.codes: nn.Module finds a buffer only after three failed look-ups.
         w = self._buffers
         if self._trained:

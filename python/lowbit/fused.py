@@ -1,0 +1,112 @@
+"""What lowbit::linear_epilogue and lowbit::linear_many compute, and their fakes; `ops.py` defines them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit import backends, checks
+from lowbit.formats import Format
+from lowbit.layouts import N16
+
+
+def rows_of(x: Tensor, width: int) -> Tensor:  # (M, width), unit stride along the width
+    """A tensor (..., width) as rows that a kernel can read."""
+    rows = x if x.dim() == 2 else x.reshape(-1, width)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def linear_epilogue_impl(
+    device_type: str,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+    activation: str | None,
+) -> Tensor:
+    """lowbit::linear_epilogue on a device."""
+    tensors = (codes, scales, zeros, table)
+    checks.refuse_grad("linear_epilogue", x, *tensors, bias, gate, residual)
+    format = checks.check_linear(x, *tensors, bias, spec, layout, n, k)
+    checks.check_epilogue(x, n, activation, gate, residual)
+    bias = None if bias is None else bias.contiguous()
+    others = (None if t is None else rows_of(t, n) for t in (gate, residual))
+    backend: ModuleType = backends.find_cached(device_type, layout)
+    y = backend.linear_epilogue(rows_of(x, k), *tensors, bias, format, n, k, activation, *others)
+    return y.view(*x.shape[:-1], n)
+
+
+def linear_many_impl(
+    device_type: str,
+    x: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor | None],
+    zeros: list[Tensor | None],
+    table: list[Tensor | None],
+    bias: list[Tensor | None],
+    spec: list[str],
+    layout: str,
+    n: list[int],
+    k: int,
+) -> list[Tensor]:
+    """lowbit::linear_many on a device."""
+    if torch.is_grad_enabled():
+        checks.refuse_grad("linear_many", x, *scales, *zeros, *table, *bias)
+    if layout == N16 and len(spec) == len(n):
+        plans = [backends.cpu.plan(s, rows, k) for s, rows in zip(spec, n, strict=True)]
+        threads = torch.get_num_threads()
+        made: list[Tensor] | None = backends.cpu.linear_many_tensors(
+            plans, threads, x, codes, scales, zeros, table, bias
+        )
+        if made is not None:
+            return made
+    weights, formats = _check_linear_many(x, codes, scales, zeros, table, bias, spec, layout, n, k)
+    contiguous = [None if b is None else b.contiguous() for b in bias]
+    backend: ModuleType = backends.find_cached(device_type, layout)
+    outs = backend.linear_many(rows_of(x, k), weights, contiguous, formats, n, k)
+    if x.dim() == 2:
+        return outs
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in outs]
+
+
+def _check_linear_many(
+    x: Tensor, *args: Any
+) -> tuple[list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]], list[Format]]:
+    codes, scales, zeros, table, bias, spec, layout, n, k = args
+    counts = [len(a) for a in (codes, scales, zeros, table, bias, spec, n)]
+    if len(set(counts)) != 1:
+        raise ValueError(
+            f"codes, scales, zeros, table, bias, format and n must be equally long, got {counts}"
+        )
+    weights = list(zip(codes, scales, zeros, table, strict=True))
+    checks.refuse_grad("linear_many", x, *(t for w in weights for t in w), *bias)
+    formats = [
+        checks.check_linear(x, *w, bias[i], spec[i], layout, n[i], k) for i, w in enumerate(weights)
+    ]
+    return weights, formats
+
+
+def linear_epilogue_fake(x: Tensor, *args: Any) -> Tensor:
+    """Checks, and an empty result."""
+    gate, residual, *meaning, activation = args[5:]
+    checks.refuse_grad("linear_epilogue", x, *args[:7])
+    checks.check_linear(x, *args[:5], *meaning)
+    checks.check_epilogue(x, meaning[2], activation, gate, residual)
+    return x.new_empty((*x.shape[:-1], meaning[2]))
+
+
+def linear_many_fake(x: Tensor, *args: Any) -> list[Tensor]:
+    """Checks, and empty results."""
+    _check_linear_many(x, *args)
+    return [x.new_empty((*x.shape[:-1], n)) for n in args[-2]]
