@@ -8,6 +8,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "decoder.h"
 #include "dispatch.h"
 #include "int8.h"
 #include "kmeans.h"
@@ -18,6 +19,9 @@
 namespace py = pybind11;
 
 namespace lowbit {
+
+void bind_decoder(py::module_& m);  // bindings_decoder.cpp
+
 namespace {
 
 template <class T>
@@ -122,6 +126,14 @@ struct Weight {
     l.table_groups = table_groups;
     l.table_step = table_step;
     return l;
+  }
+
+  DecoderLinear decoder_linear(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t bias,
+                               int bias_dtype) const {
+    DecoderLinear linear{launch(codes, scales, zeros, table), desc(Op::kLinear, Dtype::kF32, 1), nullptr};
+    linear.launch.bias = pointer<const void>(bias);
+    linear.launch.bias_dtype = static_cast<Dtype>(bias_dtype);
+    return linear;
   }
 
   const Kernel& choose(const Desc& d, int row) const {
@@ -451,6 +463,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("BLOCK_N") = kBlockN;
   m.attr("CHUNK_K") = kChunkK;
 
+  bind_decoder(m);
   py::class_<Weight>(m, "Weight", "What a weight in n16 layout is, apart from its bytes (csrc/kernel.h).")
       .def(py::init<int64_t, int64_t, int, int64_t, bool, bool, int64_t, const std::string&, std::optional<std::string>,
                     std::optional<std::string>, bool, float>(),
@@ -463,6 +476,7 @@ PYBIND11_MODULE(_C, m) {
       .def("linear_int8_ptr", &Weight::linear_int8)
       .def("dequantize_ptr", &Weight::dequantize)
       .def("embedding_ptr", &Weight::embedding)
+      .def("decoder_linear", &Weight::decoder_linear)
       .def("linear", &Weight::linear_numpy, py::arg("x"), py::arg("codes"), py::arg("table"),
            py::arg("scales") = py::none(), py::arg("zeros") = py::none(), py::arg("bias") = py::none(),
            py::arg("threads") = 1)

@@ -15,5 +15,7 @@ constexpr Cost gemm_cost([[maybe_unused]] int bits, [[maybe_unused]] Codec codec
 }  // namespace
 }  // namespace lowbit::avx2
 
+#include "cpu/attention-inl.h"
 #include "cpu/table-inl.h"
 LOWBIT_EXPORT_TABLE(kF32Kernels)
+LOWBIT_EXPORT_DECODER_OPS

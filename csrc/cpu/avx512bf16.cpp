@@ -7,7 +7,7 @@
 namespace lowbit::avx512bf16 {
 namespace {
 [[maybe_unused]] constexpr Cost gemv_cost([[maybe_unused]] int bits, [[maybe_unused]] Codec codec) {
-  return bits == 8 ? Cost{44, 38, 39, 4} : Cost{17, 0, 39, 4};
+  return codec == Codec::kInt ? Cost{22, 30, 28, 4} : bits == 8 ? Cost{44, 38, 39, 4} : Cost{17, 0, 39, 4};
 }
 constexpr Cost gemm_cost([[maybe_unused]] int bits, [[maybe_unused]] Codec codec) {
   return bits == 8 ? Cost{80, 20, 56, 6} : Cost{55, 12, 56, 6};
@@ -16,6 +16,8 @@ constexpr Cost columns_cost(int bits) { return bits == 8 ? Cost{80, 60, 40, 4} :
 }  // namespace
 }  // namespace lowbit::avx512bf16
 
+#include "cpu/attention-inl.h"
+#include "cpu/bf16_int8-inl.h"
 #include "cpu/columns-inl.h"
 
 #define LOWBIT_ROWS(B)                                                                                      \
@@ -24,7 +26,8 @@ constexpr Cost columns_cost(int bits) { return bits == 8 ? Cost{80, 60, 40, 4} :
 
 namespace lowbit::avx512bf16 {
 namespace {
-const Kernel kBf16Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_ROWS)};
+const Kernel kBf16Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_ROWS) gemv_bf16_int8(LOWBIT_NAME("gemv", "bf16", "int8"))};
 }  // namespace
 }  // namespace lowbit::avx512bf16
 LOWBIT_EXPORT_TABLE(kBf16Kernels)
+LOWBIT_EXPORT_DECODER_OPS

@@ -13,7 +13,6 @@ constexpr int kGemmVecs = 2;
 constexpr int kSkinnyRows = 4;
 constexpr int kSkinnyVecs = 2;
 
-inline I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
 inline I mul_i(I a, I b) { return _mm256_mullo_epi32(a, b); }
 inline I set1_bytes(int v) { return _mm256_set1_epi8(static_cast<char>(v)); }
 inline I load_i8_lanes(const int8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }

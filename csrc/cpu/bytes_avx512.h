@@ -18,7 +18,6 @@ template <bool kWide>
 LOWBIT_INLINE inline I dot4(I acc, I w, I x) {
   return _mm512_dpbusd_epi32(acc, w, x);
 }
-inline I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
 inline I set1_bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
 inline I load_i8_lanes(const int8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }

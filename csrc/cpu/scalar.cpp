@@ -12,9 +12,11 @@ constexpr Cost gemm_cost([[maybe_unused]] int bits, [[maybe_unused]] Codec codec
 }  // namespace
 }  // namespace lowbit::scalar
 
+#include "cpu/attention-inl.h"
 #include "cpu/embedding-inl.h"
 #include "cpu/table-inl.h"
 LOWBIT_EXPORT_TABLE(kF32Kernels)
+LOWBIT_EXPORT_DECODER_OPS
 
 namespace lowbit {
 void embed_rows(const Launch& l, int bits, Scope scope, const int64_t* indices, int64_t begin, int64_t end,

@@ -26,6 +26,9 @@ inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F div(F a, F b) { return _mm256_div_ps(a, b); }
+// b where either is NaN.
+inline F min(F a, F b) { return _mm256_min_ps(a, b); }
 inline float sum(F v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -47,12 +50,14 @@ inline I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
 inline I select_bits(I mask, I a, I b) {
   return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
 }
+inline I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
 inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
 inline I bits_of(F v) { return _mm256_castps_si256(v); }
 inline I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
 inline void store_i(void* p, I v) { _mm256_storeu_si256((__m256i*)p, v); }
 // The larger; v if that is NaN.
 inline F max_or_nan(F bound, F v) { return _mm256_max_ps(bound, v); }
+inline F as_float(I bits) { return _mm256_castsi256_ps(bits); }
 
 inline F load_bf16(const uint16_t* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));

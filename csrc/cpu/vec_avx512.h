@@ -26,6 +26,9 @@ inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+// b where either is NaN.
+inline F min(F a, F b) { return _mm512_min_ps(a, b); }
 inline float sum(F v) { return _mm512_reduce_add_ps(v); }
 
 inline I load_i(const void* p) { return _mm512_loadu_si512(p); }
@@ -41,12 +44,14 @@ inline I shift_left(I v) {
 inline I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
 // mask ? a : b, bit by bit.
 inline I select_bits(I mask, I a, I b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xCA); }
+inline I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
 inline I bits_of(F v) { return _mm512_castps_si512(v); }
 inline I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
 inline void store_i(void* p, I v) { _mm512_storeu_si512(p, v); }
 // The larger; v if that is NaN.
 inline F max_or_nan(F bound, F v) { return _mm512_max_ps(bound, v); }
+inline F as_float(I bits) { return _mm512_castsi512_ps(bits); }
 
 inline F load_bf16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));

@@ -48,6 +48,13 @@ inline F mul(F a, F b) {
 inline F fma(F a, F b, F c) {
   return each<F>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
+inline F div(F a, F b) {
+  return each<F>([&](int i) { return a.v[i] / b.v[i]; });
+}
+// b where either is NaN.
+inline F min(F a, F b) {
+  return each<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
 inline float sum(F v) {
   float s = 0;
   for (int i = 0; i < kVecLanes; ++i) s += v.v[i];
@@ -76,6 +83,14 @@ inline I bit_and(I a, I b) {
 // mask ? a : b, bit by bit.
 inline I select_bits(I mask, I a, I b) {
   return each<I>([&](int i) { return (mask.v[i] & a.v[i]) | (~mask.v[i] & b.v[i]); });
+}
+inline I add_i(I a, I b) {
+  return each<I>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F as_float(I bits) {
+  F r;
+  std::memcpy(r.v, bits.v, sizeof r.v);
+  return r;
 }
 inline F to_float(I a) {
   return each<F>([&](int i) { return static_cast<float>(static_cast<int32_t>(a.v[i])); });

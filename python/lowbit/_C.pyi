@@ -62,6 +62,36 @@ def kmeans_rows(
 ) -> NDArray[np.float32]: ...
 def quantize_int8_ptr(*arguments: int) -> None: ...
 
+class DecoderLinear: ...
+
+def dense_linear(n: int, k: int, weight: int, bias: int, bias_dtype: int) -> DecoderLinear: ...
+
+class Decoder:
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        intermediate: int,
+        vocab: int,
+        max_length: int,
+        eps: float,
+        scale: float,
+        threads: int,
+        embedding: DecoderLinear,
+        layers: list[tuple[int, int, list[DecoderLinear]]],
+        norm: int,
+        head: DecoderLinear,
+        cos: int,
+        sin: int,
+        logits: int,
+    ) -> None: ...
+    def run_ptr(self, ids: int, count: int, position: int) -> None: ...
+    def likeliest(self) -> int: ...
+
 class Weight:
     code_bytes: int
     lane_terms: int
@@ -88,6 +118,7 @@ class Weight:
     def linear_int8_ptr(self, *arguments: float) -> None: ...
     def dequantize_ptr(self, *arguments: int) -> None: ...
     def embedding_ptr(self, *arguments: int) -> None: ...
+    def decoder_linear(self, *arguments: int) -> DecoderLinear: ...
     def linear(
         self,
         x: NDArray[np.float32],

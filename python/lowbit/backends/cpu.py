@@ -17,7 +17,7 @@ from lowbit.formats import Format, parse
 from lowbit.layouts import N16, operand_specs
 
 # csrc/kernel.h Dtype
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -126,12 +126,12 @@ def linear(
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
     w.linear_ptr(
         x.data_ptr(),
-        _CODES[x.dtype],
+        CODES[x.dtype],
         m,
         x.stride(0),
         *addresses,
         _address(bias),
-        0 if bias is None else _CODES[bias.dtype],
+        0 if bias is None else CODES[bias.dtype],
         out.data_ptr(),
         torch.get_num_threads(),
         row,
@@ -226,9 +226,9 @@ def int8_linear(
         q.stride(0),
         *addresses,
         _address(bias),
-        0 if bias is None else _CODES[bias.dtype],
+        0 if bias is None else CODES[bias.dtype],
         out.data_ptr(),
-        _CODES[dtype],
+        CODES[dtype],
         1.0 if out_scale is None else out_scale,
         torch.get_num_threads(),
         row,
@@ -248,7 +248,7 @@ def int8_quantize(
     q = torch.empty((m, k), dtype=torch.int8)
     _C.quantize_int8_ptr(
         x.data_ptr(),
-        _CODES[x.dtype],
+        CODES[x.dtype],
         m,
         k,
         x.stride(0),
@@ -278,12 +278,12 @@ def bind_linear(
     launch = w.linear_ptr
     arguments = (
         x.data_ptr(),
-        _CODES[x.dtype],
+        CODES[x.dtype],
         x.shape[0],
         x.stride(0),
         *addresses,
         _address(bias),
-        0 if bias is None else _CODES[bias.dtype],
+        0 if bias is None else CODES[bias.dtype],
         out.data_ptr(),
         torch.get_num_threads(),
         -1,
@@ -310,7 +310,7 @@ def dequantize(
     """The weight in fp32, rounded once to `dtype`."""
     out = torch.empty((n, k), dtype=dtype)
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
-    w.dequantize_ptr(*addresses, out.data_ptr(), _CODES[dtype], torch.get_num_threads(), row)
+    w.dequantize_ptr(*addresses, out.data_ptr(), CODES[dtype], torch.get_num_threads(), row)
     return out
 
 
@@ -330,7 +330,7 @@ def embedding(
     out = torch.empty((m, k), dtype=dtype)
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
     w.embedding_ptr(
-        indices.data_ptr(), m, *addresses, out.data_ptr(), _CODES[dtype], torch.get_num_threads()
+        indices.data_ptr(), m, *addresses, out.data_ptr(), CODES[dtype], torch.get_num_threads()
     )
     return out
 

@@ -1,0 +1,231 @@
+// Attention over a decoder's cache (decoder_ops.h): online softmax in fp32 over blocks of 64 positions, as in
+// FlashAttention (Dao et al. 2022), for four queries at a time. Scores have positions in the lanes and results
+// dimensions, so both are multiply-adds of a broadcast with a vector and no sum crosses lanes.
+#pragma once
+
+#include "cpu/rows-inl.h"
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace {
+
+// How two neighbours along the sum meet their two weights. T: an element of the cache, Weight: what q and the
+// probabilities are multiplied as.
+struct PairsF32 {
+  using T = float;
+  using Weight = float;
+  struct Pair {
+    F even, odd;
+  };
+  static constexpr int64_t kPerT = 1;  // neighbours in a T
+  LOWBIT_INLINE static Pair load_pair(const float* p, int64_t pair, int64_t stride) {
+    return {load(p + 2 * pair * stride), load(p + (2 * pair + 1) * stride)};
+  }
+  LOWBIT_INLINE static Pair broadcast(const float* w) { return {set1(w[0]), set1(w[1])}; }
+  LOWBIT_INLINE static F dot(F acc, Pair w, Pair v) { return fma(w.odd, v.odd, fma(w.even, v.even, acc)); }
+  static const float* weights(const float* values, int64_t, float*) { return values; }
+};
+
+struct PairsBf16 : PairsF32 {
+  using T = uint32_t;
+  static constexpr int64_t kPerT = 2;
+  LOWBIT_INLINE static Pair load_pair(const uint32_t* p, int64_t pair, int64_t stride) {
+    const I both = load_i(p + pair * stride);
+    return {as_float(shift_left<16>(both)), as_float(bit_and(both, set1_i(static_cast<int32_t>(0xFFFF0000u))))};
+  }
+};
+
+#ifdef __AVX512BF16__
+// The probabilities are rounded to bf16, as a product of bf16 tensors has them; q is bf16 already.
+struct PairsBf16Dot {
+  using T = uint32_t;
+  using Weight = uint16_t;
+  using Pair = I;
+  static constexpr int64_t kPerT = 2;
+  LOWBIT_INLINE static I load_pair(const uint32_t* p, int64_t pair, int64_t stride) {
+    return load_i(p + pair * stride);
+  }
+  LOWBIT_INLINE static I broadcast(const uint16_t* w) {
+    int32_t pair;
+    __builtin_memcpy(&pair, w, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  LOWBIT_INLINE static F dot(F acc, I w, I v) { return _mm512_dpbf16_ps(acc, (__m512bh)v, (__m512bh)w); }
+  static const uint16_t* weights(const float* values, int64_t n, float* scratch) {
+    uint16_t* out = reinterpret_cast<uint16_t*>(scratch);
+    for (int64_t i = 0; i < n; i += kVecLanes) store_bf16(out + i, load(values + i));
+    return out;
+  }
+};
+using PairsOfBf16 = PairsBf16Dot;
+#else
+using PairsOfBf16 = PairsBf16;
+#endif
+
+// acc[r][v] += the sum over pairs of weight r times vector v, which starts at base[v].
+template <class P, int kRows, int kVecs>
+LOWBIT_INLINE inline void multiply_pairs(const typename P::T* const (&base)[kVecs], int64_t stride, int64_t pairs,
+                                         const typename P::Weight* w, int64_t w_stride, F (&acc)[kRows][kVecs]) {
+  for (int64_t p = 0; p < pairs; ++p) {
+    typename P::Pair kv[kVecs];
+    unroll<kVecs>([&](auto v) LOWBIT_INLINE { kv[v] = P::load_pair(base[v], p, stride); });
+    unroll<kRows>([&](auto r) LOWBIT_INLINE {
+      const auto x = P::broadcast(w + r * w_stride + 2 * p);
+      unroll<kVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = P::dot(acc[r][v], x, kv[v]); });
+    });
+  }
+}
+
+// One tile: rows [r0, r0 + kRows) and the positions [b0, b0 + kKeyBlock), those below the rows' limits.
+template <class P, int kRows>
+void attend_tile(const Attend& a, const typename P::Weight* q, int64_t r0, int64_t b0) {
+  using T = typename P::T;
+  const HeadCache& c = a.cache;
+  alignas(64) float p[kRows][kKeyBlock];
+  constexpr int kSpan = kTileVecs * kVecLanes;
+  for (int64_t at = 0; at < kKeyBlock; at += kSpan) {
+    const T* base[kTileVecs];
+    F acc[kRows][kTileVecs];
+    for (int v = 0; v < kTileVecs; ++v) {
+      const int64_t position = b0 + at + v * kVecLanes;
+      base[v] = static_cast<const T*>(c.keys) + position / 16 * (c.dim / P::kPerT) * 16 + position % 16;
+      for (int r = 0; r < kRows; ++r) acc[r][v] = zero();
+    }
+    multiply_pairs<P, kRows, kTileVecs>(base, 16, c.dim / 2, q + r0 * c.padded_dim, c.padded_dim, acc);
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kTileVecs; ++v) store(p[r] + at + v * kVecLanes, acc[r][v]);
+    }
+  }
+  int64_t seen = 0;  // positions of the block that some row sees
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = r0 + r, limit = a.first_limit + row / a.group;
+    int64_t count = (limit < a.end ? limit : a.end) - b0;
+    count = count < 0 ? 0 : count < kKeyBlock ? count : kKeyBlock;
+    for (int64_t i = count; i < kKeyBlock; ++i) p[r][i] = -__builtin_inff();
+    seen = count > seen ? count : seen;
+    if (count == 0) {
+      for (float& v : p[r]) v = 0.0f;
+      continue;
+    }
+    F most = set1(a.max[row]);
+    for (int i = 0; i < kKeyBlock; i += kVecLanes) {
+      const F scaled = mul(load(p[r] + i), set1(a.scale));
+      store(p[r] + i, scaled);
+      most = max_or_nan(most, scaled);
+    }
+    const float new_max = max_lane(most), rescale = exp(a.max[row] - new_max);
+    F total = zero();
+    for (int i = 0; i < kKeyBlock; i += kVecLanes) store(p[r] + i, exp(sub(load(p[r] + i), set1(new_max))));
+    for (int64_t i = count; i < kKeyBlock; ++i) p[r][i] = 0.0f;
+    for (int i = 0; i < kKeyBlock; i += kVecLanes) total = add(total, load(p[r] + i));
+    a.sum[row] = a.sum[row] * rescale + sum(total);
+    if (a.max[row] != new_max) {
+      float* acc = a.acc + row * c.padded_dim;
+      for (int64_t i = 0; i < c.padded_dim; i += kVecLanes) store(acc + i, mul(load(acc + i), set1(rescale)));
+      a.max[row] = new_max;
+    }
+  }
+  alignas(64) float scratch[kRows * kKeyBlock];
+  const typename P::Weight* w = P::weights(&p[0][0], kRows * kKeyBlock, scratch);
+  const T* values = static_cast<const T*>(c.values) + b0 / P::kPerT * c.padded_dim;
+  const auto columns = [&](auto vecs, int64_t at) LOWBIT_INLINE {
+    constexpr int kVecs = decltype(vecs)::value;
+    const T* base[kVecs];
+    F acc[kRows][kVecs];
+    float* out = a.acc + r0 * c.padded_dim + at;
+    for (int v = 0; v < kVecs; ++v) {
+      base[v] = values + at + v * kVecLanes;
+      for (int r = 0; r < kRows; ++r) acc[r][v] = load(out + r * c.padded_dim + v * kVecLanes);
+    }
+    multiply_pairs<P, kRows, kVecs>(base, c.padded_dim, (seen + 1) / 2, w, kKeyBlock, acc);
+    for (int v = 0; v < kVecs; ++v) {
+      for (int r = 0; r < kRows; ++r) store(out + r * c.padded_dim + v * kVecLanes, acc[r][v]);
+    }
+  };
+  int64_t at = 0;
+  for (; at + kSpan <= c.padded_dim; at += kSpan) columns(std::integral_constant<int, kTileVecs>{}, at);
+  for (; at < c.padded_dim; at += kVecLanes) columns(std::integral_constant<int, 1>{}, at);
+}
+
+template <class P>
+void attend_with(const Attend& a) {
+  const int64_t size = a.rows * a.cache.padded_dim;
+  for (int64_t i = 0; i < size; i += kVecLanes) store(a.acc + i, zero());
+  for (int64_t r = 0; r < a.rows; ++r) {
+    a.max[r] = -__builtin_inff();
+    a.sum[r] = 0.0f;
+  }
+  const typename P::Weight* q = P::weights(a.q, size, a.scratch);
+  for (int64_t b0 = a.begin; b0 < a.end; b0 += kKeyBlock) {
+    for (int64_t r = 0; r < a.rows; r += 4) {
+      const int64_t left = a.rows - r, last = r + (left < 4 ? left : 4) - 1;
+      if (a.first_limit + last / a.group <= b0) continue;
+      if (left >= 4) {
+        attend_tile<P, 4>(a, q, r, b0);
+      } else if (left == 3) {
+        attend_tile<P, 3>(a, q, r, b0);
+      } else if (left == 2) {
+        attend_tile<P, 2>(a, q, r, b0);
+      } else {
+        attend_tile<P, 1>(a, q, r, b0);
+      }
+    }
+  }
+}
+
+void attend(const Attend& a) {
+  if (a.cache.dtype == Dtype::kF32) {
+    attend_with<PairsF32>(a);
+  } else {
+    attend_with<PairsOfBf16>(a);
+  }
+}
+
+void finish(const Partial* parts, int count, int64_t n, Dtype dtype, void* out) {
+  float most = -__builtin_inff(), total = 0.0f;
+  for (int i = 0; i < count; ++i) most = parts[i].max > most ? parts[i].max : most;
+  for (int i = 0; i < count; ++i) total += parts[i].sum * exp(parts[i].max - most);
+  for (int64_t at = 0; at < n; at += kVecLanes) {
+    F y = zero();
+    for (int i = 0; i < count; ++i) y = fma(set1(exp(parts[i].max - most)), load(parts[i].acc + at), y);
+    alignas(64) float values[kVecLanes];
+    store(values, div(y, set1(total)));
+    store_as(out, dtype, at, values, n - at < kVecLanes ? n - at : kVecLanes);
+  }
+}
+
+void store_position(const HeadCache& c, int64_t position, bool last, const float* key, Dtype dtype, const void* value,
+                    float* scratch) {
+  widen(dtype, value, c.dim, scratch);
+  if (c.dtype == Dtype::kF32) {
+    float* keys = static_cast<float*>(c.keys) + position / 16 * c.dim * 16 + position % 16;
+    for (int64_t d = 0; d < c.dim; ++d) keys[d * 16] = key[d];
+    float* values = static_cast<float*>(c.values) + position * c.padded_dim;
+    __builtin_memcpy(values, scratch, c.dim * sizeof(float));
+    if (last && position % 2 == 0) __builtin_memset(values + c.padded_dim, 0, c.dim * sizeof(float));
+    return;
+  }
+  const auto upper = [](float v) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &v, 4);
+    return bits >> 16;
+  };
+  uint32_t* keys = static_cast<uint32_t*>(c.keys) + position / 16 * (c.dim / 2) * 16 + position % 16;
+  for (int64_t d = 0; d < c.dim; d += 2) keys[d * 8] = upper(key[d]) | upper(key[d + 1]) << 16;
+  uint16_t* values = static_cast<uint16_t*>(c.values) + position / 2 * c.padded_dim * 2;
+  for (int64_t d = 0; d < c.dim; ++d) {
+    values[2 * d + position % 2] = static_cast<uint16_t>(upper(scratch[d]));
+    if (last && position % 2 == 0) values[2 * d + 1] = 0;
+  }
+}
+
+const DecoderOps kDecoderOps = {add_norm, rotate, store_position, attend, finish, silu_mul, dense, argmax};
+
+}  // namespace
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit
+
+#define LOWBIT_EXPORT_DECODER_OPS                                                               \
+  namespace lowbit {                                                                            \
+  const DecoderOps* LOWBIT_CAT(decoder_ops_, LOWBIT_ISA)() { return &LOWBIT_ISA::kDecoderOps; } \
+  }

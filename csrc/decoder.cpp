@@ -1,0 +1,267 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "decoder_worker.h"
+#include "dispatch.h"
+#include "layout.h"
+#include "parallel.h"
+
+namespace lowbit {
+
+const DecoderOps* decoder_ops_scalar();
+const DecoderOps* decoder_ops_avx2();
+const DecoderOps* decoder_ops_avx512();
+const DecoderOps* decoder_ops_avx512bf16();
+
+namespace {
+
+const DecoderOps* choose_ops(uint32_t isa_mask) {
+  if (isa_mask & kAvx512Bf16) return decoder_ops_avx512bf16();
+  if (isa_mask & kAvx512) return decoder_ops_avx512();
+  if (isa_mask & kAvx2) return decoder_ops_avx2();
+  return decoder_ops_scalar();
+}
+
+constexpr int64_t padded(int64_t n) { return ceil_div(n, kRowAlign) * kRowAlign; }
+constexpr size_t align64(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Hands out consecutive pieces of one allocation whose size is found by a first pass without memory.
+class Pieces {
+ public:
+  explicit Pieces(char* base) : base_(base) {}
+  char* take(size_t bytes) {
+    char* piece = base_ ? base_ + used_ : nullptr;
+    used_ += align64(bytes);
+    return piece;
+  }
+  float* floats(int64_t count) { return reinterpret_cast<float*>(take(static_cast<size_t>(count) * sizeof(float))); }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+template <class Fn>
+Memory lay_out(const Fn& fn) {
+  Pieces sizes(nullptr);
+  fn(sizes);
+  Memory memory(sizes.used());
+  Pieces pieces(memory.data());
+  fn(pieces);
+  return memory;
+}
+
+// Fewer multiply-adds than this between two waits are done sooner by one thread.
+constexpr int64_t kWorkPerThread = 64 * 1024;
+
+}  // namespace
+
+Memory::Memory(size_t bytes) : owner_(std::calloc(bytes + 64, 1)) {
+  if (!owner_) throw std::bad_alloc();
+  const uintptr_t address = reinterpret_cast<uintptr_t>(owner_.get());
+  aligned_ = reinterpret_cast<char*>((address + 63) / 64 * 64);
+}
+void Memory::Free::operator()(void* p) const { std::free(p); }
+
+Decoder::Decoder(const DecoderConfig& config, const DecoderModel& model)
+    : config_(config), model_(model), ops_(choose_ops(active_isa())), head_padded_(padded(config.head_dim)) {
+  config_.threads = std::clamp(config.threads, 1, kMostThreads);
+  const bool wide = config.dtype == Dtype::kF32;
+  element_ = wide ? 4 : 2;
+  // fp16 is kept as fp32: two of them in a dword are no cheaper to widen than to load.
+  cache_element_ = config.dtype == Dtype::kBf16 ? 2 : 4;
+  const int64_t length = ceil_div(config.max_length, kKeyBlock) * kKeyBlock;
+  const size_t head_rows = model.layers.size() * static_cast<size_t>(config.kv_heads * length);
+  keys_ = Memory(head_rows * static_cast<size_t>(config.head_dim) * cache_element_);
+  values_ = Memory(head_rows * static_cast<size_t>(head_padded_) * cache_element_);
+
+  const size_t norm_bytes = static_cast<size_t>(config.hidden) * element_;
+  std::vector<char*> norms;
+  constants_ = lay_out([&](Pieces& p) {
+    cos_ = p.floats(config.max_length * head_padded_);
+    sin_ = p.floats(config.max_length * head_padded_);
+    norms.clear();
+    for (size_t i = 0; i < 2 * model.layers.size() + 1; ++i) {
+      norms.push_back(p.take(static_cast<size_t>(padded(config.hidden)) * element_));
+    }
+  });
+  for (int64_t i = 0; i < config.max_length; ++i) {
+    const size_t bytes = static_cast<size_t>(config.head_dim) * sizeof(float);
+    std::memcpy(cos_ + i * head_padded_, model.cos + i * config.head_dim, bytes);
+    std::memcpy(sin_ + i * head_padded_, model.sin + i * config.head_dim, bytes);
+  }
+  const auto copy_norm = [&](const void** from, char* to) {
+    std::memcpy(to, *from, norm_bytes);
+    *from = to;
+  };
+  for (size_t i = 0; i < model.layers.size(); ++i) {
+    copy_norm(&model_.layers[i].input_norm, norms[2 * i]);
+    copy_norm(&model_.layers[i].mlp_norm, norms[2 * i + 1]);
+  }
+  copy_norm(&model_.norm, norms.back());
+
+  bind(&one_, 1);
+  head_ = project({&model_.head}, {static_cast<char*>(model.logits)}, config.vocab, nullptr, 0, 1);
+  for (const Projection& p : one_.layers) {
+    for (const Projection::Part& part : p.parts) weights_ += part.launch.n * part.launch.k;
+  }
+  allocate_threads();
+}
+
+Projection Decoder::project(const std::vector<const DecoderLinear*>& linears, const std::vector<char*>& outs,
+                            int64_t out_stride, const char* x, int64_t x_stride, int64_t rows) const {
+  Projection made;
+  for (size_t i = 0; i < linears.size(); ++i) {
+    const DecoderLinear& linear = *linears[i];
+    Projection::Part part{nullptr, linear.launch, linear.dense, 0, static_cast<int>(i), made.prepared_bytes};
+    Launch& l = part.launch;
+    l.m = rows;
+    l.x = x;
+    l.x_dtype = l.out_dtype = config_.dtype;
+    l.x_stride = x_stride;
+    l.out = outs[i];
+    l.out_stride = out_stride;
+    if (linear.dense) {
+      part.tasks = num_blocks(l.n);
+      made.parts.push_back(part);
+      continue;
+    }
+    Desc desc = linear.desc;
+    desc.op = Op::kLinear;
+    desc.x = config_.dtype;
+    desc.m = rows;
+    part.kernel = select(desc, active_isa());
+    if (!part.kernel || !part.kernel->prepare) throw std::invalid_argument("no kernel of this CPU serves this weight");
+    const int64_t per_task = part.kernel->rows_per_task;
+    part.tasks = num_blocks(l.n) * (per_task ? ceil_div(rows, per_task) : 1);
+    place_prepared(*part.kernel, nullptr, &l);
+    const bool sums = l.x_sums != nullptr;
+    for (size_t j = 0; j < i; ++j) {
+      const Projection::Part& other = made.parts[j];
+      const bool same = other.kernel && other.kernel->prepare == part.kernel->prepare &&
+                        !other.launch.x_sums == !sums && (!sums || other.launch.group == l.group);
+      if (!same) continue;
+      part.prepared_by = other.prepared_by;
+      part.prepared_offset = other.prepared_offset;
+      break;
+    }
+    if (part.prepared_by == static_cast<int>(i)) made.prepared_bytes += align64(prepared_bytes(*part.kernel, l));
+    made.parts.push_back(part);
+  }
+  return made;
+}
+
+void Decoder::bind(Bound* bound, int64_t rows) const {
+  if (bound->rows == rows) return;
+  const DecoderConfig& c = config_;
+  const int64_t qkv_width = (c.heads + 2 * c.kv_heads) * c.head_dim;
+  bound->rows = rows;
+  bound->activations = lay_out([&](Pieces& p) {
+    const auto take = [&](int64_t width) { return p.take(static_cast<size_t>(rows * padded(width)) * element_); };
+    bound->residual = take(c.hidden);
+    bound->normed = take(c.hidden);
+    bound->qkv = take(qkv_width);
+    bound->attended = take(c.heads * c.head_dim);
+    bound->y = take(c.hidden);
+    bound->gate = take(c.intermediate);
+    bound->up = take(c.intermediate);
+  });
+  const int64_t hidden = padded(c.hidden), qkv = padded(qkv_width), inner = padded(c.intermediate);
+  char* k = bound->qkv + static_cast<size_t>(c.heads * c.head_dim) * element_;
+  char* v = k + static_cast<size_t>(c.kv_heads * c.head_dim) * element_;
+  bound->layers.clear();
+  size_t bytes = 0;
+  for (const DecoderLayer& layer : model_.layers) {
+    bound->layers.push_back(
+        project({&layer.q, &layer.k, &layer.v}, {bound->qkv, k, v}, qkv, bound->normed, hidden, rows));
+    bound->layers.push_back(
+        project({&layer.o}, {bound->y}, hidden, bound->attended, padded(c.heads * c.head_dim), rows));
+    bound->layers.push_back(
+        project({&layer.gate, &layer.up}, {bound->gate, bound->up}, inner, bound->normed, hidden, rows));
+    bound->layers.push_back(project({&layer.down}, {bound->y}, hidden, bound->gate, inner, rows));
+  }
+  for (const Projection& p : bound->layers) bytes = std::max(bytes, p.prepared_bytes);
+  if (rows == 1) return;  // prepared by every thread for itself
+  bound->prepared = Memory(bytes);
+  for (Projection& p : bound->layers) {
+    for (Projection::Part& part : p.parts) {
+      place_prepared(*part.kernel, bound->prepared.data() + part.prepared_offset, &part.launch);
+    }
+  }
+}
+
+void Decoder::allocate_threads() {
+  const DecoderConfig& c = config_;
+  const int64_t queries = std::max(c.heads, kQueryRows * (c.heads / c.kv_heads));
+  size_t prepared = head_.prepared_bytes;
+  for (const Projection& p : one_.layers) prepared = std::max(prepared, p.prepared_bytes);
+  threads_.resize(static_cast<size_t>(config_.threads));
+  for (Private& t : threads_) {
+    t.memory = lay_out([&](Pieces& p) {
+      t.residual = p.take(static_cast<size_t>(padded(c.hidden)) * element_);
+      t.normed = p.take(static_cast<size_t>(padded(c.hidden)) * element_);
+      t.attended = p.take(static_cast<size_t>(padded(c.heads * c.head_dim)) * element_);
+      t.prepared = p.take(prepared);
+      t.q = p.floats(queries * head_padded_);
+      t.scratch = p.floats(std::max<int64_t>(queries, 2) * head_padded_);
+      t.acc = p.floats(queries * head_padded_);
+      t.max = p.floats(queries);
+      t.sum = p.floats(queries);
+      t.key = p.floats(head_padded_);
+    });
+  }
+}
+
+HeadCache Decoder::cache(size_t layer, int64_t kv_head) const {
+  const int64_t length = ceil_div(config_.max_length, kKeyBlock) * kKeyBlock;
+  const size_t head = (layer * static_cast<size_t>(config_.kv_heads) + static_cast<size_t>(kv_head)) *
+                      static_cast<size_t>(length) * cache_element_;
+  return {keys_.data() + head * static_cast<size_t>(config_.head_dim),
+          values_.data() + head * static_cast<size_t>(head_padded_), cache_element_ == 2 ? Dtype::kBf16 : Dtype::kF32,
+          config_.head_dim, head_padded_};
+}
+
+char* Decoder::row(char* rows, int64_t i, int64_t width) const {
+  return rows + static_cast<size_t>(i * padded(width)) * element_;
+}
+
+int Decoder::useful_threads(int64_t rows) const {
+  if (after_fork()) return 1;
+  const int64_t steps = static_cast<int64_t>(std::max<size_t>(one_.layers.size(), 1));
+  const int64_t useful = weights_ * rows / steps / kWorkPerThread;
+  return static_cast<int>(std::clamp<int64_t>(useful, 1, config_.threads));
+}
+
+void Decoder::run(const int64_t* ids, int64_t count, int64_t position) {
+  while (count > 0) {
+    const int64_t rows = std::min(count, kPromptRows);
+    if (rows > 1) bind(&many_, rows);
+    const int threads = useful_threads(rows);
+    if (threads == 1) {
+      Team team(1);
+      Worker{*this, team, 0}.run(ids, rows, position, rows == count);
+    } else {
+      std::unique_ptr<Team> team;
+#pragma omp parallel num_threads(threads)
+      {
+#pragma omp single
+        team = std::make_unique<Team>(omp_get_num_threads());
+        Worker{*this, *team, omp_get_thread_num()}.run(ids, rows, position, rows == count);
+      }
+    }
+    ids += rows;
+    position += rows;
+    count -= rows;
+  }
+}
+
+int64_t Decoder::likeliest() const { return ops_->argmax(config_.dtype, model_.logits, config_.vocab); }
+
+}  // namespace lowbit

@@ -1,0 +1,128 @@
+// A Llama-like decoder over packed weights for one sequence: embedding, layers of attention and a gated MLP, final norm
+// and head, with a static cache of keys and values. All threads run all steps in one parallel region per call, with
+// buffers that never move.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cpu/decoder_ops.h"
+#include "kernel.h"
+
+namespace lowbit {
+
+class Team;
+
+struct DecoderConfig {
+  Dtype dtype;  // of the activations, the norms, the embedding's rows and dense weights
+  int64_t hidden, heads, kv_heads, head_dim, intermediate, vocab, max_length;
+  float eps;    // of the norms
+  float scale;  // of the scores
+  int threads;
+};
+
+// y = x W^T + bias. `launch` and `desc` hold the packed weight and the bias; x, out and m are set by the decoder. A
+// weight that is `dense`, (n, k), serves for the embedding and the head.
+struct DecoderLinear {
+  Launch launch;
+  Desc desc;
+  const void* dense;
+};
+
+struct DecoderLayer {
+  const void *input_norm, *mlp_norm;  // (hidden)
+  DecoderLinear q, k, v, o, gate, up, down;
+};
+
+struct DecoderModel {
+  DecoderLinear embedding, head;
+  std::vector<DecoderLayer> layers;
+  const void* norm;        // (hidden)
+  const float *cos, *sin;  // (max_length, head_dim), in the values of `dtype`; the first half of sin is negated
+  void* logits;            // (vocab): where they go
+};
+
+// Zeroed memory, aligned to 64 bytes; large pieces take no memory until they are written.
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(size_t bytes);
+  char* data() const { return aligned_; }
+
+ private:
+  struct Free {
+    void operator()(void* p) const;
+  };
+  std::unique_ptr<void, Free> owner_;
+  char* aligned_ = nullptr;
+};
+
+// Linears with the same input, bound to their kernels and buffers for some number of rows.
+struct Projection {
+  struct Part {
+    const Kernel* kernel;  // null for a dense weight
+    Launch launch;
+    const void* dense;
+    int64_t tasks;
+    int prepared_by;  // the part, at or before this one, whose prepared input this one reads
+    size_t prepared_offset;
+  };
+  std::vector<Part> parts;
+  size_t prepared_bytes = 0;
+};
+
+class Decoder {
+ public:
+  // Copies the norms, cos and sin; the other memory must outlive the decoder. Throws std::invalid_argument if no kernel
+  // of this CPU serves a weight.
+  Decoder(const DecoderConfig& config, const DecoderModel& model);
+
+  // Appends `count` tokens, each in [0, vocab), at `position`: the cache holds what was appended at the positions below
+  // it. Writes the logits after the last token.
+  void run(const int64_t* ids, int64_t count, int64_t position);
+
+  // The token of the largest logit, the first of several.
+  int64_t likeliest() const;
+
+ private:
+  friend struct Worker;
+  enum Input { kQkv, kOut, kGateUp, kDown, kInputs };
+
+  struct Bound {
+    int64_t rows = 0;
+    std::vector<Projection> layers;  // kInputs for each layer
+    Memory activations, prepared;
+    // (rows, ...) activations in `dtype`, padded rows.
+    char *residual, *normed, *qkv, *attended, *y, *gate, *up;
+  };
+  // What belongs to one thread. Other threads read the attention's results.
+  struct Private {
+    Memory memory;
+    char *residual, *normed, *attended, *prepared;
+    float *q, *scratch, *acc, *max, *sum, *key;
+  };
+
+  void bind(Bound* bound, int64_t rows) const;
+  Projection project(const std::vector<const DecoderLinear*>& linears, const std::vector<char*>& outs,
+                     int64_t out_stride, const char* x, int64_t x_stride, int64_t rows) const;
+  void allocate_threads();
+  HeadCache cache(size_t layer, int64_t kv_head) const;
+  char* row(char* rows, int64_t i, int64_t width) const;
+  int useful_threads(int64_t rows) const;
+
+  DecoderConfig config_;
+  DecoderModel model_;
+  const DecoderOps* ops_;
+  int64_t head_padded_, weights_ = 0;
+  size_t element_, cache_element_;
+  Memory constants_, keys_, values_;
+  float *cos_, *sin_;  // (max_length, head_padded_)
+  char* final_norm_;
+  Bound one_, many_;
+  Projection head_;
+  std::vector<Private> threads_;
+};
+
+}  // namespace lowbit

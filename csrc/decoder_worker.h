@@ -1,0 +1,50 @@
+// One thread of a Decoder's team; only decoder.cpp and decoder_worker.cpp include it.
+#pragma once
+
+#include "decoder.h"
+#include "team.h"
+
+namespace lowbit {
+
+constexpr int64_t kPromptRows = 512;  // tokens of a prompt that go through the layers together
+constexpr int kMostThreads = 256;
+constexpr int64_t kQueryRows = 16;  // tokens whose queries share a pass over the cache
+
+struct Worker {
+  Decoder& d;
+  Team& team;
+  int index;
+  uint16_t step = 0;
+
+  // The steps of all threads for `rows` tokens at `position`; the logits only if they are asked for.
+  void run(const int64_t* ids, int64_t rows, int64_t position, bool logits);
+
+ private:
+  template <class Fn>
+  void share(int64_t tasks, const Fn& fn) {
+    team.share(++step, index, tasks, fn);
+  }
+  Decoder::Private& mine() const { return d.threads_[static_cast<size_t>(index)]; }
+
+  void embed_rows(const int64_t* ids, int64_t begin, int64_t end, char* out) const;
+
+  // One token: every thread holds the residual and prepares the inputs for itself.
+  void project(const Projection& p, const char* x);
+  void gate_up(const Projection& p, const char* x);
+  void rotate_query(const char* qkv, int64_t head, int64_t position, float* out) const;
+  void store_key(size_t layer, int64_t kv_head, const char* qkv, int64_t position, bool last) const;
+  void attend_one(size_t layer, const char* qkv, int64_t position);
+  void merge(int64_t position) const;
+  void finish_layer(size_t layer, const char* qkv, int64_t position);
+  void add_norm(const char* y, const void* weight) const;
+
+  // Many tokens: rows are shared out.
+  template <class Fn>
+  void project_rows(const Projection& p, const Fn& fill);
+  void input_rows(size_t layer);
+  void store_rows(size_t layer, int64_t position, int64_t rows);
+  void attend_rows(size_t layer, int64_t position);
+  void finish_rows(size_t layer);
+};
+
+}  // namespace lowbit
