@@ -7,7 +7,7 @@
 namespace lowbit::avx512bf16 {
 namespace {
 [[maybe_unused]] constexpr Cost gemv_cost([[maybe_unused]] int bits, [[maybe_unused]] Codec codec) {
-  return codec == Codec::kInt ? Cost{22, 30, 28, 4} : bits == 8 ? Cost{44, 38, 39, 4} : Cost{17, 0, 39, 4};
+  return codec == Codec::kInt ? Cost{25, 0, 76, 4} : bits == 8 ? Cost{44, 38, 39, 4} : Cost{17, 0, 39, 4};
 }
 constexpr Cost gemm_cost([[maybe_unused]] int bits, [[maybe_unused]] Codec codec) {
   return bits == 8 ? Cost{80, 20, 56, 6} : Cost{55, 12, 56, 6};
