@@ -130,7 +130,7 @@ struct Weight {
 
   DecoderLinear decoder_linear(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t bias,
                                int bias_dtype) const {
-    DecoderLinear linear{launch(codes, scales, zeros, table), desc(Op::kLinear, Dtype::kF32, 1), nullptr};
+    DecoderLinear linear{launch(codes, scales, zeros, table), desc(Op::kLinear, Dtype::kF32, 1, 1), nullptr};
     linear.launch.bias = pointer<const void>(bias);
     linear.launch.bias_dtype = static_cast<Dtype>(bias_dtype);
     return linear;

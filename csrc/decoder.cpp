@@ -137,6 +137,7 @@ Projection Decoder::project(const std::vector<const DecoderLinear*>& linears, co
     desc.op = Op::kLinear;
     desc.x = config_.dtype;
     desc.m = rows;
+    desc.threads = config_.threads;
     part.kernel = select(desc, active_isa());
     if (!part.kernel || !part.kernel->prepare) throw std::invalid_argument("no kernel of this CPU serves this weight");
     const int64_t per_task = part.kernel->rows_per_task;
