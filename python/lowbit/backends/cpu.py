@@ -159,12 +159,12 @@ def linear_epilogue(
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
     w.linear_epilogue_ptr(
         x.data_ptr(),
-        _CODES[x.dtype],
+        CODES[x.dtype],
         m,
         x.stride(0),
         *addresses,
         _address(bias),
-        0 if bias is None else _CODES[bias.dtype],
+        0 if bias is None else CODES[bias.dtype],
         out.data_ptr(),
         torch.get_num_threads(),
         -1,
@@ -191,11 +191,11 @@ def linear_many(
     for operands, bias, format, n in zip(weights, biases, formats, ns, strict=True):
         out = torch.empty((m, n), dtype=x.dtype)
         w, addresses = _operands(*operands, format, n, k)
-        bias_dtype = 0 if bias is None else _CODES[bias.dtype]
+        bias_dtype = 0 if bias is None else CODES[bias.dtype]
         entries.append((w, *addresses, _address(bias), bias_dtype, out.data_ptr()))
         outs.append(out)
     threads = torch.get_num_threads()
-    _C.linear_many_ptr(x.data_ptr(), _CODES[x.dtype], m, x.stride(0), entries, threads)
+    _C.linear_many_ptr(x.data_ptr(), CODES[x.dtype], m, x.stride(0), entries, threads)
     return outs
 
 
