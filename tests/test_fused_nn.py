@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -47,15 +47,16 @@ class Attention(nn.Module):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many products each call of linear_many computed."""
+    """How many products each call for siblings computed."""
     made: list[int] = []
-    real = ops.linear_many_op
+    real = ops.linear_siblings
 
-    def counted(x: torch.Tensor, codes: list[torch.Tensor], *rest: Any) -> list[torch.Tensor]:
-        made.append(len(codes))
-        return real(x, codes, *rest)
+    def counted(x: torch.Tensor, group: int) -> list[torch.Tensor]:
+        ys = real(x, group)
+        made.append(len(ys))
+        return ys
 
-    monkeypatch.setattr(ops, "linear_many_op", counted)
+    monkeypatch.setattr(ops, "linear_siblings", counted)
     return made
 
 
@@ -193,7 +194,7 @@ def test_x_that_changes_between_calls(attention: Attention, change: str) -> None
     assert_same(y, [q, *separate(attention, x)[1:]])
 
 
-@pytest.mark.parametrize("what", ("bias", "load", "assign", "scales"))
+@pytest.mark.parametrize("what", ("bias", "load", "assign"))
 def test_weights_that_change_between_calls(attention: Attention, what: str) -> None:
     x = torch.randn(2, K)
     before = separate(attention, x)[1]
@@ -202,8 +203,6 @@ def test_weights_that_change_between_calls(attention: Attention, what: str) -> N
     attention.q_proj(x)
     if what == "bias":
         layer.bias.add_(1)
-    elif what == "scales":
-        layer._buffers["scales"].mul_(2)
     else:
         other = layer_of("nf4", 33, bias=True, seed=7)
         layer.load_state_dict(other.state_dict(), assign=what == "assign")
@@ -317,6 +316,20 @@ def test_compile_takes_separate_calls(attention: Attention, calls: list[int]) ->
     assert calls == []
 
 
+def test_the_op(attention: Attention) -> None:
+    group = attention.q_proj._siblings
+    x = torch.randn(2, 3, K)
+    torch.library.opcheck(torch.ops.lowbit.linear_siblings.default, (x, id(group)))
+    number = id(group)
+    with pytest.raises(ValueError, match="lowbit::linear_many has no gradients"):
+        torch.ops.lowbit.linear_siblings(x.requires_grad_(), number)
+    unfuse(attention)
+    del group
+    gc.collect()
+    with pytest.raises(ValueError, match=f"group must be that of fused layers .*, got {number}"):
+        torch.ops.lowbit.linear_siblings(x, number)
+
+
 def test_only_plain_layers_of_one_width_are_fused() -> None:
     module = Attention()
     module.v_proj = QuantLinear.from_quant_tensor(random_weight(parse("nf4"), 64, 64))
@@ -340,7 +353,7 @@ def test_llama_has_the_same_logits(calls: list[int], dtype: torch.dtype) -> None
     model = llama().to(dtype)
     lowbit.quantize_model(model, "int4_g32", progress=False)
     plain = copy.deepcopy(model)
-    unfuse(plain)
+    assert fuse(model) == 4
     ids = torch.randint(0, 130, (2, 7))
     with torch.no_grad():
         expected = plain(ids).logits

@@ -59,6 +59,16 @@ def test_many_shapes_and_counts() -> None:
         assert torch.equal(y, lowbit.linear(x, w))
 
 
+@pytest.mark.parametrize("rows", (1, 3, 100))
+def test_many_with_int8_activations(rows: int) -> None:
+    """Weights that quantize x, alike or not, beside weights that take it as it is."""
+    names = ("int4_g32_a8", "nf4", "int4_g32_a8", "uint2_zfloat_a8", "nf4_a8t", "int4_g32")
+    weights = [ops.operands(random_weight(parse(n), 70, 96, i)) for i, n in enumerate(names)]
+    x = torch.randn(rows, 96)
+    for y, w in zip(lowbit.linear_many(x, weights), weights, strict=True):
+        assert torch.equal(y, lowbit.linear(x, w))
+
+
 @pytest.mark.parametrize("threads", (1, 2, 3, 5))
 def test_threads_do_not_change_the_result(threads: int) -> None:
     """Large enough that all threads get a part, and with column blocks and row blocks to split."""

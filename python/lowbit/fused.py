@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -78,6 +79,35 @@ def linear_many_impl(
     if x.dim() == 2:
         return outs
     return [y.view(*x.shape[:-1], y.shape[1]) for y in outs]
+
+
+class Group(Protocol):
+    """Weights that are multiplied with one x."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What lowbit::linear_many takes after x."""
+
+
+# The groups that lowbit::linear_siblings knows by number: passing their tensors one by one through
+# the dispatcher takes longer than three small products.
+groups: weakref.WeakValueDictionary[int, Group] = weakref.WeakValueDictionary()
+
+
+def linear_siblings_impl(device_type: str, x: Tensor, group: int) -> list[Tensor]:
+    """lowbit::linear_siblings on a device."""
+    return linear_many_impl(device_type, x, *_arguments(group))
+
+
+def linear_siblings_fake(x: Tensor, group: int) -> list[Tensor]:
+    """Empty results."""
+    return [x.new_empty((*x.shape[:-1], n)) for n in _arguments(group)[-2]]
+
+
+def _arguments(group: int) -> tuple[Any, ...]:
+    found = groups.get(group)
+    if found is None:
+        raise ValueError(f"group must be that of fused layers that exist, got {group}")
+    return found.arguments()
 
 
 def _check_linear_many(

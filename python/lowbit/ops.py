@@ -32,6 +32,7 @@ _SCHEMAS = {
         f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? gate, Tensor? residual, {_MEANING}, "
         "str? activation) -> Tensor"
     ),
+    "linear_siblings": "(Tensor x, int group) -> Tensor[]",
     "linear_many": (
         "(Tensor x, Tensor[] codes, Tensor?[] scales, Tensor?[] zeros, Tensor?[] table, "
         "Tensor?[] bias, str[] format, str layout, SymInt[] n, SymInt k) -> Tensor[]"
@@ -132,7 +133,7 @@ def call_linear_many(
     layouts_given = {w.layout for w in weights}
     if needs_grad or len(layouts_given) != 1:  # also no weights at all
         return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
-    return linear_many_op(
+    return _linear_many(
         x,
         [w.codes for w in weights],
         [w.scales for w in weights],
@@ -418,6 +419,7 @@ _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (_inference_linear_impl, _inference_linear_fake),
     "linear_trainable": (_linear_impl, _linear_fake),
     "linear_epilogue": (fused.linear_epilogue_impl, fused.linear_epilogue_fake),
+    "linear_siblings": (fused.linear_siblings_impl, fused.linear_siblings_fake),
     "linear_many": (fused.linear_many_impl, fused.linear_many_fake),
     "dequantize": (_dequantize_impl, _dequantize_fake),
     "embedding": (_embedding_impl, _embedding_fake),
@@ -473,7 +475,8 @@ torch.library.register_autograd(
 _linear = torch.ops.lowbit.linear.default
 _linear_trainable = torch.ops.lowbit.linear_trainable.default
 _linear_epilogue = torch.ops.lowbit.linear_epilogue.default
-linear_many_op = torch.ops.lowbit.linear_many.default
+linear_siblings = torch.ops.lowbit.linear_siblings.default
+_linear_many = torch.ops.lowbit.linear_many.default
 _dequantize = torch.ops.lowbit.dequantize.default
 _embedding = torch.ops.lowbit.embedding.default
 _codebook_grad = torch.ops.lowbit.codebook_grad.default

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import layouts, ops
+from lowbit import fused, layouts, ops
 
 if TYPE_CHECKING:
     from lowbit.nn.linear import QuantLinear
@@ -45,6 +45,9 @@ class Siblings:
     def __setstate__(self, layers: list[QuantLinear]) -> None:
         self.layers = layers
         self._pending = threading.local()
+        self._held: Sequence[tuple[Tensor, Tensor | None]] = ()
+        self._arguments: tuple[Any, ...] = ()
+        fused.groups[id(self)] = self
         for layer in layers:
             layer._siblings = self
 
@@ -52,7 +55,7 @@ class Siblings:
         """Lets every layer compute its own product from now on."""
         for layer in self.layers:
             layer._siblings = None
-        self.layers = []
+        self.layers, self._held, self._arguments = [], (), ()
 
     def product(self, layer: QuantLinear, x: Tensor) -> Tensor | None:
         """x W^T + bias of `layer`, or None if it has to compute it itself."""
@@ -72,30 +75,44 @@ class Siblings:
             return None
         return self._compute(layer, x, call)
 
-    def _compute(self, layer: QuantLinear, x: Tensor, call: tuple[Any, ...]) -> Tensor | None:
-        layers = self.layers
-        buffers = [each._buffers for each in layers]
-        device = buffers[0]["codes"].device
-        if any(each._trained for each in layers) or any(
-            b["codes"].device != device for b in buffers
-        ):
-            return None
-        biases = [each._parameters["bias"] for each in layers]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *biases)):
-            return None
-        ys = ops.linear_many_op(
-            ops.autocast(x),
+    def arguments(self) -> tuple[Any, ...]:
+        """What lowbit::linear_many takes after x, made anew when a layer has other tensors."""
+        held = [(each._buffers["codes"], each._parameters["bias"]) for each in self.layers]
+        for (codes, bias), (old_codes, old_bias) in zip(held, self._held, strict=False):
+            if codes is not old_codes or bias is not old_bias:
+                break
+        else:
+            if self._held:
+                return self._arguments
+        self._held, self._arguments = held, self._make_arguments()
+        return self._arguments
+
+    def _make_arguments(self) -> tuple[Any, ...]:
+        buffers = [each._buffers for each in self.layers]
+        return (
             [b["codes"] for b in buffers],
             [b["scales"] for b in buffers],
             [b["zeros"] for b in buffers],
             [b["table"] for b in buffers],
-            biases,
-            [each._spec for each in layers],
-            layouts.kernel_layout(device),
-            [each.shape[0] for each in layers],
-            layer.shape[1],
+            [each._parameters["bias"] for each in self.layers],
+            [each._spec for each in self.layers],
+            layouts.kernel_layout(buffers[0]["codes"].device),
+            [each.shape[0] for each in self.layers],
+            self.layers[0].shape[1],
         )
-        results = {id(each): (_state(each), y) for each, y in zip(layers, ys, strict=True)}
+
+    def _compute(self, layer: QuantLinear, x: Tensor, call: tuple[Any, ...]) -> Tensor | None:
+        grad = torch.is_grad_enabled()
+        for each in self.layers:
+            bias = each._parameters["bias"]
+            if each._trained or (grad and bias is not None and bias.requires_grad):
+                return None
+            if each._buffers["codes"].device != x.device:
+                return None
+        if (grad and x.requires_grad) or torch.jit.is_tracing():
+            return None
+        ys = ops.linear_siblings(ops.autocast(x), id(self))
+        results = {id(each): (_state(each), y) for each, y in zip(self.layers, ys, strict=True)}
         own: Tensor = results.pop(id(layer))[1]
         self._pending.value = _Pending(x, call, results)
         return own
@@ -117,21 +134,21 @@ def _modes() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), autocast, torch.get_autocast_dtype("cpu") if autocast else None
 
 
-def _state(layer: QuantLinear) -> list[tuple[Any, ...]]:
-    """What a change of the weights changes: which tensors they are, their versions and places."""
-    b = layer._buffers
-    tensors = [b.get(name) for name in ("codes", "scales", "zeros", "table")]
-    return [
-        (id(t), 0 if t.is_inference() else t._version, t.data_ptr(), t.requires_grad)
-        for t in (*tensors, layer._parameters["bias"])
-        if t is not None
-    ]
+def _state(layer: QuantLinear) -> tuple[Any, ...]:
+    """What loading, moving and training change. Only of the bias is a write in place noticed: the
+    codebook's tensors belong to the layer.
+    """
+    bias = layer._parameters["bias"]
+    if bias is None:
+        return (id(layer._buffers["codes"]),)
+    return (id(layer._buffers["codes"]), id(bias), 0 if bias.is_inference() else bias._version)
 
 
 def fuse(model: nn.Module) -> int:
     """Lets the q/k/v and gate/up projections of a model compute their products together.
 
-    Results are bit for bit those of separate calls. A module qualifies if it has children of these
+    Results are bit for bit those of separate calls. It saves parallel regions: worth trying where
+    several threads run small layers. One thread gains nothing. A module qualifies if it has children of these
     names that are QuantLinear with the same number of input features; one that is fused already
     stays so. What the fused layers require of x: `Siblings`. deepcopy and pickle of the modules
     around them keep them fused, those of a single layer do not.

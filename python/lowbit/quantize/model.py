@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lowbit.formats import Format
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, fuse
+from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.quantize.methods import quantize
 from lowbit.quantize.names import Recipe, Selection
 from lowbit.quantize.progress import bar
@@ -36,8 +36,7 @@ def quantize_model(
 
     Args:
         model: any module. Its `nn.Linear` layers become `lowbit.nn.QuantLinear`; everything else
-            stays, but for an `nn.Embedding` that a recipe names. Projections that take the same
-            input are computed together (`lowbit.nn.fuse`).
+            stays, but for an `nn.Embedding` that a recipe names.
         format: a Format or its name for every linear, or a recipe {pattern: format or None}: the
             first pattern that matches the module's name counts, and no match means None, "leave
             it". How a pattern matches: `lowbit.quantize.Selection`.
@@ -71,7 +70,6 @@ def quantize_model(
                 setattr(model.get_submodule(parent), child, module)
             report.layers.append(row)
             advance()
-    fuse(model)
     return report
 
 
