@@ -205,6 +205,7 @@ const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
   if (k.codec == Codec::kInt && d.codec != Codec::kInt) return "integers only";
   if (k.compute == Dtype::kI8 && k.codec != d.codec) return "codebooks only";
   if (k.scope != d.scope) return "another table scope";
+  if (k.scope == Scope::kColumn && k.compute == Dtype::kBf16 && d.zero != ZeroMode::kNone) return "no zero points";
   if (!(isa_mask & k.isa)) return "instruction set not available";
   if (!k.exact_x[static_cast<int>(d.x)]) {
     return d.x == Dtype::kI8 ? "needs float activations" : "would round the activations";
