@@ -79,10 +79,11 @@ $(PEERS)/.built: $(PEERS)/.ready $(SOURCES)
 
 peers: $(PEERS)/.built
 
-# On an idle machine: measures, and writes the result files and the tables of README.md.
-bench: $(VENV)/.built
-	$(BIN)/python benchmarks/record.py
-	$(BIN)/python benchmarks/report.py
+# On an idle machine: measures, and writes the result files, the tables of README.md and the plots.
+bench: $(PEERS)/.built
+	$(PEERS)/bin/python benchmarks/record.py
+	$(PEERS)/bin/python benchmarks/peers.py
+	$(PEERS)/bin/python benchmarks/report.py
 
 clean:
 	rm -rf build $(VENV) $(PEERS)

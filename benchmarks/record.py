@@ -9,6 +9,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ def lowbit(*arguments: str) -> dict[str, Any]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def machine() -> dict[str, Any]:
-    """The CPU, the versions and the commit."""
+def machine(packages: Iterable[str] = ("lowbit", "torch", "transformers")) -> dict[str, Any]:
+    """The CPU, the versions of packages and the commit."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -33,7 +34,6 @@ def machine() -> dict[str, Any]:
         cpu = next((value.strip() for key, _, value in lines if key.strip() == "model name"), cpu)
     git = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
-    packages = ("lowbit", "torch", "transformers")
     return {
         "cpu": cpu,
         "system": platform.platform(),

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from evaluate import full_table, ratios, summary_table
+
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 MIB = 1 << 20
@@ -85,19 +87,48 @@ def about(data: dict[str, Any]) -> str:
     return f"{m['cpu']}, {versions}, commit {m['commit']}."
 
 
+def peers_tables(data: dict[str, Any]) -> tuple[str, str]:
+    """The summary for README.md, and the table of every format and M for a file beside the results."""
+    found = ratios(data)
+    shapes = ", ".join(f"{n}x{k}" for n, k in sorted({r.shape for r in found}))
+    caption = (
+        "Time of the fastest rival over our time (above 1: we are faster; bold: the target on 1 / 2 threads is met). "
+        f"{about(data)} Linears of {shapes}; exact bf16 activations unless said; candidates take turns, weights rotate "
+        "through more than twice the last-level cache, and each result is first checked against float64. "
+    )
+    cost = data["overhead"]
+    own = (
+        f"A call on a {cost['n']}x{cost['k']} layer takes {cost['op_ns'] / 1e3:.1f} us, an empty torch op with "
+        f"the same arguments {cost['empty_ns'] / 1e3:.1f} us (target: at most {cost['target_ns'] / 1e3:g} us more). "
+    )
+    where = "Every format and M: [peers.md](benchmarks/results/peers.md)."
+    note = "The worst shape is named with the rival that won there."
+    full = f"# Side by side\n\n{caption}{note}\n\n{full_table(found)}\n"
+    return f"{caption}{own}{where}\n\n{summary_table(found)}", full
+
+
 def main() -> None:
-    """Rewrites README.md, or with --check fails if it differs from the files."""
-    readme = ROOT / "README.md"
+    """Rewrites README.md, peers.md and the plots, or with --check fails if a text differs from the result files."""
+    readme, full = ROOT / "README.md", ROOT / "benchmarks" / "results" / "peers.md"
     text = readme.read_text()
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    tables = f"{model_table(load('model'))}\n\n{kernel_table(load('kernels'))}\n"
-    new = head + BEGIN + tables + END + tail
+    peers = load("peers")
+    summary, every = peers_tables(peers)
+    parts = (model_table(load("model")), kernel_table(load("kernels")), summary)
+    new = head + BEGIN + "\n\n".join(parts) + "\n" + END + tail
     if "--check" in sys.argv[1:]:
-        if new != text:
-            raise SystemExit("README.md differs from benchmarks/results: run benchmarks/report.py")
-    else:
-        readme.write_text(new)
+        for path, expected in ((readme, new), (full, every)):
+            if path.read_text() != expected:
+                raise SystemExit(
+                    f"{path.name} differs from benchmarks/results: run benchmarks/report.py"
+                )
+        return
+    readme.write_text(new)
+    full.write_text(every)
+    from plots import draw  # matplotlib is in the peers' environment alone
+
+    draw(peers, full.parent)
 
 
 if __name__ == "__main__":
