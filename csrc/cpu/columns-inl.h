@@ -70,12 +70,18 @@ inline void transpose(__m512i (&rows)[16]) {
   unroll<16>([&](auto i) LOWBIT_INLINE { rows[i] = out[i]; });
 }
 
+// The codes of a vector of 16 columns.
+template <int B>
+inline const uint8_t* column_codes(const Launch& l, int64_t block, int64_t vector) {
+  return l.codes + block * num_chunks(l.k) * chunk_bytes(B) + vector * vector_bytes(B);
+}
+
 // Spans [begin, end) of 16 columns: slab[column][span][vector][64 bytes], columns kSlabVecs vectors apart.
 template <int B>
 inline void transpose_slab(const Launch& l, int64_t block, int vector, int64_t begin, int64_t end, uint8_t* slab) {
   using S = ColumnSpan<B>;
   const int64_t chunks = num_chunks(l.k);
-  const uint8_t* codes = l.codes + block * chunks * chunk_bytes(B) + vector * vector_bytes(B);
+  const uint8_t* codes = column_codes<B>(l, block, vector);
   for (int64_t span = begin; span < end; ++span) {
     for (int vec = 0; vec < S::kVecs; ++vec) {
       __m512i rows[16];
@@ -122,7 +128,22 @@ struct Slab {
   int64_t block, begin, end, spans_per_group;  // in spans
   int vector;
   const uint8_t* data;
+  int64_t group;                                    // of the first span
+  alignas(64) float scales[kSlabVecs][kUnitLanes];  // of each group that the slab meets
+  const uint8_t* next;                              // codes of the slab after it, to be fetched meanwhile
 };
+
+// Fetches a part of the next slab into L2: else a transposition waits for memory, and memory for the products.
+template <int B>
+LOWBIT_INLINE inline void prefetch_next(const Slab& slab, int64_t part, int64_t parts) {
+  using S = ColumnSpan<B>;
+  const int64_t lines = (slab.end - slab.begin) * S::kVecs * 16, first = lines * part / parts;
+  for (int64_t i = first; i < lines * (part + 1) / parts; ++i) {
+    const int64_t span = slab.begin + i / (16 * S::kVecs), line = i % (16 * S::kVecs);
+    const int64_t chunk = span * S::kChunks + line / B;
+    _mm_prefetch((const char*)slab.next + chunk * chunk_bytes(B) + line % B * kUnitBytes, _MM_HINT_T1);
+  }
+}
 
 // y[row][16] += the products of kColumns columns with kRows rows over a slab.
 template <int B, int kRows, int kColumns>
@@ -144,6 +165,7 @@ inline void multiply_columns(const Launch& l, const Slab& slab, const ColumnTabl
     sum[c][r] = zero();
     unroll<kParts>([&](auto p) LOWBIT_INLINE { acc[p][c][r] = zero(); });
   });
+  int64_t group = 0, group_end = (slab.group + 1) * slab.spans_per_group;
   for (int64_t span = slab.begin; span < slab.end; ++span, x += S::kWeights) {
     unroll<S::kSteps>([&](auto s) LOWBIT_INLINE {
       unroll<kColumns>([&](auto c) LOWBIT_INLINE {
@@ -155,11 +177,9 @@ inline void multiply_columns(const Launch& l, const Slab& slab, const ColumnTabl
         });
       });
     });
-    if ((span + 1) % slab.spans_per_group != 0 && span + 1 < slab.end) continue;
-    const int64_t term = (slab.block * l.num_groups + span / slab.spans_per_group) * kBlockN;
+    if (span + 1 < group_end && span + 1 < slab.end) continue;
     unroll<kColumns>([&](auto c) LOWBIT_INLINE {
-      const int64_t i = term + slab.vector * kUnitLanes + column + c;
-      const F scale = l.scales ? set1(_mm512_cvtss_f32(load_tail(l.scales, l.scale_dtype, i, 1))) : set1(1.0f);
+      const F scale = set1(slab.scales[group][column + c]);
       unroll<kRows>([&](auto r) LOWBIT_INLINE {
         F total = acc[0][c][r];
         unroll<kParts - 1>([&](auto p) LOWBIT_INLINE { total = add(total, acc[p + 1][c][r]); });
@@ -167,6 +187,8 @@ inline void multiply_columns(const Launch& l, const Slab& slab, const ColumnTabl
         unroll<kParts>([&](auto p) LOWBIT_INLINE { acc[p][c][r] = zero(); });
       });
     });
+    ++group;
+    group_end += slab.spans_per_group;
   }
   each([&](auto c, auto r) LOWBIT_INLINE { y[r * kUnitLanes + column + c] += lowbit::LOWBIT_ISA::sum(sum[c][r]); });
 }
@@ -198,16 +220,25 @@ void columns_run(const Launch& l, int64_t begin, int64_t end) {
         if (l.table_groups > 1 && slab.end > group_end) slab.end = group_end;
         if (slab.end > spans) slab.end = spans;
         transpose_slab<B>(l, slab.block, slab.vector, slab.begin, slab.end, data);
-        if (slab.begin == 0 || l.table_groups > 1) {
-          tables.read(l, slab.block, slab.vector, slab.begin / slab.spans_per_group);
+        slab.group = slab.begin / slab.spans_per_group;
+        for (int64_t g = slab.group; g * slab.spans_per_group < slab.end; ++g) {
+          const int64_t i = (slab.block * l.num_groups + g) * kBlockN + slab.vector * kUnitLanes;
+          store(slab.scales[g - slab.group], l.scales ? load_as(l.scales, l.scale_dtype, i) : set1(1.0f));
         }
+        if (slab.begin == 0 || l.table_groups > 1) {
+          tables.read(l, slab.block, slab.vector, slab.group);
+        }
+        slab.next = slab.vector + 1 < kBlockN / kUnitLanes ? column_codes<B>(l, slab.block, slab.vector + 1)
+                                                           : column_codes<B>(l, slab.block + 1, 0);
         const int64_t fours = rows / 4 * 4;
         for (int column = 0; column < kUnitLanes; column += 4) {
+          if (fours > 0) prefetch_next<B>(slab, column / 4, kUnitLanes / 4);
           for (int64_t m = 0; m < fours; m += 4) {
             multiply_columns<B, 4, 4>(l, slab, tables, m_begin + m, column, y + m * kUnitLanes);
           }
         }
         for (int column = 0; column < kUnitLanes; column += 2) {
+          if (fours == 0) prefetch_next<B>(slab, column / 2, kUnitLanes / 2);
           int64_t m = fours;
           for (; m + 2 <= rows; m += 2) {
             multiply_columns<B, 2, 2>(l, slab, tables, m_begin + m, column, y + m * kUnitLanes);

@@ -153,6 +153,16 @@ inline void prepare_f32(const Launch& l, int64_t begin, int64_t end) {
   }
 }
 
+// The tiles of a block pass over its codes one after the other. The first fetches them all, ahead of their use by 4 to
+// 8 KiB; the others then find them in L2, unless they do not fit.
+inline bool fetches_codes(int64_t block_bytes, int64_t m0, int lane0) {
+  return (m0 == 0 && lane0 == 0) || block_bytes > (512 << 10);
+}
+template <int B>
+LOWBIT_INLINE inline void prefetch_chunk(const uint8_t* codes) {
+  unroll<chunk_bytes(B) / kUnitBytes>([&](auto i) LOWBIT_INLINE { prefetch(codes + 6144 + i * kUnitBytes); });
+}
+
 // How a family multiplies: kSteps steps of kStepK weights cover a chunk.
 template <class C>
 struct ComputeF32 {

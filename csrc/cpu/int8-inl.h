@@ -173,10 +173,11 @@ inline int64_t chunks_of_group(const Launch& l) { return l.num_groups == 1 ? num
 
 // Few rows: codes are decoded in registers and met by all of them.
 template <class C, int kRows, int kVecs>
-inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t m0, int valid_rows, int lane0) {
+inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t m0, int64_t valid_rows, int lane0) {
   constexpr int kBits = C::kBits, kColumns = kVecs * kVecLanes;
   const int64_t chunks = num_chunks(l.k), chunks_per_group = chunks_of_group(l);
   const uint8_t* codes = l.codes + block * chunks * chunk_bytes(kBits);
+  const bool fetches = fetches_codes(chunks * chunk_bytes(kBits), m0, lane0);
   int64_t rows[kRows];
   const int8_t* x[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -199,10 +200,8 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
       unroll<kVecs>([&](auto v) LOWBIT_INLINE {
         const int lane = lane0 + v * kVecLanes;
         columns[v] = base + lane / kUnitLanes * vector_bytes(kBits) + lane % kUnitLanes * 4;
-        if (lane % kUnitLanes == 0) {
-          unroll<kBits>([&](auto u) LOWBIT_INLINE { prefetch(columns[v] + 6144 + u * kUnitBytes); });
-        }
       });
+      if (fetches) prefetch_chunk<kBits>(base);
       unroll<kDwordsPerChunk>([&](auto d) LOWBIT_INLINE {
         I w[kVecs];
         unroll<kVecs>([&](auto v) LOWBIT_INLINE { w[v] = codec.template bytes<d>(columns[v]); });
@@ -224,7 +223,7 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
 }
 
 template <class C, int kRows, int kVecs>
-inline void skinny_rows(const Launch& l, const C& codec, int64_t block, int64_t m0, int valid_rows) {
+inline void skinny_rows(const Launch& l, const C& codec, int64_t block, int64_t m0, int64_t valid_rows) {
   for (int lane = 0; lane < kBlockN; lane += kVecs * kVecLanes) {
     skinny_tile<C, kRows, kVecs>(l, codec, block, m0, valid_rows, lane);
   }
@@ -235,11 +234,14 @@ template <class C>
 void skinny_run(const Launch& l, int64_t begin, int64_t end) {
   const C codec(l);
   for (int64_t block = begin; block < end; ++block) {
-    for (int64_t m0 = 0; m0 < l.m; m0 += kSkinnyRows) {
-      const int rows = l.m - m0 < kSkinnyRows ? static_cast<int>(l.m - m0) : kSkinnyRows;
+    for (int64_t m0 = 0, rows; m0 < l.m; m0 += rows) {
+      // The first rows read memory in order, all columns at once; the others find the codes in L2.
+      const int most = m0 == 0 ? 4 : kSkinnyRows;
+      rows = l.m - m0 < most ? l.m - m0 : most;
       if (rows == 1) {
-        // Wide codes of 64 columns at once come from too many places for the prefetchers.
-        skinny_rows<C, 1, C::kBits >= 6 ? kSkinnyVecs : kTileVecs>(l, codec, block, m0, rows);
+        // All 64 columns at once: one sequential stream. Wide codes of so many come from too many places for the
+        // prefetchers.
+        skinny_rows<C, 1, C::kBits >= 6 ? kSkinnyVecs : kBlockN / kVecLanes>(l, codec, block, m0, rows);
       } else if (rows == 2) {
         skinny_rows<C, 2, kTileVecs>(l, codec, block, m0, rows);
       } else if (rows <= 4) {
