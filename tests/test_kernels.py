@@ -32,6 +32,7 @@ def legal(format: Format, kernel: dict, op: str) -> bool:
         and kernel["bits"] == format.bits
         and (kernel["scope"] == "shared") == (format.table_scope == "tensor")
         and (kernel["codec"] == "lut" or format.codec == "affine")
+        and (format.exact_in_bf16 or not kernel["bf16_table"])
     )
 
 
