@@ -71,8 +71,7 @@ struct Weight {
 
   Weight(int64_t n_, int64_t k_, int bits_, int64_t group_, bool integer, bool column_table, int64_t table_groups_,
          const std::string& zero_mode, std::optional<std::string> scale, std::optional<std::string> zero_type,
-         bool int8_x_, float table_step_,
-         bool bf16_table_)
+         bool int8_x_, float table_step_, bool bf16_table_)
       : n(n_),
         k(k_),
         group(group_),

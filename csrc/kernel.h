@@ -102,8 +102,8 @@ struct Kernel {
   // A task is a block of 64 columns times a block of rows.
   int64_t rows_per_task;
   void (*run)(const Launch&, int64_t task_begin, int64_t task_end);
-  int32_t span = 32;  // prepared rows are padded to a multiple of it
-  int32_t terms = 1;  // numbers of `compute` whose sum is an element of x
+  int32_t span = 32;        // prepared rows are padded to a multiple of it
+  int32_t terms = 1;        // numbers of `compute` whose sum is an element of x
   bool bf16_table = false;  // only for such tables
 };
 

@@ -7,10 +7,10 @@
 namespace lowbit::avx512bf16 {
 namespace {
 constexpr Cost gemv_cost(int bits, [[maybe_unused]] Codec codec) {
-  return bits == 8 ? Cost{60, 38, 80, 4} : Cost{27, 0, 85, 4};
+  return bits == 8 ? Cost{83, 0, 105, 4} : Cost{31, 0, 80, 4};
 }
 constexpr Cost gemm_cost(int bits, [[maybe_unused]] Codec codec) {
-  return bits == 8 ? Cost{80, 20, 112, 6} : Cost{55, 12, 112, 6};
+  return bits == 8 ? Cost{80, 68, 122, 6} : Cost{51, 28, 113, 6};
 }
 }  // namespace
 }  // namespace lowbit::avx512bf16

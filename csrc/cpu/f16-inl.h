@@ -1,5 +1,5 @@
-// fp16 activations with AVX-512 BF16, for tables that are exact in bf16: an fp16 number, 11 bits of mantissa, is the sum
-// of two bf16 numbers of 8 and 3 bits, so two vdpbf16ps make the products exactly. The exponents of fp16, subnormal
+// fp16 activations with AVX-512 BF16, for tables that are exact in bf16: an fp16 number, 11 bits of mantissa, is the
+// sum of two bf16 numbers of 8 and 3 bits, so two vdpbf16ps make the products exactly. The exponents of fp16, subnormal
 // numbers too, lie well within those of bf16.
 // A pair of weights takes 4 instructions for one row of x, where widening to fp32 takes 6: the table is looked up once
 // for two weights.
@@ -83,9 +83,8 @@ constexpr Kernel gemm_f16(const char* name) {
   return row;
 }
 
-#define LOWBIT_ROWS(B)                                    \
-  gemv_f16<B>(LOWBIT_NAME("gemv", "f16", "lut" #B)),      \
-      gemm_f16<B>(LOWBIT_NAME("gemm", "f16", "lut" #B)),
+#define LOWBIT_ROWS(B) \
+  gemv_f16<B>(LOWBIT_NAME("gemv", "f16", "lut" #B)), gemm_f16<B>(LOWBIT_NAME("gemm", "f16", "lut" #B)),
 
 const Kernel kF16Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_ROWS)};
 

@@ -8,7 +8,8 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
-// How far ahead of the codes being decoded the stream is fetched: 4 to 8 KiB measured best.
+// How far ahead of the codes being decoded several rows fetch them. One row reads one stream as fast as memory gives
+// it, and fetching ahead of the hardware took a tenth to a fourth longer; four rows take a fifth less with it.
 constexpr int64_t kPrefetchBytes = 6144;
 
 // A long group is summed in pieces of 256 weights: one long chain of additions would round worse than a dense product.
@@ -58,7 +59,7 @@ inline void gemv_tile(const Launch& l, const typename Compute::Codec& codec, int
         unroll<kVecs>([&](auto v) LOWBIT_INLINE {
           const int lane = lane0 + v * kVecLanes;
           columns[v] = codes + c * chunk_bytes(kBits) + lane / kUnitLanes * vector_bytes(kBits) + lane % kUnitLanes * 4;
-          if (lane % kUnitLanes == 0) {
+          if (kRows > 1 && lane % kUnitLanes == 0) {
             unroll<kBits>([&](auto u) LOWBIT_INLINE { prefetch(columns[v] + kPrefetchBytes + u * kUnitBytes); });
           }
         });

@@ -200,7 +200,10 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
         const int lane = lane0 + v * kVecLanes;
         columns[v] = base + lane / kUnitLanes * vector_bytes(kBits) + lane % kUnitLanes * 4;
         if (lane % kUnitLanes == 0) {
-          unroll<kBits>([&](auto u) LOWBIT_INLINE { prefetch(columns[v] + 6144 + u * kUnitBytes); });
+          // As in gemv-inl.h.
+          if (kRows > 1) {
+            unroll<kBits>([&](auto u) LOWBIT_INLINE { prefetch(columns[v] + 6144 + u * kUnitBytes); });
+          }
         }
       });
       unroll<kDwordsPerChunk>([&](auto d) LOWBIT_INLINE {
