@@ -67,17 +67,19 @@ struct Weight {
   std::optional<Dtype> scale_dtype, zero_dtype;
   bool int8_x;       // float activations are quantized to int8
   float table_step;  // of the table as int8 (int8.h)
+  bool bf16_table;
 
   Weight(int64_t n_, int64_t k_, int bits_, int64_t group_, bool integer, bool column_table, int64_t table_groups_,
          const std::string& zero_mode, std::optional<std::string> scale, std::optional<std::string> zero_type,
-         bool int8_x_, float table_step_)
+         bool int8_x_, float table_step_, bool bf16_table_)
       : n(n_),
         k(k_),
         group(group_),
         table_groups(table_groups_),
         bits(bits_),
         int8_x(int8_x_),
-        table_step(table_step_) {
+        table_step(table_step_),
+        bf16_table(bf16_table_ || integer) {
     if (n < 0 || k < 1 || n > INT32_MAX || k > INT32_MAX) {
       fail("shape must be (n >= 0, k >= 1) and below 2^31, got (" + std::to_string(n) + ", " + std::to_string(k) + ")");
     }
@@ -107,7 +109,7 @@ struct Weight {
 
   Desc desc(Op op, Dtype x, int64_t m, int threads) const {
     if (op == Op::kLinear && int8_x) x = Dtype::kI8;
-    return {op, x, codec, bits, scope, zero, m, n, k, group, threads};
+    return {op, x, codec, bits, scope, zero, m, n, k, group, threads, bf16_table};
   }
 
   Launch launch(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table) const {
@@ -368,10 +370,9 @@ void py_quantize_int8(uint64_t x, int x_dtype, int64_t m, int64_t k, int64_t x_s
 
 py::list py_kernels() {
   py::list rows;
-  int index = 0;
   for (const Kernel* k : kernels()) {
     py::dict row;
-    row["index"] = index++;
+    row["index"] = rows.size();
     row["name"] = k->name;
     row["op"] = k->op == Op::kLinear ? "linear" : "dequantize";
     row["compute"] = dtype_name(k->compute);
@@ -381,6 +382,7 @@ py::list py_kernels() {
     row["isa"] = isa_name(k->isa);
     row["available"] = (detect_isa() & k->isa) != 0;
     row["group_multiple"] = k->chunk_groups ? k->span : 1;
+    row["bf16_table"] = k->bf16_table;
     py::list x;
     for (Dtype d : {Dtype::kF32, Dtype::kBf16, Dtype::kF16, Dtype::kI8}) {
       if (k->exact_x[static_cast<int>(d)]) x.append(dtype_name(d));
@@ -466,11 +468,11 @@ PYBIND11_MODULE(_C, m) {
   bind_decoder(m);
   py::class_<Weight>(m, "Weight", "What a weight in n16 layout is, apart from its bytes (csrc/kernel.h).")
       .def(py::init<int64_t, int64_t, int, int64_t, bool, bool, int64_t, const std::string&, std::optional<std::string>,
-                    std::optional<std::string>, bool, float>(),
+                    std::optional<std::string>, bool, float, bool>(),
            py::kw_only(), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group"), py::arg("integer") = false,
            py::arg("column_table") = false, py::arg("table_groups") = 1, py::arg("zero") = "none",
            py::arg("scale_dtype") = py::none(), py::arg("zero_dtype") = py::none(), py::arg("int8_x") = false,
-           py::arg("table_step") = 0.0f)
+           py::arg("table_step") = 0.0f, py::arg("bf16_table") = false)
       .def("linear_ptr", &Weight::linear)
       .def("linear_epilogue_ptr", &Weight::linear_epilogue)
       .def("linear_int8_ptr", &Weight::linear_int8)

@@ -13,7 +13,8 @@
 
 namespace lowbit {
 
-#define LOWBIT_FOREACH_UNIT(X) X(scalar) X(scalar_int8) X(avx2) X(avx2_int8) X(avx512) X(avx512bf16) X(avx512vnni)
+#define LOWBIT_FOREACH_UNIT(X) \
+  X(scalar) X(scalar_int8) X(avx2) X(avx2_int8) X(avx2_nibbles) X(avx512) X(avx512bf16) X(avx512bf16_f16) X(avx512vnni)
 #define LOWBIT_DECLARE(unit) const Kernel* kernels_##unit(int* count);
 LOWBIT_FOREACH_UNIT(LOWBIT_DECLARE)
 void embed_rows(const Launch& l, int bits, Scope scope, const int64_t* indices, int64_t begin, int64_t end,
@@ -104,7 +105,7 @@ size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 int64_t prepared_stride(const Kernel& kernel, const Launch& l) {
   // An odd number of lines: rows then start in different sets of a cache.
   if (kernel.compute == Dtype::kI8) return (ceil_div(l.k, 64) | 1) * 64;
-  return ceil_div(l.k, kernel.span) * kernel.span;
+  return ceil_div(l.k, kernel.span) * kernel.span * kernel.terms;
 }
 bool needs_sums(const Kernel& kernel, const Launch& l) {
   return kernel.compute == Dtype::kI8 || (l.zero != ZeroMode::kNone && kernel.chunk_groups);
@@ -206,6 +207,9 @@ const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
   if (k.compute == Dtype::kI8 && k.codec != d.codec) return "codebooks only";
   if (k.scope != d.scope) return "another table scope";
   if (k.scope == Scope::kColumn && k.compute == Dtype::kBf16 && d.zero != ZeroMode::kNone) return "no zero points";
+  // A look-up among 256 entries costs more than the second product saves.
+  if (k.terms > 1 && k.bits == 8 && d.codec == Codec::kInt) return "codebooks only";
+  if (k.bf16_table && !d.bf16_table) return "table is not exact in bf16";
   if (!(isa_mask & k.isa)) return "instruction set not available";
   if (!k.exact_x[static_cast<int>(d.x)]) {
     return d.x == Dtype::kI8 ? "needs float activations" : "would round the activations";

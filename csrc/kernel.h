@@ -34,6 +34,7 @@ struct Desc {
   int64_t m, n, k;
   int64_t group;  // at least 1; k or more means the whole row
   int32_t threads = 1;
+  bool bf16_table = false;  // every table entry is a bf16 number
 };
 
 // What follows y = x W^T + bias in fp32, before the one rounding: out = activation(y) + residual, or with a gate
@@ -101,7 +102,9 @@ struct Kernel {
   // A task is a block of 64 columns times a block of rows.
   int64_t rows_per_task;
   void (*run)(const Launch&, int64_t task_begin, int64_t task_end);
-  int32_t span = 32;  // prepared rows are padded to a multiple of it
+  int32_t span = 32;        // prepared rows are padded to a multiple of it
+  int32_t terms = 1;        // numbers of `compute` whose sum is an element of x
+  bool bf16_table = false;  // only for such tables
 };
 
 }  // namespace lowbit

@@ -69,6 +69,14 @@ def test_fp16_is_never_rounded_to_bf16() -> None:
     assert "_f32_" in int4().select("linear", "fp32", 1)
 
 
+@pytest.mark.skipif("avx512bf16" not in _C.isa_active(), reason="this CPU has no avx512bf16")
+def test_fp16_is_split_where_the_table_is_exact_in_bf16() -> None:
+    for exact in (int4(integer=True), int4(bf16_table=True)):
+        assert exact.select("linear", "fp16", 1) == "gemv_f16_lut4_n16_avx512bf16"
+        assert "_f32_" in exact.select("linear", "fp32", 1)
+        assert "_bf16_" in exact.select("linear", "bf16", 1)
+
+
 def test_every_request_has_a_row_and_every_other_row_a_reason() -> None:
     for group in (1, 7, 32, 100, 64):
         for bits in (1, 2, 3, 4, 5, 6, 8):

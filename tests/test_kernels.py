@@ -32,6 +32,8 @@ def legal(format: Format, kernel: dict, op: str) -> bool:
         and kernel["bits"] == format.bits
         and (kernel["scope"] == "shared") == (format.table_scope == "tensor")
         and (kernel["codec"] == "lut" or format.codec == "affine")
+        and (format.exact_in_bf16 or not kernel["bf16_table"])
+        and not (kernel["x"] == ["fp16"] and kernel["bits"] == 8 and format.codec == "affine")
     )
 
 
@@ -117,6 +119,26 @@ def test_random_x_with_bias(format: Format, kernel: dict) -> None:
             y = linear(op, x, kernel["index"], bias)
             exact = F.linear(x.double(), weight, bias.double())
             assert_close(y, exact, x, qt, weight)
+
+
+@pytest.mark.parametrize("name", ("int4_g64", "mxfp4", "int8_g64", "e4m3"))
+def test_every_fp16_enters_as_it_is(name: str) -> None:
+    """All 65536 numbers of fp16, one to a row of x, come out as x * w: subnormals, infinities and NaN too."""
+    format = parse(name)
+    k = 64
+    qt = random_weight(format, 1, k)
+    op = layouts.to_operands(qt)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    x = torch.zeros(2**16, k, dtype=torch.float16)
+    x[:, 5] = every
+    weight = reference.dequantize(qt)[0]
+    exact = every.double() * weight[5].double()
+    y = linear(op, x, -1)[:, 0].double()
+    for m in (1, 2, 4):
+        assert torch.equal(linear(op, x[1000 : 1000 + m], -1)[:, 0].double(), y[1000 : 1000 + m])
+    finite = every.isfinite() & exact.abs().lt(65504)
+    assert torch.equal(y[finite], exact[finite].to(torch.float32).to(torch.float16).double())
+    assert not bool(y[every.isinf() | every.isnan()].isfinite().any())
 
 
 def assert_close(y, exact, x, qt, weight) -> None:

@@ -3,14 +3,18 @@
 #include "cpu/vec_avx2.h"
 #include "kernel.h"
 
-// Measured on 4096 x 4096 weights rotated over 80 MiB and more, one thread of Zen 5.
+// Measured on 4096 x 4096 weights rotated over 80 MiB and more, one thread of Zen 4.
 namespace lowbit::avx2 {
 namespace {
 [[maybe_unused]] constexpr Cost gemv_cost([[maybe_unused]] int bits, [[maybe_unused]] Codec codec) {
-  return bits >= 6 && codec == Codec::kLut ? Cost{285, 0, 345, 4} : Cost{64, 0, 90, 4};
+  return bits >= 6 && codec == Codec::kLut ? Cost{424, 0, 479, 4}
+         : bits == 8                       ? Cost{94, 0, 190, 4}
+                                           : Cost{80, 0, 163, 4};
 }
 constexpr Cost gemm_cost([[maybe_unused]] int bits, [[maybe_unused]] Codec codec) {
-  return bits >= 6 && codec == Codec::kLut ? Cost{430, 390, 90, 6} : Cost{180, 130, 90, 6};
+  return bits >= 6 && codec == Codec::kLut ? Cost{600, 530, 118, 6}
+         : bits == 8                       ? Cost{285, 220, 115, 6}
+                                           : Cost{236, 175, 115, 6};
 }
 }  // namespace
 }  // namespace lowbit::avx2

@@ -96,13 +96,14 @@ struct WordLut {
   explicit WordLut(const Launch& l) : table(l.table) {}
 };
 
-template <int B>
+template <int B, int kXTerms = 1>
 struct ComputeBf16 {
   using Codec = WordLut<B>;
   using X = uint16_t;
   using Broadcast = __m512i;
   static constexpr Dtype kType = Dtype::kBf16;
   static constexpr int kStepK = 2;
+  static constexpr int kTerms = kXTerms;
   template <int S>
   LOWBIT_INLINE static __m512i value(const Codec& codec, const uint8_t* block) {
     return codec.table.template value<S>(block);
@@ -127,6 +128,21 @@ inline void prepare_bf16(const Launch& l, int64_t begin, int64_t end) {
   }
 }
 
+// Sums of row m of x over each group, its first chunk at `row`.
+template <int kTerms>
+inline void sum_chunks(const Launch& l, int64_t m, const uint16_t* row) {
+  const int64_t chunks = num_chunks(l.k), chunks_per_group = l.num_groups == 1 ? chunks : l.group / kChunkK;
+  for (int64_t g = 0; g < l.num_groups; ++g) {
+    const int64_t chunk_end = (g + 1) * chunks_per_group < chunks ? (g + 1) * chunks_per_group : chunks;
+    F total = zero();
+    for (int64_t c = g * chunks_per_group; c < chunk_end; ++c) {
+      const uint16_t* in = row + c * l.m * kChunkK * kTerms;
+      for (int i = 0; i < kChunkK * kTerms; i += kUnitLanes) total = add(total, load_bf16(in + i));
+    }
+    l.x_sums[m * l.num_groups + g] = sum(total);
+  }
+}
+
 // Rows [begin, end) of bf16 x as the panels meet them: [k / 32][row][32], zero beyond k. The rows of a tile are then
 // one stream, where rows that lie a power of two apart would share few sets of the cache.
 inline void prepare_bf16_chunks(const Launch& l, int64_t begin, int64_t end) {
@@ -139,17 +155,7 @@ inline void prepare_bf16_chunks(const Launch& l, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < chunks; ++c) {
       _mm512_storeu_si512(out + c * l.m * kChunkK, load_i(c + 1 < chunks ? x + c * kChunkK : last));
     }
-    if (!l.x_sums) continue;
-    const int64_t chunks_per_group = l.num_groups == 1 ? chunks : l.group / kChunkK;
-    for (int64_t g = 0; g < l.num_groups; ++g) {
-      const int64_t chunk_end = (g + 1) * chunks_per_group < chunks ? (g + 1) * chunks_per_group : chunks;
-      F total = zero();
-      for (int64_t c = g * chunks_per_group; c < chunk_end; ++c) {
-        const uint16_t* in = out + c * l.m * kChunkK;
-        total = add(total, add(load_bf16(in), load_bf16(in + kUnitLanes)));
-      }
-      l.x_sums[m * l.num_groups + g] = sum(total);
-    }
+    if (l.x_sums) sum_chunks<1>(l, m, out);
   }
 }
 
@@ -184,22 +190,23 @@ struct Span {
 
 // Multiplies a panel; wherever a group ends, adds its scaled sums to `y`. The sums of an unfinished group go to
 // `carry`. Both are (rows, 64).
-template <int kRows>
+template <int kRows, int kTerms>
 inline void multiply_words(const Launch& l, const Span& span, const uint16_t* panel, int64_t row, float* carry_row,
                            float* y_row) {
   using Compute = ComputeBf16<1>;  // the product is the same for all bit widths
   F acc[kRows][kColumnVecs];
   unroll<kRows>([&](auto r) LOWBIT_INLINE { unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = zero(); }); });
-  const uint16_t* x = static_cast<const uint16_t*>(l.prepared) + (span.first_row + row) * kChunkK;
+  const uint16_t* x = static_cast<const uint16_t*>(l.prepared) + (span.first_row + row) * kChunkK * kTerms;
   const int64_t chunks = num_chunks(l.k);
   for (int64_t c = span.chunk; c < span.chunk_end; ++c) {
-    const uint16_t* xc = x + c * l.m * kChunkK;
+    const uint16_t* xc = x + c * l.m * kChunkK * kTerms;
     for (int pair = 0; pair < kPairsPerChunk; ++pair) {
       __m512i w[kColumnVecs];
       unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { w[v] = load_i(panel + v * 2 * kUnitLanes); });
-      unroll<kRows>([&](auto r) LOWBIT_INLINE {
-        unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
-          acc[r][v] = Compute::dot(acc[r][v], Compute::broadcast(xc + r * kChunkK + 2 * pair), w[v]);
+      unroll<kTerms>([&](auto t) LOWBIT_INLINE {
+        unroll<kRows>([&](auto r) LOWBIT_INLINE {
+          const __m512i xt = Compute::broadcast(xc + r * kChunkK * kTerms + 2 * (pair * kTerms + t));
+          unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = Compute::dot(acc[r][v], xt, w[v]); });
         });
       });
       panel += 2 * kBlockN;
@@ -230,7 +237,7 @@ inline void multiply_words(const Launch& l, const Span& span, const uint16_t* pa
   });
 }
 
-template <int B>
+template <int B, int kTerms = 1>
 void gemm_words_run(const Launch& l, int64_t begin, int64_t end) {
   const WordLut<B> codec(l);
   alignas(64) uint16_t panel[kWordPanelChunks * kChunkK * kBlockN];
@@ -254,10 +261,10 @@ void gemm_words_run(const Launch& l, int64_t begin, int64_t end) {
       decode_words<B>(l, codec, span.block, span.chunk, span.chunk_end, panel);
       int64_t r = 0;
       for (; r + kWordPanelRows <= rows; r += kWordPanelRows) {
-        multiply_words<kWordPanelRows>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
+        multiply_words<kWordPanelRows, kTerms>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
       }
-      for (; r + 2 <= rows; r += 2) multiply_words<2>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
-      for (; r < rows; ++r) multiply_words<1>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
+      for (; r + 2 <= rows; r += 2) multiply_words<2, kTerms>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
+      for (; r < rows; ++r) multiply_words<1, kTerms>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
     }
     for (int64_t r = 0; r < rows; ++r) {
       store_columns(l, span.first_row + r, span.block * kBlockN, kBlockN, y + r * kBlockN);

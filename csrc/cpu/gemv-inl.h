@@ -18,8 +18,9 @@ inline void gemv_tile(const Launch& l, const typename Compute::Codec& codec, int
   using X = typename Compute::X;
   constexpr int kBits = Compute::Codec::kBits;
   constexpr int kSteps = kChunkK / Compute::kStepK;
+  constexpr int kTerms = Compute::kTerms;
   // Independent sums hide the latency of the multiply-add when few rows share a decoded value.
-  constexpr int kParts = kRows <= 2 ? 2 : 1;
+  constexpr int kParts = kRows == 1 ? 2 * kTerms : kRows == 2 ? 2 : 1;
   // Steps that one vector of columns takes before the next. One row is bound by memory: its codes are read in the
   // order in which they lie, which for 8 bits takes a third of the time. Several rows are bound by arithmetic: a
   // broadcast x serves all columns. 8 bits: two steps share a look-up.
@@ -28,7 +29,7 @@ inline void gemv_tile(const Launch& l, const typename Compute::Codec& codec, int
   const int64_t chunks_per_group = l.num_groups == 1 ? chunks : l.group / kChunkK;
   const uint8_t* codes = l.codes + block * chunks * chunk_bytes(kBits);
 
-  const bool fetches = fetches_codes(chunks * chunk_bytes(kBits), m0, lane0);
+  const bool fetches = kRows > 1 && fetches_codes(chunks * chunk_bytes(kBits), m0, lane0);
 
   const X* x[kRows];
   int64_t rows[kRows];
@@ -63,9 +64,12 @@ inline void gemv_tile(const Launch& l, const typename Compute::Codec& codec, int
             unroll<kRun>([&](auto i) LOWBIT_INLINE {
               constexpr int s = run * kRun + i;
               const auto value = Compute::template value<s>(codec, columns[v]);
-              unroll<kRows>([&](auto r) LOWBIT_INLINE {
-                F& a = acc[s % kParts][r][v];
-                a = Compute::dot(a, Compute::broadcast(x[r] + c * kChunkK + s * Compute::kStepK), value);
+              unroll<kTerms>([&](auto t) LOWBIT_INLINE {
+                unroll<kRows>([&](auto r) LOWBIT_INLINE {
+                  F& a = acc[(s * kTerms + t) % kParts][r][v];
+                  const X* at = x[r] + c * kChunkK * kTerms + (s * kTerms + t) * Compute::kStepK;
+                  a = Compute::dot(a, Compute::broadcast(at), value);
+                });
               });
             });
           });
@@ -122,7 +126,7 @@ void gemv_run(const Launch& l, int64_t begin, int64_t end) {
         m0 += 2;
         continue;
       }
-      if constexpr (kTileRows > 4) {
+      if constexpr (kTileRows > 4 && Compute::kTerms == 1) {
         if (m0 > 0 && left > 6) {
           gemv_columns<Compute, kTileRows, kTileVecs / 2>(l, codec, block, m0, left);
           m0 += left;

@@ -177,7 +177,7 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
   constexpr int kBits = C::kBits, kColumns = kVecs * kVecLanes;
   const int64_t chunks = num_chunks(l.k), chunks_per_group = chunks_of_group(l);
   const uint8_t* codes = l.codes + block * chunks * chunk_bytes(kBits);
-  const bool fetches = fetches_codes(chunks * chunk_bytes(kBits), m0, lane0);
+  const bool fetches = kRows > 1 && fetches_codes(chunks * chunk_bytes(kBits), m0, lane0);
   int64_t rows[kRows];
   const int8_t* x[kRows];
   for (int r = 0; r < kRows; ++r) {

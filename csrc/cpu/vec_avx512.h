@@ -118,7 +118,8 @@ inline F gather_column(const float* table, I code, int stride) {
   return _mm512_i32gather_ps(index, table, 4);
 }
 
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+// GCC 12 takes a function that only prefetches for one without effect and drops calls that it has not inlined.
+__attribute__((always_inline)) inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 }  // namespace
 }  // namespace LOWBIT_ISA

@@ -19,6 +19,7 @@ class KernelRow(TypedDict):
     isa: str
     available: bool
     group_multiple: int
+    bf16_table: bool
     x: list[str]
 
 def linear_many_ptr(
@@ -112,6 +113,7 @@ class Weight:
         zero_dtype: str | None = None,
         int8_x: bool = False,
         table_step: float = 0.0,
+        bf16_table: bool = False,
     ) -> None: ...
     def linear_ptr(self, *arguments: int) -> None: ...
     def linear_epilogue_ptr(self, *arguments: int) -> None: ...

@@ -217,6 +217,13 @@ class Format:
         """The f with table = f * integers in -128 .. 127, or None: what makes int8 products exact."""
         return 1.0 if self.codec == "affine" else _int8_step(self.values())
 
+    @property
+    def exact_in_bf16(self) -> bool:
+        """Whether every value of the table is a bf16 number; False if the table is fitted."""
+        # A bf16 number is an fp32 whose low 16 bits are zero.
+        values = self.values()
+        return values is not None and all(struct.pack("<f", v)[:2] == b"\0\0" for v in values)
+
     def num_groups(self, k: int) -> int:
         """Groups in a row of k weights; the last may be short."""
         return 1 if self.group is None else -(-k // self.group)

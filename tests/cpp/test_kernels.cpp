@@ -33,6 +33,14 @@ float round_bf16(float v) {
   return v;
 }
 
+// Of a number that fp16 holds and that is not subnormal.
+uint16_t half_of(float v) {
+  int exponent;
+  const float fraction = std::frexp(std::abs(v), &exponent);  // in [0.5, 1)
+  const int sign = std::signbit(v) ? 0x8000 : 0;
+  return static_cast<uint16_t>(v == 0 ? sign : sign + ((exponent + 13) << 10) + static_cast<int>(fraction * 2048));
+}
+
 struct Case {
   int64_t m, n, k, group;
   ZeroMode zero;
@@ -108,19 +116,20 @@ struct Problem {
 
 void check_linear(const Kernel& kernel, Problem& p, std::mt19937& rng) {
   const Case& c = p.c;
-  const bool bf16 = kernel.compute == Dtype::kBf16;
+  const bool bf16 = kernel.exact_x[static_cast<int>(Dtype::kBf16)] && kernel.compute == Dtype::kBf16;
+  const bool f16 = kernel.terms == 2;
   const auto multiply = [&](const std::vector<float>& x, int64_t m, int threads) {
-    std::vector<uint16_t> words(bf16 ? x.size() : 0);
+    std::vector<uint16_t> words(bf16 || f16 ? x.size() : 0);
     for (size_t i = 0; i < words.size(); ++i) {
       uint32_t bits;
       std::memcpy(&bits, &x[i], 4);
-      words[i] = static_cast<uint16_t>(bits >> 16);
+      words[i] = f16 ? half_of(x[i]) : static_cast<uint16_t>(bits >> 16);
     }
     std::vector<float> y(m * c.n, std::nanf(""));
     Launch l = p.launch();
     l.m = m;
-    l.x = bf16 ? static_cast<const void*>(words.data()) : x.data();
-    l.x_dtype = bf16 ? Dtype::kBf16 : Dtype::kF32;
+    l.x = bf16 || f16 ? static_cast<const void*>(words.data()) : x.data();
+    l.x_dtype = f16 ? Dtype::kF16 : bf16 ? Dtype::kBf16 : Dtype::kF32;
     l.x_stride = c.k;
     l.out = y.data();
     l.out_dtype = Dtype::kF32;
@@ -139,7 +148,9 @@ void check_linear(const Kernel& kernel, Problem& p, std::mt19937& rng) {
   }
   std::normal_distribution<float> normal;
   std::vector<float> x(c.m * c.k);
-  for (float& v : x) v = round_bf16(normal(rng));
+  // All 11 bits of an fp16, or the 8 of a bf16.
+  for (float& v : x)
+    v = f16 ? static_cast<float>(static_cast<int>(rng() % 4095) - 2047) / 512 : round_bf16(normal(rng));
   const std::vector<float> y = multiply(x, c.m, 1);
   for (int64_t m = 0; m < c.m; ++m) {
     for (int64_t n = 0; n < c.n; ++n) {
@@ -235,9 +246,11 @@ int main() {
     for (const Case& c : cases) {
       Desc desc{kernel->op, kernel->compute, kernel->codec, kernel->bits, kernel->scope, c.zero, c.m, c.n,
                 c.k,        c.group};
+      desc.bf16_table = true;
+      if (kernel->terms == 2) desc.x = Dtype::kF16;
       if (rejection(*kernel, desc, active_isa())) continue;
       Problem p(c, kernel->bits, kernel->scope, kernel->codec == Codec::kInt || kernel->compute == Dtype::kI8,
-                kernel->compute == Dtype::kBf16, rng);
+                kernel->compute == Dtype::kBf16 || kernel->bf16_table, rng);
       if (kernel->compute == Dtype::kI8) {
         check_int8(*kernel, p, rng);
       } else if (kernel->op == Op::kLinear) {

@@ -56,6 +56,7 @@ def weight(
         zero_dtype=_NAMES[zeros],
         int8_x=format.activation is not None,
         table_step=_table_step(format),
+        bf16_table=format.exact_in_bf16,
     )
     if len(_weights) >= _MAX_WEIGHTS:
         _weights.clear()
