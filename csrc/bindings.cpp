@@ -10,7 +10,6 @@
 
 #include "decoder.h"
 #include "dispatch.h"
-#include "int8.h"
 #include "kmeans.h"
 #include "layout.h"
 #include "pack.h"
@@ -20,7 +19,8 @@ namespace py = pybind11;
 
 namespace lowbit {
 
-void bind_decoder(py::module_& m);  // bindings_decoder.cpp
+void bind_activations(py::module_& m);  // bindings_activations.cpp
+void bind_decoder(py::module_& m);      // bindings_decoder.cpp
 
 namespace {
 
@@ -45,10 +45,12 @@ Dtype dtype_of(const std::string& name) {
   if (name == "bf16") return Dtype::kBf16;
   if (name == "fp16") return Dtype::kF16;
   if (name == "int8") return Dtype::kI8;
-  fail("dtype must be fp32, bf16, fp16 or int8, got '" + name + "'");
+  if (name == "b1") return Dtype::kB1;
+  fail("dtype must be fp32, bf16, fp16, int8 or b1, got '" + name + "'");
 }
 const char* dtype_name(Dtype d) {
-  return d == Dtype::kF32 ? "fp32" : d == Dtype::kBf16 ? "bf16" : d == Dtype::kF16 ? "fp16" : "int8";
+  constexpr const char* kNames[kDtypes] = {"fp32", "bf16", "fp16", "int8", "b1"};
+  return kNames[static_cast<int>(d)];
 }
 
 Op op_of(const std::string& name) {
@@ -108,7 +110,7 @@ struct Weight {
   }
 
   Desc desc(Op op, Dtype x, int64_t m, int threads) const {
-    if (op == Op::kLinear && int8_x) x = Dtype::kI8;
+    if (op == Op::kLinear && int8_x && x != Dtype::kB1) x = Dtype::kI8;
     return {op, x, codec, bits, scope, zero, m, n, k, group, threads, bf16_table};
   }
 
@@ -185,14 +187,14 @@ struct Weight {
     run_many({&c, 1}, threads);
   }
 
-  // x_scales are (m), or (m, groups) if x_group_scales; int8 out holds y / out_scale.
-  void linear_int8(uint64_t x, uint64_t x_scales, bool x_group_scales, int64_t m, int64_t x_stride, uint64_t codes,
-                   uint64_t scales, uint64_t zeros, uint64_t table, uint64_t bias, int bias_dtype, uint64_t out,
-                   int out_dtype, float out_scale, int threads, int row) const {
+  // x is int8 or b1. x_scales are (m), or (m, groups) if x_group_scales; int8 out holds y / out_scale.
+  void linear_quantized(uint64_t x, int x_dtype, uint64_t x_scales, bool x_group_scales, int64_t m, int64_t x_stride,
+                        uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t bias, int bias_dtype,
+                        uint64_t out, int out_dtype, float out_scale, int threads, int row) const {
     Launch l = launch(codes, scales, zeros, table);
     l.m = m;
     l.x = pointer<const void>(x);
-    l.x_dtype = Dtype::kI8;
+    l.x_dtype = static_cast<Dtype>(x_dtype);
     l.x_scales = pointer<float>(x_scales);
     l.x_group_scales = x_group_scales;
     l.x_stride = x_stride;
@@ -202,7 +204,7 @@ struct Weight {
     l.out_dtype = static_cast<Dtype>(out_dtype);
     l.out_stride = n;
     l.out_inverse = 1.0f / out_scale;
-    const Kernel& kernel = choose(desc(Op::kLinear, Dtype::kI8, m, threads), row);
+    const Kernel& kernel = choose(desc(Op::kLinear, l.x_dtype, m, threads), row);
     py::gil_scoped_release unlocked;
     run(kernel, l, threads);
   }
@@ -359,15 +361,6 @@ Bytes py_unprepack(const Bytes& n16, int64_t n, int64_t k, int bits, bool trits,
   return out;
 }
 
-// x (m, k) to q (m, k) int8 and scales (m, groups); or with the given scales (m).
-void py_quantize_int8(uint64_t x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, int64_t group, uint64_t scales,
-                      bool static_scales, uint64_t q, int threads) {
-  const QuantizeInt8 request{
-      pointer<const void>(x), static_cast<Dtype>(x_dtype), x_stride, k, group, pointer<float>(scales), static_scales};
-  py::gil_scoped_release unlocked;
-  quantize_int8(request, m, pointer<int8_t>(q), threads);
-}
-
 py::list py_kernels() {
   py::list rows;
   for (const Kernel* k : kernels()) {
@@ -384,7 +377,7 @@ py::list py_kernels() {
     row["group_multiple"] = k->chunk_groups ? k->span : 1;
     row["bf16_table"] = k->bf16_table;
     py::list x;
-    for (Dtype d : {Dtype::kF32, Dtype::kBf16, Dtype::kF16, Dtype::kI8}) {
+    for (Dtype d : {Dtype::kF32, Dtype::kBf16, Dtype::kF16, Dtype::kI8, Dtype::kB1}) {
       if (k->exact_x[static_cast<int>(d)]) x.append(dtype_name(d));
     }
     row["x"] = x;
@@ -395,7 +388,7 @@ py::list py_kernels() {
 
 std::vector<std::string> isa_names(uint32_t mask) {
   std::vector<std::string> names;
-  for (Isa isa : {kScalar, kAvx2, kAvx512, kAvx512Bf16, kAvx512Vnni}) {
+  for (Isa isa : {kScalar, kAvx2, kAvx512, kAvx512Bf16, kAvx512Vnni, kAvx512Vpopcntdq}) {
     if (mask & isa) names.push_back(isa_name(isa));
   }
   return names;
@@ -447,7 +440,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_active", [] { return isa_names(active_isa()); });
   m.def("isa_capped", [](const std::vector<std::string>& detected, const std::string& value) {
     uint32_t mask = 0;
-    for (Isa isa : {kScalar, kAvx2, kAvx512, kAvx512Bf16, kAvx512Vnni}) {
+    for (Isa isa : {kScalar, kAvx2, kAvx512, kAvx512Bf16, kAvx512Vnni, kAvx512Vpopcntdq}) {
       for (const std::string& name : detected) mask |= name == isa_name(isa) ? uint32_t{isa} : 0u;
     }
     return isa_names(cap_isa(mask, value.c_str()));
@@ -461,7 +454,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("trits") = false, py::arg("threads") = 1);
   m.def("kmeans_1d", &py_kmeans_1d, py::arg("values"), py::arg("weights"), py::arg("k"));
   m.def("kmeans_rows", &py_kmeans_rows, py::arg("values"), py::arg("weights"), py::arg("k"), py::arg("threads") = 1);
-  m.def("quantize_int8_ptr", &py_quantize_int8);
+  bind_activations(m);
   m.attr("BLOCK_N") = kBlockN;
   m.attr("CHUNK_K") = kChunkK;
 
@@ -475,7 +468,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("table_step") = 0.0f, py::arg("bf16_table") = false)
       .def("linear_ptr", &Weight::linear)
       .def("linear_epilogue_ptr", &Weight::linear_epilogue)
-      .def("linear_int8_ptr", &Weight::linear_int8)
+      .def("linear_quantized_ptr", &Weight::linear_quantized)
       .def("dequantize_ptr", &Weight::dequantize)
       .def("embedding_ptr", &Weight::embedding)
       .def("decoder_linear", &Weight::decoder_linear)

@@ -13,8 +13,11 @@
 
 namespace lowbit {
 
-#define LOWBIT_FOREACH_UNIT(X) \
-  X(scalar) X(scalar_int8) X(avx2) X(avx2_int8) X(avx2_nibbles) X(avx512) X(avx512bf16) X(avx512bf16_f16) X(avx512vnni)
+#define LOWBIT_FOREACH_UNIT(X)                                                                               \
+  X(scalar)                                                                                                  \
+  X(scalar_int8)                                                                                             \
+  X(scalar_xnor) X(avx2) X(avx2_int8) X(avx2_nibbles) X(avx2_xnor) X(avx512) X(avx512bf16) X(avx512bf16_f16) \
+      X(avx512vnni) X(avx512vpopcntdq)
 #define LOWBIT_DECLARE(unit) const Kernel* kernels_##unit(int* count);
 LOWBIT_FOREACH_UNIT(LOWBIT_DECLARE)
 void embed_rows(const Launch& l, int bits, Scope scope, const int64_t* indices, int64_t begin, int64_t end,
@@ -33,6 +36,7 @@ constexpr IsaName kIsaNames[] = {
     {kAvx512, "avx512", kScalar | kAvx2 | kAvx512},
     {kAvx512Bf16, "avx512bf16", kScalar | kAvx2 | kAvx512 | kAvx512Bf16},
     {kAvx512Vnni, "avx512vnni", kScalar | kAvx2 | kAvx512 | kAvx512Vnni},
+    {kAvx512Vpopcntdq, "avx512vpopcntdq", kScalar | kAvx2 | kAvx512 | kAvx512Vpopcntdq},
 };
 
 std::vector<const Kernel*> collect() {
@@ -67,7 +71,7 @@ struct Scratch {
 // More than this is returned to the system after the call.
 constexpr size_t kKeptScratch = size_t{16} << 20;
 
-size_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 ? 1 : 2; }
+size_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 || dtype == Dtype::kB1 ? 1 : 2; }
 
 // 255 * 128 * 65536 < 2^31.
 constexpr int64_t kMaxInt8Group = 65536;
@@ -105,6 +109,7 @@ size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 int64_t prepared_stride(const Kernel& kernel, const Launch& l) {
   // An odd number of lines: rows then start in different sets of a cache.
   if (kernel.compute == Dtype::kI8) return (ceil_div(l.k, 64) | 1) * 64;
+  if (kernel.compute == Dtype::kB1) return num_chunks(l.k) * (kChunkK / 8);
   return ceil_div(l.k, kernel.span) * kernel.span * kernel.terms;
 }
 bool needs_sums(const Kernel& kernel, const Launch& l) {
@@ -179,8 +184,9 @@ uint32_t cap_isa(uint32_t detected, const char* value) {
   for (const IsaName& entry : kIsaNames) {
     if (std::strcmp(entry.name, value) == 0) return detected & entry.cap;
   }
-  throw std::invalid_argument(std::string("LOWBIT_ISA must be scalar, avx2, avx512, avx512bf16 or avx512vnni, got '") +
-                              value + "'");
+  throw std::invalid_argument(
+      std::string("LOWBIT_ISA must be scalar, avx2, avx512, avx512bf16, avx512vnni or avx512vpopcntdq, got '") + value +
+      "'");
 }
 
 uint32_t active_isa() {
@@ -212,7 +218,7 @@ const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
   if (k.bf16_table && !d.bf16_table) return "table is not exact in bf16";
   if (!(isa_mask & k.isa)) return "instruction set not available";
   if (!k.exact_x[static_cast<int>(d.x)]) {
-    return d.x == Dtype::kI8 ? "needs float activations" : "would round the activations";
+    return d.x == Dtype::kI8 || d.x == Dtype::kB1 ? "needs float activations" : "would round the activations";
   }
   if (k.compute == Dtype::kI8 && (d.group < d.k ? d.group : d.k) > kMaxInt8Group) return "int32 sums would overflow";
   if (k.chunk_groups && d.group < d.k && d.group % k.span != 0) return "group is not a multiple of the row's span";

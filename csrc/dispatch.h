@@ -12,8 +12,9 @@ namespace lowbit {
 
 // Instruction sets that the CPU and the operating system support, as Isa bits.
 uint32_t detect_isa();
-// `detected` capped by the value of LOWBIT_ISA ("scalar", "avx2", "avx512", "avx512bf16", "avx512vnni": this one and
-// what it builds on). Throws std::invalid_argument for another value; null or "" caps nothing.
+// `detected` capped by the value of LOWBIT_ISA ("scalar", "avx2", "avx512", "avx512bf16", "avx512vnni",
+// "avx512vpopcntdq": this one and what it builds on). Throws std::invalid_argument for another value; null or "" caps
+// nothing.
 uint32_t cap_isa(uint32_t detected, const char* value);
 // detect_isa() capped by the environment, computed once.
 uint32_t active_isa();

@@ -7,7 +7,9 @@
 namespace lowbit {
 
 enum class Op : int32_t { kLinear, kDequantize };
-enum class Dtype : int32_t { kF32, kBf16, kF16, kI8 };
+// kB1: signs of x, eight to a byte from the least significant bit; 1 is +1 and 0 is -1.
+enum class Dtype : int32_t { kF32, kBf16, kF16, kI8, kB1 };
+constexpr int kDtypes = 5;
 // kInt: the table is code + table[0], so arithmetic may replace the lookup.
 enum class Codec : int32_t { kLut, kInt };
 // One table for the weight, or one per column (and possibly per group).
@@ -22,6 +24,7 @@ enum Isa : uint32_t {
   kAvx512 = 1u << 2,      // f, bw, vl, dq, vbmi
   kAvx512Bf16 = 1u << 3,  // avx512 and bf16
   kAvx512Vnni = 1u << 4,  // avx512 and vnni
+  kAvx512Vpopcntdq = 1u << 5,
 };
 
 struct Desc {
@@ -54,11 +57,12 @@ struct Launch {
   int64_t m, n, k, group, num_groups;
   const void* x;
   Dtype x_dtype;
-  int64_t x_stride;  // elements between rows
+  int64_t x_stride;  // elements between rows, bytes for kB1
   void* prepared;    // x in the kernel's compute dtype, rows of prepared_stride, zero beyond k
   int64_t prepared_stride;
-  float* x_sums;    // (m, num_groups): sums of x over each group, int32 with int8 x; only where they are needed
-  float* x_scales;  // of int8 x: (m), or (m, num_groups) if x_group_scales; written by `prepare` if x is float
+  float* x_sums;  // (m, num_groups): sums of x over each group, int32 with int8 x; only where they are needed
+  float*
+      x_scales;  // of int8 and binary x: (m), or (m, num_groups) if x_group_scales; written by `prepare` if x is float
   bool x_group_scales;
   const uint8_t* codes;
   const void* scales;  // may be null
@@ -94,8 +98,8 @@ struct Kernel {
   int32_t bits;
   Scope scope;
   Isa isa;
-  bool chunk_groups;  // groups must be a multiple of `span`, or the whole row
-  bool exact_x[4];    // by Dtype of x: converting to `compute` loses nothing
+  bool chunk_groups;      // groups must be a multiple of `span`, or the whole row
+  bool exact_x[kDtypes];  // by Dtype of x: converting to `compute` loses nothing
   Cost cost;
   // Converts rows [begin, end) of x; null for kDequantize.
   void (*prepare)(const Launch&, int64_t begin, int64_t end);

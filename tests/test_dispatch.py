@@ -17,7 +17,7 @@ from lowbit.backends import cpu
 from lowbit.formats import parse
 from weights import random_weight
 
-ALL_ISAS = ["scalar", "avx2", "avx512", "avx512bf16", "avx512vnni"]
+ALL_ISAS = ["scalar", "avx2", "avx512", "avx512bf16", "avx512vnni", "avx512vpopcntdq"]
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -40,6 +40,8 @@ def test_cap_leaves_an_instruction_set_and_what_it_builds_on() -> None:
     assert _C.isa_capped(ALL_ISAS, "avx2") == ["scalar", "avx2"]
     assert _C.isa_capped(ALL_ISAS, "avx512bf16") == ["scalar", "avx2", "avx512", "avx512bf16"]
     assert _C.isa_capped(ALL_ISAS, "avx512vnni") == ["scalar", "avx2", "avx512", "avx512vnni"]
+    vpopcntdq = ["scalar", "avx2", "avx512", "avx512vpopcntdq"]
+    assert _C.isa_capped(ALL_ISAS, "avx512vpopcntdq") == vpopcntdq
     assert _C.isa_capped(["scalar", "avx2"], "avx512") == ["scalar", "avx2"]
 
 

@@ -17,7 +17,7 @@ from lowbit.layouts import Operands
 from weights import ALL_FORMATS, random_weight
 
 KERNELS = _C.kernels()
-FLOAT_KERNELS = [k for k in KERNELS if k["compute"] != "int8"]
+FLOAT_KERNELS = [k for k in KERNELS if k["compute"] not in ("int8", "b1")]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # (N, K) around the 64-column block and the 32-weight chunk.
 SHAPES = ((70, 96), (64, 300), (1, 33), (130, 64), (63, 1))

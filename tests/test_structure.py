@@ -29,7 +29,7 @@ LAYERS = (
     ("backends", "checks", "gradients"),
     ("fused",),
     ("ops",),
-    ("bound", "int8", "nn"),
+    ("binary", "bound", "int8", "nn"),
     ("quantize",),
     ("io", "bench"),
     ("integrations",),

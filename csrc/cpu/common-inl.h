@@ -35,6 +35,8 @@ inline F load_as(const void* p, Dtype dtype, int64_t i) {
       return load_f16(static_cast<const uint16_t*>(p) + i);
     case Dtype::kI8:
       return load_i8(static_cast<const int8_t*>(p) + i);
+    case Dtype::kB1:
+      break;
   }
   __builtin_unreachable();
 }

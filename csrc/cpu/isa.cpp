@@ -37,6 +37,7 @@ uint32_t detect_isa() {
   mask |= kAvx512;
   if (bit(seven_one.a, 5)) mask |= kAvx512Bf16;
   if (bit(seven.c, 11)) mask |= kAvx512Vnni;
+  if (bit(seven.c, 14)) mask |= kAvx512Vpopcntdq;
   return mask;
 }
 #else

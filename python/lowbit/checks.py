@@ -113,6 +113,15 @@ def check_float(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
 
 
+def check_bias(bias: Tensor, n: int, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless the bias is a float (n,) on the device."""
+    check_float("bias", bias.dtype)
+    if bias.dim() != 1 or bias.shape[0] != n or bias.device != device:
+        raise ValueError(
+            f"bias must have shape ({n},) on {device}, got {tuple(bias.shape)} on {bias.device}"
+        )
+
+
 def check_linear(
     x: Tensor,
     codes: Tensor,
@@ -131,12 +140,7 @@ def check_linear(
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x must have shape (..., {k}), got {tuple(x.shape)}")
     if bias is not None:
-        check_float("bias", bias.dtype)
-        if bias.dim() != 1 or bias.shape[0] != n or bias.device != x.device:
-            raise ValueError(
-                f"bias must have shape ({n},) on {x.device}, "
-                f"got {tuple(bias.shape)} on {bias.device}"
-            )
+        check_bias(bias, n, x.device)
     # The dispatcher calls a CPU kernel only if every tensor is on the CPU.
     device = None if x.is_cpu else x.device
     return check_weight(spec, layout, n, k, device, codes, scales, zeros, table)

@@ -127,11 +127,7 @@ def _check_linear(q: Tensor, x_scales: Tensor, *args: Any) -> Format:
         raise ValueError(f"q must have shape (M, {k}), got {tuple(q.shape)}")
     _check_x_scales(q, x_scales, format)
     if bias is not None:
-        checks.check_float("bias", bias.dtype)
-        if bias.dim() != 1 or bias.shape[0] != n or bias.device != q.device:
-            raise ValueError(
-                f"bias must have shape ({n},) on {q.device}, got {tuple(bias.shape)} on {bias.device}"
-            )
+        checks.check_bias(bias, n, q.device)
     if out_dtype != torch.int8:
         checks.check_float("out_dtype", out_dtype)
     if (out_dtype == torch.int8) != (out_scale is not None):

@@ -125,6 +125,25 @@ def quantize_int8(
     return q.to(torch.int8).view(m, -1)[:, :k], scales[:, 0] if group is None else scales
 
 
+def quantize_binary(x: Tensor) -> tuple[Tensor, Tensor]:  # (M, K) uint8, (M,) fp32
+    """x is about scale * (2 * code - 1): code 1 where x >= 0, and the mean of |x|, summed in fp32 in any order."""
+    x = x.float()
+    return (x >= 0).to(torch.uint8), x.abs().mean(1)
+
+
+def binary_linear(
+    codes_x: Tensor,  # (M, K) uint8, 0 or 1
+    x_scales: Tensor,  # (M,) fp32
+    codes: Tensor,  # (N, K) uint8
+    format: Format,  # its table is (-1, 1)
+    scales: Tensor | None,  # (N, groups) fp32
+    bias: Tensor | None = None,  # (N,)
+) -> Tensor:  # (M, N) fp32
+    """`int8_linear` with the signs 2 * code - 1 for q."""
+    signs = codes_x.to(torch.int8) * 2 - 1
+    return int8_linear(signs, x_scales, codes, format, scales, None, None, bias)
+
+
 def table_int8(values: Tensor, step: float | None) -> tuple[Tensor, Tensor]:
     """The table as integers in -128 .. 127 (fp32) and its step: table / step to nearest even, 0 if not finite.
 

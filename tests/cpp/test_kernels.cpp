@@ -54,8 +54,10 @@ struct Problem {
   std::vector<uint8_t> codes, packed, n16;
   std::vector<float> scales, zeros, table, value;
 
-  Problem(const Case& c_, int bits_, Scope scope_, bool integer, bool bf16_table, std::mt19937& rng)
-      : c(c_), bits(bits_), scope(scope_) {
+  Problem(const Case& c_, const Kernel& kernel, std::mt19937& rng) : c(c_), bits(kernel.bits), scope(kernel.scope) {
+    const bool signs = kernel.compute == Dtype::kB1;
+    const bool bf16_table = kernel.compute == Dtype::kBf16 || kernel.bf16_table;
+    const bool integer = kernel.codec == Codec::kInt || kernel.compute == Dtype::kI8;
     const int64_t groups = ceil_div(c.k, c.group), blocks = num_blocks(c.n);
     const int entries = 1 << bits;
     const CanonicalCodes shape{c.n, c.k, ceil_div(c.k * bits, 8), bits, false};
@@ -76,7 +78,9 @@ struct Problem {
     const int64_t tables = scope == Scope::kShared ? 1 : blocks * groups * kBlockN;
     table.resize(tables * entries);
     for (size_t i = 0; i < table.size(); ++i) {
-      const float v = integer ? static_cast<float>(static_cast<int>(i) - entries / 2) : normal(rng);
+      const float v = signs     ? static_cast<float>(2 * static_cast<int>(i) - 1)
+                      : integer ? static_cast<float>(static_cast<int>(i) - entries / 2)
+                                : normal(rng);
       table[i] = bf16_table ? round_bf16(v) : v;
     }
     scales.resize(blocks * groups * kBlockN);
@@ -199,6 +203,37 @@ void check_int8(const Kernel& kernel, Problem& p, std::mt19937& rng) {
   }
 }
 
+void check_binary(const Kernel& kernel, Problem& p, std::mt19937& rng) {
+  const Case& c = p.c;
+  const int64_t bytes = ceil_div(c.k, 8);
+  std::vector<uint8_t> x(c.m * bytes);
+  for (uint8_t& v : x) v = static_cast<uint8_t>(rng());  // also beyond k
+  std::vector<float> x_scales(c.m, 0.5f), y(c.m * c.n, std::nanf(""));
+  Launch l = p.launch();
+  l.m = c.m;
+  l.x = x.data();
+  l.x_dtype = Dtype::kB1;
+  l.x_scales = x_scales.data();
+  l.x_stride = bytes;
+  l.out = y.data();
+  l.out_dtype = Dtype::kF32;
+  l.out_stride = c.n;
+  run(kernel, l, 2);
+  for (int64_t m = 0; m < c.m; ++m) {
+    for (int64_t n = 0; n < c.n; ++n) {
+      double sum = 0, magnitude = 0;
+      for (int64_t k = 0; k < c.k; ++k) {
+        const double product = 0.5 * p.value[n * c.k + k] * (x[m * bytes + k / 8] >> k % 8 & 1 ? 1 : -1);
+        sum += product;
+        magnitude += std::abs(product);
+      }
+      // The int32 sums are exact; two fp32 operations a group follow.
+      expect(std::abs(y[m * c.n + n] - sum) <= 4 * 0x1p-23 * magnitude, kernel.name, "signs", m * c.n + n,
+             y[m * c.n + n], sum);
+    }
+  }
+}
+
 void check_dequantize(const Kernel& kernel, Problem& p) {
   std::vector<float> w(p.c.n * p.c.k, std::nanf(""));
   Launch l = p.launch();
@@ -249,10 +284,11 @@ int main() {
       desc.bf16_table = true;
       if (kernel->terms == 2) desc.x = Dtype::kF16;
       if (rejection(*kernel, desc, active_isa())) continue;
-      Problem p(c, kernel->bits, kernel->scope, kernel->codec == Codec::kInt || kernel->compute == Dtype::kI8,
-                kernel->compute == Dtype::kBf16 || kernel->bf16_table, rng);
+      Problem p(c, *kernel, rng);
       if (kernel->compute == Dtype::kI8) {
         check_int8(*kernel, p, rng);
+      } else if (kernel->compute == Dtype::kB1) {
+        check_binary(*kernel, p, rng);
       } else if (kernel->op == Op::kLinear) {
         check_linear(*kernel, p, rng);
       } else {

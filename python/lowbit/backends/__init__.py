@@ -1,7 +1,7 @@
 """Which backend serves a device and a layout, and why a row of the kernel table was chosen.
 
-A backend is a module with `linear`, `int8_linear`, `int8_quantize`, `dequantize`, `embedding`,
-`pack` and `unpack`: glue, no maths, no checks.
+A backend is a module with `linear`, `int8_linear`, `int8_quantize`, `binary_linear`, `binary_quantize`,
+`dequantize`, `embedding`, `pack` and `unpack`: glue, no maths, no checks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ _BACKENDS: dict[tuple[str, str], ModuleType] = {
     ("cpu", CANONICAL): reference,
     ("cuda", CANONICAL): reference,
 }
-_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DTYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "b1",
+}
 REFERENCE_ROW = "reference"
 
 
@@ -82,7 +87,8 @@ def explain(x: Tensor, weight: QuantTensor | Operands) -> Explanation:
     """Says which row of the kernel table `linear(x, weight)` runs, and why the others do not.
 
     Args:
-        x: activations (..., K) in fp32, bf16 or fp16; only shape, dtype and device are read.
+        x: activations (..., K) in fp32, bf16 or fp16, or the bits (M, ceil(K / 8)) of `lowbit.binary.linear`; only
+            shape, dtype and device are read.
         weight: (N, K).
 
     Raises:
@@ -90,12 +96,13 @@ def explain(x: Tensor, weight: QuantTensor | Operands) -> Explanation:
         ValueError: the last dimension of x is not K.
     """
     if x.dtype not in _DTYPE_NAMES:
-        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+        raise TypeError(f"x must be float32, bfloat16, float16 or bits in uint8, got {x.dtype}")
     n, k = weight.shape
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"x must have shape (..., {k}), got {tuple(x.shape)}")
+    width = -(-k // 8) if x.dtype == torch.uint8 else k
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise ValueError(f"x must have shape (..., {width}), got {tuple(x.shape)}")
     layout = weight.layout if isinstance(weight, Operands) else layouts.kernel_layout(x.device)
-    m = x.numel() // k if k else 0
+    m = x.numel() // width if width else 0
     return explain_request(weight.format, n, k, m, x.dtype, x.device.type, layout)
 
 

@@ -16,8 +16,8 @@ from lowbit import _C
 from lowbit.formats import Format, parse
 from lowbit.layouts import N16, operand_specs
 
-# csrc/kernel.h Dtype
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+# csrc/kernel.h Dtype; uint8 holds eight signs.
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 _NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -200,6 +200,40 @@ def linear_many(
     return outs
 
 
+def _linear_quantized(
+    x: Tensor,  # (M, K) int8 or (M, ceil(K / 8)) uint8, unit stride along K
+    x_scales: Tensor,
+    operands: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
+    bias: Tensor | None,
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    out_scale: float | None,
+    row: int,
+) -> Tensor:
+    m = x.shape[0]
+    out = torch.empty((m, n), dtype=dtype)
+    w, addresses = _operands(*operands, format, n, k)
+    w.linear_quantized_ptr(
+        x.data_ptr(),
+        CODES[x.dtype],
+        x_scales.data_ptr(),
+        x_scales.dim() == 2,
+        m,
+        x.stride(0),
+        *addresses,
+        _address(bias),
+        0 if bias is None else CODES[bias.dtype],
+        out.data_ptr(),
+        CODES[dtype],
+        1.0 if out_scale is None else out_scale,
+        torch.get_num_threads(),
+        row,
+    )
+    return out
+
+
 def int8_linear(
     q: Tensor,  # (M, K) int8, unit stride along K
     x_scales: Tensor,  # (M,) or (M, groups) fp32 contiguous
@@ -216,25 +250,27 @@ def int8_linear(
     row: int = -1,
 ) -> Tensor:  # (M, N) in `dtype`
     """`reference.int8_linear`, rounded once to `dtype`, or divided by out_scale for int8."""
-    m = q.shape[0]
-    out = torch.empty((m, n), dtype=dtype)
-    w, addresses = _operands(codes, scales, zeros, table, format, n, k)
-    w.linear_int8_ptr(
-        q.data_ptr(),
-        x_scales.data_ptr(),
-        x_scales.dim() == 2,
-        m,
-        q.stride(0),
-        *addresses,
-        _address(bias),
-        0 if bias is None else CODES[bias.dtype],
-        out.data_ptr(),
-        CODES[dtype],
-        1.0 if out_scale is None else out_scale,
-        torch.get_num_threads(),
-        row,
-    )
-    return out
+    operands = (codes, scales, zeros, table)
+    return _linear_quantized(q, x_scales, operands, bias, format, n, k, dtype, out_scale, row)
+
+
+def binary_linear(
+    bits: Tensor,  # (M, ceil(K / 8)) uint8, unit stride along K
+    x_scales: Tensor,  # (M,) fp32 contiguous
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,  # (N,) contiguous
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    row: int = -1,
+) -> Tensor:  # (M, N) in `dtype`
+    """`reference.binary_linear`, rounded once to `dtype`."""
+    operands = (codes, scales, zeros, table)
+    return _linear_quantized(bits, x_scales, operands, bias, format, n, k, dtype, None, row)
 
 
 def int8_quantize(
@@ -260,6 +296,26 @@ def int8_quantize(
         torch.get_num_threads(),
     )
     return q, scales
+
+
+def binary_quantize(
+    x: Tensor,  # (M, K), unit stride along K
+) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_binary`, the codes in canonical packing."""
+    m, k = x.shape
+    bits = torch.empty((m, -(-k // 8)), dtype=torch.uint8)
+    scales = torch.empty(m, dtype=torch.float32)
+    _C.quantize_binary_ptr(
+        x.data_ptr(),
+        CODES[x.dtype],
+        m,
+        k,
+        x.stride(0),
+        scales.data_ptr(),
+        bits.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return bits, scales
 
 
 def bind_linear(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit import packing, reference
-from lowbit.formats import Format
+from lowbit.formats import FORMATS, Format
 
 _logger = logging.getLogger("lowbit")
 
@@ -102,6 +102,33 @@ def int8_quantize(
 ) -> tuple[Tensor, Tensor]:
     """`reference.quantize_int8`."""
     return reference.quantize_int8(x, group, scale)
+
+
+def binary_linear(
+    bits: Tensor,  # (M, ceil(K / 8)) uint8
+    x_scales: Tensor,  # (M,) fp32
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,  # (N,)
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (M, N) in `dtype`
+    """`reference.binary_linear`, rounded once to `dtype`."""
+    signs, unpacked = (packing.unpack_codes(t, format, k) for t in (bits, codes))
+    scales = None if scales is None else scales.float()
+    return reference.binary_linear(signs, x_scales, unpacked, format, scales, bias).to(dtype)
+
+
+def binary_quantize(
+    x: Tensor,  # (M, K)
+) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_binary`, the codes in canonical packing."""
+    codes, scales = reference.quantize_binary(x)
+    return packing.pack_codes(codes, FORMATS["binary"]), scales
 
 
 def dequantize(
