@@ -26,13 +26,17 @@ class Time:
 def interleave(
     candidates: Sequence[Candidate], x: Tensor, rounds: int, seconds: float
 ) -> list[Time]:
-    """Times every candidate on x: `rounds` blocks each, A B C A B C, of at least `seconds` and one pass."""
+    """Times every candidate on x: `rounds` blocks each, A B C A B C, of at least `seconds` and one pass.
+
+    A pass before each block warms up; where blocks are single passes, before the first alone.
+    """
     runs = [c.prepare(x) for c in candidates]
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
+    for turn in range(rounds):
         for candidate, run, taken in zip(candidates, runs, times, strict=True):
             time.sleep(_PAUSE)
-            run()
+            if turn == 0 or seconds > 0:
+                run()
             end = time.perf_counter() + seconds
             while True:
                 start = time.perf_counter()
