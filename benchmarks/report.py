@@ -104,7 +104,9 @@ def peers_tables(data: dict[str, Any]) -> tuple[str, str]:
     where = "Every format and M: [peers.md](benchmarks/results/peers.md)."
     note = "The worst shape is named with the rival that won there."
     full = f"# Side by side\n\n{caption}{note}\n\n{full_table(found)}\n"
-    return f"{caption}{own}{where}\n\n{summary_table(found)}", full
+    names = ("time_over_m", "bandwidth", "speed_over_bits")
+    plots = "\n".join(f"![{n.replace('_', ' ')}](benchmarks/results/peers_{n}.png)" for n in names)
+    return f"{caption}{own}{where}\n\n{summary_table(found)}\n\n{plots}", full
 
 
 def main() -> None:
