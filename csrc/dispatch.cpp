@@ -13,12 +13,12 @@
 
 namespace lowbit {
 
-#define LOWBIT_FOREACH_UNIT(X)                                                                              \
-  X(scalar)                                                                                                 \
-  X(scalar_int8)                                                                                            \
-  X(scalar_xnor)                                                                                            \
-  X(avx2) X(avx2_int8) X(avx2_nibbles) X(avx2_xnor) X(avx512) X(avx512bf16) X(avx512bf16_f16) X(avx512vnni) \
-      X(avx512vpopcntdq)
+// clang-format off: it cannot settle on a form
+#define LOWBIT_FOREACH_UNIT(X) \
+  X(scalar) X(scalar_int8) X(scalar_xnor) \
+  X(avx2) X(avx2_int8) X(avx2_nibbles) X(avx2_xnor) \
+  X(avx512) X(avx512bf16) X(avx512bf16_f16) X(avx512vnni) X(avx512vpopcntdq)
+// clang-format on
 #define LOWBIT_DECLARE(unit) const Kernel* kernels_##unit(int* count);
 LOWBIT_FOREACH_UNIT(LOWBIT_DECLARE)
 void embed_rows(const Launch& l, int bits, Scope scope, const int64_t* indices, int64_t begin, int64_t end,
