@@ -213,7 +213,8 @@ const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
   if (k.codec == Codec::kInt && d.codec != Codec::kInt) return "integers only";
   if (k.compute == Dtype::kI8 && k.codec != d.codec) return "codebooks only";
   if (k.scope != d.scope) return "another table scope";
-  if (k.scope == Scope::kColumn && k.compute == Dtype::kBf16 && d.zero != ZeroMode::kNone) return "no zero points";
+  const bool takes_zeros = k.compute != Dtype::kB1 && (k.scope != Scope::kColumn || k.compute != Dtype::kBf16);
+  if (!takes_zeros && d.zero != ZeroMode::kNone) return "no zero points";
   // A look-up among 256 entries costs more than the second product saves.
   if (k.terms > 1 && k.bits == 8 && d.codec == Codec::kInt) return "codebooks only";
   if (k.bf16_table && !d.bf16_table) return "table is not exact in bf16";
