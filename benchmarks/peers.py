@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def make(name: str, weight: Tensor, threads: int) -> Candidate:
 
 
 def measure(
-    cases: Iterable[Case], shape: tuple[int, int], threads: int, seconds: float
+    cases: Sequence[Case], shape: tuple[int, int], threads: int, seconds: float
 ) -> list[dict[str, Any]]:
     """Every candidate of the cases on one shape, at each number of rows that a case with it wants."""
     torch.set_num_threads(threads)
@@ -95,9 +95,10 @@ def measure(
         except Unsupported as e:
             results.append({**about, "unsupported": str(e)})
             continue
-        except (
-            RuntimeError
-        ) as e:  # wrong, or refused by the library: shown in the results, never timed
+        except RuntimeError as e:
+            if any(name in case.ours for case in cases):
+                raise
+            # A peer that is wrong, or that its library refuses: shown in the results, never timed.
             print(f"{name} on {shape}: {e}", file=sys.stderr)
             results.append({**about, "failed": str(e)[:300]})
             continue
