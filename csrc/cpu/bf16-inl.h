@@ -17,6 +17,7 @@ struct WordTable {
   static constexpr int kPlaces = B <= 2 ? 5 / B : 1;
   static constexpr int kVecs = B <= 5 ? 1 : 2;  // 6 bits: 64 entries
   __m512i t[kPlaces * kVecs];
+  WordTable() = default;
   explicit WordTable(const float* values) {
     for (int v = 0; v < kPlaces * kVecs; ++v) {
       alignas(64) uint16_t words[32];
@@ -57,35 +58,45 @@ struct WordTable {
   }
 };
 
-// 256 entries: the low and the high bytes of the bf16 apart, each in two tables of 128 bytes. A unit holds two pairs,
-// in the low and the high bytes of its words; the compiler looks the unit up once for both.
+// 256 entries: the low and the high bytes of the bf16 apart, each in tables of 64 bytes.
+inline void split_bytes(const float* values, int vecs, __m512i* low, __m512i* high) {
+  for (int v = 0; v < vecs; ++v) {
+    alignas(64) uint16_t words[64];
+    for (int i = 0; i < 64; i += 16) store_bf16(words + i, load(values + v * 64 + i));
+    alignas(64) uint8_t bytes[2][64];
+    for (int i = 0; i < 64; ++i) {
+      bytes[0][i] = static_cast<uint8_t>(words[i]);
+      bytes[1][i] = static_cast<uint8_t>(words[i] >> 8);
+    }
+    low[v] = load_i(bytes[0]);
+    high[v] = load_i(bytes[1]);
+  }
+}
+
+// A unit of 8-bit codes holds two pairs, in the low and the high bytes of its words: the words of pair J of what the
+// bytes were looked up to. The compiler looks the unit up once for both.
+template <int J>
+LOWBIT_INLINE inline __m512i pair_words(__m512i low, __m512i high) {
+  const __m512i low_bytes = _mm512_set1_epi16(255);
+  return J % 2 == 0 ? select_bits(low_bytes, low, _mm512_slli_epi16(high, 8))
+                    : select_bits(low_bytes, _mm512_srli_epi16(low, 8), high);
+}
+
 template <>
 struct WordTable<8> {
   __m512i low[4], high[4];
-  explicit WordTable(const float* values) {
-    for (int v = 0; v < 4; ++v) {
-      alignas(64) uint16_t words[64];
-      for (int i = 0; i < 64; i += 16) store_bf16(words + i, load(values + v * 64 + i));
-      alignas(64) uint8_t bytes[2][64];
-      for (int i = 0; i < 64; ++i) {
-        bytes[0][i] = static_cast<uint8_t>(words[i]);
-        bytes[1][i] = static_cast<uint8_t>(words[i] >> 8);
-      }
-      low[v] = load_i(bytes[0]);
-      high[v] = load_i(bytes[1]);
-    }
+  WordTable() = default;
+  explicit WordTable(const float* values) { split_bytes(values, 4, low, high); }
+  // vpermi2b leaves the index where its mask is zero, so that the second finds the codes of the upper half there.
+  LOWBIT_INLINE static __m512i look_up(const __m512i* t, __m512i code, __mmask64 upper) {
+    const __m512i lower_done = _mm512_mask2_permutex2var_epi8(t[0], code, ~upper, t[1]);
+    return _mm512_mask2_permutex2var_epi8(t[2], lower_done, upper, t[3]);
   }
   template <int J>
   LOWBIT_INLINE __m512i value(const uint8_t* block) const {
     const __m512i code = load_i(block + J / 2 * kUnitBytes);
     const __mmask64 upper = _mm512_movepi8_mask(code);
-    const __m512i l = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(low[0], code, low[1]),
-                                             _mm512_permutex2var_epi8(low[2], code, low[3]));
-    const __m512i h = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(high[0], code, high[1]),
-                                             _mm512_permutex2var_epi8(high[2], code, high[3]));
-    const __m512i low_bytes = _mm512_set1_epi16(255);
-    return J % 2 == 0 ? select_bits(low_bytes, l, _mm512_slli_epi16(h, 8))
-                      : select_bits(low_bytes, _mm512_srli_epi16(l, 8), h);
+    return pair_words<J>(look_up(low, code, upper), look_up(high, code, upper));
   }
 };
 
@@ -96,9 +107,33 @@ struct WordLut {
   explicit WordLut(const Launch& l) : table(l.table) {}
 };
 
-template <int B, int kXTerms = 1>
+// 256 entries of which the upper half is the lower one negated, as in e4m3 and e5m2: half of the look-ups.
+struct SymmetricLut {
+  static constexpr int kBits = 8;
+  static constexpr int kHalf = 128;
+  struct Table {
+    __m512i low[2], high[2];
+    template <int J>
+    LOWBIT_INLINE __m512i value(const uint8_t* block) const {
+      const __m512i code = load_i(block + J / 2 * kUnitBytes);
+      const __m512i l = _mm512_permutex2var_epi8(low[0], code, low[1]);
+      const __m512i h = _mm512_permutex2var_epi8(high[0], code, high[1]);
+      return pair_words<J>(l, _mm512_ternarylogic_epi32(h, code, _mm512_set1_epi8(-128), 0xF8));  // h | code & 0x80
+    }
+  } table;
+  explicit SymmetricLut(const Launch& l) { split_bytes(l.table, 2, table.low, table.high); }
+  static bool serves(const float* values) {
+    for (int i = 0; i < kHalf; ++i) {
+      const float a = values[i], b = values[kHalf + i];
+      if (__builtin_signbit(a) || !(__builtin_signbit(b) || b != b) || (a != -b && (a == a || b == b))) return false;
+    }
+    return true;
+  }
+};
+
+template <int B, int kXTerms = 1, class C = WordLut<B>>
 struct ComputeBf16 {
-  using Codec = WordLut<B>;
+  using Codec = C;
   using X = uint16_t;
   using Broadcast = __m512i;
   static constexpr Dtype kType = Dtype::kBf16;
@@ -160,7 +195,7 @@ inline void prepare_bf16_chunks(const Launch& l, int64_t begin, int64_t end) {
 }
 
 constexpr int kWordPanelChunks = 4;  // 128 weights x 64 columns of bf16: 16 KiB, half of the smallest L1 cache
-constexpr int64_t kWordRowsPerTask = 258;
+constexpr int64_t kWordRowsPerTask = 516;
 constexpr int kWordPanelRows = 6;
 constexpr int kPairsPerChunk = kChunkK / 2;
 constexpr int kColumnVecs = kBlockN / kUnitLanes;
@@ -200,6 +235,8 @@ inline void multiply_words(const Launch& l, const Span& span, const uint16_t* pa
   const int64_t chunks = num_chunks(l.k);
   for (int64_t c = span.chunk; c < span.chunk_end; ++c) {
     const uint16_t* xc = x + c * l.m * kChunkK * kTerms;
+    // The rows of the next tile: of many rows, x does not fit in L2.
+    unroll<kRows * kTerms>([&](auto i) LOWBIT_INLINE { prefetch(xc + (kRows * kTerms + i) * kChunkK); });
     for (int pair = 0; pair < kPairsPerChunk; ++pair) {
       __m512i w[kColumnVecs];
       unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { w[v] = load_i(panel + v * 2 * kUnitLanes); });
@@ -272,6 +309,14 @@ void gemm_words_run(const Launch& l, int64_t begin, int64_t end) {
   }
 }
 
+template <int B, int kTerms = 1>
+void gemv_words_run(const Launch& l, int64_t begin, int64_t end) {
+  if constexpr (B == 8) {
+    if (SymmetricLut::serves(l.table)) return gemv_run<ComputeBf16<8, kTerms, SymmetricLut>>(l, begin, end);
+  }
+  gemv_run<ComputeBf16<B, kTerms>>(l, begin, end);
+}
+
 template <int B>
 constexpr Kernel gemv_bf16(const char* name) {
   return {name,
@@ -286,7 +331,7 @@ constexpr Kernel gemv_bf16(const char* name) {
           gemv_cost(B, Codec::kLut),
           prepare_bf16,
           0,
-          gemv_run<ComputeBf16<B>>};
+          gemv_words_run<B>};
 }
 template <int B>
 constexpr Kernel gemm_bf16(const char* name) {

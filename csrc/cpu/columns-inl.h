@@ -21,7 +21,7 @@ struct ColumnSpan {
   static constexpr int kSteps = kWeights / 32;
   static constexpr int kDwordStride = kWeights / 16;  // weights from a dword to the next
 };
-constexpr int kSlabVecs = 32;  // vectors of a column between two transpositions: 16 columns of them are 32 KiB
+constexpr int kSlabVecs = 16;  // vectors of a column between two transpositions: 16 columns of them are 16 KiB
 
 // Rows [begin, end) of x: [span][step][dword][2], zero beyond k.
 template <int B>
@@ -89,7 +89,6 @@ inline void transpose_slab(const Launch& l, int64_t block, int vector, int64_t b
         const int64_t chunk = span * S::kChunks + (S::kWhole ? d / B : d);
         const int unit = S::kWhole ? d % B : vec;
         const uint8_t* at = codes + chunk * chunk_bytes(B) + unit * kUnitBytes;
-        prefetch(at + S::kChunks * chunk_bytes(B) * 2);
         rows[d] = chunk < chunks ? load_i(at) : _mm512_setzero_si512();
       });
       transpose(rows);
@@ -101,13 +100,14 @@ inline void transpose_slab(const Launch& l, int64_t block, int vector, int64_t b
   }
 }
 
-// The tables of 16 columns, each repeated up to at least 16 entries: tables[column][entry].
+// The tables of 16 columns.
 template <int B>
 struct ColumnTables {
-  static constexpr int kEntries = B < 4 ? 16 : 1 << B;
-  alignas(64) float entries[16][kEntries];
+  static constexpr int kEntries = B < 4 ? 16 : 1 << B;  // a table of fewer is repeated
+  WordTable<B> of[16];
   void read(const Launch& l, int64_t block, int vector, int64_t group) {
     const int64_t g = l.table_groups == 1 ? 0 : group;
+    alignas(64) float entries[16][kEntries];
     const float* table = l.table + ((block * l.table_groups + g) << B) * kBlockN + vector * kUnitLanes;
     for (int e0 = 0; e0 < kEntries; e0 += 16) {
       __m512i rows[16];
@@ -115,12 +115,8 @@ struct ColumnTables {
       transpose(rows);
       unroll<16>([&](auto c) LOWBIT_INLINE { _mm512_store_si512(&entries[c][e0], rows[c]); });
     }
+    for (int c = 0; c < 16; ++c) of[c] = WordTable<B>(entries[c]);
   }
-};
-
-template <int B, int kColumns>
-struct Tables {
-  WordTable<B> of[kColumns];
 };
 
 // Where a slab of 16 columns stands.
@@ -130,32 +126,24 @@ struct Slab {
   const uint8_t* data;
   int64_t group;                                    // of the first span
   alignas(64) float scales[kSlabVecs][kUnitLanes];  // of each group that the slab meets
-  const uint8_t* next;                              // codes of the slab after it, to be fetched meanwhile
+  const uint8_t* next;                              // what is to be fetched meanwhile
+  int64_t next_lines;
 };
 
-// Fetches a part of the next slab into L2: else a transposition waits for memory, and memory for the products.
-template <int B>
+// Fetches a part of what comes next into L2: else a transposition waits for memory, and memory for the products.
 LOWBIT_INLINE inline void prefetch_next(const Slab& slab, int64_t part, int64_t parts) {
-  using S = ColumnSpan<B>;
-  const int64_t lines = (slab.end - slab.begin) * S::kVecs * 16, first = lines * part / parts;
-  for (int64_t i = first; i < lines * (part + 1) / parts; ++i) {
-    const int64_t span = slab.begin + i / (16 * S::kVecs), line = i % (16 * S::kVecs);
-    const int64_t chunk = span * S::kChunks + line / B;
-    _mm_prefetch((const char*)slab.next + chunk * chunk_bytes(B) + line % B * kUnitBytes, _MM_HINT_T1);
+  for (int64_t i = slab.next_lines * part / parts; i < slab.next_lines * (part + 1) / parts; ++i) {
+    _mm_prefetch((const char*)slab.next + i * kUnitBytes, _MM_HINT_T1);
   }
 }
 
 // y[row][16] += the products of kColumns columns with kRows rows over a slab.
 template <int B, int kRows, int kColumns>
-inline void multiply_columns(const Launch& l, const Slab& slab, const ColumnTables<B>& tables, int64_t m0, int column,
-                             float* y) {
+__attribute__((noinline)) void multiply_columns(const Launch& l, const Slab& slab, const ColumnTables<B>& tables,
+                                                int64_t m0, int column, float* y) {
   using S = ColumnSpan<B>;
   using Compute = ComputeBf16<B>;
   constexpr int kParts = kRows * kColumns < 8 ? 2 : 1;
-  const auto tables_of = [&]<int... C>(std::integer_sequence<int, C...>) {
-    return Tables<B, kColumns>{{WordTable<B>(tables.entries[column + C])...}};
-  };
-  const Tables<B, kColumns> table = tables_of(std::make_integer_sequence<int, kColumns>{});
   const uint16_t* x = static_cast<const uint16_t*>(l.prepared) + m0 * l.prepared_stride + slab.begin * S::kWeights;
   F acc[kParts][kColumns][kRows], sum[kColumns][kRows];
   const auto each = [&](const auto& fn) LOWBIT_INLINE {
@@ -170,7 +158,7 @@ inline void multiply_columns(const Launch& l, const Slab& slab, const ColumnTabl
     unroll<S::kSteps>([&](auto s) LOWBIT_INLINE {
       unroll<kColumns>([&](auto c) LOWBIT_INLINE {
         const uint8_t* at = slab.data + ((column + c) * kSlabVecs + (span - slab.begin) * S::kVecs) * kUnitBytes;
-        const __m512i value = table.of[c].template value<s>(at);
+        const __m512i value = tables.of[column + c].template value<s>(at);
         unroll<kRows>([&](auto r) LOWBIT_INLINE {
           F& a = acc[s % kParts][c][r];
           a = Compute::dot(a, load_i(x + r * l.prepared_stride + s * 32), value);
@@ -202,11 +190,14 @@ void columns_run(const Launch& l, int64_t begin, int64_t end) {
   alignas(64) float y[kColumnRowsPerTask * kUnitLanes];
   ColumnTables<B> tables;
   const int64_t row_blocks = ceil_div(l.m, kColumnRowsPerTask), spans = ceil_div(l.k, S::kWeights);
+  constexpr int64_t span_lines = S::kChunks * chunk_bytes(B) / (kBlockN / kUnitLanes) / kUnitBytes;
   Slab slab{};
   slab.data = data;
   slab.spans_per_group = l.num_groups == 1 ? spans : l.group / S::kWeights;
   for (int64_t task = begin; task < end; ++task) {
     slab.block = task / row_blocks;
+    // The next block is fetched in the order in which it lies; its slabs then find it in L2.
+    const uint8_t* codes_end = column_codes<B>(l, slab.block + 1, 0);
     const int64_t m_begin = task % row_blocks * kColumnRowsPerTask;
     const int64_t rows = l.m - m_begin < kColumnRowsPerTask ? l.m - m_begin : kColumnRowsPerTask;
     for (slab.vector = 0; slab.vector < kBlockN / kUnitLanes; ++slab.vector) {
@@ -228,17 +219,20 @@ void columns_run(const Launch& l, int64_t begin, int64_t end) {
         if (slab.begin == 0 || l.table_groups > 1) {
           tables.read(l, slab.block, slab.vector, slab.group);
         }
-        slab.next = slab.vector + 1 < kBlockN / kUnitLanes ? column_codes<B>(l, slab.block, slab.vector + 1)
-                                                           : column_codes<B>(l, slab.block + 1, 0);
-        const int64_t fours = rows / 4 * 4;
+        slab.next = codes_end + (slab.vector * spans + slab.begin) * span_lines * kUnitBytes;
+        slab.next_lines = (slab.end - slab.begin) * span_lines;
+        const int64_t sixes = rows / 6 * 6, fours = sixes + (rows - sixes) / 4 * 4;
         for (int column = 0; column < kUnitLanes; column += 4) {
-          if (fours > 0) prefetch_next<B>(slab, column / 4, kUnitLanes / 4);
-          for (int64_t m = 0; m < fours; m += 4) {
+          if (fours > 0) prefetch_next(slab, column / 4, kUnitLanes / 4);
+          for (int64_t m = 0; m < sixes; m += 6) {
+            multiply_columns<B, 6, 4>(l, slab, tables, m_begin + m, column, y + m * kUnitLanes);
+          }
+          for (int64_t m = sixes; m < fours; m += 4) {
             multiply_columns<B, 4, 4>(l, slab, tables, m_begin + m, column, y + m * kUnitLanes);
           }
         }
         for (int column = 0; column < kUnitLanes; column += 2) {
-          if (fours == 0) prefetch_next<B>(slab, column / 2, kUnitLanes / 2);
+          if (fours == 0) prefetch_next(slab, column / 2, kUnitLanes / 2);
           int64_t m = fours;
           for (; m + 2 <= rows; m += 2) {
             multiply_columns<B, 2, 2>(l, slab, tables, m_begin + m, column, y + m * kUnitLanes);

@@ -72,7 +72,7 @@ template <int B>
 constexpr Kernel gemv_f16(const char* name) {
   Kernel row = half_row(gemv_bf16<B>(name));
   row.prepare = prepare_f16;
-  row.run = gemv_run<ComputeBf16<B, kHalfTerms>>;
+  row.run = gemv_words_run<B, kHalfTerms>;
   return row;
 }
 template <int B>
