@@ -82,6 +82,7 @@ peers: $(PEERS)/.built
 # On an idle machine: measures, and writes the result files, the tables of README.md and the plots.
 bench: $(PEERS)/.built
 	$(PEERS)/bin/python benchmarks/record.py
+	$(PEERS)/bin/python benchmarks/peers_model.py
 	$(PEERS)/bin/python benchmarks/peers.py
 	$(PEERS)/bin/python benchmarks/report.py
 

@@ -39,7 +39,7 @@ PACKAGES = (
     "libggml-python",
 )
 LARGE = 64  # rows from which a block is one pass
-LARGEST = 128  # more rows are measured on the first two shapes alone: they take minutes on each
+LARGEST = 128  # more rows are measured on the first shape alone: they take minutes on each
 
 
 def make(name: str, weight: Tensor, threads: int) -> Candidate:
@@ -53,8 +53,8 @@ def make(name: str, weight: Tensor, threads: int) -> Candidate:
         return graphs.openvino(weight, threads, int(found[1]))
     if found := re.fullmatch(r"torch dense (\w+)", name):
         return torch_ops.dense(weight, getattr(torch, found[1]))
-    if found := re.fullmatch(r"read (.*)", name):
-        return read(make(found[1], weight, threads), threads)
+    if found := re.fullmatch(r"(prefetched )?read (.*)", name):
+        return read(make(found[2], weight, threads), threads, bool(found[1]))
     others: dict[str, Callable[[Tensor], Candidate]] = {
         "torch int4pack": torch_ops.int4pack,
         "torch int8pack": torch_ops.int8pack,
@@ -75,7 +75,7 @@ def measure(
     torch.set_num_threads(threads)
     wanted: dict[str, set[int]] = {}
     for case in cases:
-        rows = [m for m in case.rows if m <= LARGEST or shape in COMPARED[:2]]
+        rows = [m for m in case.rows if m <= LARGEST or shape == COMPARED[0]]
         for name in (*case.ours, *case.rivals):
             wanted.setdefault(name, set()).update(rows)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02

@@ -68,7 +68,8 @@ def _bandwidth(data: dict[str, Any], threads: int, ax: Any) -> None:
     names = [n for n in OURS_BY_BITS if (None, n, *SHAPE, 1, threads) in us]
     rates = [_bytes(bits[n]) / us[(None, n, *SHAPE, 1, threads)] / 1e3 for n in names]
     ax.bar(names, rates)
-    ceiling = us.get((None, "read int4", *SHAPE, 1, threads))
+    reads = ((None, f"{kind}read int4", *SHAPE, 1, threads) for kind in ("", "prefetched "))
+    ceiling = min((us[key] for key in reads if key in us), default=None)
     if ceiling is not None:
         ax.axhline(
             _bytes(bits["int4"]) / ceiling / 1e3, color="k", linestyle="--", label="plain read"

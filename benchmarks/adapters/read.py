@@ -25,12 +25,12 @@ def _library() -> ctypes.CDLL:
         flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         subprocess.run(["c++", *flags, str(_SOURCE), "-o", str(path)], check=True)
         library = ctypes.CDLL(str(path))
-    library.read_bytes.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    library.read_bytes.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_bool)
     library.read_bytes.restype = ctypes.c_uint64
     return library
 
 
-def read(like: Candidate, threads: int) -> Candidate:
+def read(like: Candidate, threads: int, prefetches: bool) -> Candidate:
     """Reads the bytes of another candidate's weight; its product is not computed, so there is no result to check."""
     n, k = like.weight.shape
     nbytes = int(like.bits * n * k / 8)
@@ -40,12 +40,12 @@ def read(like: Candidate, threads: int) -> Candidate:
     def prepare(x: Tensor) -> Callable[[], object]:
         def run() -> None:
             for b in buffers:
-                library.read_bytes(b.ctypes.data, b.nbytes, threads)
+                library.read_bytes(b.ctypes.data, b.nbytes, threads, prefetches)
 
         return run
 
     return Candidate(
-        f"read of {like.name}",
+        f"{'prefetched ' * prefetches}read of {like.name}",
         like.bits,
         "none",
         torch.empty(n, k, device="meta"),
