@@ -12,7 +12,7 @@ namespace {
 constexpr Cost gemm_cost([[maybe_unused]] int bits, [[maybe_unused]] Codec codec) {
   return bits == 8 ? Cost{80, 20, 56, 6} : Cost{55, 12, 56, 6};
 }
-constexpr Cost columns_cost(int bits) { return bits == 8 ? Cost{190, 150, 110, 6} : Cost{40, 20, 62, 6}; }
+constexpr Cost columns_cost(int bits) { return bits == 8 ? Cost{190, 150, 75, 4} : Cost{40, 20, 42, 4}; }
 }  // namespace
 }  // namespace lowbit::avx512bf16
 

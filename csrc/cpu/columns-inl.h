@@ -130,53 +130,54 @@ struct Slab {
   int64_t next_lines;
 };
 
-// Fetches a part of what comes next into L2: else a transposition waits for memory, and memory for the products.
-LOWBIT_INLINE inline void prefetch_next(const Slab& slab, int64_t part, int64_t parts) {
-  for (int64_t i = slab.next_lines * part / parts; i < slab.next_lines * (part + 1) / parts; ++i) {
+// Fetches the part [begin, end) of `all` of what comes next into L2: else a transposition waits for memory, and memory
+// for the products.
+LOWBIT_INLINE inline void prefetch_next(const Slab& slab, int64_t begin, int64_t end, int64_t all) {
+  for (int64_t i = slab.next_lines * begin / all; i < slab.next_lines * end / all; ++i) {
     _mm_prefetch((const char*)slab.next + i * kUnitBytes, _MM_HINT_T1);
   }
 }
 
 // y[row][16] += the products of kColumns columns with kRows rows over a slab.
 template <int B, int kRows, int kColumns>
-__attribute__((noinline)) void multiply_columns(const Launch& l, const Slab& slab, const ColumnTables<B>& tables,
-                                                int64_t m0, int column, float* y) {
+inline void multiply_columns(const Launch& l, const Slab& slab, const ColumnTables<B>& tables, int64_t m0, int column,
+                             float* y) {
   using S = ColumnSpan<B>;
   using Compute = ComputeBf16<B>;
   constexpr int kParts = kRows * kColumns < 8 ? 2 : 1;
   const uint16_t* x = static_cast<const uint16_t*>(l.prepared) + m0 * l.prepared_stride + slab.begin * S::kWeights;
-  F acc[kParts][kColumns][kRows], sum[kColumns][kRows];
+  F sum[kColumns][kRows];
   const auto each = [&](const auto& fn) LOWBIT_INLINE {
     unroll<kColumns>([&](auto c) LOWBIT_INLINE { unroll<kRows>([&](auto r) LOWBIT_INLINE { fn(c, r); }); });
   };
-  each([&](auto c, auto r) LOWBIT_INLINE {
-    sum[c][r] = zero();
-    unroll<kParts>([&](auto p) LOWBIT_INLINE { acc[p][c][r] = zero(); });
-  });
-  int64_t group = 0, group_end = (slab.group + 1) * slab.spans_per_group;
-  for (int64_t span = slab.begin; span < slab.end; ++span, x += S::kWeights) {
-    unroll<S::kSteps>([&](auto s) LOWBIT_INLINE {
-      unroll<kColumns>([&](auto c) LOWBIT_INLINE {
-        const uint8_t* at = slab.data + ((column + c) * kSlabVecs + (span - slab.begin) * S::kVecs) * kUnitBytes;
-        const __m512i value = tables.of[column + c].template value<s>(at);
-        unroll<kRows>([&](auto r) LOWBIT_INLINE {
-          F& a = acc[s % kParts][c][r];
-          a = Compute::dot(a, load_i(x + r * l.prepared_stride + s * 32), value);
+  each([&](auto c, auto r) LOWBIT_INLINE { sum[c][r] = zero(); });
+  int64_t group_end = (slab.group + 1) * slab.spans_per_group;
+  // A loop of its own for a group: in one loop over all, the sums of the slab would take registers from those of the
+  // group.
+  for (int64_t span = slab.begin, group = 0; span < slab.end; ++group, group_end += slab.spans_per_group) {
+    F acc[kParts][kColumns][kRows];
+    each([&](auto c, auto r) LOWBIT_INLINE { unroll<kParts>([&](auto p) LOWBIT_INLINE { acc[p][c][r] = zero(); }); });
+    const int64_t last = group_end < slab.end ? group_end : slab.end;
+    for (; span < last; ++span, x += S::kWeights) {
+      unroll<S::kSteps>([&](auto s) LOWBIT_INLINE {
+        unroll<kColumns>([&](auto c) LOWBIT_INLINE {
+          const uint8_t* at = slab.data + ((column + c) * kSlabVecs + (span - slab.begin) * S::kVecs) * kUnitBytes;
+          const __m512i value = tables.of[column + c].template value<s>(at);
+          unroll<kRows>([&](auto r) LOWBIT_INLINE {
+            F& a = acc[s % kParts][c][r];
+            a = Compute::dot(a, load_i(x + r * l.prepared_stride + s * 32), value);
+          });
         });
       });
-    });
-    if (span + 1 < group_end && span + 1 < slab.end) continue;
+    }
     unroll<kColumns>([&](auto c) LOWBIT_INLINE {
       const F scale = set1(slab.scales[group][column + c]);
       unroll<kRows>([&](auto r) LOWBIT_INLINE {
         F total = acc[0][c][r];
         unroll<kParts - 1>([&](auto p) LOWBIT_INLINE { total = add(total, acc[p + 1][c][r]); });
         sum[c][r] = fma(scale, total, sum[c][r]);
-        unroll<kParts>([&](auto p) LOWBIT_INLINE { acc[p][c][r] = zero(); });
       });
     });
-    ++group;
-    group_end += slab.spans_per_group;
   }
   each([&](auto c, auto r) LOWBIT_INLINE { y[r * kUnitLanes + column + c] += lowbit::LOWBIT_ISA::sum(sum[c][r]); });
 }
@@ -221,18 +222,16 @@ void columns_run(const Launch& l, int64_t begin, int64_t end) {
         }
         slab.next = codes_end + (slab.vector * spans + slab.begin) * span_lines * kUnitBytes;
         slab.next_lines = (slab.end - slab.begin) * span_lines;
-        const int64_t sixes = rows / 6 * 6, fours = sixes + (rows - sixes) / 4 * 4;
-        for (int column = 0; column < kUnitLanes; column += 4) {
-          if (fours > 0) prefetch_next(slab, column / 4, kUnitLanes / 4);
-          for (int64_t m = 0; m < sixes; m += 6) {
-            multiply_columns<B, 6, 4>(l, slab, tables, m_begin + m, column, y + m * kUnitLanes);
-          }
-          for (int64_t m = sixes; m < fours; m += 4) {
+        const int64_t fours = rows / 4 * 4;
+        // All columns for a tile of rows, whose part of x they find in the cache.
+        for (int64_t m = 0; m < fours; m += 4) {
+          prefetch_next(slab, m, m + 4, fours);
+          for (int column = 0; column < kUnitLanes; column += 4) {
             multiply_columns<B, 4, 4>(l, slab, tables, m_begin + m, column, y + m * kUnitLanes);
           }
         }
         for (int column = 0; column < kUnitLanes; column += 2) {
-          if (fours == 0) prefetch_next(slab, column / 2, kUnitLanes / 2);
+          if (fours == 0) prefetch_next(slab, column, column + 2, kUnitLanes);
           int64_t m = fours;
           for (; m + 2 <= rows; m += 2) {
             multiply_columns<B, 2, 2>(l, slab, tables, m_begin + m, column, y + m * kUnitLanes);
