@@ -15,6 +15,7 @@ from torch import nn
 
 from lowbit.formats import Format
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
+from lowbit.nn import fuse as fuse_siblings
 from lowbit.quantize.methods import quantize
 from lowbit.quantize.names import Recipe, Selection
 from lowbit.quantize.progress import bar
@@ -31,6 +32,7 @@ def quantize_model(
     skip: Iterable[str] = ("lm_head",),
     method: str | None = None,
     progress: bool = True,
+    fuse: bool = True,
 ) -> Report:
     """Quantizes a model in place.
 
@@ -43,6 +45,8 @@ def quantize_model(
         skip: patterns of modules to leave as they are.
         method: as in `lowbit.quantize`.
         progress: show a bar on stderr, if rich or tqdm is installed.
+        fuse: let q/k/v and gate/up projections compute their products together, bit for bit as
+            before: `lowbit.nn.fuse`. State dicts stay per layer.
 
     Returns:
         Bytes and error per layer, and the reason for every weight that was left.
@@ -70,6 +74,8 @@ def quantize_model(
                 setattr(model.get_submodule(parent), child, module)
             report.layers.append(row)
             advance()
+    if fuse:
+        fuse_siblings(model)
     return report
 
 
