@@ -16,13 +16,13 @@ PACKAGE = ROOT / "python" / "lowbit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 500
 MAX_CONTRACT_LINES = 8
-# The one place where the layout of files is documented to the bit.
-LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
+# Where the layouts of files and of operands are documented to the bit.
+LONG_CONTRACTS = {"python/lowbit/packing.py": 12, "python/lowbit/layouts.py": 10}
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
     ("formats", "_C"),
-    ("packing",),
+    ("packing", "planes"),
     ("tensor",),
     ("reference",),
     ("layouts",),
@@ -46,6 +46,7 @@ RESTRICTED = {
     "rich": {"cli", "run", "quantize"},
     "safetensors": {"io"},
     "tqdm": {"quantize"},
+    "triton": set(),
     "transformers": {"integrations", "run"},
     "typer": {"cli"},
 }
@@ -110,6 +111,19 @@ def test_third_party_imports(path: Path) -> None:
     misplaced = {name for name in imports & RESTRICTED.keys() if layer not in RESTRICTED[name]}
     assert not misplaced
     assert layer != "formats" or "torch" not in imports
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=name_of)
+def test_triton_kernels_stand_alone(path: Path) -> None:
+    """They import Triton, torch and each other, and are imported by the backend alone, when they are needed."""
+    tree = parse(path)
+    assert third_party_imports(tree) - {"codecs", "linear"} <= {
+        "__future__",
+        "dataclasses",
+        "torch",
+        "triton",
+    }
+    assert not lowbit_imports(tree)
 
 
 def test_exceptions_and_layers_are_in_use() -> None:

@@ -60,12 +60,11 @@ def codebook_grad(
 def _rows(terms: Tensor | None, weight: Operands) -> Tensor | None:  # (N, groups) fp32
     if terms is None:
         return None
-    rows = layouts.from_lanes(terms, weight.shape[0]) if weight.layout == N16 else terms
-    return rows.float()
+    return layouts.by_row(terms, layout=weight.layout, n=weight.shape[0]).float()
 
 
 def _as_operand(grad: Tensor, operand: Tensor | None, weight: Operands) -> Tensor:
-    grad = layouts.to_lanes(grad) if weight.layout == N16 else grad
+    grad = layouts.from_rows(grad, weight.layout)
     return grad if operand is None else grad.to(operand.dtype)
 
 

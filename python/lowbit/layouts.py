@@ -6,22 +6,28 @@
     codes: flat uint8, described in csrc/layout.h; scales (N/64, groups, 64) fp32, fp16 or bf16; zeros
     (N/64, groups, 64): int8 holding zero - 2^(bits-1), or a float dtype; table: fp32 (2^bits,), padded with zeros,
     or (N/64, 1 or groups, 2^bits, 64) for a table per row or group. Integer tables are centred by 2^(bits-1).
+"k16": the Triton kernels' layout. codes: flat int32, described in planes.py; scales and zeros (groups, N), dtypes as
+    in "canonical"; table: fp32 (2^bits,), padded with zeros, or (N, 2^bits), or (N, groups, 2^bits); none for integers.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import _C, reference
+from lowbit import _C, packing, planes, reference
 from lowbit.formats import Format
 from lowbit.tensor import SCALE_DTYPES, QuantTensor, tensor_specs
 
 CANONICAL = "canonical"
 N16 = "n16"
+K16 = "k16"
+LAYOUTS = (CANONICAL, N16, K16)
 BLOCK_N = 64  # csrc/layout.h kBlockN
 CHUNK_K = 32  # csrc/layout.h kChunkK
 
@@ -59,7 +65,15 @@ class Operands:
 
 def kernel_layout(device: torch.device) -> str:
     """The layout that the kernels of a device read."""
-    return N16 if device.type == "cpu" else CANONICAL
+    if device.type == "cpu":
+        return N16
+    return K16 if device.type == "cuda" and has_triton() else CANONICAL
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the Triton kernels can run."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
@@ -77,8 +91,18 @@ def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
         return Operands(
             qt.format, qt.shape, layout, qt.tensors["codes"], scales, qt.zeros, qt.table, second
         )
-    if layout != N16:
-        raise ValueError(f"layout must be {CANONICAL!r} or {N16!r}, got {layout!r}")
+    if layout == K16:
+        return Operands(
+            qt.format,
+            qt.shape,
+            layout,
+            planes.pack_planes(qt.unpack(), qt.format.bits),
+            None if scales is None else from_rows(scales, layout),
+            None if qt.zeros is None else from_rows(qt.zeros, layout),
+            _plain_table(qt.format, qt.table, qt.device),
+            second,
+        )
+    _check_layout(layout)
     n, k = qt.shape
     trits = qt.format.packing == "trits"
     packed = qt.tensors["codes"].contiguous().numpy()
@@ -88,8 +112,8 @@ def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
         qt.shape,
         layout,
         torch.from_numpy(codes),
-        None if scales is None else to_lanes(scales),
-        None if qt.zeros is None else to_lanes(_centre_zeros(qt.zeros, qt.format)),
+        None if scales is None else from_rows(scales, layout),
+        None if qt.zeros is None else from_rows(_centre_zeros(qt.zeros, qt.format), layout),
         kernel_table(qt.format, qt.table),
         second,
     )
@@ -99,17 +123,16 @@ def from_operands(op: Operands) -> QuantTensor:
     """Inverse of `to_operands`, bit for bit."""
     n, k = op.shape
     f = op.format
-    canonical = op.layout == CANONICAL
     tensors = {**op.second, "codes": packed_codes(op)}
     if op.scales is not None and not op.second:
-        scales = op.scales if canonical else from_lanes(op.scales, n)
+        scales = by_row(op.scales, layout=op.layout, n=n)
         if f.scale == "e8m0":
             # The exponent field of a bf16 power of two is the E8M0 code; 2^-127 is subnormal and gives 0.
             scales = (scales.contiguous().view(torch.int16) >> 7).to(SCALE_DTYPES["e8m0"])
         tensors["scales"] = scales
     if op.zeros is not None:
-        zeros = op.zeros if canonical else from_lanes(op.zeros, n)
-        if not canonical and f.zero == "int":
+        zeros = by_row(op.zeros, layout=op.layout, n=n)
+        if op.layout == N16 and f.zero == "int":
             zeros = (zeros.to(torch.int16) + 2 ** (f.bits - 1)).to(torch.uint8)
         tensors["zeros"] = zeros
     table = table_of(op) if f.fitted else None
@@ -125,6 +148,8 @@ def packed_codes(op: Operands) -> Tensor:  # (N, row bytes) uint8
         return op.codes
     n, k = op.shape
     f = op.format
+    if op.layout == K16:
+        return packing.pack_codes(planes.unpack_planes(op.codes, f.bits, n, k), f)
     codes = _C.unprepack(
         op.codes.numpy(), n, k, f.bits, f.packing == "trits", torch.get_num_threads()
     )
@@ -133,7 +158,7 @@ def packed_codes(op: Operands) -> Tensor:  # (N, row bytes) uint8
 
 def table_of(op: Operands) -> Tensor | None:
     """The table as `reference.code_values` takes it: (E,), (N, E) or (N, groups, E) by scope."""
-    if op.table is None or op.layout == CANONICAL or op.format.table_scope == "tensor":
+    if op.table is None or op.layout != N16 or op.format.table_scope == "tensor":
         return op.table
     blocks, groups, entries, lanes = op.table.shape
     table = op.table.permute(0, 3, 1, 2).reshape(blocks * lanes, groups, entries)[: op.shape[0]]
@@ -154,8 +179,14 @@ def operand_specs(
         specs["scales"] = ((n, groups), _PRODUCT_DTYPES[format.scale])
     if layout == CANONICAL:
         return specs
-    if layout != N16:
-        raise ValueError(f"layout must be {CANONICAL!r} or {N16!r}, got {layout!r}")
+    _check_layout(layout)
+    if layout == K16:
+        specs["codes"] = ((planes.num_words(format.bits, n, k),), torch.int32)
+        for name in {"scales", "zeros"} & specs.keys():
+            specs[name] = ((groups, n), specs[name][1])
+        if format.codec != "affine" and "table" not in specs:
+            specs["table"] = ((2**format.bits,), torch.float32)
+        return specs
     blocks, entries = -(-n // BLOCK_N), 2**format.bits
     unit_bytes = 64 * format.bits  # csrc/layout.h: 16 columns x 32 weights
     specs["codes"] = ((blocks * (BLOCK_N // 16) * -(-k // CHUNK_K) * unit_bytes,), torch.uint8)
@@ -167,6 +198,25 @@ def operand_specs(
     table_shape = (blocks, table_groups, entries, BLOCK_N) if table_groups else (entries,)
     specs["table"] = (table_shape, torch.float32)
     return specs
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+
+
+def by_row(values: Tensor, *, layout: str, n: int) -> Tensor:  # (n, groups)
+    """Scales or zeros of a layout as rows. Differentiable."""
+    if layout == N16:
+        return from_lanes(values, n)
+    return values.t() if layout == K16 else values
+
+
+def from_rows(values: Tensor, layout: str) -> Tensor:
+    """Scales or float zeros (N, groups) as a layout has them. Differentiable."""
+    if layout == N16:
+        return to_lanes(values)
+    return values.t().contiguous() if layout == K16 else values
 
 
 def to_lanes(values: Tensor) -> Tensor:  # (N, groups) -> (ceil(N / 64), groups, 64)
@@ -195,6 +245,14 @@ def kernel_table(format: Format, table: Tensor | None) -> Tensor:
     n, groups, entries = table.shape
     padded = F.pad(table, (0, 0, 0, 0, 0, -n % BLOCK_N))
     return padded.view(-1, BLOCK_N, groups, entries).permute(0, 2, 3, 1).contiguous()
+
+
+def _plain_table(format: Format, table: Tensor | None, device: torch.device) -> Tensor | None:
+    """The "k16" table of a format."""
+    if table is not None or format.codec == "affine":
+        return table
+    values = torch.tensor(format.values(), dtype=torch.float32, device=device)
+    return F.pad(values, (0, 2**format.bits - values.numel()))
 
 
 def _centre_zeros(zeros: Tensor, format: Format) -> Tensor:

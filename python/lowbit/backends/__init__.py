@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from lowbit import layouts
-from lowbit.backends import cpu, reference
+from lowbit.backends import cpu, reference, triton
 from lowbit.formats import Format
-from lowbit.layouts import CANONICAL, N16, Operands
+from lowbit.layouts import CANONICAL, K16, N16, Operands
 from lowbit.tensor import QuantTensor
 
 _BACKENDS: dict[tuple[str, str], ModuleType] = {
     ("cpu", N16): cpu,
     ("cpu", CANONICAL): reference,
+    ("cpu", K16): triton,  # under Triton's interpreter
+    ("cuda", K16): triton,
     ("cuda", CANONICAL): reference,
 }
 _DTYPE_NAMES = {
@@ -30,7 +32,7 @@ _DTYPE_NAMES = {
     torch.float16: "fp16",
     torch.uint8: "b1",
 }
-REFERENCE_ROW = "reference"
+REFERENCE_ROW = reference.ROW
 
 
 def find(device_type: str, layout: str) -> ModuleType:
@@ -121,8 +123,11 @@ def explain_request(
     request = (
         f"linear {name} {format.name} M={m} N={n} K={k} on {device_type}, at most {threads} threads"
     )
-    if find(device_type, layout) is reference:
+    backend = find(device_type, layout)
+    if backend is reference:
         return Explanation(request, REFERENCE_ROW, ())
+    if backend is triton:
+        return Explanation(request, triton.describe(format, n, k, m, torch.device(device_type)), ())
     specs = layouts.operand_specs(format, layout, n, k)
     scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
     w = cpu.weight(format, n, k, scales, zeros)

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import packing, reference
+from lowbit import layouts, packing, reference
 from lowbit.formats import FORMATS, Format
 
+ROW = "reference"  # what `explain` calls it
 _logger = logging.getLogger("lowbit")
 
 
@@ -181,6 +182,8 @@ def _log_once(device_type: str) -> None:
     why = (
         "the weight is in canonical layout"
         if device_type == "cpu"
-        else f"there are no {device_type} kernels"
+        else f"triton, which has the {device_type} kernels, is not installed"
+        if device_type == "cuda" and not layouts.has_triton()
+        else f"there is no {device_type} kernel for it"
     )
     _logger.warning("plain torch dequantizes the weight in every call on %s: %s", device_type, why)

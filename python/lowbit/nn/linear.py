@@ -209,17 +209,18 @@ class QuantLinear(PackedModule):
 
     def _learned(self) -> dict[str, Tensor]:
         """The learnable tensors as the kernels read them, differentiable."""
-        lanes = self.layout == layouts.N16
         learned: dict[str, Tensor] = {}
         for name in self._trained:
             p = self._parameters[name]
             assert p is not None
             if name == "table":
-                learned[name] = layouts.kernel_table(self.format, p) if lanes else p
+                learned[name] = (
+                    layouts.kernel_table(self.format, p) if self.layout == layouts.N16 else p
+                )
             else:
                 # Rounded to the stored dtype, kept in fp32: a gradient in fp16 could overflow.
                 rounded = p + (p.detach().to(self._stored_dtype).to(p.dtype) - p.detach())
-                learned[name] = layouts.to_lanes(rounded) if lanes else rounded
+                learned[name] = layouts.from_rows(rounded, self.layout)
         return learned
 
     @property

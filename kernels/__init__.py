@@ -1,0 +1,11 @@
+"""Triton kernels over packed weights, in the layout "k16" of `lowbit.planes`; they import nothing else of lowbit."""
+
+import torch
+import triton.language as tl
+
+from . import codecs, configs, dequantize, linear
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""Triton's name of each dtype of activations."""
+
+__all__ = ["TYPES", "codecs", "configs", "dequantize", "linear"]

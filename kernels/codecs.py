@@ -1,0 +1,70 @@
+"""Codes of the "k16" layout, and the values they stand for: every codec, once, for all Triton kernels.
+
+A chunk is 16 weights of a row. A plane holds P bits of each code (1, 2, 4 or 8) in 32-bit words: word w of a block
+holds the fields of weights w of 32 / P chunks, the first chunk in the low bits. A plane is [block][row][16 words], so
+that a tile of rows is one contiguous piece of memory; widths that are no power of two take two planes, the low bits
+first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CHUNK = tl.constexpr(16)
+# How codes become values and where zeros stand: constants of the kernels.
+AFFINE, LUT = tl.constexpr(0), tl.constexpr(1)
+ZERO_NONE, ZERO_INT, ZERO_FLOAT, ZERO_MIN = (tl.constexpr(i) for i in range(4))
+TABLE_SHARED, TABLE_ROW, TABLE_GROUP = (tl.constexpr(i) for i in range(3))
+
+
+@triton.jit
+def plane_fields(codes, base, chunk, rows, valid, n, P: tl.constexpr, CHUNKS: tl.constexpr):
+    """(rows, CHUNKS * 16) int32: the P bits that a plane holds of each code of CHUNKS chunks from `chunk` on.
+
+    The plane starts after `base` pieces of 16 words. CHUNKS divides 32 / P, and `chunk` is a multiple of it.
+    """
+    per_word: tl.constexpr = 32 // P
+    piece = base + chunk // per_word * n + rows
+    at = piece.to(tl.int64)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    words = tl.load(codes + at, mask=valid[:, None], other=0)
+    shifts = (chunk % per_word + tl.arange(0, CHUNKS)) * P
+    fields = (words[:, None, :] >> shifts[None, :, None]) & ((1 << P) - 1)
+    return tl.reshape(fields, (rows.shape[0], CHUNKS * CHUNK))
+
+
+@triton.jit
+def decode(codes, chunk, rows, valid, n, k, BITS: tl.constexpr, CHUNKS: tl.constexpr):
+    """(rows, CHUNKS * 16) int32: codes of CHUNKS chunks from `chunk` on; 0 in rows that are not valid."""
+    low: tl.constexpr = 4 if BITS == 5 or BITS == 6 else 2 if BITS == 3 else BITS
+    fields = plane_fields(codes, 0, chunk, rows, valid, n, low, CHUNKS)
+    if low != BITS:
+        base = tl.cdiv(tl.cdiv(k, CHUNK), 32 // low) * n
+        fields |= plane_fields(codes, base, chunk, rows, valid, n, BITS - low, CHUNKS) << low
+    return fields
+
+
+@triton.jit
+def table_values(
+    codes,  # (rows, weights) int32
+    table,  # fp32: (E,), (N, E) or (N, groups, E)
+    rows,  # (rows,)
+    group,  # of each weight, (1, weights), or a scalar
+    num_groups,
+    CODEC: tl.constexpr,
+    BITS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SCOPE: tl.constexpr,
+):
+    """fp32 values of codes with scale 1; an affine code c stands for c - OFFSET."""
+    if CODEC == AFFINE:
+        values = (codes - OFFSET).to(tl.float32)
+    else:
+        entries: tl.constexpr = 1 << BITS
+        at = codes
+        if SCOPE == TABLE_ROW:
+            at += rows[:, None] * entries
+        elif SCOPE == TABLE_GROUP:
+            at += (rows[:, None] * num_groups + group) * entries
+        values = tl.load(table + at)
+    return values

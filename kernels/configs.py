@@ -1,0 +1,45 @@
+"""Which tile a product takes: plain arithmetic on the host, no GPU needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CHUNK = 16
+MOST_CHUNKS = 4  # a word of 8-bit codes holds those of four chunks
+# Programs that a device should hold at least: few rows of x are bound by memory latency, which programs hide.
+_PROGRAMS_PER_SM = 4
+# A part of K that is worth a program of its own and a pass over its sums.
+_LEAST_SPLIT_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of y, chunks of 16 weights a step, and how many programs share K."""
+
+    block_m: int
+    block_n: int
+    chunks: int
+    splits: int
+    chunks_per_split: int
+    apart: bool  # a step lies within a group
+    warps: int
+    stages: int
+
+
+def choose(m: int, n: int, k: int, group: int, sms: int) -> Config:
+    """The tile for an (m, k) x against an (n, k) weight with groups of `group` weights."""
+    block_m = next(b for b in (16, 32, 64, 128) if m <= b or b == 128)
+    block_n = (
+        64  # sums of a group and of the whole stand in registers side by side: 128 columns spill
+    )
+    fitting = [c for c in (MOST_CHUNKS, 2, 1) if group % (c * CHUNK) == 0]
+    apart = group >= k or bool(fitting)
+    chunks = MOST_CHUNKS if group >= k or not fitting else fitting[0]
+    steps = -(-k // (CHUNK * chunks))
+    tiles = -(-m // block_m) * -(-n // block_n)
+    wanted = -(-_PROGRAMS_PER_SM * sms // tiles) if block_m == 16 else 1
+    splits = max(1, min(wanted, steps // _LEAST_SPLIT_STEPS, 16))
+    steps_per_split = -(-steps // splits)
+    splits = -(-steps // steps_per_split)
+    warps, stages = (4, 4) if block_m <= 64 else (8, 3)
+    return Config(block_m, block_n, chunks, splits, steps_per_split * chunks, apart, warps, stages)

@@ -1,0 +1,161 @@
+"""y = x W^T + bias over packed weights, for every format and M: one main loop, K split over programs for small M."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .codecs import CHUNK, ZERO_FLOAT, ZERO_INT, ZERO_MIN, ZERO_NONE, decode, table_values
+
+
+@triton.jit
+def linear_kernel(
+    x,  # (M, K), strides (x_row, x_column)
+    codes,
+    scales,  # (groups, N)
+    zeros,  # (groups, N)
+    table,
+    bias,  # (N,)
+    out,  # (SPLITS, M, N) fp32 if SPLITS > 1, else (M, N)
+    m,
+    n,
+    k,
+    x_row,
+    x_column,
+    group,  # weights that share a scale
+    num_groups,
+    chunks_per_split,  # a multiple of CHUNKS
+    BITS: tl.constexpr,
+    CODEC: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    SCOPE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    APART: tl.constexpr,
+    WHOLE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WIDENS: tl.constexpr,
+):
+    """One tile of y. Products are of x and table entries in COMPUTE, sums are fp32.
+
+    APART: a step of CHUNKS chunks lies in one group; its sum is multiplied by the scale, which is then never rounded.
+    WHOLE: there is one group, whose scale multiplies at the end; not with ZERO_MIN. Not APART: groups may end anywhere,
+    and the scaled weight is rounded to COMPUTE. WIDENS: x and out are fp32 and so are products, of values
+    that are rounded to COMPUTE all the same; for Triton's interpreter, which cuts off where it should round to bf16.
+    """
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(2)
+    in_n, in_m = columns < n, rows < m
+    table_rows = tl.where(in_n, columns, 0)
+    x_rows = x + rows.to(tl.int64)[:, None] * x_row
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first = split * chunks_per_split
+    last = tl.minimum(first + chunks_per_split, tl.cdiv(k, CHUNK))
+    for chunk in range(first, last, CHUNKS):
+        ks = chunk * CHUNK + tl.arange(0, CHUNKS * CHUNK)
+        xs = tl.load(
+            x_rows + ks.to(tl.int64)[None, :] * x_column,
+            mask=in_m[:, None] & (ks < k)[None, :],
+            other=0.0,
+        ).to(tl.float32 if WIDENS else COMPUTE)
+        fields = decode(codes, chunk, columns, in_n, n, k, BITS, CHUNKS)
+        if APART:
+            g = chunk * CHUNK // group
+            at = g * n + columns
+            if ZERO == ZERO_INT:
+                zero = tl.load(zeros + at, mask=in_n, other=0).to(tl.int32)
+                fields -= zero[:, None]
+            values = table_values(
+                fields, table, table_rows, g, num_groups, CODEC, BITS, OFFSET, SCOPE
+            )
+            values = tl.trans(rounded(values, COMPUTE, WIDENS))
+            if WHOLE:
+                total = tl.dot(xs, values, total, input_precision="ieee")
+            else:
+                term = tl.dot(xs, values, input_precision="ieee")
+            if ZERO == ZERO_FLOAT or ZERO == ZERO_MIN:
+                zero = tl.load(zeros + at, mask=in_n, other=0.0).to(tl.float32)
+                shift = tl.sum(xs.to(tl.float32), 1)[:, None] * zero[None, :]
+            if ZERO == ZERO_FLOAT:
+                if WHOLE:
+                    total -= shift
+                else:
+                    term -= shift
+            if not WHOLE:
+                if HAS_SCALE:
+                    term *= tl.load(scales + at, mask=in_n, other=0.0).to(tl.float32)[None, :]
+                if ZERO == ZERO_MIN:
+                    term += shift
+                total += term
+        else:
+            g = (tl.minimum(ks, k - 1) // group)[None, :]
+            weight = table_values(
+                fields, table, table_rows, g, num_groups, CODEC, BITS, OFFSET, SCOPE
+            )
+            weight = scaled(
+                weight, scales, zeros, g * n + columns[:, None], in_n[:, None], ZERO, HAS_SCALE
+            )
+            weight = tl.trans(rounded(weight, COMPUTE, WIDENS))
+            total = tl.dot(xs, weight, total, input_precision="ieee")
+    if WHOLE and HAS_SCALE:
+        total *= tl.load(scales + columns, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS and SPLITS == 1:
+        total += tl.load(bias + columns, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    at = (split.to(tl.int64) * m + rows)[:, None] * n + columns[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+@triton.jit
+def rounded(values, COMPUTE: tl.constexpr, WIDENS: tl.constexpr):
+    """fp32 values to nearest even in COMPUTE; as fp32 if WIDENS."""
+    if WIDENS and COMPUTE == tl.bfloat16:
+        bits = values.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        result = tl.where(values != values, values, nearest.to(tl.float32, bitcast=True))
+    elif WIDENS:
+        result = values.to(COMPUTE).to(tl.float32)
+    else:
+        result = values.to(COMPUTE)
+    return result
+
+
+@triton.jit
+def scaled(values, scales, zeros, at, valid, ZERO: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """scale * (value - zero), or scale * value + zero for ZERO_MIN; each operation rounds once."""
+    if ZERO != ZERO_NONE:
+        zero = tl.load(zeros + at, mask=valid, other=0).to(tl.float32)
+    if ZERO == ZERO_INT or ZERO == ZERO_FLOAT:
+        values -= zero
+    if HAS_SCALE:
+        values *= tl.load(scales + at, mask=valid, other=0.0).to(tl.float32)
+    if ZERO == ZERO_MIN:
+        values += zero
+    return values
+
+
+@triton.jit
+def add_splits_kernel(
+    parts,  # (SPLITS, size) fp32
+    bias,  # (n,)
+    out,  # (size,)
+    size,
+    n,
+    SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = the sum of the parts, in order, + bias."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < size
+    total = tl.load(parts + at, mask=valid, other=0.0)
+    for split in range(1, SPLITS):
+        total += tl.load(parts + split * size.to(tl.int64) + at, mask=valid, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + at % n, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=valid)

@@ -1,0 +1,320 @@
+"""The backend of the "k16" layout: launches the Triton kernels of `lowbit.triton_kernels`. No maths and no checks.
+
+Runs on CUDA tensors, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1 before the first import).
+Products with int8 activations and with signs have no kernel here: the plain backend computes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit import packing, planes, reference
+from lowbit.backends import reference as plain
+from lowbit.backends.reference import ROW as REFERENCE_ROW
+from lowbit.formats import Format
+
+_SCOPES = {"tensor": 0, "row": 1, "group": 2}
+_ZEROS = {None: 0, "int": 1, "float": 2, "min": 3}
+_FP16_MAX = 65504
+# Programs of the interpreter run one after another: as many as one multiprocessor would hold.
+_INTERPRETED_SMS = 1
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The package of kernels, imported when it is first needed.
+
+    Raises:
+        ImportError: triton is not installed.
+    """
+    return importlib.import_module("lowbit.triton_kernels")
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    if device.type != "cuda":
+        return _INTERPRETED_SMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def interpreted(device: torch.device) -> bool:
+    """Whether Triton's interpreter runs the kernels. It cuts bf16 off, so it reads and stores fp32."""
+    return device.type == "cpu"
+
+
+def _stored(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    return torch.float32 if interpreted(device) else dtype
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on torch's current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def compute_dtype(x: torch.dtype, format: Format) -> torch.dtype:
+    """What x and the table are multiplied in: the dtype of x, or fp32 where fp16 cannot hold the table."""
+    values = () if format.codec == "affine" else format.values() or ()
+    fits = all(abs(v) <= _FP16_MAX for v in values if math.isfinite(v))
+    return x if x != torch.float16 or fits else torch.float32
+
+
+def meaning(format: Format, scales: Tensor | None) -> dict[str, Any]:
+    """What a format says to the kernels, as their constants."""
+    affine = format.codec == "affine"
+    return {
+        "BITS": format.bits,
+        "CODEC": 0 if affine else 1,
+        "OFFSET": 2 ** (format.bits - 1) if affine and format.zero is None else 0,
+        "ZERO": _ZEROS[format.zero],
+        "SCOPE": _SCOPES[format.table_scope],
+        "HAS_SCALE": scales is not None,
+    }
+
+
+def describe(format: Format, n: int, k: int, m: int, device: torch.device) -> str:
+    """The name of what `linear` runs."""
+    if format.activation is not None:
+        return REFERENCE_ROW
+    c = kernels().configs.choose(m, n, k, format.group or k, num_sms(device))
+    return f"triton_linear_{c.block_m}x{c.block_n}x{16 * c.chunks}_split{c.splits}"
+
+
+def linear(
+    x: Tensor,  # (M, K)
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,  # (N,)
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype | None = None,
+    config: Any = None,
+) -> Tensor:  # (M, N) in `dtype`, by default that of x
+    """x W^T + bias with fp32 sums, rounded once; `config` overrides the tile."""
+    m = x.shape[0]
+    dtype = dtype or x.dtype
+    if format.activation is not None:
+        weight = canonical(codes, scales, zeros, table, format, n, k)
+        return plain.linear(x, *weight, bias, format, n, k).to(dtype)
+    out = torch.empty((m, n), dtype=_stored(dtype, x.device), device=x.device)
+    if out.numel() == 0:
+        return out.to(dtype)
+    compute = compute_dtype(x.dtype, format)
+    if interpreted(x.device):
+        x = x.float()
+    package = kernels()
+    group, groups = format.group or k, format.num_groups(k)
+    c = config or package.configs.choose(m, n, k, group, num_sms(x.device))
+    parts = out
+    if c.splits > 1:
+        parts = torch.empty((c.splits, m, n), dtype=torch.float32, device=x.device)
+    unused = codes  # an operand that the format lacks is never read
+    with _on(x.device):
+        package.linear.linear_kernel[(-(-n // c.block_n), -(-m // c.block_m), c.splits)](
+            x,
+            codes,
+            unused if scales is None else scales,
+            unused if zeros is None else zeros,
+            unused if table is None else table,
+            unused if bias is None else bias,
+            parts,
+            m,
+            n,
+            k,
+            x.stride(0),
+            x.stride(1),
+            group,
+            groups,
+            c.chunks_per_split,
+            **meaning(format, scales),
+            HAS_BIAS=bias is not None,
+            APART=c.apart,
+            WHOLE=groups == 1 and format.zero != "min",
+            COMPUTE=package.TYPES[compute],
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            CHUNKS=c.chunks,
+            SPLITS=c.splits,
+            WIDENS=interpreted(x.device),
+            num_warps=c.warps,
+            num_stages=c.stages,
+            enable_fp_fusion=False,  # scale * value + zero rounds twice, as reference.py does
+        )
+        if c.splits > 1:
+            block = 256
+            package.linear.add_splits_kernel[(-(-m * n // block),)](
+                parts,
+                unused if bias is None else bias,
+                out,
+                m * n,
+                n,
+                SPLITS=c.splits,
+                HAS_BIAS=bias is not None,
+                BLOCK=block,
+            )
+    return out.to(dtype)
+
+
+def linear_epilogue(
+    x: Tensor,  # (M, K)
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,  # (N,)
+    format: Format,
+    n: int,
+    k: int,
+    activation: str | None,
+    gate: Tensor | None,  # (M, N)
+    residual: Tensor | None,  # (M, N)
+) -> Tensor:  # (M, N), dtype of x
+    """`linear` and what follows it in fp32, rounded once to the dtype of x."""
+    y = linear(x, codes, scales, zeros, table, bias, format, n, k, torch.float32)
+    return reference.apply_epilogue(y, activation, gate, residual).to(x.dtype)
+
+
+def linear_many(
+    x: Tensor,  # (M, K)
+    weights: list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]],
+    biases: list[Tensor | None],  # (N_i,)
+    formats: list[Format],
+    ns: list[int],
+    k: int,
+) -> list[Tensor]:  # (M, N_i), dtype of x
+    """x W_i^T + bias_i, one after another."""
+    each = zip(weights, biases, formats, ns, strict=True)
+    return [linear(x, *w, bias, format, n, k) for w, bias, format, n in each]
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (N, K)
+    """The weight in fp32, rounded once to `dtype`."""
+    return _rows(None, codes, scales, zeros, table, format, n, k, dtype)
+
+
+def embedding(
+    indices: Tensor,  # (M,) int64, each in [0, N)
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (M, K)
+    """Rows of the dequantized weight; only these rows are decoded."""
+    return _rows(indices.contiguous(), codes, scales, zeros, table, format, n, k, dtype)
+
+
+def _rows(
+    indices: Tensor | None,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    m = n if indices is None else indices.numel()
+    out = torch.empty((m, k), dtype=_stored(dtype, codes.device), device=codes.device)
+    if m == 0:
+        return out.to(dtype)
+    package = kernels()
+    block, chunks = 32, package.configs.MOST_CHUNKS
+    steps = -(-k // (package.configs.CHUNK * chunks))
+    with _on(codes.device):
+        package.dequantize.dequantize_kernel[(-(-m // block), steps)](
+            codes if indices is None else indices,
+            codes,
+            codes if scales is None else scales,
+            codes if zeros is None else zeros,
+            codes if table is None else table,
+            out,
+            m,
+            n,
+            k,
+            format.group or k,
+            format.num_groups(k),
+            **meaning(format, scales),
+            GATHERS=indices is not None,
+            BLOCK_M=block,
+            CHUNKS=chunks,
+            enable_fp_fusion=False,
+        )
+    return out.to(dtype)
+
+
+def canonical(
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    format: Format,
+    n: int,
+    k: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The operands in canonical layout, for what has no kernel."""
+    packed = packing.pack_codes(planes.unpack_planes(codes, format.bits, n, k), format)
+    scales, zeros = (None if t is None else t.t() for t in (scales, zeros))
+    return packed, scales, zeros, table if format.fitted else None
+
+
+def int8_linear(
+    q: Tensor,  # (M, K) int8
+    x_scales: Tensor,  # (M,) or (M, groups) fp32
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,  # (N,)
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    out_scale: float | None,
+) -> Tensor:  # (M, N) in `dtype`
+    """`reference.int8_linear`, rounded once to `dtype`, or divided by out_scale for int8."""
+    weight = canonical(codes, scales, zeros, table, format, n, k)
+    return plain.int8_linear(q, x_scales, *weight, bias, format, n, k, dtype, out_scale)
+
+
+def binary_linear(
+    bits: Tensor,  # (M, ceil(K / 8)) uint8
+    x_scales: Tensor,  # (M,) fp32
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,  # (N,)
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (M, N) in `dtype`
+    """`reference.binary_linear`, rounded once to `dtype`."""
+    weight = canonical(codes, scales, zeros, table, format, n, k)
+    return plain.binary_linear(bits, x_scales, *weight, bias, format, n, k, dtype)

@@ -1,0 +1,73 @@
+"""Codes of the "k16" layout, which the Triton kernels read: bit planes in 32-bit words, in plain torch on any device.
+
+A chunk is 16 weights of a row. A plane holds p bits of each code, p one of 1, 2, 4, 8: word w of a block holds the
+fields of weights w of 32 / p chunks, the first chunk in the low bits. A plane is [block][row][16 words], so that a
+tile of rows is one contiguous piece of memory. K is padded to whole blocks with zeros. Codes of 3, 5 and 6 bits take
+two planes, one after the other, low bits first.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 16
+# Rows are taken in slices of about this many codes, which bounds the int64 temporaries to 64 MiB.
+_SLICE_CODES = 1 << 22
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """The widths of the planes of codes of `bits` bits, low bits first."""
+    return {3: (2, 1), 5: (4, 1), 6: (4, 2)}.get(bits, (bits,))
+
+
+def plane_blocks(bits: int, k: int) -> tuple[int, ...]:
+    """Blocks of each plane along k."""
+    return tuple(-(-k // (CHUNK * (32 // p))) for p in plane_widths(bits))
+
+
+def num_words(bits: int, n: int, k: int) -> int:
+    """32-bit words of all planes of an (n, k) weight."""
+    return sum(plane_blocks(bits, k)) * n * CHUNK
+
+
+def pack_planes(codes: Tensor, bits: int) -> Tensor:  # (N, K) uint8 -> (words,) int32
+    """Packs codes below 2^bits."""
+    n, k = codes.shape
+    planes, low = [], 0
+    for p, blocks in zip(plane_widths(bits), plane_blocks(bits, k), strict=True):
+        plane = torch.empty((blocks, n, CHUNK), dtype=torch.int32, device=codes.device)
+        shifts = (torch.arange(32 // p, device=codes.device) * p).view(-1, 1)
+        for rows in _row_slices(n, k):
+            fields = (codes[rows].long() >> low) & (2**p - 1)
+            fields = F.pad(fields, (0, blocks * (32 // p) * CHUNK - k))
+            words = (fields.view(-1, blocks, 32 // p, CHUNK) << shifts).sum(2)
+            # Words of the upper half wrap around, as their bits demand.
+            plane[:, rows] = words.to(torch.int32).transpose(0, 1)
+        planes.append(plane.flatten())
+        low += p
+    return torch.cat(planes)
+
+
+def unpack_planes(
+    words: Tensor, bits: int, n: int, k: int
+) -> Tensor:  # (words,) int32 -> (N, K) uint8
+    """Inverse of `pack_planes`."""
+    codes = torch.zeros((n, k), dtype=torch.uint8, device=words.device)
+    low = start = 0
+    for p, blocks in zip(plane_widths(bits), plane_blocks(bits, k), strict=True):
+        plane = words[start : start + blocks * n * CHUNK].view(blocks, n, 1, CHUNK)
+        shifts = (torch.arange(32 // p, device=words.device) * p).to(torch.int32).view(-1, 1)
+        for rows in _row_slices(n, k):
+            fields = (plane[:, rows] >> shifts) & (2**p - 1)  # (blocks, rows, chunks, 16)
+            fields = fields.transpose(0, 1).reshape(-1, blocks * (32 // p) * CHUNK)[:, :k]
+            codes[rows] |= fields.to(torch.uint8) << low
+        start += blocks * n * CHUNK
+        low += p
+    return codes
+
+
+def _row_slices(n: int, k: int) -> list[slice]:
+    step = max(1, _SLICE_CODES // max(1, k))
+    return [slice(i, min(n, i + step)) for i in range(0, n, step)]

@@ -1,0 +1,89 @@
+"""The Triton kernels compiled for GPUs that are not here: machine code is read for tensor cores and spills."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+EVERY = ("int4", "nf4", "uint4", "kmeans3", "kmeans4_pr", "int8", "e4m3", "q4_1", "binary")
+"""Formats whose kernels differ in codec, zero, scope or planes."""
+CASES = [
+    *((name, "bfloat16", m, 90) for name in EVERY for m in (1, 512)),
+    *((name, "float16", 16, arch) for name in ("nf4", "uint4") for arch in (80, 100, 120)),
+]
+# What each architecture calls a tensor-core product in SASS.
+TENSOR_CORE = {80: r"\bHMMA\b", 90: r"\bHG?MMA\b", 100: r"\bUTC\w*MMA\b|\bHMMA\b", 120: r"\bHMMA\b"}
+# In a process of its own: in this one the interpreter may have taken the kernels.
+_WORKER = """
+import json, sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.disasm import get_sass
+from lowbit import layouts, triton_kernels as kernels
+from lowbit.backends import triton as backend
+from lowbit.formats import parse
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.uint8: "u8"}
+
+def source(name, x, m):
+    f, n, k = parse(name), 4096, 4096
+    specs = {key: spec[1] for key, spec in layouts.operand_specs(f, "k16", n, k).items()}
+    c = kernels.configs.choose(m, n, k, f.group or k, 132)
+    constants = backend.meaning(f, specs.get("scales")) | {
+        "HAS_BIAS": False, "APART": c.apart, "WHOLE": f.group is None, "COMPUTE": kernels.TYPES[x],
+        "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "CHUNKS": c.chunks, "SPLITS": c.splits, "WIDENS": False,
+        "x_column": 1}
+    tensors = {"x": x, "bias": x, "out": torch.float32 if c.splits > 1 else x}
+    tensors |= {key: specs.get(key, torch.int32) for key in ("codes", "scales", "zeros", "table")}
+    kernel = kernels.linear.linear_kernel
+    signature = {
+        key: "*" + NAMES[tensors[key]] if key in tensors else "constexpr" if key in constants else "i32"
+        for key in kernel.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(kernel.arg_names)
+             if key in tensors or key in ("n", "k", "x_row")}
+    return ASTSource(kernel, signature, constants, attrs), c
+
+for name, dtype, m, arch in json.loads(sys.argv[1]):
+    src, c = source(name, getattr(torch, dtype), m)
+    options = {"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": False}
+    made = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
+    print(json.dumps({"sass": get_sass(made.asm["cubin"]), "shared": made.metadata.shared}), flush=True)
+"""
+
+
+@functools.cache
+def compiled() -> dict[tuple[str, str, int, int], dict]:
+    """The SASS and shared memory of every case, from two processes."""
+    halves = (CASES[::2], CASES[1::2])
+    environment = {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _WORKER, json.dumps(half)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for half in halves
+    ]  # fmt: skip
+    found = {}
+    for half, worker in zip(halves, workers, strict=True):
+        out, err = worker.communicate()
+        assert worker.returncode == 0, err[-3000:]
+        found |= dict(zip(half, map(json.loads, out.splitlines()), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+def test_machine_code(case: tuple[str, str, int, int]) -> None:
+    """Tensor cores multiply, nothing spills to local memory, two programs fit in a multiprocessor of 164 KiB."""
+    made, arch = compiled()[case], case[3]
+    assert re.search(TENSOR_CORE[arch], made["sass"])
+    spills = re.findall(r"\b(?:STL|LDL)\b.*", made["sass"])
+    assert not spills, spills[:3]
+    assert made["shared"] <= 82 << 10
