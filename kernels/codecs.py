@@ -61,10 +61,16 @@ def table_values(
         values = (codes - OFFSET).to(tl.float32)
     else:
         entries: tl.constexpr = 1 << BITS
-        at = codes
-        if SCOPE == TABLE_ROW:
-            at += rows[:, None] * entries
-        elif SCOPE == TABLE_GROUP:
-            at += (rows[:, None] * num_groups + group) * entries
-        values = tl.load(table + at)
+        if SCOPE == TABLE_SHARED:
+            # From shared memory: a load that depends on a load would be fetched ahead one entry at a time.
+            shared = tl.load(table + tl.arange(0, entries))
+            flat = tl.reshape(codes, (codes.shape[0] * codes.shape[1],))
+            values = tl.reshape(tl.gather(shared, flat, 0), codes.shape)
+        else:
+            at = codes
+            if SCOPE == TABLE_ROW:
+                at += rows[:, None] * entries
+            else:
+                at += (rows[:, None] * num_groups + group) * entries
+            values = tl.load(table + at)
     return values

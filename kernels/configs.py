@@ -10,6 +10,8 @@ MOST_CHUNKS = 4  # a word of 8-bit codes holds those of four chunks
 _PROGRAMS_PER_SM = 4
 # A part of K that is worth a program of its own and a pass over its sums.
 _LEAST_SPLIT_STEPS = 8
+_BLOCK_N = 64  # sums of a group and of the whole stand in registers side by side: 128 columns spill
+_STAGES = 3  # with four, codes of two planes spill
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,16 @@ class Config:
 def choose(m: int, n: int, k: int, group: int, sms: int) -> Config:
     """The tile for an (m, k) x against an (n, k) weight with groups of `group` weights."""
     block_m = next(b for b in (16, 32, 64, 128) if m <= b or b == 128)
-    block_n = (
-        64  # sums of a group and of the whole stand in registers side by side: 128 columns spill
-    )
     fitting = [c for c in (MOST_CHUNKS, 2, 1) if group % (c * CHUNK) == 0]
     apart = group >= k or bool(fitting)
     chunks = MOST_CHUNKS if group >= k or not fitting else fitting[0]
     steps = -(-k // (CHUNK * chunks))
-    tiles = -(-m // block_m) * -(-n // block_n)
+    tiles = -(-m // block_m) * -(-n // _BLOCK_N)
     wanted = -(-_PROGRAMS_PER_SM * sms // tiles) if block_m == 16 else 1
     splits = max(1, min(wanted, steps // _LEAST_SPLIT_STEPS, 16))
     steps_per_split = -(-steps // splits)
     splits = -(-steps // steps_per_split)
-    warps, stages = (4, 4) if block_m <= 64 else (8, 3)
-    return Config(block_m, block_n, chunks, splits, steps_per_split * chunks, apart, warps, stages)
+    warps = 4 if block_m <= 64 else 8
+    return Config(
+        block_m, _BLOCK_N, chunks, splits, steps_per_split * chunks, apart, warps, _STAGES
+    )

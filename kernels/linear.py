@@ -154,8 +154,9 @@ def add_splits_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < size
     total = tl.load(parts + at, mask=valid, other=0.0)
-    for split in range(1, SPLITS):
-        total += tl.load(parts + split * size.to(tl.int64) + at, mask=valid, other=0.0)
+    for _ in range(1, SPLITS):
+        parts += size
+        total += tl.load(parts + at, mask=valid, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias + at % n, mask=valid, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=valid)

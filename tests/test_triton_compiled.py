@@ -87,3 +87,9 @@ def test_machine_code(case: tuple[str, str, int, int]) -> None:
     spills = re.findall(r"\b(?:STL|LDL)\b.*", made["sass"])
     assert not spills, spills[:3]
     assert made["shared"] <= 82 << 10
+
+
+def test_codebooks_are_looked_up_in_shared_memory() -> None:
+    """A codebook adds no asynchronous copies to those of x, codes and scales, which integers need as well."""
+    integers, codebook = (compiled()[name, "bfloat16", 1, 90]["sass"] for name in ("int4", "nf4"))
+    assert codebook.count("LDGSTS") == integers.count("LDGSTS") > 0

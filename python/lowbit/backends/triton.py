@@ -163,6 +163,7 @@ def linear(
                 SPLITS=c.splits,
                 HAS_BIAS=bias is not None,
                 BLOCK=block,
+                enable_fp_fusion=False,
             )
     return out.to(dtype)
 
