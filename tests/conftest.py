@@ -11,6 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+# Read when Triton is imported, which torch does for some tests: its kernels then run in its interpreter, on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import torch
 
 from lowbit import _C

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
 pytest.importorskip("triton")
 
 from lowbit import backends, layouts, ops, planes, reference
