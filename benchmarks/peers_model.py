@@ -144,14 +144,13 @@ def load_llama_cpp(
             raise RuntimeError(f"llama_decode returned {status}")
         lib.llama_get_logits_ith(context, -1)
 
-    def logits() -> np.ndarray:
+    def logits(_kept: object = silent) -> np.ndarray:  # llama.cpp calls it until the end
         return np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), (vocab,)).copy()
 
-    return (
-        forward,
-        lambda: lib.llama_memory_clear(lib.llama_get_memory(context), True),
-        lambda: (silent, logits())[1],
-    )
+    def reset() -> None:
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+
+    return forward, reset, logits
 
 
 LOADERS = {"lowbit": load_lowbit, "llama.cpp": load_llama_cpp}
@@ -188,16 +187,8 @@ def measure(
     for _ in range(ROUNDS):
         for i, (library, _, path) in enumerate(runs):
             out = folder / "logits.npy"
-            command = [
-                sys.executable,
-                __file__,
-                "--work",
-                library,
-                str(path),
-                str(threads),
-                str(vocab),
-                str(out),
-            ]
+            request = [library, str(path), str(threads), str(vocab), str(out)]
+            command = [sys.executable, __file__, "--work", *request]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             speeds[i].append(json.loads(done.stdout))
             logits = np.load(out).astype(np.float64)

@@ -1,17 +1,13 @@
-"""Codes of the "k16" layout, and the values they stand for: every codec, once, for all Triton kernels.
-
-A chunk is 16 weights of a row. A plane holds P bits of each code (1, 2, 4 or 8) in 32-bit words: word w of a block
-holds the fields of weights w of 32 / P chunks, the first chunk in the low bits. A plane is [block][row][16 words], so
-that a tile of rows is one contiguous piece of memory; widths that are no power of two take two planes, the low bits
-first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2.
-"""
+"""Codes of the layout that `lowbit.planes` describes, and the values they stand for: every codec, once."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(16)
+from .configs import CHUNK as _CHUNK
+
+CHUNK = tl.constexpr(_CHUNK)
 # How codes become values and where zeros stand: constants of the kernels.
 AFFINE, LUT = tl.constexpr(0), tl.constexpr(1)
 ZERO_NONE, ZERO_INT, ZERO_FLOAT, ZERO_MIN = (tl.constexpr(i) for i in range(4))

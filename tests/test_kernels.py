@@ -14,7 +14,7 @@ from lowbit import _C, layouts, reference
 from lowbit.backends import cpu
 from lowbit.formats import Format, parse
 from lowbit.layouts import Operands
-from weights import ALL_FORMATS, random_weight
+from weights import ALL_FORMATS, assert_close, random_weight
 
 KERNELS = _C.kernels()
 FLOAT_KERNELS = [k for k in KERNELS if k["compute"] not in ("int8", "b1")]
@@ -139,30 +139,6 @@ def test_every_fp16_enters_as_it_is(name: str) -> None:
     finite = every.isfinite() & exact.abs().lt(65504)
     assert torch.equal(y[finite], exact[finite].to(torch.float32).to(torch.float16).double())
     assert not bool(y[every.isinf() | every.isnan()].isfinite().any())
-
-
-def assert_close(y, exact, x, qt, weight) -> None:
-    """Each of K products and the sums of a group are rounded once to fp32, and y once to its dtype.
-
-    With a zero point the kernels sum x * code and x apart, so the bound counts |code| + |zero|, not their
-    difference. 2 covers the second rounding of each term (scale, then sum). Beyond the dtype's range y is infinite.
-    """
-    magnitude = weight.abs()
-    if qt.zeros is not None:
-        codes = reference.code_values(qt.unpack(), qt.format, qt.table)
-        scales, zeros = reference.effective_scales(qt).abs(), qt.zeros.float().abs()
-        shift = zeros if qt.format.zero == "min" else zeros * scales
-        group = reference.group_index(qt.format, codes.shape[1], codes.device)
-        magnitude = (codes * scales[:, group] + shift[:, group]).double()
-    info = torch.finfo(y.dtype)
-    bound = 2 * (x.shape[1] + 2) * 2**-24 * F.linear(x.double().abs(), magnitude) + info.tiny
-    bound = bound + exact.abs() * info.eps
-    infinite = y.isinf() & (exact.abs() + bound > info.max) & (y.sign() == exact.sign())
-    error = (y.double() - exact).abs()
-    bad = ~(infinite | (error <= bound))
-    assert not bool(bad.any()), (
-        f"errors {error[bad][:5]} above {bound[bad][:5]} at {bad.nonzero()[:5]}"
-    )
 
 
 @pytest.mark.parametrize("format", ALL_FORMATS, ids=lambda f: f.name)

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from lowbit import backends, layouts, ops, planes, reference
+from lowbit import backends, binary, int8, layouts, ops, planes, reference
 from lowbit.backends import triton as backend
-from lowbit.formats import Format
+from lowbit.formats import FORMATS, Format
 from lowbit.layouts import K16, Operands
 from lowbit.tensor import QuantTensor
-from weights import ALL_FORMATS, random_weight
+from weights import ALL_FORMATS, assert_close, random_weight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOAT_FORMATS = [f for f in ALL_FORMATS if f.activation is None]
@@ -74,23 +74,7 @@ def test_random_x_with_bias(format: Format) -> None:
             c = config(k, format, splits=splits, chunks_per_split=-(-9 // splits) // 4 * 4 + 4)
             y = linear(w, x, bias, config=c)
             exact = F.linear(x.double(), weight, bias.double())
-            # Each of K products, and every sum, rounds once to fp32; terms with zeros count twice.
-            magnitude = F.linear(x.double().abs(), bound_of(qt))
-            bound = 3 * (k + 8) * 2**-24 * (magnitude + bias.double().abs())
-            bound += exact.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).tiny
-            bad = ~((y.double() - exact).abs() <= bound) & ~(y.isinf() & (exact.abs() > 6e4))
-            assert not bool(bad.any()), (m, dtype, y[bad][:4], exact[bad][:4])
-
-
-def bound_of(qt: QuantTensor) -> torch.Tensor:
-    """|weight| with the parts that a zero cancels."""
-    values = reference.code_values(qt.unpack(), qt.format, qt.table).abs()
-    scales = reference.effective_scales(qt)
-    if qt.zeros is None:
-        return reference.apply_scales(values, qt.format, scales, None).abs().double()
-    group = reference.group_index(qt.format, qt.shape[1], values.device)
-    scale, zero = scales.abs()[:, group], qt.zeros.float().abs()[:, group]
-    return (values * scale + (zero if qt.format.zero == "min" else zero * scale)).double()
+            assert_close(y, exact, x, qt, weight)
 
 
 @pytest.mark.parametrize("format", ALL_FORMATS, ids=lambda f: f.name)
@@ -156,6 +140,16 @@ def test_ops_take_the_layout() -> None:
     )
     x8 = torch.randn(3, 64)
     assert torch.equal(ops.linear(x8, layouts.to_operands(a8, K16)), reference.linear(x8, a8))
+    q, q_scales = int8.quantize(x8)
+    assert torch.equal(
+        int8.linear(q, q_scales, layouts.to_operands(a8, K16)), int8.linear(q, q_scales, a8)
+    )
+    signs = random_weight(FORMATS["binary"], 5, 64)
+    bits, bit_scales = binary.quantize(x8)
+    assert torch.equal(
+        binary.linear(bits, bit_scales, layouts.to_operands(signs, K16)),
+        binary.linear(bits, bit_scales, signs),
+    )
     grad = x.clone().requires_grad_()
     ops.linear(grad, w).sum().backward()
     torch.testing.assert_close(grad.grad, qt.dequantize().sum(0).expand_as(x))

@@ -1,10 +1,11 @@
-"""Random weights of any format for tests: every code, scale and zero that the format allows."""
+"""Random weights of any format for tests: every code, scale and zero that the format allows; what a product may err."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
-from lowbit import packing
+from lowbit import packing, reference
 from lowbit.formats import FORMATS, Format
 from lowbit.tensor import QuantTensor, tensor_specs
 
@@ -59,3 +60,27 @@ def random_codes(format: Format, n: int, k: int, g: torch.Generator) -> torch.Te
         finite = torch.tensor(format.values()).isfinite()[codes.long()]
         codes = torch.where(finite, codes, torch.tensor(1, dtype=torch.uint8))
     return codes
+
+
+def assert_close(y, exact, x, qt, weight) -> None:
+    """Each of K products and the sums of a group are rounded once to fp32, and y once to its dtype.
+
+    With a zero point the kernels sum x * code and x apart, so the bound counts |code| + |zero|, not their
+    difference. 2 covers the second rounding of each term (scale, then sum). Beyond the dtype's range y is infinite.
+    """
+    magnitude = weight.abs()
+    if qt.zeros is not None:
+        codes = reference.code_values(qt.unpack(), qt.format, qt.table)
+        scales, zeros = reference.effective_scales(qt).abs(), qt.zeros.float().abs()
+        shift = zeros if qt.format.zero == "min" else zeros * scales
+        group = reference.group_index(qt.format, codes.shape[1], codes.device)
+        magnitude = (codes * scales[:, group] + shift[:, group]).double()
+    info = torch.finfo(y.dtype)
+    bound = 2 * (x.shape[1] + 2) * 2**-24 * F.linear(x.double().abs(), magnitude) + info.tiny
+    bound = bound + exact.abs() * info.eps
+    infinite = y.isinf() & (exact.abs() + bound > info.max) & (y.sign() == exact.sign())
+    error = (y.double() - exact).abs()
+    bad = ~(infinite | (error <= bound))
+    assert not bool(bad.any()), (
+        f"errors {error[bad][:5]} above {bound[bad][:5]} at {bad.nonzero()[:5]}"
+    )

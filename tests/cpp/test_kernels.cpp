@@ -77,10 +77,14 @@ struct Problem {
     std::normal_distribution<float> normal;
     const int64_t tables = scope == Scope::kShared ? 1 : blocks * groups * kBlockN;
     table.resize(tables * entries);
+    // Tables of 8 bits whose upper half is the lower one negated, as that of e4m3, are looked up in another way.
+    const bool symmetric = kernel.bits == 8 && scope == Scope::kShared && !integer && c.zero == ZeroMode::kNone;
     for (size_t i = 0; i < table.size(); ++i) {
-      const float v = signs     ? static_cast<float>(2 * static_cast<int>(i) - 1)
-                      : integer ? static_cast<float>(static_cast<int>(i) - entries / 2)
-                                : normal(rng);
+      const float v = signs                   ? static_cast<float>(2 * static_cast<int>(i) - 1)
+                      : integer               ? static_cast<float>(static_cast<int>(i) - entries / 2)
+                      : symmetric && i >= 128 ? -table[i - 128]
+                      : symmetric             ? std::abs(normal(rng))
+                                              : normal(rng);
       table[i] = bf16_table ? round_bf16(v) : v;
     }
     scales.resize(blocks * groups * kBlockN);

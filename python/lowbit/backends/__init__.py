@@ -1,7 +1,8 @@
 """Which backend serves a device and a layout, and why a row of the kernel table was chosen.
 
-A backend is a module with `linear`, `int8_linear`, `int8_quantize`, `binary_linear`, `binary_quantize`,
-`dequantize`, `embedding`, `pack` and `unpack`: glue, no maths, no checks.
+A backend is a module with `linear`, `linear_epilogue`, `linear_many`, `int8_linear`, `binary_linear`,
+`dequantize` and `embedding`: glue, no maths, no checks. What depends on no layout (`int8_quantize`,
+`binary_quantize`, `pack`, `unpack`) is in `cpu` and `reference` alone.
 """
 
 from __future__ import annotations

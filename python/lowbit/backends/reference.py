@@ -90,6 +90,7 @@ def int8_linear(
     out_scale: float | None,
 ) -> Tensor:  # (M, N) in `dtype`
     """`reference.int8_linear`, rounded once to `dtype`, or divided by out_scale for int8."""
+    _log_once(q.device.type)
     unpacked = packing.unpack_codes(codes, format, k)
     scales = None if scales is None else scales.float()
     y = reference.int8_linear(q, x_scales, unpacked, format, scales, zeros, table, bias)
@@ -119,6 +120,7 @@ def binary_linear(
     dtype: torch.dtype,
 ) -> Tensor:  # (M, N) in `dtype`
     """`reference.binary_linear`, rounded once to `dtype`."""
+    _log_once(bits.device.type)
     signs, unpacked = (packing.unpack_codes(t, format, k) for t in (bits, codes))
     scales = None if scales is None else scales.float()
     return reference.binary_linear(signs, x_scales, unpacked, format, scales, bias).to(dtype)

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import packing, planes, reference
+from lowbit import reference
 from lowbit.backends import reference as plain
 from lowbit.backends.reference import ROW as REFERENCE_ROW
 from lowbit.formats import Format
+from lowbit.layouts import K16, Operands, by_row, packed_codes
 
-_SCOPES = {"tensor": 0, "row": 1, "group": 2}
-_ZEROS = {None: 0, "int": 1, "float": 2, "min": 3}
 _FP16_MAX = 65504
 # Programs of the interpreter run one after another: as many as one multiprocessor would hold.
 _INTERPRETED_SMS = 1
@@ -70,15 +69,23 @@ def compute_dtype(x: torch.dtype, format: Format) -> torch.dtype:
 
 def meaning(format: Format, scales: Tensor | None) -> dict[str, Any]:
     """What a format says to the kernels, as their constants."""
+    c = kernels().codecs
     affine = format.codec == "affine"
+    zeros = {None: c.ZERO_NONE, "int": c.ZERO_INT, "float": c.ZERO_FLOAT, "min": c.ZERO_MIN}
+    scopes = {"tensor": c.TABLE_SHARED, "row": c.TABLE_ROW, "group": c.TABLE_GROUP}
     return {
         "BITS": format.bits,
-        "CODEC": 0 if affine else 1,
+        "CODEC": (c.AFFINE if affine else c.LUT).value,
         "OFFSET": 2 ** (format.bits - 1) if affine and format.zero is None else 0,
-        "ZERO": _ZEROS[format.zero],
-        "SCOPE": _SCOPES[format.table_scope],
+        "ZERO": zeros[format.zero].value,
+        "SCOPE": scopes[format.table_scope].value,
         "HAS_SCALE": scales is not None,
     }
+
+
+def _given(codes: Tensor, *others: Tensor | None) -> list[Tensor]:
+    """Operands for a launch: one that the format lacks is never read, and some tensor stands for it."""
+    return [codes, *(codes if t is None else t for t in others)]
 
 
 def describe(format: Format, n: int, k: int, m: int, device: torch.device) -> str:
@@ -120,15 +127,10 @@ def linear(
     parts = out
     if c.splits > 1:
         parts = torch.empty((c.splits, m, n), dtype=torch.float32, device=x.device)
-    unused = codes  # an operand that the format lacks is never read
     with _on(x.device):
         package.linear.linear_kernel[(-(-n // c.block_n), -(-m // c.block_m), c.splits)](
             x,
-            codes,
-            unused if scales is None else scales,
-            unused if zeros is None else zeros,
-            unused if table is None else table,
-            unused if bias is None else bias,
+            *_given(codes, scales, zeros, table, bias),
             parts,
             m,
             n,
@@ -156,7 +158,7 @@ def linear(
             block = 256
             package.linear.add_splits_kernel[(-(-m * n // block),)](
                 parts,
-                unused if bias is None else bias,
+                parts if bias is None else bias,
                 out,
                 m * n,
                 n,
@@ -250,10 +252,7 @@ def _rows(
     with _on(codes.device):
         package.dequantize.dequantize_kernel[(-(-m // block), steps)](
             codes if indices is None else indices,
-            codes,
-            codes if scales is None else scales,
-            codes if zeros is None else zeros,
-            codes if table is None else table,
+            *_given(codes, scales, zeros, table),
             out,
             m,
             n,
@@ -279,9 +278,9 @@ def canonical(
     k: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The operands in canonical layout, for what has no kernel."""
-    packed = packing.pack_codes(planes.unpack_planes(codes, format.bits, n, k), format)
-    scales, zeros = (None if t is None else t.t() for t in (scales, zeros))
-    return packed, scales, zeros, table if format.fitted else None
+    w = Operands(format, (n, k), K16, codes, scales, zeros, table, {})
+    scales, zeros = (None if t is None else by_row(t, layout=K16, n=n) for t in (scales, zeros))
+    return packed_codes(w), scales, zeros, table if format.fitted else None
 
 
 def int8_linear(
