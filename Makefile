@@ -46,6 +46,7 @@ cpp: $(VENV)/.ready
 	$(CMAKE) -S . -B build/cpp -DLOWBIT_CPP_TESTS=ON -DLOWBIT_WERROR=ON
 	$(BIN)/cmake --build build/cpp
 	build/cpp/test_kernels
+	build/cpp/test_cuda
 
 # The same on CPUs without AVX2 and without AVX-512.
 emulate: cpp
@@ -59,6 +60,7 @@ sanitize: $(VENV)/.ready
 	$(CMAKE) -S . -B build/sanitize -DLOWBIT_CPP_TESTS=ON -DLOWBIT_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_kernels
+	build/sanitize/test_cuda
 
 # The peers that the benchmarks compare with, in an environment of their own. llama.cpp is compiled for this CPU with the
 # build tools of requirements.txt.

@@ -21,7 +21,7 @@ from lowbit import reference
 from lowbit.backends import reference as plain
 from lowbit.backends.reference import ROW as REFERENCE_ROW
 from lowbit.formats import Format
-from lowbit.layouts import K16, Operands, by_row, packed_codes
+from lowbit.layouts import K16, Operands, canonical_tensors
 
 _FP16_MAX = 65504
 # Programs of the interpreter run one after another: as many as one multiprocessor would hold.
@@ -113,7 +113,7 @@ def linear(
     m = x.shape[0]
     dtype = dtype or x.dtype
     if format.activation is not None:
-        weight = canonical(codes, scales, zeros, table, format, n, k)
+        weight = _canonical(codes, scales, zeros, table, format, n, k)
         return plain.linear(x, *weight, bias, format, n, k).to(dtype)
     out = torch.empty((m, n), dtype=_stored(dtype, x.device), device=x.device)
     if out.numel() == 0:
@@ -268,7 +268,7 @@ def _rows(
     return out.to(dtype)
 
 
-def canonical(
+def _canonical(
     codes: Tensor,
     scales: Tensor | None,
     zeros: Tensor | None,
@@ -277,10 +277,8 @@ def canonical(
     n: int,
     k: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The operands in canonical layout, for what has no kernel."""
-    w = Operands(format, (n, k), K16, codes, scales, zeros, table, {})
-    scales, zeros = (None if t is None else by_row(t, layout=K16, n=n) for t in (scales, zeros))
-    return packed_codes(w), scales, zeros, table if format.fitted else None
+    """For what has no kernel."""
+    return canonical_tensors(Operands(format, (n, k), K16, codes, scales, zeros, table, {}))
 
 
 def int8_linear(
@@ -298,7 +296,7 @@ def int8_linear(
     out_scale: float | None,
 ) -> Tensor:  # (M, N) in `dtype`
     """`reference.int8_linear`, rounded once to `dtype`, or divided by out_scale for int8."""
-    weight = canonical(codes, scales, zeros, table, format, n, k)
+    weight = _canonical(codes, scales, zeros, table, format, n, k)
     return plain.int8_linear(q, x_scales, *weight, bias, format, n, k, dtype, out_scale)
 
 
@@ -316,5 +314,5 @@ def binary_linear(
     dtype: torch.dtype,
 ) -> Tensor:  # (M, N) in `dtype`
     """`reference.binary_linear`, rounded once to `dtype`."""
-    weight = canonical(codes, scales, zeros, table, format, n, k)
+    weight = _canonical(codes, scales, zeros, table, format, n, k)
     return plain.binary_linear(bits, x_scales, *weight, bias, format, n, k, dtype)
