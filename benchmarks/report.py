@@ -121,8 +121,8 @@ def about(data: dict[str, Any]) -> str:
 
 GPU_FAMILIES = {
     "triton": "Triton, sm_80 and later: every format and M",
-    "cuda": "CUDA (`LOWBIT_CUDA=1`), mma for M up to 64 on sm_80 and later, wgmma for M up to 1023 on sm_90a: one table "
-    "per weight, groups of 16, 32, multiples of 64 or rows",
+    "cuda": "CUDA (`LOWBIT_CUDA=1`), mma for M up to 64 on sm_80 and later, wgmma for M up to 1023 on sm_90a: "
+    "one table per weight, groups of 16, 32, multiples of 64 or rows",
 }
 
 

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(WgmmaTile<kBits, kCols>::kThreads, 1)
   uint64_t* const full = reinterpret_cast<uint64_t*>(ring + Tile::kStages * Tile::kStageBytes);
   uint64_t* const empty = full + Tile::kStages;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Tile::kStages; ++i) barrier_init(full + i, 1), barrier_init(empty + i, 2);
+    for (int i = 0; i < Tile::kStages; ++i) barrier_init(full + i, 1), barrier_init(empty + i, Tile::kRowTiles);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   fill_table<T, kBits>(shared, p.table);
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(WgmmaTile<kBits, kCols>::kThreads, 1)
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
     for (int j = 0; j < kCols / 2; ++j) asm volatile("" : "+f"(acc[j])::"memory");
-    if (threadIdx.x % 128 == 0) barrier_arrive(empty + i % Tile::kStages);
+    if (lane == 0) barrier_arrive(empty + i % Tile::kStages);
     fresh = ends;
     if (ends)
 #pragma unroll
