@@ -80,11 +80,8 @@ def test_x_is_what_the_kernels_can_read(x: torch.Tensor, monkeypatch: pytest.Mon
         typed = BASE.to(dtype).as_strided(x.shape, x.stride(), x.storage_offset())
         fake, y = launch(monkeypatch, "nf4", typed)
         assert (y.shape, y.dtype) == ((x.shape[0], 40), dtype)
-        assert (
-            fake.given["type"]
-            == fake.given["out_type"]
-            == {2: "bf16", 5: "fp16"}[2 if dtype == torch.bfloat16 else 5]
-        )
+        name = "bf16" if dtype == torch.bfloat16 else "fp16"
+        assert fake.given["type"] == fake.given["out_type"] == name
         assert fake.given["stream"] == 7
         assert not fake.given["parts"]
         assert not fake.given["x_sums"]

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import reference
-from lowbit.backends import reference as plain
 from lowbit.backends import triton
+from lowbit.backends.packed import Derived
+from lowbit.backends.reference import ROW as REFERENCE_ROW
 from lowbit.formats import Format
-from lowbit.layouts import M16, Operands, canonical_tensors
+from lowbit.layouts import M16, operand_specs
 
 if TYPE_CHECKING:
     from lowbit._cuda import Weight
@@ -65,7 +65,7 @@ def multiplies(x: torch.dtype, format: Format) -> bool:
 def describe(format: Format, n: int, k: int, m: int, device: torch.device) -> str:
     """The name of what `linear` runs for bf16 x."""
     if format.activation is not None:
-        return plain.ROW
+        return REFERENCE_ROW
     family, tiles, splits, _, _ = _choose(_weight_of(format, n, k), max(1, m), device)
     return {
         "mma": f"cuda_mma_{8 * tiles}_split{splits}",
@@ -75,8 +75,6 @@ def describe(format: Format, n: int, k: int, m: int, device: torch.device) -> st
 
 
 def _weight_of(format: Format, n: int, k: int) -> Weight:
-    from lowbit.layouts import operand_specs
-
     specs = operand_specs(format, M16, n, k)
     scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
     return weight(format, n, k, scales, zeros)
@@ -97,8 +95,8 @@ def linear(
     """x W^T + bias with fp32 sums, rounded once."""
     m, dtype = x.shape[0], dtype or x.dtype
     if format.activation is not None:
-        operands = _canonical(codes, scales, zeros, table, format, n, k)
-        return plain.linear(x, *operands, bias, format, n, k).to(dtype)
+        operands = (codes, scales, zeros, table)
+        return _derived.activation_linear(x, *operands, bias, format, n, k).to(dtype)
     w = weight(format, n, k, *(None if t is None else t.dtype for t in (scales, zeros)))
     if m == 0 or n == 0 or k == 0:
         return F.linear(x, x.new_zeros(n, k), None if bias is None else bias.to(x.dtype)).to(dtype)
@@ -149,67 +147,6 @@ def _log_decode(dtype: torch.dtype, large: bool) -> None:
     _logger.info("the weight is decoded and torch multiplies: %s", why)
 
 
-def linear_epilogue(
-    x: Tensor,  # (M, K)
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,  # (N,)
-    format: Format,
-    n: int,
-    k: int,
-    activation: str | None,
-    gate: Tensor | None,  # (M, N)
-    residual: Tensor | None,  # (M, N)
-) -> Tensor:  # (M, N), dtype of x
-    """`linear` and what follows it in fp32, rounded once to the dtype of x."""
-    y = linear(x, codes, scales, zeros, table, bias, format, n, k, torch.float32)
-    return reference.apply_epilogue(y, activation, gate, residual).to(x.dtype)
-
-
-def linear_many(
-    x: Tensor,  # (M, K)
-    weights: list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]],
-    biases: list[Tensor | None],  # (N_i,)
-    formats: list[Format],
-    ns: list[int],
-    k: int,
-) -> list[Tensor]:  # (M, N_i), dtype of x
-    """x W_i^T + bias_i, one after another."""
-    each = zip(weights, biases, formats, ns, strict=True)
-    return [linear(x, *w, bias, format, n, k) for w, bias, format, n in each]
-
-
-def dequantize(
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    format: Format,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:  # (N, K)
-    """The weight in fp32, rounded once to `dtype`."""
-    return _rows(None, codes, scales, zeros, table, format, n, k, dtype)
-
-
-def embedding(
-    indices: Tensor,  # (M,) int64, each in [0, N)
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    format: Format,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:  # (M, K)
-    """Rows of the dequantized weight; only these rows are decoded."""
-    return _rows(indices.contiguous(), codes, scales, zeros, table, format, n, k, dtype)
-
-
 def _rows(
     indices: Tensor | None,
     codes: Tensor,
@@ -240,50 +177,10 @@ def _rows(
     return out
 
 
-def _canonical(
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    format: Format,
-    n: int,
-    k: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    return canonical_tensors(Operands(format, (n, k), M16, codes, scales, zeros, table, {}))
-
-
-def int8_linear(
-    q: Tensor,  # (M, K) int8
-    x_scales: Tensor,  # (M,) or (M, groups) fp32
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,  # (N,)
-    format: Format,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    out_scale: float | None,
-) -> Tensor:  # (M, N) in `dtype`
-    """`reference.int8_linear`, rounded once to `dtype`, or divided by out_scale for int8."""
-    operands = _canonical(codes, scales, zeros, table, format, n, k)
-    return plain.int8_linear(q, x_scales, *operands, bias, format, n, k, dtype, out_scale)
-
-
-def binary_linear(
-    bits: Tensor,  # (M, ceil(K / 8)) uint8
-    x_scales: Tensor,  # (M,) fp32
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,  # (N,)
-    format: Format,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:  # (M, N) in `dtype`
-    """`reference.binary_linear`, rounded once to `dtype`."""
-    operands = _canonical(codes, scales, zeros, table, format, n, k)
-    return plain.binary_linear(bits, x_scales, *operands, bias, format, n, k, dtype)
+_derived = Derived(M16, linear, _rows)
+linear_epilogue = _derived.linear_epilogue
+linear_many = _derived.linear_many
+dequantize = _derived.dequantize
+embedding = _derived.embedding
+int8_linear = _derived.int8_linear
+binary_linear = _derived.binary_linear
