@@ -95,7 +95,7 @@ __device__ __forceinline__ void load_zeros(const void* zeros, int64_t row, uint3
 }
 
 template <class T, int kBits, int kTilesM>
-__global__ void __launch_bounds__(MmaTile<kBits, kTilesM>::kThreads, kTilesM <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(MmaTile<kBits, kTilesM>::kThreads, MmaTile<kBits, kTilesM>::kBlocksPerSm)
     mma_kernel(const Linear p, const int64_t stages_per_split) {
   using Tile = MmaTile<kBits, kTilesM>;
   extern __shared__ __align__(128) uint8_t shared[];

@@ -32,7 +32,8 @@ Config mma_config(const Request& r) {
   const int shared = shared_bytes<Tile>(x_rows, groups * kTileN * r.scale_bytes, groups * kTileN * r.zero_bytes);
   const int64_t stages = ceil_div(ceil_div(r.k, kTileK), Tile::kStageTiles);
   const int64_t blocks = ceil_div(r.n, Tile::kRows) * ceil_div(r.m, Tile::kCols);
-  const int64_t resident = r.sms * int64_t{kTilesM <= 4 && 2 * (shared + 1024) <= kSharedPerSm + 1024 ? 2 : 1};
+  const int fitting = (kSharedPerSm + 1024) / (shared + 1024);  // the system takes 1 KiB of each block
+  const int64_t resident = r.sms * int64_t{fitting < Tile::kBlocksPerSm ? fitting : Tile::kBlocksPerSm};
   int64_t splits = resident / blocks;
   if (splits > stages / kLeastStages) splits = stages / kLeastStages;
   if (splits > 16) splits = 16;
