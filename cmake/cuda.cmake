@@ -30,7 +30,7 @@ function(lowbit_cuda_objects name architectures)
 endfunction()
 lowbit_cuda_objects(lowbit_cuda "${LOWBIT_CUDA_ARCHITECTURES}"
   csrc/cuda/mma_bf16.cu csrc/cuda/mma_f16.cu csrc/cuda/dequantize.cu)
-lowbit_cuda_objects(lowbit_cuda_sm90a "90a-real" csrc/cuda/wgmma_bf16.cu csrc/cuda/wgmma_f16.cu)
+lowbit_cuda_objects(lowbit_cuda_sm90a "90a-real" csrc/cuda/fp8.cu csrc/cuda/wgmma_bf16.cu csrc/cuda/wgmma_f16.cu)
 
 pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/cuda/bindings.cpp)
 target_link_libraries(_cuda PRIVATE lowbit_cuda lowbit_cuda_sm90a CUDA::cudart_static)

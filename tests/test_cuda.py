@@ -128,6 +128,9 @@ KERNELS = {
         f"mma_kernel<{_F16}, 5, 8>",
         *(f"wgmma_kernel<{_BF16}, {bits}, 128>" for bits in (1, 3, 4, 8)),
         f"wgmma_kernel<{_F16}, 4, 64>",
+        "fp8_kernel<false, false, 128, false>",
+        "fp8_kernel<false, true, 128, true>",
+        "fp8_kernel<true, false, 16, true>",
     ],
     "100": [f"mma_kernel<{_BF16}, 4, 1>", f"mma_kernel<{_BF16}, 4, 8>"],
     "120": [f"mma_kernel<{_BF16}, 4, 1>"],
@@ -152,13 +155,11 @@ def compiled(folder: Path) -> dict[str, tuple[str, str]]:
         header = ROOT / "csrc" / "cuda"
         lines = [f'#include "{header}/gemm_mma.cuh"']
         if architecture == "90a":
-            lines.append(f'#include "{header}/gemm_wgmma.cuh"')
+            lines += [f'#include "{header}/gemm_{name}.cuh"' for name in ("wgmma", "fp8")]
         lines.append("namespace lowbit::cuda {")
         for kernel in KERNELS[architecture]:
             name = kernel.split("<")[0]
-            parameters = "const Linear, const int64_t"
-            if name == "wgmma_kernel":
-                parameters = "__grid_constant__ const CUtensorMap, const Linear"
+            parameters = PARAMETERS[name]
             lines.append(f"template __global__ void {kernel}({parameters});")
         source.write_text("\n".join([*lines, "}"]))
         command = [
@@ -209,8 +210,8 @@ def test_machine_code(architecture: str, folder: Path) -> None:
         assert int(registers) <= most, (name, registers)
     for name, code in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.DOTALL):
         assert not re.search(r"\b(?:STL|LDL)\b", code), name
-        if "wgmma" in name:
-            assert re.search(r"\bHGMMA\b", code), name
+        if "wgmma" in name or "fp8" in name:
+            assert re.search(r"\bHGMMA\b" if "wgmma" in name else r"\bQGMMA\b", code), name
             assert re.search(r"\bUTMALDG\b", code), name
         else:
             assert re.search(r"\bHMMA\b", code), name

@@ -128,6 +128,38 @@ struct Weight {
   }
 };
 
+Scales scales_of(const std::string& name) {
+  if (name == "tensor") return Scales::kTensor;
+  if (name == "row") return Scales::kRow;
+  if (name == "1x128") return Scales::kBlock1x128;
+  if (name == "128x128") return Scales::kBlock128x128;
+  throw std::invalid_argument("granularity must be tensor, row, 1x128 or 128x128, got '" + name + "'");
+}
+
+// (a (m, k) * scales) (b (n, k) * scales)^T + bias; operands are (pointer, bytes between rows, e5m2, scales,
+// granularity).
+void fp8_scaled_mm(int device, uint64_t stream, const py::tuple& a, const py::tuple& b, int64_t m, int64_t n, int64_t k,
+                   uint64_t bias, const std::string& bias_type, uint64_t out, const std::string& out_type) {
+  const auto operand = [](const py::tuple& t, int64_t rows) {
+    const int64_t stride = py::cast<int64_t>(t[1]);
+    const uint64_t address = py::cast<uint64_t>(t[0]);
+    if (stride % 16 || address % 16) throw std::invalid_argument("rows of a and b must begin at multiples of 16 bytes");
+    return Fp8Operand{pointer<const void>(address),
+                      rows,
+                      stride,
+                      py::cast<bool>(t[2]),
+                      pointer<const float>(py::cast<uint64_t>(t[3])),
+                      scales_of(py::cast<std::string>(t[4]))};
+  };
+  const Fp8Operand oa = operand(a, m), ob = operand(b, n);
+  const Fp8Config c = choose_fp8(m, oa.kind, ob.kind);
+  const Fp8Product x{c.transposed ? ob : oa, c.transposed ? oa : ob,    k,
+                     c.transposed,           pointer<const void>(bias), type_of(bias_type),
+                     pointer<void>(out),     type_of(out_type)};
+  const py::gil_scoped_release release;
+  fp8_product(x, c.cols, device, use(device, stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -141,6 +173,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def("choose", &Weight::choose, py::arg("m"), py::arg("architecture"), py::arg("sms"))
       .def("linear", &Weight::linear)
       .def("dequantize", &Weight::dequantize, py::call_guard<py::gil_scoped_release>());
+  m.def("fp8_scaled_mm", &fp8_scaled_mm);
 }
 
 }  // namespace lowbit::cuda

@@ -3,61 +3,16 @@
 // stages; two warpgroups of 64 rows of the weight each decode the next tile while the tensor cores multiply the last.
 #pragma once
 
-#include <cuda.h>
-
 #include "codecs.cuh"
+#include "hopper.cuh"
 #include "tile.h"
 
 namespace lowbit::cuda {
-
-__device__ __forceinline__ uint32_t address_of(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-__device__ __forceinline__ void barrier_init(uint64_t* b, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(b)), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint64_t* b) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(b)) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(uint64_t* b, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(b)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint64_t* b, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nretry:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra retry;\n}" ::
-          "r"(address_of(b)),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address_of(to)),
-      "l"(from), "r"(bytes), "r"(address_of(barrier))
-      : "memory");
-}
-__device__ __forceinline__ void copy_tile(void* to, const CUtensorMap* map, int k, int m, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          address_of(to)),
-      "l"(map), "r"(k), "r"(m), "r"(address_of(barrier))
-      : "memory");
-}
 
 // acc (64 x kCols) = A B, or += with `adds`: A of 16 columns in registers, B described by `b`.
 #define LOWBIT_WGMMA(COLS, TYPE, REGISTERS, A0, A1, A2, A3, B, ADDS)                                            \
   "{\n.reg .pred adds;\nsetp.ne.b32 adds, " ADDS ", 0;\nwgmma.mma_async.sync.aligned.m64n" COLS "k16.f32." TYPE \
   "." TYPE " {" REGISTERS "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", adds, 1, 1, 0;\n}"
-#define LOWBIT_8(i)                                                                                           \
-  "+f"(c[(i) + 0]), "+f"(c[(i) + 1]), "+f"(c[(i) + 2]), "+f"(c[(i) + 3]), "+f"(c[(i) + 4]), "+f"(c[(i) + 5]), \
-      "+f"(c[(i) + 6]), "+f"(c[(i) + 7])
-#define LOWBIT_REGISTERS_32                                                                                   \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
-  "%23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LOWBIT_REGISTERS_64                                                                                     \
-  LOWBIT_REGISTERS_32                                                                                           \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
-  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
 template <class T, int kCols>
 __device__ __forceinline__ void multiply_async(float (&c)[kCols / 2], const uint32_t (&a)[4], uint64_t b, int adds) {
   constexpr bool kHalf = Half<T>::kType == Type::kF16;
@@ -149,22 +104,18 @@ __global__ void __launch_bounds__(WgmmaTile<kBits, kCols>::kThreads, 1)
   float scale[2] = {1, 1};
   // Multiplies tile i, whose values are in `a`, and decodes the next one into `next` meanwhile.
   const auto step = [&](int i, uint32_t (&a)[kSteps][4], uint32_t (&next)[kSteps][4]) {
-    const uint64_t b = Tile::x_descriptor(address_of(ring + i % Tile::kStages * Tile::kStageBytes));
+    const uint64_t b = tile_descriptor(address_of(ring + i % Tile::kStages * Tile::kStageBytes));
+    multiply_begin(acc);
 #pragma unroll
-    for (int j = 0; j < kCols / 2; ++j) asm volatile("" : "+f"(acc[j])::"memory");
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) multiply_async<T, kCols>(acc, a[s], b + Tile::x_step(s), s > 0 || !fresh);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    for (int s = 0; s < kSteps; ++s) multiply_async<T, kCols>(acc, a[s], b + 2 * s, s > 0 || !fresh);
+    multiply_commit();
     const bool ends = i + 1 == tiles_k || (i + 1) % group_tiles == 0;
     if (ends && p.scales)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         scale[h] = load_float(p.scales, p.scale_type, scale_row + i / group_tiles * kTileN + 8 * h);
     if (i + 1 < tiles_k) decode_tile(i + 1, next);
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int j = 0; j < kCols / 2; ++j) asm volatile("" : "+f"(acc[j])::"memory");
+    multiply_wait(acc);
     if (lane == 0) barrier_arrive(empty + i % Tile::kStages);
     fresh = ends;
     if (ends)

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "fp8.h"
 #include "launch.h"
 
 namespace lowbit::cuda {
@@ -15,5 +16,6 @@ void add_parts(const Linear&, int splits, cudaStream_t);
 void sum_groups(const void* x, Type type, int64_t x_stride, int64_t m, int64_t k, int64_t group, float* sums,
                 cudaStream_t);
 void dequantize(const Dequantize&, cudaStream_t);
+void fp8_product(const Fp8Product&, int cols, int device, cudaStream_t);
 
 }  // namespace lowbit::cuda

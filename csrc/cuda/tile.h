@@ -109,6 +109,12 @@ LOWBIT_HD constexpr Copy copy_scales(int piece, int stage, int tile_n0, int tile
   return {((int64_t{tile_n} * num_groups + group) * size + (in_tile & (size - 1))) * 16, piece * 16, 16};
 }
 
+// What wgmma is told of a tile of 128-byte rows at a shared address (a multiple of 1024), as the tensor memory
+// accelerator writes it: swizzled, eight rows to the next 1024 bytes. 32 bytes of K further is 2 more.
+LOWBIT_HD constexpr uint64_t tile_descriptor(uint32_t address) {
+  return (address >> 4 & 0x3FFF) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
 // One block: 128 rows of the weight, 64 for each of two warpgroups that multiply, times kCols rows of x.
 template <int kBits_, int kCols_>
 struct WgmmaTile {
@@ -122,16 +128,31 @@ struct WgmmaTile {
   static constexpr int kShared = table_bytes(kBits) + kStages * kStageBytes + kStages * 2 * 8;
   static_assert(kCols * kPitchSum * 4 <= kStages * kStageBytes, "sums lie in the place of the stages");
 
-  // What wgmma is told of x at a shared address (a multiple of 1024): rows of 128 bytes, swizzled, eight rows to the
-  // next 1024 bytes; and what step s adds to it.
-  LOWBIT_HD static constexpr uint64_t x_descriptor(uint32_t address) {
-    return (address >> 4 & 0x3FFF) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-  }
-  LOWBIT_HD static constexpr uint64_t x_step(int s) { return s * (kStepK * 2 >> 4); }
   // Element j of a lane's accumulators.
   LOWBIT_HD static constexpr int sum_row(int row_tile, int lane, int j) {
     return row_tile * kTileN + lane / 4 + j / 2 % 2 * 8;
   }
+  LOWBIT_HD static constexpr int sum_col(int lane, int j) { return j / 4 * 8 + lane % 4 * 2 + j % 2; }
+};
+
+// One block of an FP8 product P Q^T: 128 rows of P, 64 for each of two warpgroups, times kCols rows of Q. A stage is
+// 128 bytes of K, after which sums leave the tensor cores, whose accumulators keep 14 bits of products of FP8.
+template <int kCols_>
+struct Fp8Tile {
+  static constexpr int kCols = kCols_, kRows = 128, kK = 128, kStepK = 32, kSteps = kK / kStepK;
+  static constexpr int kWarps = 8, kConsumers = kWarps * kLanes, kThreads = kConsumers + 128;
+  static constexpr int kStages = kCols == 128 ? 5 : 6;
+  static constexpr int kPBytes = kRows * kK, kQBytes = kCols * kK, kStageBytes = kPBytes + kQBytes;
+  static constexpr int kPitchSum = kRows + 4;  // of a column of sums, in floats
+  static constexpr int kShared = kStages * kStageBytes + kStages * 2 * 8;
+  static_assert(kCols * kPitchSum * 4 <= kStages * kStageBytes, "sums lie in the place of the stages");
+  static_assert(kQBytes % 1024 == 0, "tiles begin at multiples of 1024 bytes");
+
+  // Bytes from a stage to the 64 rows of P of a warpgroup, and to Q.
+  LOWBIT_HD static constexpr int p_offset(int warpgroup) { return warpgroup * (kPBytes / 2); }
+  LOWBIT_HD static constexpr int q_offset() { return kPBytes; }
+  // Element j of a lane's accumulators.
+  LOWBIT_HD static constexpr int sum_row(int warp, int lane, int j) { return warp * 16 + lane / 4 + j / 2 % 2 * 8; }
   LOWBIT_HD static constexpr int sum_col(int lane, int j) { return j / 4 * 8 + lane % 4 * 2 + j % 2; }
 };
 

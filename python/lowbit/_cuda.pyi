@@ -47,3 +47,17 @@ class Weight:
         out: int,
         out_type: str,
     ) -> None: ...
+
+def fp8_scaled_mm(
+    device: int,
+    stream: int,
+    a: tuple[int, int, bool, int, str],
+    b: tuple[int, int, bool, int, str],
+    m: int,
+    n: int,
+    k: int,
+    bias: int,
+    bias_type: str,
+    out: int,
+    out_type: str,
+) -> None: ...
