@@ -135,6 +135,12 @@ KERNELS = {
     "100": [f"mma_kernel<{_BF16}, 4, 1>", f"mma_kernel<{_BF16}, 4, 8>"],
     "120": [f"mma_kernel<{_BF16}, 4, 1>"],
 }
+_MAP = "__grid_constant__ const CUtensorMap"
+PARAMETERS = {
+    "mma_kernel": "const Linear, const int64_t",
+    "wgmma_kernel": f"{_MAP}, const Linear",
+    "fp8_kernel": f"{_MAP}, {_MAP}, const Fp8Product",
+}
 REGISTERS = {
     1: 80,
     2: 128,
