@@ -34,7 +34,7 @@ int max_code(Float8 type) { return type == Float8::kE4m3 ? 0x7E : 0x7B; }
 
 uint8_t nearest(Float8 type, float v) {
   if (std::isnan(v)) return 0x7F;
-  const double x = std::fabs(static_cast<double>(v));
+  const double x = std::fmin(std::fabs(static_cast<double>(v)), value_of(type, max_code(type)));
   int best = 0;
   for (int code = 1; code <= max_code(type); ++code) {
     const double nearer = std::fabs(x - value_of(type, code)), before = std::fabs(x - value_of(type, best));
