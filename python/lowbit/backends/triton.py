@@ -50,11 +50,12 @@ def interpreted(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _stored(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def stored(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What kernels store where a result of `dtype` is wanted."""
     return torch.float32 if interpreted(device) else dtype
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on torch's current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -114,7 +115,7 @@ def linear(
     if format.activation is not None:
         operands = (codes, scales, zeros, table)
         return _derived.activation_linear(x, *operands, bias, format, n, k).to(dtype)
-    out = torch.empty((m, n), dtype=_stored(dtype, x.device), device=x.device)
+    out = torch.empty((m, n), dtype=stored(dtype, x.device), device=x.device)
     if out.numel() == 0:
         return out.to(dtype)
     compute = compute_dtype(x.dtype, format)
@@ -126,7 +127,7 @@ def linear(
     parts = out
     if c.splits > 1:
         parts = torch.empty((c.splits, m, n), dtype=torch.float32, device=x.device)
-    with _on(x.device):
+    with on_device(x.device):
         package.linear.linear_kernel[(-(-n // c.block_n), -(-m // c.block_m), c.splits)](
             x,
             *_given(codes, scales, zeros, table, bias),
@@ -181,13 +182,13 @@ def _rows(
     dtype: torch.dtype,
 ) -> Tensor:
     m = n if indices is None else indices.numel()
-    out = torch.empty((m, k), dtype=_stored(dtype, codes.device), device=codes.device)
+    out = torch.empty((m, k), dtype=stored(dtype, codes.device), device=codes.device)
     if m == 0:
         return out.to(dtype)
     package = kernels()
     block, chunks = 32, package.configs.MOST_CHUNKS
     steps = -(-k // (package.configs.CHUNK * chunks))
-    with _on(codes.device):
+    with on_device(codes.device):
         package.dequantize.dequantize_kernel[(-(-m // block), steps)](
             codes if indices is None else indices,
             *_given(codes, scales, zeros, table),
