@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from gpu_decode import SHAPES as MODELS
 from gpu_decode import milliseconds_per_token
+from gpu_fp8 import measure as measure_fp8
 from record import RESULTS, machine
 from torch import Tensor
 
@@ -307,16 +308,20 @@ def main() -> None:
         for shape in MODELS
         for family, format in (("dense", None), *((f, "nf4") for f in families))
     ]  # fmt: skip
+    fp8 = measure_fp8(families)
     about = {**machine(("lowbit", "torch", "triton")), "gpu": torch.cuda.get_device_name()}
     data = {
         "machine": about, "copy_bytes_per_second": bandwidth, "checks": checked, "results": results,
-        "decode": decode,
+        "decode": decode, "fp8": fp8,
         "rows": {f"{family} {f}": backends.explain_request(
                      as_format(f), 8192, 8192, 1, torch.bfloat16, "cuda", FAMILIES[family]).selected
                  for f in arguments.format or FORMATS for family in families},
     }  # fmt: skip
     arguments.out.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
     print(table(results, bandwidth))
+    for r in fp8:
+        time = f"{r['us']:.1f} us, {r['tflops']:.0f} TFLOP/s" if "us" in r else r["failed"]
+        print(f"fp8 {r['m']}x{r['n']}x{r['k']} {r['name']}: {time}")
     for d in decode:
         print(f"{d['model']} {d['family']} {d['format']}: {d['ms']:.3f} ms per token")
     sys.exit(bool(wrong))

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import lowbit
 from lowbit import layouts, ops, reference
 from lowbit.backends import cuda as backend
 from lowbit.formats import FORMATS, parse
+from lowbit.fp8 import granularity as granularities
+from lowbit.fp8 import matmul_cuda
 from lowbit.layouts import M16
 from weights import random_weight
 
@@ -125,3 +130,37 @@ def test_int8_activations_take_canonical_operands() -> None:
     x = torch.randn(3, 96)
     y = backend.linear(x, w.codes, w.scales, w.zeros, w.table, None, w.format, *w.shape)
     assert torch.equal(y, ops.linear(x, layouts.to_operands(qt, layouts.CANONICAL)))
+
+
+@pytest.mark.parametrize("k", (96, 100))
+@pytest.mark.parametrize("granularity", ("tensor", "row", "1x128", "128x128"))
+def test_fp8_operands_are_what_the_kernel_can_read(
+    granularity: str, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def fp8_scaled_mm(
+        device: int, stream: int, a: Any, b: Any, m: int, n: int, k: int, *rest: Any
+    ) -> None:
+        for name, (pointer, stride, e5m2, scales, kind), rows, want in (
+            ("a", a, m, qa),
+            ("b", b, n, qb),
+        ):
+            assert (pointer % 16, stride % 16, kind) == (0, 0, granularity), name
+            assert e5m2 == (want[0].dtype == torch.float8_e5m2)
+            for row in range(rows):
+                got = ctypes.string_at(pointer + row * stride, k)
+                assert got == bytes(want[0][row].view(torch.uint8).tolist())
+            got = ctypes.string_at(scales, want[1].numel() * 4)
+            assert got == want[1].numpy().tobytes()
+        given["rest"] = rest
+
+    x = torch.randn(7, k)
+    qa = lowbit.fp8.quantize(x, granularity=granularity)
+    qb = lowbit.fp8.quantize(torch.randn(9, k), torch.float8_e5m2, granularity)
+    monkeypatch.setitem(sys.modules, "lowbit._cuda", SimpleNamespace(fp8_scaled_mm=fp8_scaled_mm))
+    monkeypatch.setattr(lowbit, "_cuda", sys.modules["lowbit._cuda"], raising=False)
+    kinds = (granularities.find(granularity),) * 2
+    y = matmul_cuda.scaled_mm(qa[0], qb[0], qa[1], qb[1], *kinds, None, torch.float16)
+    assert (y.shape, y.dtype) == ((7, 9), torch.float16)
+    assert given["rest"] == (0, "fp32", y.data_ptr(), "fp16")
