@@ -1,0 +1,274 @@
+// A step of AdamW on groups of 128 parameters whose states are FP8 with dynamic range expansion. Powers are
+// exp2(k log2 x): within 2^-19 + k 2^-22 of those of reference.py, relative, where FP8 rounds by up to 2^-4.
+// Decoding takes no logarithm: that of a code is a table's entry plus its exponent field.
+#pragma once
+
+#include "cpu/common-inl.h"
+#include "fp8_adamw.h"
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace {
+
+// log2 of 0 .. 15; that of zero makes every power of it underflow.
+constexpr float kLog2[16] = {-1e5f,       0.0f,         1.0f,        1.584962501f, 2.0f,        2.321928095f,
+                             2.584962501f, 2.807354922f, 3.0f,        3.169925001f, 3.321928095f, 3.459431619f,
+                             3.584962501f, 3.700439718f, 3.807354922f, 3.906890596f};
+constexpr float kTiny = 0x1p-100f;
+constexpr uint32_t kTinyBits = 27u << 23;
+constexpr float kMaxExponent = 256.0f;
+
+// 2^t within 2 ulp, 0 below 2^-126.5, NaN for NaN: the Taylor polynomial of 2^f, |f| <= 1 / 2, remainder below 2^-22.9,
+// times 2^n.
+LOWBIT_INLINE inline F exp2_of(F t) {
+  t = max_or_nan(set1(-127.0f), min(set1(127.0f), t));
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const F shifted = add(t, set1(12582912.0f));
+  const F f = sub(t, sub(shifted, set1(12582912.0f)));
+  F p = fma(set1(1.54035304e-4f), f, set1(1.33335581e-3f));
+  p = fma(p, f, set1(9.61812911e-3f));
+  p = fma(p, f, set1(5.55041087e-2f));
+  p = fma(p, f, set1(0.240226507f));
+  p = fma(p, f, set1(0.693147181f));
+  p = fma(p, f, set1(1.0f));
+  // The shift drops everything but n + 127; n = -127 gives 0.
+  return mul(p, as_float(shift_left<23>(add_i(bits_of(shifted), set1_i(127)))));
+}
+
+// log2 of normal positive x within 2^-23 + 2^-24 |log2 x|: x = 2^n m, sqrt(1 / 2) <= m < sqrt(2), and
+// log2 m = 2 / ln 2 artanh(s), s = (m - 1) / (m + 1), to s^7 (the next term is below 2^-24).
+LOWBIT_INLINE inline F log2_of(F x) {
+  constexpr int32_t kOne = 0x3F800000, kRootHalf = 0x3F3504F3;
+  const I bits = add_i(bits_of(x), set1_i(kOne - kRootHalf));
+  const F n = sub(to_float(shift_right<23>(bits)), set1(127.0f));
+  const F m = as_float(add_i(bit_and(bits, set1_i(0x7FFFFF)), set1_i(kRootHalf)));
+  const F s = div(sub(m, set1(1.0f)), add(m, set1(1.0f))), square = mul(s, s);
+  F p = fma(set1(0.412198584f), square, set1(0.577078017f));
+  p = fma(p, square, set1(0.961796694f));
+  p = fma(p, square, set1(2.88539008f));
+  return fma(p, s, n);
+}
+
+inline float first(F v) {
+  alignas(64) float lanes[kVecLanes];
+  store(lanes, v);
+  return lanes[0];
+}
+
+template <bool kE5m2>
+struct Fp8 {
+  static constexpr int kMantissa = kE5m2 ? 2 : 3;
+  static constexpr int kBias = kE5m2 ? 15 : 7;
+  static constexpr int kOne = 1 << kMantissa;  // of the exponent field
+  static constexpr float kMax = kE5m2 ? 57344.0f : 448.0f;
+  static constexpr float kLog2Max = kE5m2 ? 15.807354922f : 8.807354922f;
+  static constexpr float kLog2Range = 2 * kLog2Max - 1;
+
+  // |code| = significand * 2^(exponent - kBias - kMantissa), the significand an integer below 16.
+  static I significand(I code) {
+    const I hidden = bit_and(add_i(exponent_field(code), set1_i(0x80 - kOne)), set1_i(0x80));
+    return add_i(bit_and(code, set1_i(kOne - 1)), shift_right<7 - kMantissa>(hidden));
+  }
+  static I exponent(I code) { return shift_right<kMantissa>(max_i(exponent_field(code), set1_i(kOne))); }
+  static I exponent_field(I code) { return bit_and(code, set1_i(0x80 - kOne)); }
+
+  // The code of y to nearest even, 0 <= y < kMax * 33 / 32. Adding a power of two that makes the last bit of the sum the
+  // last bit of the code rounds it.
+  LOWBIT_INLINE static I encode(F y) {
+    constexpr int32_t kLeast = (127 - kBias + 1) << 23;  // the smallest normal number
+    const I top = max_i(bit_and(bits_of(y), set1_i(0x7F800000)), set1_i(kLeast));
+    const F magic = as_float(add_i(top, set1_i((23 - kMantissa) << 23)));
+    const I rounded = bit_and(bits_of(add(y, magic)), set1_i(31));
+    return add_i(rounded, add_i(shift_right<23 - kMantissa>(top), set1_i(-(kLeast >> (23 - kMantissa)))));
+  }
+};
+
+// The values of a group's codes.
+template <class C, bool kExpand>
+struct Reader {
+  const Table<4>& logs;
+  F factor, offset, inverse;
+  Reader(const Table<4>& table, const float* terms, int64_t groups) : logs(table) {
+    const F scale = set1(terms[0]);
+    if constexpr (kExpand) {
+      inverse = div(set1(1.0f), set1(terms[groups]));
+      // 2^-126.5 and less is cut to 0, so the center comes last: it may be 2^-100.
+      offset = mul(sub(log2_or_nan(scale), set1(C::kBias + C::kMantissa)), inverse);
+      factor = set1(terms[2 * groups]);
+    } else {
+      factor = scale;
+    }
+  }
+  // `log2_of`, NaN for NaN.
+  static F log2_or_nan(F x) { return add(log2_of(x), sub(x, x)); }
+  LOWBIT_INLINE F operator()(I code) const {
+    const I significand = C::significand(code), exponent = C::exponent(code);
+    F magnitude;
+    if constexpr (kExpand) {
+      const F log = add(logs(significand), to_float(exponent));
+      magnitude = exp2_of(fma(log, inverse, offset));
+    } else {
+      const I power = shift_left<23>(add_i(exponent, set1_i(127 - C::kBias - C::kMantissa)));
+      magnitude = mul(to_float(significand), as_float(power));
+    }
+    const F value = mul(magnitude, factor);
+    return as_float(select_bits(set1_i(INT32_MIN), shift_left<24>(code), bits_of(value)));
+  }
+};
+
+// The largest magnitude of a group, and the smallest that is not taken for zero.
+struct Range {
+  I most = set1_i(0), least = set1_i(-1);
+  LOWBIT_INLINE void add_values(F v) {
+    const I magnitude = bit_and(bits_of(v), set1_i(0x7FFFFFFF));
+    most = max_i(most, magnitude);
+    // Magnitudes below kTiny wrap around to the top.
+    least = min_u(least, add_i(magnitude, set1_i(-static_cast<int32_t>(kTinyBits))));
+  }
+};
+
+// Sets a group's terms and makes codes of its values.
+template <class C, bool kExpand>
+struct Writer {
+  F factor = zero(), exponent = zero(), offset = zero();
+  bool empty = false;  // all codes are 0
+  Writer(const Range& range, float* terms, int64_t groups) {
+    const uint32_t most = highest(range.most), least = lowest(range.least) + kTinyBits;
+    float mx, mn, scale = 1.0f, k = 1.0f, center = 1.0f;
+    __builtin_memcpy(&mx, &most, 4);
+    __builtin_memcpy(&mn, &least, 4);
+    if (most < kTinyBits) {
+      empty = true;
+    } else if (most >= 0x7F800000u) {
+      empty = true;
+      scale = __builtin_nanf("");
+    } else if constexpr (kExpand) {
+      const F log_most = log2_of(set1(mx));
+      const F distance = max_or_nan(set1(0x1p-20f), sub(log_most, log2_of(set1(mn))));
+      const float steps = first(min(set1(16 * kMaxExponent), div(set1(16 * C::kLog2Range), distance)));
+      k = static_cast<float>(static_cast<int32_t>(steps)) * 0.0625f;
+      const F middle = mul(root(set1(mx)), root(set1(mn)));
+      center = first(middle);
+      factor = div(set1(1.0f), middle);
+      exponent = set1(k);
+      const F log_scale = sub(mul(exponent, log2_of(mul(set1(mx), factor))), set1(C::kLog2Max));
+      offset = sub(zero(), log_scale);
+      scale = first(exp2_of(log_scale));
+    } else {
+      scale = mx / C::kMax;
+      factor = set1(scale);
+    }
+    terms[0] = scale;
+    if constexpr (kExpand) {
+      terms[groups] = k;
+      terms[2 * groups] = center;
+    }
+  }
+  LOWBIT_INLINE I operator()(F v) const {
+    const I bits = bits_of(v);
+    const F magnitude = as_float(bit_and(bits, set1_i(0x7FFFFFFF)));
+    F y;
+    if constexpr (kExpand) {
+      y = exp2_of(fma(exponent, log2_of(mul(magnitude, factor)), offset));
+    } else {
+      y = div(magnitude, factor);
+    }
+    const I code = C::encode(keep_from(set1(kTiny), magnitude, y));
+    return select_bits(set1_i(0x80), shift_right<24>(bits), code);
+  }
+};
+
+template <class C, bool kExpand>
+inline void write_group(const Range& range, const float* values, int64_t count, uint8_t* codes, float* terms,
+                        int64_t groups) {
+  const Writer<C, kExpand> writer(range, terms, groups);
+  if (writer.empty) {
+    __builtin_memset(codes, 0, count);
+    return;
+  }
+  int64_t i = 0;
+  for (; i + kVecLanes <= count; i += kVecLanes) store_bytes(codes + i, writer(load(values + i)));
+  if (i < count) {
+    uint8_t bytes[kVecLanes];
+    store_bytes(bytes, writer(load(values + i)));
+    __builtin_memcpy(codes + i, bytes, count - i);
+  }
+}
+
+inline I load_some_bytes(const uint8_t* p, int64_t count) {
+  if (count >= kVecLanes) return load_bytes(p);
+  uint8_t bytes[kVecLanes] = {};
+  __builtin_memcpy(bytes, p, count);
+  return load_bytes(bytes);
+}
+
+template <class M, class V, bool kExpand>
+inline void step_group(const Fp8AdamW& z, const Table<4>& logs, int64_t g) {
+  const int64_t groups = ceil_div(z.numel, kStateGroup), at = g * kStateGroup, left = z.numel - at;
+  const int64_t count = left < kStateGroup ? left : kStateGroup;
+  uint8_t *m_codes = z.exp_avg.codes + at, *v_codes = z.exp_avg_sq.codes + at;
+  float *m_terms = z.exp_avg.terms + g, *v_terms = z.exp_avg_sq.terms + g;
+  const Reader<M, kExpand> read_m(logs, m_terms, groups);
+  const Reader<V, kExpand> read_v(logs, v_terms, groups);
+  const F beta1 = set1(z.beta1), rest1 = set1(z.rest1), beta2 = set1(z.beta2), rest2 = set1(z.rest2);
+  const F decay = set1(z.decay), step_size = set1(-z.step_size), correction = set1(z.root_correction);
+  const F eps = set1(z.eps);
+  alignas(64) float ms[kStateGroup], vs[kStateGroup];
+  Range m_range, v_range;
+  for (int64_t i = 0; i < count; i += kVecLanes) {
+    const int64_t here = count - i;
+    const bool whole = here >= kVecLanes;
+    const F grad = whole ? load_as(z.grad, z.dtype, at + i) : load_tail(z.grad, z.dtype, at + i, here);
+    const F param = whole ? load_as(z.param, z.dtype, at + i) : load_tail(z.param, z.dtype, at + i, here);
+    const F m = add(mul(beta1, read_m(load_some_bytes(m_codes + i, here))), mul(rest1, grad));
+    const F v = add(mul(beta2, read_v(load_some_bytes(v_codes + i, here))), mul(mul(rest2, grad), grad));
+    store(ms + i, m);
+    store(vs + i, v);
+    m_range.add_values(m);
+    v_range.add_values(v);
+    const F denominator = fma(root(v), correction, eps);
+    const F updated = fma(step_size, div(m, denominator), mul(param, decay));
+    if (whole && z.dtype == Dtype::kF32) {
+      store(static_cast<float*>(z.param) + at + i, updated);
+    } else {
+      alignas(64) float lanes[kVecLanes];
+      store(lanes, updated);
+      store_as(z.param, z.dtype, at + i, lanes, whole ? kVecLanes : here);
+    }
+  }
+  write_group<M, kExpand>(m_range, ms, count, m_codes, m_terms, groups);
+  write_group<V, kExpand>(v_range, vs, count, v_codes, v_terms, groups);
+}
+
+template <class M, class V>
+inline void step_groups(const Fp8AdamW& z, int64_t begin, int64_t end) {
+  const Table<4> logs(kLog2);
+  for (int64_t g = begin; g < end; ++g) {
+    if (z.expand) {
+      step_group<M, V, true>(z, logs, g);
+    } else {
+      step_group<M, V, false>(z, logs, g);
+    }
+  }
+}
+
+inline void fp8_adamw_groups(const Fp8AdamW& z, int64_t begin, int64_t end) {
+  using E4m3 = Fp8<false>;
+  using E5m2 = Fp8<true>;
+  if (z.exp_avg.e5m2) {
+    z.exp_avg_sq.e5m2 ? step_groups<E5m2, E5m2>(z, begin, end) : step_groups<E5m2, E4m3>(z, begin, end);
+  } else {
+    z.exp_avg_sq.e5m2 ? step_groups<E4m3, E5m2>(z, begin, end) : step_groups<E4m3, E4m3>(z, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit
+
+#define LOWBIT_EXPORT_FP8_ADAMW(unit)                                                      \
+  namespace lowbit {                                                                       \
+  void LOWBIT_CAT(fp8_adamw_, unit)(const Fp8AdamW& z, int64_t begin, int64_t end) {       \
+    LOWBIT_ISA::fp8_adamw_groups(z, begin, end);                                           \
+  }                                                                                        \
+  }
