@@ -29,6 +29,7 @@ LAYERS = (
     ("backends", "checks", "gradients"),
     ("fused",),
     ("ops",),
+    ("fp8",),
     ("binary", "bound", "int8", "nn"),
     ("quantize",),
     ("io", "bench"),
