@@ -13,6 +13,7 @@ GROUP = tl.constexpr(128)
 TINY = tl.constexpr(2.0**-100)
 TINY_BITS = tl.constexpr(27 << 23)
 INFINITE_BITS = tl.constexpr(0x7F800000)
+LEAST_DISTANCE = tl.constexpr(2.0**-20)
 MAX_STEPS = tl.constexpr(16 * 256.0)  # of the exponent, each 1 / 16
 
 
@@ -87,7 +88,7 @@ def write_state(
     if EXPAND:
         least = tl.min(tl.where(kept, bits, INFINITE_BITS), 1)
         mn = tl.where(used, least, 0x3F800000).to(tl.float32, bitcast=True)
-        distance = tl.maximum(tl.log2(mx) - tl.log2(mn), 2.0**-20)
+        distance = tl.maximum(tl.log2(mx) - tl.log2(mn), LEAST_DISTANCE)
         steps = tl.floor(tl.minimum(16 * (2 * LOG2_MAX - 1) / distance, MAX_STEPS))
         k = tl.where(used, steps / 16, 1.0)
         center = tl.where(used, tl.sqrt(mx) * tl.sqrt(mn), 1.0)
@@ -164,7 +165,18 @@ def fp8_adamw_kernel(
     p -= rate / correction(t, log_beta1) * (m / tl.where(valid, denominator, 1.0))
     tl.store(param + at, p.to(param.dtype.element_ty), mask=valid)
     write_state(
-        m, exp_avg, exp_avg_terms, at, valid, group, num_groups, MAX, LOG2_MAX, MANTISSA, BIAS, EXPAND
+        m,
+        exp_avg,
+        exp_avg_terms,
+        at,
+        valid,
+        group,
+        num_groups,
+        MAX,
+        LOG2_MAX,
+        MANTISSA,
+        BIAS,
+        EXPAND,
     )
     write_state(
         v, exp_avg_sq, exp_avg_sq_terms, at, valid, group, num_groups,

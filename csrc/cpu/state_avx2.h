@@ -15,8 +15,18 @@ inline void store_bytes(uint8_t* p, I v) {
 }
 inline F root(F v) { return _mm256_sqrt_ps(v); }
 inline I min_u(I a, I b) { return _mm256_min_epu32(a, b); }
-// v where x is at least `bound`, 0 elsewhere.
-inline F keep_from(F bound, F x, F v) { return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_GE_OQ), v); }
+// v where x is at least `bound`, `other` elsewhere.
+inline F keep_from(F bound, F x, F v, F other) {
+  return _mm256_blendv_ps(other, v, _mm256_cmp_ps(x, bound, _CMP_GE_OQ));
+}
+inline F floor_of(F v) { return _mm256_floor_ps(v); }
+// To nearest even.
+inline I nearest(F v) { return _mm256_cvtps_epi32(v); }
+// v 2^n for integers n <= 0; below 2^-126 v it may be anything smaller.
+inline F shrink(F v, F n) {
+  const I exponent = nearest(_mm256_max_ps(n, set1(-126.0f)));
+  return mul(v, as_float(shift_left<23>(add_i(exponent, set1_i(127)))));
+}
 inline uint32_t highest(I v) {
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));

@@ -55,7 +55,7 @@ def _stored(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if interpreted(device) else dtype
 
 
-def on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on torch's current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -127,7 +127,7 @@ def linear(
     parts = out
     if c.splits > 1:
         parts = torch.empty((c.splits, m, n), dtype=torch.float32, device=x.device)
-    with on(x.device):
+    with on_device(x.device):
         package.linear.linear_kernel[(-(-n // c.block_n), -(-m // c.block_m), c.splits)](
             x,
             *_given(codes, scales, zeros, table, bias),
@@ -249,7 +249,7 @@ def _rows(
     package = kernels()
     block, chunks = 32, package.configs.MOST_CHUNKS
     steps = -(-k // (package.configs.CHUNK * chunks))
-    with on(codes.device):
+    with on_device(codes.device):
         package.dequantize.dequantize_kernel[(-(-m // block), steps)](
             codes if indices is None else indices,
             *_given(codes, scales, zeros, table),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowbit import checks
+from lowbit.fp8.dtypes import check_float8
 from lowbit.optim import ops, reference
 
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -150,7 +151,8 @@ class FP8AdamW(Optimizer):
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    ops.check_betas(*group["betas"], group["eps"], group["weight_decay"])
+    beta1, beta2 = group["betas"]
+    ops.check_betas(beta1, beta2, group["eps"], group["weight_decay"])
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
@@ -158,7 +160,7 @@ def _check_group(group: dict[str, Any]) -> None:
     elif not lr >= 0:
         raise ValueError(f"lr must not be negative, got {lr}")
     for name in _STATES:
-        ops.check_state_dtype(f"{name}_dtype", group[f"{name}_dtype"])
+        check_float8(f"{name}_dtype", group[f"{name}_dtype"])
     for param in group["params"]:
         checks.check_float("params", param.dtype)
 
@@ -184,7 +186,11 @@ def _copied_state(param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -
     for name, t in expected.items():
         value = saved.get(name)
         if not isinstance(value, Tensor) or value.dtype != t.dtype or value.shape != t.shape:
-            got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+            got = (
+                f"{value.dtype} of shape {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else value
+            )
             raise ValueError(
                 f"state_dict: {name} must be {t.dtype} of shape {tuple(t.shape)}, got {got}"
             )

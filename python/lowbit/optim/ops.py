@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lowbit import checks
-from lowbit.backends import fp8_adamw as backend
-from lowbit.backends.fp8_adamw import State, Step
-from lowbit.optim import reference
+from lowbit.fp8.dtypes import check_float8
+from lowbit.optim import kernels, reference
+from lowbit.optim.kernels import State, Step
 
 _library = torch.library.Library("lowbit", "FRAGMENT")
 _library.define(
@@ -20,12 +20,6 @@ _library.define(
     "float beta2, float eps, float weight_decay, bool maximize) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-def check_state_dtype(name: str, dtype: torch.dtype) -> None:
-    """Raises TypeError unless `dtype` is one of FP8."""
-    if dtype not in reference.FP8_MAX:
-        raise TypeError(f"{name} must be float8_e4m3fn or float8_e5m2, got {dtype}")
 
 
 def check_betas(beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
@@ -75,7 +69,7 @@ def _check(
                 f"{t.dtype} of shape {tuple(t.shape)} on {t.device}"
             )
     for name, t in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        check_state_dtype(name, t.dtype)
+        check_float8(name, t.dtype)
     for name, t, _, _ in expected[1:5]:
         if not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
@@ -102,7 +96,7 @@ def _impl(
     _check(param, grad, *states, step, lr, beta1, beta2, eps, weight_decay)
     if param.numel() == 0:
         return
-    run = backend.cpu_step if device_type == "cpu" else backend.triton_step
+    run = kernels.cpu_step if device_type == "cpu" else kernels.triton_step
     values = param.contiguous()
     numbers = Step(step, lr, beta1, beta2, eps, weight_decay, maximize)
     run(values, grad.contiguous(), State(*states[:2]), State(*states[2:]), numbers)

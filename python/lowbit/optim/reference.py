@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from lowbit.fp8.dtypes import FLOAT8
+
 GROUP = 128
-FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 # Smaller magnitudes are stored as zero: their groups would need exponents below 1 / 16, and scales that are not normal.
 TINY = 2.0**-100
 EXPONENT_STEPS = 16
@@ -37,7 +38,7 @@ def expanded_range(dtype: torch.dtype) -> float:
     The smallest magnitude then lands on 2 / FP8_MAX, a little above the smallest subnormal (the paper's text has
     FP8_MAX / smallest subnormal, which would leave it one bit less).
     """
-    return FP8_MAX[dtype] ** 2 / 2
+    return FLOAT8[dtype].max ** 2 / 2
 
 
 def quantize(x: Tensor, dtype: torch.dtype, expand: bool) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ def quantize(x: Tensor, dtype: torch.dtype, expand: bool) -> tuple[Tensor, Tenso
     s = (mx / c)^k / FP8_MAX; z = sign(x) (|x| / c)^k / s to nearest even. Without expansion s = mx / FP8_MAX and
     z = x / s. A group of zeros has code 0 and terms 1; one with NaN or infinity has code 0 and scale NaN.
     """
-    numel, top = x.numel(), FP8_MAX[dtype]
+    numel, top = x.numel(), FLOAT8[dtype].max
     padded = x.new_zeros(num_groups(numel) * GROUP)
     padded[:numel] = x.reshape(-1)
     groups = padded.view(-1, GROUP)

@@ -1,4 +1,4 @@
-"""Glue of `optim`: one step of AdamW with FP8 states in the compiled kernels and in Triton. No maths and no checks.
+"""Glue: one step of AdamW with FP8 states in the compiled kernels and in Triton. No maths and no checks.
 
 `param`, `grad` and the states are contiguous; terms are (3, groups) with expansion and (1, groups) without.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 from lowbit import _C
 from lowbit.backends import triton
 from lowbit.backends.cpu import CODES
+from lowbit.fp8.dtypes import FLOAT8
 
-_E5M2 = torch.float8_e5m2
 # Groups of a Triton program.
 _GROUPS = 8
 
@@ -28,7 +28,7 @@ class State(NamedTuple):
 
     def addresses(self) -> tuple[int, bool, int]:
         """What the compiled kernels take."""
-        return self.codes.data_ptr(), self.codes.dtype == _E5M2, self.terms.data_ptr()
+        return self.codes.data_ptr(), self.codes.dtype == torch.float8_e5m2, self.terms.data_ptr()
 
 
 class Step(NamedTuple):
@@ -67,16 +67,14 @@ def cpu_step(
     )
 
 
-def triton_step(
-    param: Tensor, grad: Tensor, exp_avg: State, exp_avg_sq: State, step: Step
-) -> None:
+def triton_step(param: Tensor, grad: Tensor, exp_avg: State, exp_avg_sq: State, step: Step) -> None:
     """One step in place, on CUDA tensors or in Triton's interpreter."""
     p, g = param, grad
     if triton.interpreted(param.device):
         p, g = param.float(), grad.float()
     groups = exp_avg.terms.shape[1]
     kernel = triton.kernels().fp8_adamw.fp8_adamw_kernel
-    with triton.on(param.device):
+    with triton.on_device(param.device):
         kernel[(-(-groups // _GROUPS),)](
             p,
             g,
@@ -110,11 +108,9 @@ def meaning(
     """The dtypes of the states as constants of the Triton kernel."""
     constants: dict[str, int | float | bool] = {"EXPAND": expand, "GROUPS": _GROUPS}
     for prefix, dtype in (("", exp_avg), ("SQ_", exp_avg_sq)):
-        e5m2 = dtype == _E5M2
-        constants[prefix + "MAX"] = torch.finfo(dtype).max
-        constants[prefix + "LOG2_MAX"] = math.log2(torch.finfo(dtype).max)
-        constants[prefix + "MANTISSA"] = 2 if e5m2 else 3
-        constants[prefix + "BIAS"] = 15 if e5m2 else 7
+        f = FLOAT8[dtype]
+        constants[prefix + "MAX"], constants[prefix + "LOG2_MAX"] = f.max, math.log2(f.max)
+        constants[prefix + "MANTISSA"], constants[prefix + "BIAS"] = f.mantissa, f.bias
     return constants
 
 
