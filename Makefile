@@ -46,19 +46,22 @@ cpp: $(VENV)/.ready
 	$(CMAKE) -S . -B build/cpp -DLOWBIT_CPP_TESTS=ON -DLOWBIT_WERROR=ON
 	$(BIN)/cmake --build build/cpp
 	build/cpp/test_kernels
+	build/cpp/test_fp8
 
 # The same on CPUs without AVX2 and without AVX-512.
 emulate: cpp
 	@if command -v qemu-x86_64 >/dev/null; then \
-	  set -e; for cpu in Nehalem Haswell; do echo "qemu-x86_64 -cpu $$cpu"; \
-	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu build/cpp/test_kernels 2>build/cpp/qemu.log || \
-	      { cat build/cpp/qemu.log; exit 1; }; done; \
+	  set -e; for cpu in Nehalem Haswell; do for test in test_kernels test_fp8; do \
+	    echo "qemu-x86_64 -cpu $$cpu $$test"; \
+	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu build/cpp/$$test 2>build/cpp/qemu.log || \
+	      { cat build/cpp/qemu.log; exit 1; }; done; done; \
 	else echo "SKIPPED: qemu-x86_64 not found (Debian package qemu-user): rows not run on emulated CPUs"; fi
 
 sanitize: $(VENV)/.ready
 	$(CMAKE) -S . -B build/sanitize -DLOWBIT_CPP_TESTS=ON -DLOWBIT_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_kernels
+	build/sanitize/test_fp8
 
 # The peers that the benchmarks compare with, in an environment of their own. llama.cpp is compiled for this CPU with the
 # build tools of requirements.txt.

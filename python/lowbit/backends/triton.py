@@ -51,7 +51,8 @@ def interpreted(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _stored(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def stored(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What kernels store where a result of `dtype` is wanted."""
     return torch.float32 if interpreted(device) else dtype
 
 
@@ -115,7 +116,7 @@ def linear(
     if format.activation is not None:
         weight = canonical(codes, scales, zeros, table, format, n, k)
         return plain.linear(x, *weight, bias, format, n, k).to(dtype)
-    out = torch.empty((m, n), dtype=_stored(dtype, x.device), device=x.device)
+    out = torch.empty((m, n), dtype=stored(dtype, x.device), device=x.device)
     if out.numel() == 0:
         return out.to(dtype)
     compute = compute_dtype(x.dtype, format)
@@ -243,7 +244,7 @@ def _rows(
     dtype: torch.dtype,
 ) -> Tensor:
     m = n if indices is None else indices.numel()
-    out = torch.empty((m, k), dtype=_stored(dtype, codes.device), device=codes.device)
+    out = torch.empty((m, k), dtype=stored(dtype, codes.device), device=codes.device)
     if m == 0:
         return out.to(dtype)
     package = kernels()

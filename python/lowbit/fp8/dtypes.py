@@ -22,7 +22,8 @@ class Float8:
     bias: int
     emax: int  # exponent of the largest value
     max_code: int  # of `max`; codes above are infinity or NaN
-    overflow_code: int  # what a cast that does not saturate makes of more than `max`
+    overflow: float  # the smallest fp32 that rounds to more than `max`
+    overflow_code: int  # what a cast that does not saturate makes of it: NaN or infinity
 
     @property
     def min_normal(self) -> float:
@@ -31,8 +32,8 @@ class Float8:
 
 
 FLOAT8: dict[torch.dtype, Float8] = {
-    torch.float8_e4m3fn: Float8("e4m3", 448.0, 3, 7, 8, 0x7E, 0x7F),
-    torch.float8_e5m2: Float8("e5m2", 57344.0, 2, 15, 15, 0x7B, 0x7C),
+    torch.float8_e4m3fn: Float8("e4m3", 448.0, 3, 7, 8, 0x7E, 464 + 2**-15, 0x7F),
+    torch.float8_e5m2: Float8("e5m2", 57344.0, 2, 15, 15, 0x7B, 61440.0, 0x7C),
 }
 NAN_CODE = 0x7F
 

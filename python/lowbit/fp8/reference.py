@@ -17,11 +17,13 @@ _WORD = 0xFFFFFFFF
 
 
 def cast(x: Tensor, dtype: torch.dtype, saturate: bool = True) -> Tensor:
-    """To the nearest FP8 value, ties to even: torch's own cast, after a clamp if it saturates."""
-    x = x.float()
+    """To the nearest FP8 value, ties to even: torch's own cast, apart from overflow, which depends on its version."""
+    x, f = x.float(), FLOAT8[dtype]
+    q = x.clamp(-f.max, f.max).to(dtype)
     if saturate:
-        x = x.clamp(-FLOAT8[dtype].max, FLOAT8[dtype].max)
-    return x.to(dtype)
+        return q
+    overflow = f.overflow_code | x.signbit().to(torch.uint8) << 7
+    return torch.where(x.abs() >= f.overflow, overflow, q.view(torch.uint8)).view(dtype)
 
 
 def absmax(x: Tensor, granularity: Granularity) -> Tensor:  # (R, K) float to fp32 of scale_shape
@@ -83,15 +85,16 @@ def quantize(
     maxima: Tensor | None = None,  # fp32 of scale_shape; by default those of x
 ) -> tuple[Tensor, Tensor]:  # (..., K) FP8, scales
     """q = cast(x / scale), saturating; to nearest even, or stochastic with a seed. NaN has the code 0x7F."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).float()
-    maxima = absmax(rows, granularity) if maxima is None else maxima
+    n, k = x.shape[:-1].numel(), x.shape[-1]
+    rows = x.reshape(n, k).float()
+    maxima = absmax(rows, granularity) if maxima is None else maxima.abs()
     scale = make_scale(maxima, dtype, scale_dtype or granularity.scale_dtypes[0])
-    ratio = rows / expand(scale, granularity, *rows.shape)
+    ratio = rows / expand(scale, granularity, n, k)
     if seed is None:
         # One NaN for all: that of inf / inf has a sign of its own on every machine.
         q = cast(torch.where(ratio.isnan(), torch.nan, ratio), dtype)
     else:
-        q = _round_stochastic(ratio, dtype, noise(seed, *rows.shape, device=x.device))
+        q = _round_stochastic(ratio, dtype, noise(seed, n, k, x.device))
     return q.view(x.shape), scale
 
 
@@ -147,7 +150,8 @@ def scaled_mm(
     """(a * scale_a) (b * scale_b)^T + bias, all of it in float64."""
     wide = []
     for name, t, scale in (("scale_a", a, scale_a), ("scale_b", b, scale_b)):
-        g = granularities.infer(scale, *t.shape, name=name)
-        wide.append(t.double() * expand(scale, g, *t.shape).double())
+        rows, k = t.shape
+        g = granularities.infer(scale, rows, k, name)
+        wide.append(t.double() * expand(scale, g, rows, k).double())
     y = wide[0] @ wide[1].T
     return y if bias is None else y + bias.double()
