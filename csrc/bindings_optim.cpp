@@ -19,10 +19,10 @@ T* pointer(uint64_t address) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
 }
 
-// A state is (codes, whether they are E5M2, terms). `isa` caps the instruction set as LOWBIT_ISA does.
-using State = std::tuple<uint64_t, bool, uint64_t>;
+// A state is (codes, Float8, terms). `isa` caps the instruction set as LOWBIT_ISA does.
+using State = std::tuple<uint64_t, int, uint64_t>;
 Fp8State state_of(const State& s) {
-  return {pointer<uint8_t>(std::get<0>(s)), std::get<1>(s), pointer<float>(std::get<2>(s))};
+  return {pointer<uint8_t>(std::get<0>(s)), static_cast<Float8>(std::get<1>(s)), pointer<float>(std::get<2>(s))};
 }
 
 void py_fp8_adamw(uint64_t param, uint64_t grad, int dtype, int64_t numel, const State& exp_avg,

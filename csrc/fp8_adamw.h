@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "fp8.h"
 #include "kernel.h"
 
 namespace lowbit {
@@ -11,8 +12,8 @@ namespace lowbit {
 constexpr int kStateGroup = 128;
 
 struct Fp8State {
-  uint8_t* codes;  // (numel), E4M3 or E5M2
-  bool e5m2;
+  uint8_t* codes;  // (numel)
+  Float8 type;
   float* terms;  // (3, groups): scales, exponents and centers; or (1, groups) without expansion
 };
 

@@ -173,7 +173,7 @@ def check_step(name: str, param: Tensor, grad: Tensor, m: State, v: State, step:
     g, old = grad.double(), param.double()
     exact_m = step.beta1 * old_m + (1 - step.beta1) * g
     exact_v = step.beta2 * old_v + (1 - step.beta2) * g * g
-    count, lr = step.count.item(), step.lr.item()
+    count, lr = step.number.item(), step.lr.item()
     rate = lr / (1 - step.beta1**count)
     denominator = exact_v.sqrt() / math.sqrt(1 - step.beta2**count) + step.eps
     exact = old * (1 - lr * step.weight_decay) - rate * exact_m / denominator

@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-#include "cpu/common-inl.h"
+#include "cpu/fp8-inl.h"
 #include "fp8_adamw.h"
 
 namespace lowbit {
@@ -81,61 +81,49 @@ inline float first(F v) {
   return lanes[0];
 }
 
-template <bool kE5m2>
-struct StateType {
-  static constexpr int kMantissa = kE5m2 ? 2 : 3;
-  static constexpr int kBias = kE5m2 ? 15 : 7;
-  static constexpr int kOne = 1 << kMantissa;  // of the exponent field
-  static constexpr int kExponentBits = 7 - kMantissa;
-  static constexpr float kMax = kE5m2 ? 57344.0f : 448.0f;
-  static constexpr float kLog2Max = kE5m2 ? 15.807354922f : 8.807354922f;
+template <Float8 T>
+struct StateCodec {
+  using f = Fp8<T>;
+  static constexpr int kOne = 1 << f::kMantissa;  // of the exponent field
+  static constexpr int kExponentBits = 7 - f::kMantissa;
+  static constexpr float kLog2Max = T == Float8::kE4m3 ? 8.807354922f : 15.807354922f;
   static constexpr float kLog2Range = 2 * kLog2Max - 1;
 
   // |code| = significand * 2^(exponent - kBias - kMantissa), the significand an integer below 2 kOne.
   static I significand(I code) {
     const I hidden = bit_and(add_i(exponent_field(code), set1_i(0x80 - kOne)), set1_i(0x80));
-    return add_i(bit_and(code, set1_i(kOne - 1)), shift_right<7 - kMantissa>(hidden));
+    return add_i(bit_and(code, set1_i(kOne - 1)), shift_right<7 - f::kMantissa>(hidden));
   }
-  static I exponent(I code) { return shift_right<kMantissa>(max_i(exponent_field(code), set1_i(kOne))); }
+  static I exponent(I code) { return shift_right<f::kMantissa>(max_i(exponent_field(code), set1_i(kOne))); }
   static I exponent_field(I code) { return bit_and(code, set1_i(0x80 - kOne)); }
-
-  // The code of y to nearest even, 0 <= y < kMax * 33 / 32. Adding a power of two that makes the last bit of the sum
-  // the last bit of the code rounds it.
-  LOWBIT_INLINE static I encode(F y) {
-    constexpr int32_t kLeast = (127 - kBias + 1) << 23;  // the smallest normal number
-    const I top = max_i(bit_and(bits_of(y), set1_i(0x7F800000)), set1_i(kLeast));
-    const F magic = as_float(add_i(top, set1_i((23 - kMantissa) << 23)));
-    const I rounded = bit_and(bits_of(add(y, magic)), set1_i(31));
-    return add_i(rounded, add_i(shift_right<23 - kMantissa>(top), set1_i(-(kLeast >> (23 - kMantissa)))));
-  }
 
   // The code of 2^t, t < log2(kMax * 33 / 32), 0 for what is far below. Between powers of two codes grow as numbers do:
   // the code of w 2^e is kOne (w + e + kBias - 1), and below the smallest normal number that of w 2^(1 - kBias) is
-  // kOne w. 2^f within 2^-18.5, 0 <= f < 1, by the polynomial of degree 4 of least largest relative error.
+  // kOne w. 2^r within 2^-18.5, 0 <= r < 1, by the polynomial of degree 4 of least largest relative error.
   LOWBIT_INLINE static I encode_log(F t) {
-    const F e = floor_of(t), f = sub(t, e);
-    F p = fma(set1(0.0135341678f), f, set1(0.0520114601f));
-    p = fma(p, f, set1(0.241442755f));
-    p = fma(p, f, set1(0.693003833f));
-    p = fma(p, f, set1(1.00000262f));
-    const F top = max_or_nan(set1(1 - kBias), e);
+    const F e = floor_of(t), r = sub(t, e);
+    F p = fma(set1(0.0135341678f), r, set1(0.0520114601f));
+    p = fma(p, r, set1(0.241442755f));
+    p = fma(p, r, set1(0.693003833f));
+    p = fma(p, r, set1(1.00000262f));
+    const F top = max_or_nan(set1(1 - f::kBias), e);
     const F w = shrink(p, sub(e, top));
-    return nearest(fma(add(w, top), set1(kOne), set1(kOne * (kBias - 1))));
+    return nearest(fma(add(w, top), set1(kOne), set1(kOne * (f::kBias - 1))));
   }
 };
 
 // The values of a group's codes.
-template <class T, bool kExpand, bool kSigned>
+template <Float8 T, bool kExpand, bool kSigned>
 struct Reader {
   struct None {
     explicit None(const float*) {}
   };
   template <int B>
   using Powers = std::conditional_t<kExpand, Table<B>, None>;
-  alignas(64) float entries[16 + (1 << T::kExponentBits)];
+  alignas(64) float entries[16 + (1 << StateCodec<T>::kExponentBits)];
   F scale;
   Powers<4> of_significand;
-  Powers<T::kExponentBits> of_exponent;
+  Powers<StateCodec<T>::kExponentBits> of_exponent;
 
   Reader(const float* terms, int64_t groups)
       : scale(set1(terms[0])), of_significand(fill(terms, groups)), of_exponent(entries + 16) {}
@@ -145,12 +133,12 @@ struct Reader {
   const float* fill(const float* terms, int64_t groups) {
     if constexpr (kExpand) {
       const F inverse = div(set1(1.0f), set1(terms[groups])), center = set1(terms[2 * groups]);
-      const F shift = set1(T::kMantissa + 1);
+      const F shift = set1(Fp8<T>::kMantissa + 1);
       for (int i = 0; i < 16; i += kVecLanes) {
         store(entries + i, exp2_of(mul(sub(load(kLog2 + i), shift), inverse)));
       }
-      const F common = add(sub(log2_or_nan(scale), set1(T::kBias + T::kMantissa)), shift);
-      for (int i = 0; i < 1 << T::kExponentBits; i += kVecLanes) {
+      const F common = add(sub(log2_or_nan(scale), set1(Fp8<T>::kBias + Fp8<T>::kMantissa)), shift);
+      for (int i = 0; i < 1 << StateCodec<T>::kExponentBits; i += kVecLanes) {
         const F exponent = add(load(kCount + i), common);
         store(entries + 16 + i, mul(exp2_of(mul(exponent, inverse)), center));
       }
@@ -161,16 +149,14 @@ struct Reader {
   static F log2_or_nan(F x) { return add(log2_of(x), sub(x, x)); }
 
   LOWBIT_INLINE F operator()(I code) const {
-    const I significand = T::significand(code), exponent = T::exponent(code);
-    F value;
     if constexpr (kExpand) {
-      value = mul(of_significand(significand), of_exponent(exponent));
+      const I significand = StateCodec<T>::significand(code), exponent = StateCodec<T>::exponent(code);
+      const F value = mul(of_significand(significand), of_exponent(exponent));
+      if constexpr (!kSigned) return value;
+      return as_float(select_bits(set1_i(INT32_MIN), shift_left<24>(code), bits_of(value)));
     } else {
-      const I power = shift_left<23>(add_i(exponent, set1_i(127 - T::kBias - T::kMantissa)));
-      value = mul(mul(to_float(significand), as_float(power)), scale);
+      return mul(decode<T>(code), scale);
     }
-    if constexpr (!kSigned) return value;
-    return as_float(select_bits(set1_i(INT32_MIN), shift_left<24>(code), bits_of(value)));
   }
 };
 
@@ -178,7 +164,7 @@ struct Reader {
 struct Range {
   I most = set1_i(0), least = set1_i(-1);
   LOWBIT_INLINE void add_values(F v) {
-    const I magnitude = bit_and(bits_of(v), set1_i(0x7FFFFFFF));
+    const I magnitude = magnitude_of(bits_of(v));
     most = max_i(most, magnitude);
     // Magnitudes below kTiny wrap around to the top.
     least = min_u(least, add_i(magnitude, set1_i(-static_cast<int32_t>(kTinyBits))));
@@ -186,7 +172,7 @@ struct Range {
 };
 
 // Sets a group's terms and makes codes of its values.
-template <class T, bool kExpand, bool kSigned>
+template <Float8 T, bool kExpand, bool kSigned>
 struct Writer {
   F factor = zero(), exponent = zero(), offset = zero();
   bool empty = false;  // all codes are 0
@@ -202,17 +188,17 @@ struct Writer {
       scale = __builtin_nanf("");
     } else if constexpr (kExpand) {
       const F distance = max_or_nan(set1(0x1p-20f), sub(log2_of(set1(mx)), log2_of(set1(mn))));
-      const float steps = first(min(set1(16 * kMaxExponent), div(set1(16 * T::kLog2Range), distance)));
+      const float steps = first(min(set1(16 * kMaxExponent), div(set1(16 * StateCodec<T>::kLog2Range), distance)));
       k = static_cast<float>(static_cast<int32_t>(steps)) * 0.0625f;
       const F middle = mul(root(set1(mx)), root(set1(mn)));
       center = first(middle);
       factor = div(set1(1.0f), middle);
       exponent = set1(k);
-      const F log_scale = sub(mul(exponent, log2_of(mul(set1(mx), factor))), set1(T::kLog2Max));
+      const F log_scale = sub(mul(exponent, log2_of(mul(set1(mx), factor))), set1(StateCodec<T>::kLog2Max));
       offset = sub(zero(), log_scale);
       scale = first(exp2_of(log_scale));
     } else {
-      scale = mx / T::kMax;
+      scale = mx / Fp8<T>::kMax;
       factor = set1(scale);
     }
     terms[0] = scale;
@@ -222,20 +208,19 @@ struct Writer {
     }
   }
   LOWBIT_INLINE I operator()(F v) const {
-    const F magnitude = kSigned ? as_float(bit_and(bits_of(v), set1_i(0x7FFFFFFF))) : v;
-    I code;
     if constexpr (kExpand) {
+      const F magnitude = kSigned ? as_float(magnitude_of(bits_of(v))) : v;
       const F t = fma(exponent, rough_log2(mul(magnitude, factor)), offset);
-      code = T::encode_log(keep_from(set1(kTiny), magnitude, t, set1(-1000.0f)));
+      const I code = StateCodec<T>::encode_log(keep_from(set1(kTiny), magnitude, t, set1(-1000.0f)));
+      if constexpr (!kSigned) return code;
+      return select_bits(set1_i(0x80), shift_right<24>(bits_of(v)), code);
     } else {
-      code = T::encode(keep_from(set1(kTiny), magnitude, div(magnitude, factor), zero()));
+      return encode<T>(div(v, factor), Fp8<T>::kMaxCode, false);
     }
-    if constexpr (!kSigned) return code;
-    return select_bits(set1_i(0x80), shift_right<24>(bits_of(v)), code);
   }
 };
 
-template <class T, bool kExpand, bool kSigned>
+template <Float8 T, bool kExpand, bool kSigned>
 inline void write_group(const Range& range, const float* values, int64_t count, uint8_t* codes, float* terms,
                         int64_t groups) {
   const Writer<T, kExpand, kSigned> writer(range, terms, groups);
@@ -244,22 +229,23 @@ inline void write_group(const Range& range, const float* values, int64_t count, 
     return;
   }
   int64_t i = 0;
-  for (; i + kVecLanes <= count; i += kVecLanes) store_bytes(codes + i, writer(load(values + i)));
+  for (; i + kVecLanes <= count; i += kVecLanes) store_u8(codes + i, writer(load(values + i)));
   if (i < count) {
     uint8_t bytes[kVecLanes];
-    store_bytes(bytes, writer(load(values + i)));
+    store_u8(bytes, writer(load(values + i)));
     __builtin_memcpy(codes + i, bytes, count - i);
   }
 }
 
-inline I load_some_bytes(const uint8_t* p, int64_t count) {
-  if (count >= kVecLanes) return load_bytes(p);
+// The first `count` codes at p, then zeros.
+inline I load_some(const uint8_t* p, int64_t count) {
+  if (count >= kVecLanes) return load_u8(p);
   uint8_t bytes[kVecLanes] = {};
   __builtin_memcpy(bytes, p, count);
-  return load_bytes(bytes);
+  return load_u8(bytes);
 }
 
-template <class M, class V, bool kExpand>
+template <Float8 M, Float8 V, bool kExpand>
 inline void step_group(const Fp8AdamW& z, int64_t g) {
   const int64_t groups = ceil_div(z.numel, kStateGroup), at = g * kStateGroup, left = z.numel - at;
   const int64_t count = left < kStateGroup ? left : kStateGroup;
@@ -277,8 +263,8 @@ inline void step_group(const Fp8AdamW& z, int64_t g) {
     const bool whole = here >= kVecLanes;
     const F grad = whole ? load_as(z.grad, z.dtype, at + i) : load_tail(z.grad, z.dtype, at + i, here);
     const F param = whole ? load_as(z.param, z.dtype, at + i) : load_tail(z.param, z.dtype, at + i, here);
-    const F m = fma(beta1, read_m(load_some_bytes(m_codes + i, here)), mul(rest1, grad));
-    const F v = fma(beta2, read_v(load_some_bytes(v_codes + i, here)), mul(mul(rest2, grad), grad));
+    const F m = fma(beta1, read_m(load_some(m_codes + i, here)), mul(rest1, grad));
+    const F v = fma(beta2, read_v(load_some(v_codes + i, here)), mul(mul(rest2, grad), grad));
     store(ms + i, m);
     store(vs + i, v);
     m_range.add_values(m);
@@ -297,7 +283,7 @@ inline void step_group(const Fp8AdamW& z, int64_t g) {
   write_group<V, kExpand, false>(v_range, vs, count, v_codes, v_terms, groups);
 }
 
-template <class M, class V>
+template <Float8 M, Float8 V>
 inline void step_groups(const Fp8AdamW& z, int64_t begin, int64_t end) {
   for (int64_t g = begin; g < end; ++g) {
     if (z.expand) {
@@ -309,12 +295,11 @@ inline void step_groups(const Fp8AdamW& z, int64_t begin, int64_t end) {
 }
 
 inline void fp8_adamw_groups(const Fp8AdamW& z, int64_t begin, int64_t end) {
-  using E4m3 = StateType<false>;
-  using E5m2 = StateType<true>;
-  if (z.exp_avg.e5m2) {
-    z.exp_avg_sq.e5m2 ? step_groups<E5m2, E5m2>(z, begin, end) : step_groups<E5m2, E4m3>(z, begin, end);
+  constexpr Float8 kE4m3 = Float8::kE4m3, kE5m2 = Float8::kE5m2;
+  if (z.exp_avg.type == kE5m2) {
+    z.exp_avg_sq.type == kE5m2 ? step_groups<kE5m2, kE5m2>(z, begin, end) : step_groups<kE5m2, kE4m3>(z, begin, end);
   } else {
-    z.exp_avg_sq.e5m2 ? step_groups<E4m3, E5m2>(z, begin, end) : step_groups<E4m3, E4m3>(z, begin, end);
+    z.exp_avg_sq.type == kE5m2 ? step_groups<kE4m3, kE5m2>(z, begin, end) : step_groups<kE4m3, kE4m3>(z, begin, end);
   }
 }
 

@@ -1,18 +1,12 @@
 // What FP8 states need beside the vectors of AVX2. vdivps and vsqrtps of 8 lanes: one in 5 and 8 cycles on Zen 4.
 #pragma once
 
-#include "cpu/codecs-inl.h"
+#include "cpu/fp8_avx2.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
-inline I load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-// The low byte of each lane, whose other bytes are zero.
-inline void store_bytes(uint8_t* p, I v) {
-  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
-}
 inline F root(F v) { return _mm256_sqrt_ps(v); }
 inline I min_u(I a, I b) { return _mm256_min_epu32(a, b); }
 // v where x is at least `bound`, `other` elsewhere.

@@ -1,15 +1,12 @@
 // What FP8 states need beside the vectors of AVX-512. vdivps and vsqrtps of 16 lanes: one in 10 and 15 cycles on Zen 4.
 #pragma once
 
-#include "cpu/codecs-inl.h"
+#include "cpu/fp8_avx512.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
-inline I load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-// The low byte of each lane.
-inline void store_bytes(uint8_t* p, I v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
 inline F root(F v) { return _mm512_sqrt_ps(v); }
 inline I min_u(I a, I b) { return _mm512_min_epu32(a, b); }
 // v where x is at least `bound`, `other` elsewhere.

@@ -1,19 +1,12 @@
 // What FP8 states need beside the vectors in plain C++.
 #pragma once
 
-#include "cpu/codecs-inl.h"
+#include "cpu/fp8_scalar.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
-inline I load_bytes(const uint8_t* p) {
-  return each<I>([&](int i) { return p[i]; });
-}
-// The low byte of each lane.
-inline void store_bytes(uint8_t* p, I v) {
-  for (int i = 0; i < kVecLanes; ++i) p[i] = static_cast<uint8_t>(v.v[i]);
-}
 inline F root(F v) {
   return each<F>([&](int i) { return __builtin_sqrtf(v.v[i]); });
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowbit import _C
 from lowbit.backends import triton
 from lowbit.backends.cpu import CODES
+from lowbit.fp8.cpu import TYPES
 from lowbit.fp8.dtypes import FLOAT8
 
 # Groups of a Triton program.
@@ -26,15 +27,15 @@ class State(NamedTuple):
     codes: Tensor
     terms: Tensor
 
-    def addresses(self) -> tuple[int, bool, int]:
+    def addresses(self) -> tuple[int, int, int]:
         """What the compiled kernels take."""
-        return self.codes.data_ptr(), self.codes.dtype == torch.float8_e5m2, self.terms.data_ptr()
+        return self.codes.data_ptr(), TYPES[self.codes.dtype], self.terms.data_ptr()
 
 
 class Step(NamedTuple):
-    """The numbers of a step; `count` and `lr` are fp32 tensors of one element on the device of the parameter."""
+    """The numbers of a step; `number` and `lr` are fp32 tensors of one element on the device of the parameter."""
 
-    count: Tensor
+    number: Tensor
     lr: Tensor
     beta1: float
     beta2: float
@@ -55,7 +56,7 @@ def cpu_step(
         exp_avg.addresses(),
         exp_avg_sq.addresses(),
         len(exp_avg.terms) == 3,
-        step.count.item(),
+        step.number.item(),
         step.lr.item(),
         step.beta1,
         step.beta2,
@@ -82,7 +83,7 @@ def triton_step(param: Tensor, grad: Tensor, exp_avg: State, exp_avg_sq: State, 
             exp_avg.terms,
             exp_avg_sq.codes.view(torch.uint8),
             exp_avg_sq.terms,
-            step.count,
+            step.number,
             step.lr,
             param.numel(),
             groups,

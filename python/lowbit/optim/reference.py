@@ -15,7 +15,8 @@ from torch import Tensor
 from lowbit.fp8.dtypes import FLOAT8
 
 GROUP = 128
-# Smaller magnitudes are stored as zero: their groups would need exponents below 1 / 16, and scales that are not normal.
+# What is smaller counts as zero, where groups are expanded each value: exponents below 1 / 16 and scales that are not
+# normal numbers would be needed.
 TINY = 2.0**-100
 EXPONENT_STEPS = 16
 # Groups of values that hardly differ have r near 1; beyond this exponent fp32 powers lose what FP8 could hold.
@@ -67,13 +68,13 @@ def quantize(x: Tensor, dtype: torch.dtype, expand: bool) -> tuple[Tensor, Tenso
         c = mx.sqrt() * mn.sqrt()
         scale = (mx / c) ** k / top
         z = (magnitude / c[:, None]) ** k[:, None] / scale[:, None]
+        z = torch.where(magnitude >= TINY, z, 0.0)
         terms = [scale, torch.where(used, k, 1.0), torch.where(used, c, 1.0)]
     else:
         scale = mx / top
         z = magnitude / scale[:, None]
         terms = [scale]
-    z = torch.where(magnitude >= TINY, z.clamp_max(top), 0.0).copysign(groups)
-    z = torch.where(used[:, None], z, 0.0)
+    z = torch.where(used[:, None], z.clamp_max(top).copysign(groups), 0.0)
     terms[0] = torch.where(finite, torch.where(empty, 1.0, scale), math.nan)
     return z.float().to(dtype).view(-1)[:numel], torch.stack(terms).float()
 
