@@ -22,6 +22,7 @@ namespace lowbit {
 void bind_activations(py::module_& m);  // bindings_activations.cpp
 void bind_decoder(py::module_& m);      // bindings_decoder.cpp
 void bind_fp8(py::module_& m);          // bindings_fp8.cpp
+void bind_fp8_matmul(py::module_& m);   // bindings_fp8_mm.cpp
 void bind_optim(py::module_& m);        // bindings_optim.cpp
 
 namespace {
@@ -458,6 +459,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("kmeans_rows", &py_kmeans_rows, py::arg("values"), py::arg("weights"), py::arg("k"), py::arg("threads") = 1);
   bind_activations(m);
   bind_fp8(m);
+  bind_fp8_matmul(m);
   m.attr("BLOCK_N") = kBlockN;
   m.attr("CHUNK_K") = kChunkK;
 

@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
 #include "int8.h"
 #include "layout.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace lowbit {
 
@@ -50,27 +50,6 @@ std::vector<const Kernel*> collect() {
   LOWBIT_FOREACH_UNIT(LOWBIT_COLLECT)
   return all;
 }
-
-// One buffer per calling thread, kept between calls so that decoding allocates nothing.
-struct Scratch {
-  void* data = nullptr;
-  size_t size = 0;
-  ~Scratch() { std::free(data); }
-  void* get(size_t bytes) {
-    if (bytes > size) {
-      std::free(data);
-      data = nullptr;
-      size = 0;
-      const size_t rounded = (bytes + 4095) / 4096 * 4096;
-      data = std::aligned_alloc(64, rounded);
-      if (!data) throw std::bad_alloc();
-      size = rounded;
-    }
-    return data;
-  }
-};
-// More than this is returned to the system after the call.
-constexpr size_t kKeptScratch = size_t{16} << 20;
 
 size_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 || dtype == Dtype::kB1 ? 1 : 2; }
 
@@ -316,7 +295,7 @@ void run_many(std::span<Call> calls, int threads) {
       }
     });
   }
-  if (scratch.size > kKeptScratch) scratch = Scratch{};
+  scratch.trim();
 }
 
 void run(const Kernel& kernel, const Launch& launch, int threads) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/gemv-inl.h"
+#include "cpu/symmetric-inl.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
@@ -58,30 +59,6 @@ struct WordTable {
   }
 };
 
-// 256 entries: the low and the high bytes of the bf16 apart, each in tables of 64 bytes.
-inline void split_bytes(const float* values, int vecs, __m512i* low, __m512i* high) {
-  for (int v = 0; v < vecs; ++v) {
-    alignas(64) uint16_t words[64];
-    for (int i = 0; i < 64; i += 16) store_bf16(words + i, load(values + v * 64 + i));
-    alignas(64) uint8_t bytes[2][64];
-    for (int i = 0; i < 64; ++i) {
-      bytes[0][i] = static_cast<uint8_t>(words[i]);
-      bytes[1][i] = static_cast<uint8_t>(words[i] >> 8);
-    }
-    low[v] = load_i(bytes[0]);
-    high[v] = load_i(bytes[1]);
-  }
-}
-
-// A unit of 8-bit codes holds two pairs, in the low and the high bytes of its words: the words of pair J of what the
-// bytes were looked up to. The compiler looks the unit up once for both.
-template <int J>
-LOWBIT_INLINE inline __m512i pair_words(__m512i low, __m512i high) {
-  const __m512i low_bytes = _mm512_set1_epi16(255);
-  return J % 2 == 0 ? select_bits(low_bytes, low, _mm512_slli_epi16(high, 8))
-                    : select_bits(low_bytes, _mm512_srli_epi16(low, 8), high);
-}
-
 template <>
 struct WordTable<8> {
   __m512i low[4], high[4];
@@ -107,21 +84,19 @@ struct WordLut {
   explicit WordLut(const Launch& l) : table(l.table) {}
 };
 
-// 256 entries of which the upper half is the lower one negated, as in e4m3 and e5m2: half of the look-ups.
+// A weight that SymmetricTable can look up.
 struct SymmetricLut {
   static constexpr int kBits = 8;
   static constexpr int kHalf = 128;
-  struct Table {
-    __m512i low[2], high[2];
+  struct Table : SymmetricTable {
+    using SymmetricTable::SymmetricTable;
     template <int J>
     LOWBIT_INLINE __m512i value(const uint8_t* block) const {
       const __m512i code = load_i(block + J / 2 * kUnitBytes);
-      const __m512i l = _mm512_permutex2var_epi8(low[0], code, low[1]);
-      const __m512i h = _mm512_permutex2var_epi8(high[0], code, high[1]);
-      return pair_words<J>(l, _mm512_ternarylogic_epi32(h, code, _mm512_set1_epi8(-128), 0xF8));  // h | code & 0x80
+      return pair_words<J>(low_bytes(code), high_bytes(code));
     }
   } table;
-  explicit SymmetricLut(const Launch& l) { split_bytes(l.table, 2, table.low, table.high); }
+  explicit SymmetricLut(const Launch& l) : table(l.table) {}
   static bool serves(const float* values) {
     for (int i = 0; i < kHalf; ++i) {
       const float a = values[i], b = values[kHalf + i];

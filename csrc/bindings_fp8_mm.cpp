@@ -1,0 +1,57 @@
+// Products of FP8 matrices by raw pointers: what `lowbit._C` has for fp8/matmul.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+
+#include "dispatch.h"
+#include "fp8_mm.h"
+
+namespace py = pybind11;
+
+namespace lowbit {
+namespace {
+
+template <class T>
+T* pointer(uint64_t address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+// Address of the codes, bytes between rows, type; address of the scales, type, row shift, shift along K (-1: whole
+// rows), elements between rows.
+using Operand = std::tuple<uint64_t, int64_t, int, uint64_t, int, int, int, int64_t>;
+Fp8Operand operand_of(const Operand& o) {
+  const auto& [codes, stride, type, scales, scale_type, row_shift, k_shift, scale_stride] = o;
+  return {pointer<const uint8_t>(codes),
+          stride,
+          static_cast<Float8>(type),
+          {pointer<const void>(scales), static_cast<ScaleType>(scale_type), row_shift,
+           k_shift < 0 ? kWholeRow : k_shift, scale_stride}};
+}
+
+// y (m, n) = (a * sa) (b * sb)^T + bias. `isa` "" is the newest instruction set of this CPU, another name caps it.
+void py_fp8_matmul(int64_t m, int64_t n, int64_t k, const Operand& a, const Operand& b, uint64_t bias, int bias_dtype,
+                   uint64_t out, int out_dtype, int threads, const std::string& isa) {
+  Fp8Matmul q{};
+  q.out.m = m;
+  q.out.n = n;
+  q.out.k = k;
+  q.out.bias = pointer<const void>(bias);
+  q.out.bias_dtype = static_cast<Dtype>(bias_dtype);
+  q.out.out = pointer<void>(out);
+  q.out.out_dtype = static_cast<Dtype>(out_dtype);
+  q.out.out_stride = n;
+  q.a = operand_of(a);
+  q.b = operand_of(b);
+  const Fp8MatmulKernel& kernel = fp8_matmul_kernel(cap_isa(active_isa(), isa.c_str()));
+  py::gil_scoped_release unlocked;
+  fp8_matmul(kernel, q, threads);
+}
+
+}  // namespace
+
+void bind_fp8_matmul(py::module_& m) { m.def("fp8_matmul_ptr", &py_fp8_matmul); }
+
+}  // namespace lowbit
