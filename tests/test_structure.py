@@ -30,7 +30,7 @@ LAYERS = (
     ("fused",),
     ("ops",),
     ("fp8",),
-    ("binary", "bound", "int8", "nn"),
+    ("binary", "bound", "int8", "nn", "optim"),
     ("quantize",),
     ("io", "bench"),
     ("integrations",),
