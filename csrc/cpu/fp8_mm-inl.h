@@ -16,7 +16,8 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
-constexpr int64_t kFp8Slab = 128;
+constexpr int64_t kFp8Slab = 128;      // no group is longer
+constexpr int64_t kFp8LongSlab = 192;  // without groups
 // A sum that no scale ends is taken in pieces: one long chain of additions would wait for each, and round worse.
 constexpr int64_t kFp8Piece = 256;
 
@@ -128,7 +129,7 @@ void fp8_few_run(const Fp8Matmul& q, const P& p, int64_t begin, int64_t end) {
 
 // A panel: k values of kColumns columns, and their scales by group, [group][column].
 struct Fp8Panel {
-  int64_t k0, k_size, n0, first_row;
+  int64_t slab, k0, k_size, n0, first_row;
   int group_shift;
   const float* scales;
 };
@@ -151,8 +152,12 @@ inline void many_tile(const Fp8Matmul& q, const Fp8Panel& panel, const typename 
   each([&](auto r, auto v) LOWBIT_INLINE { acc[r][v] = zero(); });
   for (int64_t k = 0; k < panel.k_size;) {
     const Element* x = a + k / kChunkK * m * kChunkK + k % kChunkK;
-    // The rows of the next tile: of many rows, a does not fit in L2.
-    unroll<kRows>([&](auto r) LOWBIT_INLINE { prefetch(x + (kRows + r) * kChunkK); });
+    // The rows of the next tile, as a of many rows does not fit in L2, and the sums of this one.
+    const float* sums = y_rows + k / kChunkK % kVecs * kVecLanes;
+    unroll<kRows>([&](auto r) LOWBIT_INLINE {
+      prefetch(x + (kRows + r) * kChunkK);
+      prefetch(sums + r * P::kColumns);
+    });
     for (int64_t i = 0; i < part; i += kPair) {
       typename P::Pairs w[kVecs];
       unroll<kVecs>([&](auto v) LOWBIT_INLINE { w[v] = P::load_pairs(w_panel + v * kVecLanes * kPair); });
@@ -196,13 +201,14 @@ inline void panel_scales(const Fp8Matmul& q, const Fp8Panel& panel, float* out) 
   }
 }
 
-// Fetches a part of what the next panel is decoded from, lines [begin, end) of a slab of columns: two for each column.
+// Fetches a part of what the next panel is decoded from, lines [begin, end) of a slab of columns.
 template <class P>
 LOWBIT_INLINE inline void fetch_codes(const Fp8Matmul& q, const Fp8Panel& panel, int64_t begin, int64_t end) {
-  const bool last = panel.k0 + kFp8Slab >= q.out.k;
-  const int64_t n0 = last ? panel.n0 + P::kColumns : panel.n0, k0 = last ? 0 : panel.k0 + kFp8Slab;
+  const bool last = panel.k0 + panel.slab >= q.out.k;
+  const int64_t n0 = last ? panel.n0 + P::kColumns : panel.n0, k0 = last ? 0 : panel.k0 + panel.slab;
+  const int64_t lines = panel.slab / 64;
   for (int64_t line = begin; line < end; ++line) {
-    if (n0 + line / 2 < q.out.n) prefetch(q.b.codes + (n0 + line / 2) * q.b.stride + k0 + line % 2 * 64);
+    if (n0 + line / lines < q.out.n) prefetch(q.b.codes + (n0 + line / lines) * q.b.stride + k0 + line % lines * 64);
   }
 }
 
@@ -211,25 +217,28 @@ template <class P>
 void fp8_many_run(const Fp8Matmul& q, const P& p, int64_t begin, int64_t end) {
   constexpr int kMinGroup = 16, kRows = P::kRows;
   const bool a_groups = by_group(q.a.scales), b_groups = by_group(q.b.scales);
-  const int shift = shift_of(q);
   const int64_t k_padded = ceil_div(q.out.k, kChunkK) * kChunkK;
   const int64_t row_blocks = ceil_div(q.out.m, kFp8RowsPerTask);
-  alignas(64) typename P::Element w[kFp8Slab * P::kColumns];
+  alignas(64) typename P::Element w[kFp8LongSlab * P::kColumns];
   alignas(64) float scales[kFp8Slab / kMinGroup * P::kColumns], whole_scales[P::kColumns];
   alignas(64) float y[kFp8RowsPerTask * P::kColumns];
   for (int64_t task = begin; task < end; ++task) {
-    Fp8Panel panel{0, 0, task / row_blocks * P::kColumns, task % row_blocks * kFp8RowsPerTask, 0, scales};
-    panel.group_shift = shift < 7 ? shift : 7;
+    Fp8Panel panel{};
+    panel.slab = a_groups || b_groups ? kFp8Slab : kFp8LongSlab;
+    panel.n0 = task / row_blocks * P::kColumns;
+    panel.first_row = task % row_blocks * kFp8RowsPerTask;
+    panel.group_shift = shift_of(q);
+    panel.scales = scales;
     const int64_t left = q.out.m - panel.first_row, rows = left < kFp8RowsPerTask ? left : kFp8RowsPerTask;
     __builtin_memset(y, 0, rows * P::kColumns * sizeof(float));
-    for (; panel.k0 < k_padded; panel.k0 += kFp8Slab) {
-      panel.k_size = k_padded - panel.k0 < kFp8Slab ? k_padded - panel.k0 : kFp8Slab;
+    for (; panel.k0 < k_padded; panel.k0 += panel.slab) {
+      panel.k_size = k_padded - panel.k0 < panel.slab ? k_padded - panel.k0 : panel.slab;
       p.decode_panel(q, panel.n0, panel.k0, panel.k_size, w);
       if (b_groups) panel_scales<P>(q, panel, scales);
       int64_t r = 0;
       const auto fetch = [&](int64_t count) LOWBIT_INLINE {
-        constexpr int64_t kLines = 2 * P::kColumns;
-        fetch_codes<P>(q, panel, r * kLines / rows, (r + count) * kLines / rows);
+        const int64_t lines = panel.slab / 64 * P::kColumns;
+        fetch_codes<P>(q, panel, r * lines / rows, (r + count) * lines / rows);
       };
       for (; r + kRows <= rows; r += kRows) {
         fetch(kRows);

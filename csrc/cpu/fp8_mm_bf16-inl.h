@@ -12,6 +12,19 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
+// vpunpcklbw takes bytes 16 i .. 16 i + 7 and vpunpckhbw those after them: with its bytes in this order the first gives
+// values 0 .. 31 and the second 32 .. 63.
+struct ChunkOrder {
+  alignas(64) uint8_t of[64] = {};
+  constexpr ChunkOrder() {
+    for (int i = 0; i < 32; ++i) {
+      of[i / 8 * 16 + i % 8] = static_cast<uint8_t>(i);
+      of[i / 8 * 16 + 8 + i % 8] = static_cast<uint8_t>(32 + i);
+    }
+  }
+};
+constexpr ChunkOrder kChunkOrder;
+
 struct Fp8Bf16 {
   using Element = uint16_t;
   using Pairs = __m512i;
@@ -146,13 +159,7 @@ struct Fp8Bf16 {
     _mm512_storeu_si512(out + 32, w.high);
   }
   void prepare_chunks(const uint8_t* codes, uint16_t* first, uint16_t* second) const {
-    // vpunpcklbw takes bytes 16 i .. 16 i + 7, and vpunpckhbw those after them.
-    alignas(64) uint8_t order[64];
-    for (int i = 0; i < 32; ++i) {
-      order[i / 8 * 16 + i % 8] = static_cast<uint8_t>(i);
-      order[i / 8 * 16 + 8 + i % 8] = static_cast<uint8_t>(32 + i);
-    }
-    const Words w = words(_mm512_permutexvar_epi8(load_i(order), load_i(codes)));
+    const Words w = words(_mm512_permutexvar_epi8(load_i(kChunkOrder.of), load_i(codes)));
     _mm512_storeu_si512(first, w.low);
     _mm512_storeu_si512(second, w.high);
   }
