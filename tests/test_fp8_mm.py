@@ -60,7 +60,7 @@ def test_sums_of_integers_are_exact(isa: str) -> None:
     """Ragged shapes around every tile; |sum| < 2^24, so that no order of additions rounds."""
     half, two = torch.tensor(0.5), torch.full((1, 1), 2.0)
     for m, n, k in itertools.product(
-        (1, 2, 3, 4, 5, 6, 7, 11, 13), (1, 15, 16, 17, 63, 65, 130), (1, 31, 33, 64, 65, 127, 200)
+        (1, 2, 3, 4, 5, 7, 13), (1, 16, 17, 65), (1, 33, 64, 127, 200)
     ):
         a = torch.randint(-8, 9, (m, k)).float()
         b = torch.randint(-8, 9, (n, k)).float()

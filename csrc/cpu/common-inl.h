@@ -51,23 +51,30 @@ inline F load_tail(const void* p, Dtype dtype, int64_t i, int64_t count) {
   return load_as(bytes, dtype, 0);
 }
 
+inline void store_vector(void* p, Dtype dtype, F v) {
+  if (dtype == Dtype::kF32) {
+    store(static_cast<float*>(p), v);
+  } else if (dtype == Dtype::kBf16) {
+    store_bf16(static_cast<uint16_t*>(p), v);
+  } else if (dtype == Dtype::kI8) {
+    store_i8(static_cast<int8_t*>(p), v);
+  } else {
+    store_f16(static_cast<uint16_t*>(p), v);
+  }
+}
+
 // Converts `count` fp32 values to `dtype` at element i of p; values must have room for whole vectors.
 inline void store_as(void* p, Dtype dtype, int64_t i, const float* values, int64_t count) {
+  const int size = size_of(dtype);
+  char* to = static_cast<char*>(p) + i * size;
   for (int64_t j = 0; j < count; j += kVecLanes) {
-    const F v = load(values + j);
-    alignas(64) char bytes[kVecLanes * 4];
-    if (dtype == Dtype::kF32) {
-      store(reinterpret_cast<float*>(bytes), v);
-    } else if (dtype == Dtype::kBf16) {
-      store_bf16(reinterpret_cast<uint16_t*>(bytes), v);
-    } else if (dtype == Dtype::kI8) {
-      store_i8(reinterpret_cast<int8_t*>(bytes), v);
+    if (count - j >= kVecLanes) {
+      store_vector(to + j * size, dtype, load(values + j));
     } else {
-      store_f16(reinterpret_cast<uint16_t*>(bytes), v);
+      alignas(64) char bytes[kVecLanes * 4];
+      store_vector(bytes, dtype, load(values + j));
+      __builtin_memcpy(to + j * size, bytes, (count - j) * size);
     }
-    const int64_t left = count - j < kVecLanes ? count - j : kVecLanes;
-    const int size = size_of(dtype);
-    __builtin_memcpy(static_cast<char*>(p) + (i + j) * size, bytes, left * size);
   }
 }
 

@@ -16,7 +16,8 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
-constexpr int64_t kFp8Slab = 128;
+constexpr int64_t kFp8Slab = 128;      // no group is longer
+constexpr int64_t kFp8LongSlab = 192;  // without groups
 // A sum that no scale ends is taken in pieces: one long chain of additions would wait for each, and round worse.
 constexpr int64_t kFp8Piece = 256;
 
@@ -114,9 +115,9 @@ void fp8_few_run(const Fp8Matmul& q, const P& p, int64_t begin, int64_t end) {
     if (q.out.m == 1) {
       for (int64_t n = n0; n < n_end; ++n) few_tile<P, 1, 1>(q, p, 0, n, y);
     } else if (q.out.m == 2) {
-      for (int64_t n = n0; n < n_end; ++n) few_tile<P, 2, 1>(q, p, 0, n, y);
+      for (int64_t n = n0; n < n_end; n += 2) few_tile<P, 2, 2>(q, p, 0, n, y);
     } else {
-      for (int64_t n = n0; n < n_end; ++n) few_tile<P, 4, 1>(q, p, 0, n, y);
+      for (int64_t n = n0; n < n_end; n += 2) few_tile<P, 4, 2>(q, p, 0, n, y);
     }
     column_scales(q, n0, kFp8FewRowsColumns, !scaled, b_scales);
     for (int64_t r = 0; r < q.out.m; ++r) {
@@ -128,13 +129,14 @@ void fp8_few_run(const Fp8Matmul& q, const P& p, int64_t begin, int64_t end) {
 
 // A panel: k values of kColumns columns, and their scales by group, [group][column].
 struct Fp8Panel {
-  int64_t k0, k_size, n0, first_row;
+  int64_t slab, k0, k_size, n0, first_row;
   int group_shift;
   const float* scales;
 };
 
-// Adds the products of kRows rows from first_row + row with a panel to y (rows, kColumns).
-template <class P, int kRows>
+// Adds the products of kRows rows from first_row + row with a panel to y (rows, kColumns). kHeld: y stays in registers
+// between the groups of a panel.
+template <class P, int kRows, bool kHeld>
 inline void many_tile(const Fp8Matmul& q, const Fp8Panel& panel, const typename P::Element* w_panel, int64_t row,
                       float* y_rows) {
   using Element = typename P::Element;
@@ -144,15 +146,23 @@ inline void many_tile(const Fp8Matmul& q, const Fp8Panel& panel, const typename 
   const Element* a =
       static_cast<const Element*>(q.prepared) + (panel.k0 / kChunkK * m + panel.first_row + row) * kChunkK;
   const bool a_groups = by_group(q.a.scales), b_groups = by_group(q.b.scales);
-  F acc[kRows][kVecs];
+  F acc[kRows][kVecs], total[kRows][kVecs];
   const auto each = [&](const auto& fn) LOWBIT_INLINE {
     unroll<kRows>([&](auto r) LOWBIT_INLINE { unroll<kVecs>([&](auto v) LOWBIT_INLINE { fn(r, v); }); });
   };
-  each([&](auto r, auto v) LOWBIT_INLINE { acc[r][v] = zero(); });
+  const auto y_at = [&](auto r, auto v) LOWBIT_INLINE { return y_rows + r * P::kColumns + v * kVecLanes; };
+  each([&](auto r, auto v) LOWBIT_INLINE {
+    acc[r][v] = zero();
+    if constexpr (kHeld) total[r][v] = load(y_at(r, v));
+  });
   for (int64_t k = 0; k < panel.k_size;) {
     const Element* x = a + k / kChunkK * m * kChunkK + k % kChunkK;
-    // The rows of the next tile: of many rows, a does not fit in L2.
-    unroll<kRows>([&](auto r) LOWBIT_INLINE { prefetch(x + (kRows + r) * kChunkK); });
+    // The rows of the next tile, as a of many rows does not fit in L2, and the sums of this one.
+    const float* sums = y_rows + k / kChunkK % kVecs * kVecLanes;
+    unroll<kRows>([&](auto r) LOWBIT_INLINE {
+      prefetch(x + (kRows + r) * kChunkK);
+      prefetch(sums + r * P::kColumns);
+    });
     for (int64_t i = 0; i < part; i += kPair) {
       typename P::Pairs w[kVecs];
       unroll<kVecs>([&](auto v) LOWBIT_INLINE { w[v] = P::load_pairs(w_panel + v * kVecLanes * kPair); });
@@ -169,8 +179,9 @@ inline void many_tile(const Fp8Matmul& q, const Fp8Panel& panel, const typename 
     const float* sb = panel.scales + ((k - part) >> panel.group_shift) * P::kColumns;
     const auto finish = [&](const auto& fn) LOWBIT_INLINE {
       each([&](auto r, auto v) LOWBIT_INLINE {
-        float* y = y_rows + r * P::kColumns + v * kVecLanes;
-        store(y, fn(load(y), acc[r][v], r, v));
+        if constexpr (!kHeld) total[r][v] = load(y_at(r, v));
+        total[r][v] = fn(total[r][v], acc[r][v], r, v);
+        if constexpr (!kHeld) store(y_at(r, v), total[r][v]);
         acc[r][v] = zero();
       });
     };
@@ -185,6 +196,7 @@ inline void many_tile(const Fp8Matmul& q, const Fp8Panel& panel, const typename 
       finish([&](F y, F s, auto, auto) LOWBIT_INLINE { return add(y, s); });
     }
   }
+  if constexpr (kHeld) each([&](auto r, auto v) LOWBIT_INLINE { store(y_at(r, v), total[r][v]); });
 }
 
 template <class P>
@@ -196,50 +208,63 @@ inline void panel_scales(const Fp8Matmul& q, const Fp8Panel& panel, float* out) 
   }
 }
 
-// Fetches a part of what the next panel is decoded from, lines [begin, end) of a slab of columns: two for each column.
+// Fetches a part of what the next panel is decoded from, lines [begin, end) of a slab of columns.
 template <class P>
 LOWBIT_INLINE inline void fetch_codes(const Fp8Matmul& q, const Fp8Panel& panel, int64_t begin, int64_t end) {
-  const bool last = panel.k0 + kFp8Slab >= q.out.k;
-  const int64_t n0 = last ? panel.n0 + P::kColumns : panel.n0, k0 = last ? 0 : panel.k0 + kFp8Slab;
+  const bool last = panel.k0 + panel.slab >= q.out.k;
+  const int64_t n0 = last ? panel.n0 + P::kColumns : panel.n0, k0 = last ? 0 : panel.k0 + panel.slab;
+  const int64_t lines = panel.slab / 64;
   for (int64_t line = begin; line < end; ++line) {
-    if (n0 + line / 2 < q.out.n) prefetch(q.b.codes + (n0 + line / 2) * q.b.stride + k0 + line % 2 * 64);
+    if (n0 + line / lines < q.out.n) prefetch(q.b.codes + (n0 + line / lines) * q.b.stride + k0 + line % lines * 64);
   }
+}
+
+// All rows of a task with a panel, tiles of kTop rows and smaller ones at the end.
+template <class P, int kTop, bool kHeld>
+inline void many_rows(const Fp8Matmul& q, const Fp8Panel& panel, const typename P::Element* w, int64_t rows, float* y) {
+  const int64_t lines = panel.slab / 64 * P::kColumns;
+  int64_t row = 0;
+  const auto tiles = [&](auto height) LOWBIT_INLINE {
+    for (; row + height <= rows; row += height) {
+      fetch_codes<P>(q, panel, row * lines / rows, (row + height) * lines / rows);
+      many_tile<P, height, kHeld>(q, panel, w, row, y + row * P::kColumns);
+    }
+  };
+  tiles(std::integral_constant<int, kTop>());
+  if constexpr (kTop > 4) tiles(std::integral_constant<int, 4>());
+  if constexpr (kTop > 2) tiles(std::integral_constant<int, 2>());
+  if constexpr (kTop > 1) tiles(std::integral_constant<int, 1>());
 }
 
 // Tasks are blocks of kColumns columns times blocks of kFp8RowsPerTask rows.
 template <class P>
 void fp8_many_run(const Fp8Matmul& q, const P& p, int64_t begin, int64_t end) {
-  constexpr int kMinGroup = 16, kRows = P::kRows;
+  // Groups of 16 and 32 end so often that tiles of half the rows, with their sums of groups in registers, are faster.
+  constexpr int kMinGroup = 16, kHeldShift = 6;
   const bool a_groups = by_group(q.a.scales), b_groups = by_group(q.b.scales);
-  const int shift = shift_of(q);
   const int64_t k_padded = ceil_div(q.out.k, kChunkK) * kChunkK;
   const int64_t row_blocks = ceil_div(q.out.m, kFp8RowsPerTask);
-  alignas(64) typename P::Element w[kFp8Slab * P::kColumns];
+  alignas(64) typename P::Element w[kFp8LongSlab * P::kColumns];
   alignas(64) float scales[kFp8Slab / kMinGroup * P::kColumns], whole_scales[P::kColumns];
   alignas(64) float y[kFp8RowsPerTask * P::kColumns];
   for (int64_t task = begin; task < end; ++task) {
-    Fp8Panel panel{0, 0, task / row_blocks * P::kColumns, task % row_blocks * kFp8RowsPerTask, 0, scales};
-    panel.group_shift = shift < 7 ? shift : 7;
+    Fp8Panel panel{};
+    panel.slab = a_groups || b_groups ? kFp8Slab : kFp8LongSlab;
+    panel.n0 = task / row_blocks * P::kColumns;
+    panel.first_row = task % row_blocks * kFp8RowsPerTask;
+    panel.group_shift = shift_of(q);
+    panel.scales = scales;
     const int64_t left = q.out.m - panel.first_row, rows = left < kFp8RowsPerTask ? left : kFp8RowsPerTask;
     __builtin_memset(y, 0, rows * P::kColumns * sizeof(float));
-    for (; panel.k0 < k_padded; panel.k0 += kFp8Slab) {
-      panel.k_size = k_padded - panel.k0 < kFp8Slab ? k_padded - panel.k0 : kFp8Slab;
+    for (; panel.k0 < k_padded; panel.k0 += panel.slab) {
+      panel.k_size = k_padded - panel.k0 < panel.slab ? k_padded - panel.k0 : panel.slab;
       p.decode_panel(q, panel.n0, panel.k0, panel.k_size, w);
       if (b_groups) panel_scales<P>(q, panel, scales);
-      int64_t r = 0;
-      const auto fetch = [&](int64_t count) LOWBIT_INLINE {
-        constexpr int64_t kLines = 2 * P::kColumns;
-        fetch_codes<P>(q, panel, r * kLines / rows, (r + count) * kLines / rows);
-      };
-      for (; r + kRows <= rows; r += kRows) {
-        fetch(kRows);
-        many_tile<P, kRows>(q, panel, w, r, y + r * P::kColumns);
+      if (shift_of(q) < kHeldShift) {
+        many_rows<P, (P::kRows + 1) / 2, true>(q, panel, w, rows, y);
+      } else {
+        many_rows<P, P::kRows, false>(q, panel, w, rows, y);
       }
-      if constexpr (kRows > 4) {
-        for (; r + 4 <= rows; r += 4) many_tile<P, 4>(q, panel, w, r, y + r * P::kColumns);
-      }
-      for (; r + 2 <= rows; r += 2) many_tile<P, 2>(q, panel, w, r, y + r * P::kColumns);
-      for (; r < rows; ++r) many_tile<P, 1>(q, panel, w, r, y + r * P::kColumns);
     }
     column_scales(q, panel.n0, P::kColumns, !b_groups, whole_scales);
     for (int64_t r = 0; r < rows; ++r) {

@@ -12,6 +12,19 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
+// vpunpcklbw takes bytes 16 i .. 16 i + 7 and vpunpckhbw those after them: with its bytes in this order the first gives
+// values 0 .. 31 and the second 32 .. 63.
+struct ChunkOrder {
+  alignas(64) uint8_t of[64] = {};
+  constexpr ChunkOrder() {
+    for (int i = 0; i < 32; ++i) {
+      of[i / 8 * 16 + i % 8] = static_cast<uint8_t>(i);
+      of[i / 8 * 16 + 8 + i % 8] = static_cast<uint8_t>(32 + i);
+    }
+  }
+};
+constexpr ChunkOrder kChunkOrder;
+
 struct Fp8Bf16 {
   using Element = uint16_t;
   using Pairs = __m512i;
@@ -57,21 +70,22 @@ struct Fp8Bf16 {
   LOWBIT_INLINE F scales(const Fp8Scales& s, int64_t row, int64_t k, int64_t k_size) const {
     if (s.k_shift >= 6) return set1(scale_of(s, row, k));
     const int64_t group = k >> s.k_shift, left = ((k_size - 1) >> s.k_shift) - group + 1;
-    const __mmask8 mask = left >= 4 ? 15 : static_cast<__mmask8>((1 << left) - 1);
-    const __m128i four = load_scales(s, (row >> s.row_shift) * s.stride + group, mask);
+    const __m128i four = load_scales(s, (row >> s.row_shift) * s.stride + group, left);
     const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     const __m512i index = _mm512_srl_epi32(lanes, _mm_cvtsi32_si128(s.k_shift - 4));
     return as_float(_mm512_permutexvar_epi32(index, _mm512_castsi128_si512(four)));
   }
-  // Bits in fp32 of up to four scales from number i on; 0 where the mask is 0.
-  LOWBIT_INLINE static __m128i load_scales(const Fp8Scales& s, int64_t i, __mmask8 mask) {
+  // Bits in fp32 of the scales of 64 values from number i on, of which `left` are there.
+  LOWBIT_INLINE static __m128i load_scales(const Fp8Scales& s, int64_t i, int64_t left) {
+    const __mmask8 mask = left >= 4 ? 15 : static_cast<__mmask8>((1 << left) - 1);
     if (s.type == ScaleType::kF32) return _mm_maskz_loadu_epi32(mask, static_cast<const float*>(s.values) + i);
     if (s.type == ScaleType::kBf16) {
       const __m128i words = _mm_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(s.values) + i);
       return _mm_slli_epi32(_mm_cvtepu16_epi32(words), 16);
     }
-    const __m128i codes = _mm_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(s.values) + i));
-    // 2^-127 is subnormal, and 255 is NaN.
+    // Groups of 32, so two. 0 is 2^-127, a subnormal, and 255 is NaN.
+    const uint8_t* at = static_cast<const uint8_t*>(s.values) + i;
+    const __m128i codes = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(left >= 2 ? at[0] | at[1] << 8 : at[0]));
     const __mmask8 ends =
         _mm_cmpeq_epi32_mask(codes, _mm_setzero_si128()) | _mm_cmpeq_epi32_mask(codes, _mm_set1_epi32(255));
     const __m128i bits = _mm_slli_epi32(codes, 23);
@@ -146,13 +160,7 @@ struct Fp8Bf16 {
     _mm512_storeu_si512(out + 32, w.high);
   }
   void prepare_chunks(const uint8_t* codes, uint16_t* first, uint16_t* second) const {
-    // vpunpcklbw takes bytes 16 i .. 16 i + 7, and vpunpckhbw those after them.
-    alignas(64) uint8_t order[64];
-    for (int i = 0; i < 32; ++i) {
-      order[i / 8 * 16 + i % 8] = static_cast<uint8_t>(i);
-      order[i / 8 * 16 + 8 + i % 8] = static_cast<uint8_t>(32 + i);
-    }
-    const Words w = words(_mm512_permutexvar_epi8(load_i(order), load_i(codes)));
+    const Words w = words(_mm512_permutexvar_epi8(load_i(kChunkOrder.of), load_i(codes)));
     _mm512_storeu_si512(first, w.low);
     _mm512_storeu_si512(second, w.high);
   }

@@ -31,7 +31,7 @@ struct Fp8F32 {
   static void decode_panel(const Fp8Matmul& q, int64_t n0, int64_t k0, int64_t k_size, float* panel) {
     const int64_t left = q.out.k - k0, count = left < k_size ? left : k_size;
     for (int64_t j = 0; j < kColumns; ++j) {
-      alignas(64) uint8_t codes[kFp8Slab] = {};
+      alignas(64) uint8_t codes[kFp8LongSlab] = {};
       if (n0 + j < q.out.n) __builtin_memcpy(codes, q.b.codes + (n0 + j) * q.b.stride + k0, count);
       for (int64_t k = 0; k < k_size; k += kVecLanes) {
         float values[kVecLanes];
