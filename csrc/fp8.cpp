@@ -66,21 +66,21 @@ void transpose_tile(const uint8_t* in, int64_t in_stride, uint8_t* out, int64_t 
 #undef LOWBIT_LOW
 #undef LOWBIT_HIGH
 
-// out (k, rows) of the region of q (rows, k). Four tiles below each other fill the cache lines of `out`.
+// Rows that are transposed while they are in cache. Each writes a part of every row of q^T, which lie on pages of their
+// own: 64 rows fill cache lines, but take twice as long as 256.
+constexpr int64_t kTransposedRows = 256;
+
+// out (k, rows) of the region of q (rows, k).
 void transpose(const uint8_t* q, int64_t rows, int64_t k, const Fp8Region& r, uint8_t* out) {
-  constexpr int64_t kBand = 64;
-  for (int64_t row = r.row; row < r.row_end; row += kBand) {
-    const int64_t row_end = std::min(row + kBand, r.row_end);
-    for (int64_t c = r.column; c < r.column_end; c += kTile) {
-      const int64_t columns = std::min<int64_t>(kTile, r.column_end - c);
-      for (int64_t i = row; i < row_end; i += kTile) {
-        const int64_t height = std::min<int64_t>(kTile, row_end - i);
-        if (columns == kTile && height == kTile) {
-          transpose_tile(q + i * k + c, k, out + c * rows + i, rows);
-        } else {
-          for (int64_t y = 0; y < height; ++y) {
-            for (int64_t x = 0; x < columns; ++x) out[(c + x) * rows + i + y] = q[(i + y) * k + c + x];
-          }
+  for (int64_t c = r.column; c < r.column_end; c += kTile) {
+    const int64_t columns = std::min<int64_t>(kTile, r.column_end - c);
+    for (int64_t row = r.row; row < r.row_end; row += kTile) {
+      const int64_t height = std::min<int64_t>(kTile, r.row_end - row);
+      if (columns == kTile && height == kTile) {
+        transpose_tile(q + row * k + c, k, out + c * rows + row, rows);
+      } else {
+        for (int64_t y = 0; y < height; ++y) {
+          for (int64_t x = 0; x < columns; ++x) out[(c + x) * rows + row + y] = q[(row + y) * k + c + x];
         }
       }
     }
@@ -114,10 +114,10 @@ void fp8_quantize(const Fp8Ops& ops, const Fp8Quantize& request, uint8_t* transp
     fp8_maxima(ops, b, z.x, &largest, threads);
     z.maxima = &largest;
   }
-  // Threads that write a column's bytes do not share cache lines, unless there are few rows.
-  const int64_t band = std::max<int64_t>(b.block_rows, !transposed ? 1 : b.rows >= 64 * threads ? 64 : kTile);
+  // Threads that write to a row of q^T do not share cache lines, unless there are few rows.
+  const int64_t height = b.rows >= kTransposedRows * threads ? kTransposedRows : b.rows >= 64 * threads ? 64 : kTile;
+  const int64_t band = std::max<int64_t>(b.block_rows, transposed ? height : 1);
   split(b.rows, b.k, band, unit_of(b, b.row_blocks == 0), threads, [&](const Fp8Region& r, int64_t) {
-    // Rows that are transposed while they are in cache.
     const int64_t step = transposed ? band : r.row_end - r.row;
     for (int64_t row = r.row; row < r.row_end; row += step) {
       const Fp8Region part{row, std::min(row + step, r.row_end), r.column, r.column_end};

@@ -98,22 +98,20 @@ inline F make_scales(I maxima, ScaleType type) {
   return as_float(if_less(set1_i(0), bits, bits, set1_i(0x3F800000)));
 }
 
-inline uint32_t word_of(float v) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &v, 4);
-  return bits;
-}
-
-// Stores a scale that `make_scales` has rounded.
-inline void store_scale(void* scales, ScaleType type, int64_t i, float value) {
-  const uint32_t bits = word_of(value);
+// Stores the first `count` of scales that `make_scales` has rounded.
+inline void store_scales(void* scales, ScaleType type, int64_t at, F values, int64_t count) {
+  alignas(64) char bytes[kVecLanes * 4];
+  const int64_t size = type == ScaleType::kF32 ? 4 : type == ScaleType::kBf16 ? 2 : 1;
+  char* out = static_cast<char*>(scales) + at * size;
+  void* to = count == kVecLanes ? out : bytes;
   if (type == ScaleType::kF32) {
-    static_cast<float*>(scales)[i] = value;
+    store(static_cast<float*>(to), values);
   } else if (type == ScaleType::kBf16) {
-    static_cast<uint16_t*>(scales)[i] = static_cast<uint16_t>(bits >> 16);
+    store_bf16(static_cast<uint16_t*>(to), values);
   } else {
-    static_cast<uint8_t*>(scales)[i] = static_cast<uint8_t>(bits >> 23);  // NaN has a full exponent
+    store_u8(static_cast<uint8_t*>(to), shift_right<23>(bits_of(values)));  // NaN has a full exponent
   }
+  if (count < kVecLanes) __builtin_memcpy(out, bytes, count * size);
 }
 
 inline float load_scale(const void* scales, ScaleType type, int64_t i) {

@@ -7,6 +7,33 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
+};
+
+// Calls fn with the dtype as a constant.
+template <class Fn>
+inline auto with_dtype(Dtype dtype, const Fn& fn) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return fn(Constant<Dtype::kF32>{});
+    case Dtype::kBf16:
+      return fn(Constant<Dtype::kBf16>{});
+    default:
+      return fn(Constant<Dtype::kF16>{});
+  }
+}
+template <class Fn>
+inline auto with_type(Float8 type, const Fn& fn) {
+  return type == Float8::kE4m3 ? fn(Constant<Float8::kE4m3>{}) : fn(Constant<Float8::kE5m2>{});
+}
+// Calls fn with the width of a block, or with 0 for any other: loops of a few steps are unrolled.
+template <class Fn>
+inline auto with_width(int64_t block_k, const Fn& fn) {
+  return block_k == 16 ? fn(Constant<16>{}) : block_k == 32 ? fn(Constant<32>{}) : fn(Constant<0>{});
+}
+
 // `top` with the largest magnitudes of x[at, at + count) by lanes; NaN is above all others.
 template <Dtype X>
 inline I fold_magnitudes(const void* x, int64_t at, int64_t count, I top) {
@@ -20,18 +47,33 @@ inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Blocks of a row that are looked at together: their maxima take one fold and one division. Blocks of many rows must
 // stay in cache until they are encoded.
-inline int64_t blocks_at_once(const Fp8Blocks& b) { return b.block_rows > 1 ? min_of(4, kVecLanes) : kVecLanes; }
+inline int64_t blocks_at_once(const Fp8Blocks& b) { return b.block_rows > 1 ? 8 : kVecLanes; }
+
+// Calls fn(first column, columns, index) for the blocks of a row from `column` to `end`.
+template <int kWidth, class Fn>
+LOWBIT_INLINE inline void for_each_block(int64_t block_k, int64_t column, int64_t end, const Fn& fn) {
+  int64_t i = 0;
+  if constexpr (kWidth > 0) {
+    for (; column + kWidth <= end; column += kWidth) fn(column, int64_t{kWidth}, i++);
+  }
+  for (; column < end; column += block_k) fn(column, min_of(block_k, end - column), i++);
+}
 
 // Maxima of the blocks from `column` on in the rows [row, row_end) of one band, in lanes.
-template <Dtype X>
+template <Dtype X, int kWidth>
 inline I maxima_of(const Fp8Blocks& b, const Fp8Source& x, int64_t row, int64_t row_end, int64_t column, int64_t end) {
   I tops[kVecLanes];
   for (I& top : tops) top = set1_i(0);
+  constexpr int kSize = size_of(X);
+  const char* bytes = static_cast<const char*>(x.x);
   for (int64_t r = row; r < row_end; ++r) {
-    int64_t i = 0;
-    for (int64_t c = column; c < end; c += b.block_k, ++i) {
-      tops[i] = fold_magnitudes<X>(x.x, r * x.stride + c, min_of(b.block_k, end - c), tops[i]);
+    if (r + 3 < row_end) {
+      // Few columns of each row: the hardware does not foresee the next ones.
+      for (int64_t c = column; c < end; c += 64 / kSize) prefetch(bytes + ((r + 3) * x.stride + c) * kSize);
     }
+    for_each_block<kWidth>(b.block_k, column, end, [&](int64_t c, int64_t count, int64_t i) LOWBIT_INLINE {
+      tops[i] = fold_magnitudes<X>(x.x, r * x.stride + c, count, tops[i]);
+    });
   }
   return max_of_each(tops);
 }
@@ -64,11 +106,11 @@ float largest_as(const Fp8Source& x, const Fp8Region& g) {
   return lanes[0];
 }
 
-template <Dtype X>
+template <Dtype X, int kWidth>
 void maxima_as(const Fp8Blocks& b, const Fp8Source& x, const Fp8Region& g, float* out) {
   for_each_group(b, g, [&](int64_t row, int64_t row_end, int64_t column, int64_t end) {
     alignas(64) float lanes[kVecLanes];
-    store(lanes, as_float(maxima_of<X>(b, x, row, row_end, column, end)));
+    store(lanes, as_float(maxima_of<X, kWidth>(b, x, row, row_end, column, end)));
     float* to = out + block_index(b, row, column);
     for (int64_t i = 0; column + i * b.block_k < end; ++i) to[i] = lanes[i];
   });
@@ -76,8 +118,8 @@ void maxima_as(const Fp8Blocks& b, const Fp8Source& x, const Fp8Region& g, float
 
 // Codes of x[at, at + count), which are those of `row` from `column` on, divided by the scale.
 template <Dtype X, Float8 T, bool kStochastic>
-inline void encode_run(const Fp8Quantize& z, int64_t row, int64_t column, int64_t count, float scale,
-                       [[maybe_unused]] const RowNoise& noise) {
+LOWBIT_INLINE inline void encode_run(const Fp8Quantize& z, int64_t row, int64_t column, int64_t count, float scale,
+                                     [[maybe_unused]] const RowNoise& noise) {
   const F divisor = set1(scale);
   const void* x = z.x.x;
   const int64_t at = row * z.x.stride + column;
@@ -95,7 +137,7 @@ inline void encode_run(const Fp8Quantize& z, int64_t row, int64_t column, int64_
   }
 }
 
-template <Dtype X, Float8 T, bool kStochastic>
+template <Dtype X, Float8 T, bool kStochastic, int kWidth>
 void quantize_as(const Fp8Quantize& z, const Fp8Region& g) {
   const Fp8Blocks& b = z.blocks;
   for_each_group(b, g, [&](int64_t row, int64_t row_end, int64_t column, int64_t end) {
@@ -106,19 +148,20 @@ void quantize_as(const Fp8Quantize& z, const Fp8Region& g) {
       for (int64_t i = 0; column + i * b.block_k < end; ++i) given[i] = z.maxima[first + i];
       maxima = magnitude_of(bits_of(load(given)));
     } else {
-      maxima = maxima_of<X>(b, z.x, row, row_end, column, end);
+      maxima = maxima_of<X, kWidth>(b, z.x, row, row_end, column, end);
     }
+    const F made = make_scales<T>(maxima, z.scale_type);
     alignas(64) float scales[kVecLanes];
-    store(scales, make_scales<T>(maxima, z.scale_type));
+    store(scales, made);
     // A scale that rows share is written once.
     if (b.row_blocks != 0 || (row == 0 && column == 0)) {
-      for (int64_t i = 0; column + i * b.block_k < end; ++i) store_scale(z.scales, z.scale_type, first + i, scales[i]);
+      store_scales(z.scales, z.scale_type, first, made, (end - column + b.block_k - 1) / b.block_k);
     }
     for (int64_t r = row; r < row_end; ++r) {
       const RowNoise noise(z.seed, r);
-      for (int64_t c = column, i = 0; c < end; c += b.block_k, ++i) {
-        encode_run<X, T, kStochastic>(z, r, c, min_of(b.block_k, end - c), scales[i], noise);
-      }
+      for_each_block<kWidth>(b.block_k, column, end, [&](int64_t c, int64_t count, int64_t i) LOWBIT_INLINE {
+        encode_run<X, T, kStochastic>(z, r, c, count, scales[i], noise);
+      });
     }
   });
 }
@@ -168,42 +211,24 @@ void cast_as(const Fp8Source& x, bool saturate, const Fp8Region& g, uint8_t* q) 
   }
 }
 
-template <auto kValue>
-struct Constant {
-  static constexpr auto value = kValue;
-};
-
-// Calls fn with the dtype as a constant.
-template <class Fn>
-inline auto with_dtype(Dtype dtype, const Fn& fn) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return fn(Constant<Dtype::kF32>{});
-    case Dtype::kBf16:
-      return fn(Constant<Dtype::kBf16>{});
-    default:
-      return fn(Constant<Dtype::kF16>{});
-  }
-}
-template <class Fn>
-inline auto with_type(Float8 type, const Fn& fn) {
-  return type == Float8::kE4m3 ? fn(Constant<Float8::kE4m3>{}) : fn(Constant<Float8::kE5m2>{});
-}
-
 float largest(const Fp8Source& x, const Fp8Region& g) {
   return with_dtype(x.dtype, [&](auto dtype) { return largest_as<dtype.value>(x, g); });
 }
 void maxima(const Fp8Blocks& b, const Fp8Source& x, const Fp8Region& g, float* out) {
-  with_dtype(x.dtype, [&](auto dtype) { maxima_as<dtype.value>(b, x, g, out); });
+  with_dtype(x.dtype, [&](auto dtype) {
+    with_width(b.block_k, [&](auto width) { maxima_as<dtype.value, width.value>(b, x, g, out); });
+  });
 }
 void quantize(const Fp8Quantize& z, const Fp8Region& g) {
   with_dtype(z.x.dtype, [&](auto dtype) {
     with_type(z.type, [&](auto type) {
-      if (z.stochastic) {
-        quantize_as<dtype.value, type.value, true>(z, g);
-      } else {
-        quantize_as<dtype.value, type.value, false>(z, g);
-      }
+      with_width(z.blocks.block_k, [&](auto width) {
+        if (z.stochastic) {
+          quantize_as<dtype.value, type.value, true, width.value>(z, g);
+        } else {
+          quantize_as<dtype.value, type.value, false, width.value>(z, g);
+        }
+      });
     });
   });
 }
