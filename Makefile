@@ -47,11 +47,12 @@ cpp: $(VENV)/.ready
 	$(BIN)/cmake --build build/cpp
 	build/cpp/test_kernels
 	build/cpp/test_fp8
+	build/cpp/test_fp8_adamw
 
 # The same on CPUs without AVX2 and without AVX-512.
 emulate: cpp
 	@if command -v qemu-x86_64 >/dev/null; then \
-	  set -e; for cpu in Nehalem Haswell; do for test in test_kernels test_fp8; do \
+	  set -e; for cpu in Nehalem Haswell; do for test in test_kernels test_fp8 test_fp8_adamw; do \
 	    echo "qemu-x86_64 -cpu $$cpu $$test"; \
 	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu build/cpp/$$test 2>build/cpp/qemu.log || \
 	      { cat build/cpp/qemu.log; exit 1; }; done; done; \
@@ -62,6 +63,7 @@ sanitize: $(VENV)/.ready
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_kernels
 	build/sanitize/test_fp8
+	build/sanitize/test_fp8_adamw
 
 # The peers that the benchmarks compare with, in an environment of their own. llama.cpp is compiled for this CPU with the
 # build tools of requirements.txt.
