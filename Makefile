@@ -46,6 +46,7 @@ cpp: $(VENV)/.ready
 	$(CMAKE) -S . -B build/cpp -DLOWBIT_CPP_TESTS=ON -DLOWBIT_WERROR=ON
 	$(BIN)/cmake --build build/cpp
 	build/cpp/test_kernels
+	build/cpp/test_cuda
 	build/cpp/test_fp8
 	build/cpp/test_fp8_adamw
 
@@ -62,6 +63,7 @@ sanitize: $(VENV)/.ready
 	$(CMAKE) -S . -B build/sanitize -DLOWBIT_CPP_TESTS=ON -DLOWBIT_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_kernels
+	build/sanitize/test_cuda
 	build/sanitize/test_fp8
 	build/sanitize/test_fp8_adamw
 

@@ -119,6 +119,25 @@ def about(data: dict[str, Any]) -> str:
     return f"{m['cpu']}, {versions}, commit {m['commit']}."
 
 
+GPU_FAMILIES = {
+    "triton": "Triton, sm_80 and later: every format and M",
+    "cuda": "CUDA (`LOWBIT_CUDA=1`), mma for M up to 64 on sm_80 and later, wgmma for M up to 1023 on sm_90a: "
+    "one table per weight, groups of 16, 32, multiples of 64 or rows",
+}
+
+
+def gpu_table() -> str:
+    """Which families of GPU kernels have run on a device, by the checks in the result file."""
+    path = ROOT / "benchmarks" / "results" / "gpu.json"
+    data = json.loads(path.read_text()) if path.exists() else {"checks": [], "machine": {}}
+    lines = [row("GPU kernels", ["run on a device"]), "|---|---|"]
+    for family, what in GPU_FAMILIES.items():
+        checks = [c["ok"] for c in data["checks"] if c["family"] == family]
+        ran = f"{data['machine'].get('gpu')}: {sum(checks)} of {len(checks)} checks passed"
+        lines.append(row(what, [ran if checks else "not yet run on a device"]))
+    return "\n".join(lines)
+
+
 def peers_tables(data: dict[str, Any]) -> tuple[str, str]:
     """The summary for README.md, and the table of every format and M for a file beside the results."""
     found = ratios(data)
@@ -154,6 +173,7 @@ def main() -> None:
         peers_model_table(load("peers_model")),
         kernel_table(load("kernels")),
         summary,
+        gpu_table(),
     )
     new = head + BEGIN + "\n\n".join(parts) + "\n" + END + tail
     if "--check" in sys.argv[1:]:

@@ -5,7 +5,6 @@ What it computes is stated in `reference.scaled_mm`; kernels sum in fp32 and sca
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from lowbit import checks, layouts
 from lowbit.fp8 import granularity as granularities
-from lowbit.fp8 import matmul_cpu, matmul_triton, reference
+from lowbit.fp8 import matmul_cpu, matmul_cuda, matmul_triton, reference
 from lowbit.fp8.dtypes import FLOAT8, check_float8
 from lowbit.fp8.granularity import Granularity
 from lowbit.fp8.quantization import quantize
@@ -100,16 +99,18 @@ def _check(
     )
 
 
-def _backend(device_type: str) -> ModuleType:
-    if device_type == "cpu":
+def _backend(device: torch.device, a: Granularity, b: Granularity) -> ModuleType:
+    if device.type == "cpu":
         return matmul_cpu
+    if matmul_cuda.runs(device, a, b):
+        return matmul_cuda
     return matmul_triton if layouts.has_triton() else reference
 
 
-def _impl(device_type: str, a: Tensor, b: Tensor, *args: Any) -> Tensor:
+def _impl(a: Tensor, b: Tensor, *args: Any) -> Tensor:
     granularity_a, granularity_b = _check(a, b, *args)
     scale_a, scale_b, bias, out_dtype = args
-    backend = _backend(device_type)
+    backend = _backend(a.device, granularity_a, granularity_b)
     if backend is reference:
         return reference.scaled_mm(a, b, scale_a, scale_b, bias).to(out_dtype)
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
@@ -124,6 +125,6 @@ def _fake(a: Tensor, b: Tensor, *args: Any) -> Tensor:
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("fp8_scaled_mm", functools.partial(_impl, _key.lower()), _key)
+    _library.impl("fp8_scaled_mm", _impl, _key)
 torch.library.register_fake("lowbit::fp8_scaled_mm", _fake, lib=_library)
 _scaled_mm = torch.ops.lowbit.fp8_scaled_mm.default
