@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.05)
     parser.add_argument("--out", type=Path, default=RESULTS / "fp8.json")
     arguments = parser.parse_args()
+    about = machine(("torch",))
     shapes = [tuple(map(int, s.split(","))) for s in arguments.shape or ()] or list(SHAPES)
     cases = [
         measure(n, k, m, threads, arguments.rounds, arguments.seconds)
@@ -139,7 +140,7 @@ def main() -> None:
         for threads in arguments.threads or (1, 2)
         for m in arguments.m or ROWS
     ]
-    data = {"machine": machine(("lowbit", "torch")), "cases": cases}
+    data = {"machine": about, "cases": cases}
     arguments.out.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
     print(table(cases))
 
