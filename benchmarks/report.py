@@ -138,6 +138,67 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
+def training_table(data: dict[str, Any]) -> str:
+    """Training in FP8 beside bf16 with fp32 AdamW: loss and bytes, then errors of states and time of a step."""
+    runs, numel = (
+        {r: [x for x in data["runs"] if x["recipe"] == r] for r in ("bf16", "fp8")},
+        data["parameters"],
+    )
+    lines = [
+        row("", ["bf16, torch AdamW in fp32", "FP8Linear, FP8AdamW, FP8 activations"]),
+        "|---|---|---|",
+        *(
+            row(
+                f"held-out loss, seed {runs['bf16'][i]['seed']}",
+                [f"{some[i]['loss']:.3f}" for some in runs.values()],
+            )
+            for i in range(len(runs["bf16"]))
+        ),
+        row(
+            "optimizer state, bytes per parameter",
+            [f"{some[0]['state_bytes'] / numel:.2f}" for some in runs.values()],
+        ),
+        row(
+            "saved activations of the blocks, MB",
+            [f"{some[0]['activation_bytes'] / 1e6:.1f}" for some in runs.values()],
+        ),
+    ]
+    names = list(data["state_errors"])
+    errors = [row("m \\ v", names), "|---|" + "---|" * len(names)]
+    errors += [
+        row(name, [f"{1e4 * e:.2f}" for e in cells.values()])
+        for name, cells in data["state_errors"].items()
+    ]
+    steps = "; ".join(
+        f"{threads} thread{'s' * (threads != '1')}: "
+        + ", ".join(f"{name} {ns:.2f}" for name, ns in times.items())
+        for threads, times in data["step_ns_per_parameter"].items()
+    )
+    head = (
+        f"Training in FP8: a byte-level transformer of {numel / 1e6:.1f} M parameters, "
+        f"{len(runs['fp8'][0]['curve'])} steps of {data['tokens_per_step']} bytes of Python's standard library "
+        "([loss curves](benchmarks/results/fp8_training.png)). "
+        f"{about(data)}"
+    )
+    middle = (
+        "Relative squared error of m / sqrt(v) with states in FP8, 1e-4, after the bf16 runs (+X: dynamic range "
+        "expansion):"
+    )
+    return "\n".join(
+        [
+            head,
+            "",
+            *lines,
+            "",
+            middle,
+            "",
+            *errors,
+            "",
+            f"A step on CPU, ns per parameter: {steps}.",
+        ]
+    )
+
+
 def peers_tables(data: dict[str, Any]) -> tuple[str, str]:
     """The summary for README.md, and the table of every format and M for a file beside the results."""
     found = ratios(data)
@@ -173,6 +234,7 @@ def main() -> None:
         peers_model_table(load("peers_model")),
         kernel_table(load("kernels")),
         summary,
+        training_table(load("fp8_training")),
         gpu_table(),
     )
     new = head + BEGIN + "\n\n".join(parts) + "\n" + END + tail
