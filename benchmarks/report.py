@@ -138,6 +138,24 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
+def fp8_table(data: dict[str, Any]) -> str:
+    """Ratio of `fp8.scaled_mm` to torch's dense bf16, by pair of granularities, M and threads."""
+    cases = {(c["m"], c["threads"]): c["results"] for c in data["cases"]}
+    n, k = data["cases"][0]["n"], data["cases"][0]["k"]
+    names = [r["name"] for r in data["cases"][0]["results"]][1:]
+    heads = [f"M = {m}, {t} thr." for m, t in sorted(cases)]
+    lines = [row("a x b", heads), "|---|" + "---|" * len(heads)]
+    for name in names:
+        found = [next(r for r in cases[key] if r["name"] == name) for key in sorted(cases)]
+        lines.append(row(name.removeprefix("lowbit "), [f"{r['speedup']:.2f}x" for r in found]))
+    caption = (
+        f"`fp8.scaled_mm` of M x {k} and {n} x {k}: time of torch's dense bf16 over that of the FP8 product in the "
+        f"same run (below 1: slower). {about(data)} Operands are quantized beforehand, weights rotate through more "
+        "than twice the last-level cache, each result is checked against float64 first."
+    )
+    return "\n".join([caption, "", *lines])
+
+
 def training_table(data: dict[str, Any]) -> str:
     """Training in FP8 beside bf16 with fp32 AdamW: loss and bytes, then errors of states and time of a step."""
     runs, numel = (
@@ -234,6 +252,7 @@ def main() -> None:
         peers_model_table(load("peers_model")),
         kernel_table(load("kernels")),
         summary,
+        fp8_table(load("fp8")),
         training_table(load("fp8_training")),
         gpu_table(),
     )
