@@ -220,10 +220,8 @@ struct Writer {
   }
 };
 
-template <Float8 T, bool kExpand, bool kSigned>
-inline void write_group(const Range& range, const float* values, int64_t count, uint8_t* codes, float* terms,
-                        int64_t groups) {
-  const Writer<T, kExpand, kSigned> writer(range, terms, groups);
+template <class W>
+inline void write_group(const W& writer, const float* values, int64_t count, uint8_t* codes) {
   if (writer.empty) {
     __builtin_memset(codes, 0, count);
     return;
@@ -279,8 +277,11 @@ inline void step_group(const Fp8AdamW& z, int64_t g) {
       store_as(z.param, z.dtype, at + i, lanes, whole ? kVecLanes : here);
     }
   }
-  write_group<M, kExpand, true>(m_range, ms, count, m_codes, m_terms, groups);
-  write_group<V, kExpand, false>(v_range, vs, count, v_codes, v_terms, groups);
+  // Side by side: each is one long chain of operations that wait for each other.
+  const Writer<M, kExpand, true> write_m(m_range, m_terms, groups);
+  const Writer<V, kExpand, false> write_v(v_range, v_terms, groups);
+  write_group(write_m, ms, count, m_codes);
+  write_group(write_v, vs, count, v_codes);
 }
 
 template <Float8 M, Float8 V>
