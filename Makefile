@@ -41,18 +41,17 @@ types: $(VENV)/.built
 unit: $(VENV)/.built
 	$(BIN)/pytest -q
 
-# The C++ test of every kernel row, for each instruction set that the CPU has.
+# The C++ tests: every kernel row, for each instruction set that the CPU has, and the CUDA kernels' data movement.
+CPP_TESTS := test_kernels test_fp8 test_fp8_mm test_fp8_adamw
 cpp: $(VENV)/.ready
 	$(CMAKE) -S . -B build/cpp -DLOWBIT_CPP_TESTS=ON -DLOWBIT_WERROR=ON
 	$(BIN)/cmake --build build/cpp
-	build/cpp/test_kernels
-	build/cpp/test_fp8
-	build/cpp/test_fp8_mm
+	set -e; for test in $(CPP_TESTS) test_cuda; do build/cpp/$$test; done
 
 # The same on CPUs without AVX2 and without AVX-512.
 emulate: cpp
 	@if command -v qemu-x86_64 >/dev/null; then \
-	  set -e; for cpu in Nehalem Haswell; do for test in test_kernels test_fp8 test_fp8_mm; do \
+	  set -e; for cpu in Nehalem Haswell; do for test in $(CPP_TESTS); do \
 	    echo "qemu-x86_64 -cpu $$cpu $$test"; \
 	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu build/cpp/$$test 2>build/cpp/qemu.log || \
 	      { cat build/cpp/qemu.log; exit 1; }; done; done; \
@@ -61,9 +60,7 @@ emulate: cpp
 sanitize: $(VENV)/.ready
 	$(CMAKE) -S . -B build/sanitize -DLOWBIT_CPP_TESTS=ON -DLOWBIT_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
-	build/sanitize/test_kernels
-	build/sanitize/test_fp8
-	build/sanitize/test_fp8_mm
+	set -e; for test in $(CPP_TESTS) test_cuda; do build/sanitize/$$test; done
 
 # The peers that the benchmarks compare with, in an environment of their own. llama.cpp is compiled for this CPU with the
 # build tools of requirements.txt.

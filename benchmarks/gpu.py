@@ -1,4 +1,4 @@
-"""On a GPU: checks the kernels of every format against float64 and times them beside other libraries.
+"""On a GPU: checks the Triton and CUDA kernels of every format against float64, times them beside other libraries.
 
 Writes results/gpu.json. Weights rotate through more memory than any L2 cache, inside one CUDA graph; what is wrong is
 reported and not timed.
@@ -17,16 +17,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_decode import SHAPES as MODELS
+from gpu_decode import milliseconds_per_token
+from gpu_fp8 import measure as measure_fp8
 from record import RESULTS, machine
 from torch import Tensor
 
 import lowbit
-from lowbit import backends, ops
+from lowbit import backends, layouts, ops
 from lowbit.formats import Format, as_format
 
 SHAPES = ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192), (10944, 4096), (4096, 7392))
 ROWS = (1, 4, 16, 64, 256, 1024)
 FORMATS = ("int4", "nf4", "int3", "nf3", "int2", "binary", "int8", "e4m3", "kmeans8")
+FAMILIES = {"triton": layouts.K16, "cuda": layouts.M16}
 REPLAYS = 25
 ROTATED_BYTES = 180 << 20  # more than three times the largest L2 cache
 # Relative Frobenius error: bf16 table entries, x and y each round by at most 2^-8 (0.2 % rms).
@@ -55,18 +59,25 @@ def num_copies(nbytes: int) -> int:
     return 1 + ROTATED_BYTES // nbytes
 
 
-def ours(weight: Tensor, name: str) -> Kernel:
-    """lowbit in a named format; codebooks that are fitted get random values, which take no time to find."""
+def ours(weight: Tensor, name: str, family: str) -> Kernel:
+    """The kernels of a family in a named format; fitted codebooks get random values, which take no time to find."""
     format = as_format(name)
     if format.fitted:
         table = torch.randn(2**format.bits, generator=torch.Generator().manual_seed(0)).sort()[0]
         format = Format.lut(bits=format.bits, table=table, group=format.group, name=name)
     qt = lowbit.quantize(weight, format)
     nbytes = sum(t.nbytes for t in qt.tensors.values())
-    copies = [ops.operands(qt.map(lambda t, i=i: t.roll(i, 0) if t.dim() > 1 else t))
-              for i in range(num_copies(nbytes))]  # fmt: skip
+    copies = [
+        layouts.to_operands(
+            qt.map(lambda t, i=i: t.roll(i, 0) if t.dim() > 1 else t), FAMILIES[family]
+        )
+        for i in range(num_copies(nbytes))
+    ]
     return Kernel(
-        f"lowbit {name}", nbytes, qt.dequantize(), [lambda x, w=w: ops.linear(x, w) for w in copies]
+        f"{family} {name}",
+        nbytes,
+        qt.dequantize(),
+        [lambda x, w=w: ops.linear(x, w) for w in copies],
     )
 
 
@@ -115,7 +126,54 @@ def bitsandbytes(weight: Tensor) -> Kernel:
     return Kernel("bitsandbytes nf4", nbytes, values, calls)
 
 
-PEERS: tuple[Callable[[Tensor], Kernel], ...] = (dense, int4pack, bitsandbytes)
+def torchao_int4(weight: Tensor) -> Kernel:
+    """torchao's int4 weight-only linear, tiles packed, groups of 128."""
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    n, k = weight.shape
+    config = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
+    nbytes = n * k // 2 + n * k // 128 * 4
+    layers = []
+    for i in range(num_copies(nbytes)):
+        layer = torch.nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16)
+        layer.weight.data.copy_(weight.roll(i, 0))
+        quantize_(layer, config)
+        layers.append(layer.requires_grad_(False))
+    return Kernel("torchao int4", nbytes, values_of(layers[0], k), layers)
+
+
+def humming_int4(weight: Tensor) -> Kernel:
+    """humming's int4 linear, groups of 128."""
+    from humming.layer import HummingLayer
+
+    n, k = weight.shape
+    nbytes = n * k // 2 + n * k // 128 * 2
+    layers = []
+    for i in range(num_copies(nbytes)):
+        layer = HummingLayer(
+            shape_n=n,
+            shape_k=k,
+            weight_config={"dtype": "int4", "weight_scale_group_size": 128},
+            torch_dtype=torch.bfloat16,
+        ).cuda()
+        layer.load_from_unquantized(weight.bfloat16().roll(i, 0))
+        layer.transform()
+        layers.append(layer)
+    return Kernel("humming int4", nbytes, values_of(layers[0], k), layers)
+
+
+def values_of(call: Callable[[Tensor], Tensor], k: int) -> Tensor:
+    """The weight that a linear computes with: what the identity returns."""
+    return call(torch.eye(k, device="cuda", dtype=torch.bfloat16)).T.float()
+
+
+PEERS: tuple[Callable[[Tensor], Kernel], ...] = (
+    dense,
+    int4pack,
+    bitsandbytes,
+    torchao_int4,
+    humming_int4,
+)
 
 
 def error(kernel: Kernel, x: Tensor) -> float:
@@ -155,34 +213,44 @@ def copy_bandwidth() -> float:
     return (2 << 30) / (statistics.median(microseconds(copy, a)) / 1e6)
 
 
-def check(device: str) -> list[dict[str, Any]]:
-    """Every built-in format on a ragged shape: relative error against float64 in three dtypes."""
+def check(device: str, family: str) -> list[dict[str, Any]]:
+    """Every built-in format on ragged shapes: error against float64 in three dtypes, and the weight bit for bit."""
     found = []
-    n, k = 200, 1000
-    weight = torch.randn(n, k, device=device)
     for name, format in lowbit.formats().items():
-        qt = lowbit.quantize(weight, format)
-        w = ops.operands(qt)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for m in (1, 17, 300):
-                x = torch.randn(m, k, device=device, dtype=dtype)
-                want = x.double() @ qt.dequantize().double().T
-                got = float((ops.linear(x, w).double() - want).norm() / want.norm())
-                ok = got <= (1e-5 if dtype == torch.float32 else TOLERANCE)
-                found.append({"format": name, "dtype": str(dtype), "m": m, "error": got, "ok": ok})
+        if family == "cuda" and not layouts.fits_m16(format):
+            continue
+        for n, k in ((200, 1000), (130, 576)):
+            qt = lowbit.quantize(torch.randn(n, k, device=device), format)
+            w = layouts.to_operands(qt, FAMILIES[family])
+            want = qt.dequantize()
+            about = {"family": family, "format": name, "n": n, "k": k}
+            rows = torch.randint(0, n, (7,), device=device)
+            same = torch.equal(ops.dequantize(w), want)
+            same &= torch.equal(ops.embedding(rows, w, torch.float32), want[rows])
+            found.append({**about, "dtype": "weight", "m": 0, "error": float(not same), "ok": same})
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                for m in (1, 5, 16, 17, 33, 64, 100, 300, 1030):
+                    x = torch.randn(m, k, device=device, dtype=dtype)
+                    bias = torch.randn(n, device=device, dtype=dtype)
+                    exact = x.double() @ want.double().T + bias.double()
+                    got = float((ops.linear(x, w, bias).double() - exact).norm() / exact.norm())
+                    ok = got <= (1e-5 if dtype == torch.float32 else TOLERANCE)
+                    found.append({**about, "dtype": str(dtype), "m": m, "error": got, "ok": ok})
     return found
 
 
-def measure(shapes: list[tuple[int, int]], names: list[str]) -> list[dict[str, Any]]:
+def measure(
+    shapes: list[tuple[int, int]], names: list[str], families: list[str]
+) -> list[dict[str, Any]]:
     """Every kernel on every shape and number of rows."""
     results = []
     for n, k in shapes:
         weight = torch.randn(n, k, device="cuda") * 0.02
-        for make in (*PEERS, *names):
+        for make in (*PEERS, *((name, family) for name in names for family in families)):
             try:
-                kernel = ours(weight, make) if isinstance(make, str) else make(weight)
+                kernel = ours(weight, *make) if isinstance(make, tuple) else make(weight)
             except (ImportError, RuntimeError, ValueError) as e:
-                if isinstance(make, str):
+                if isinstance(make, tuple):
                     raise
                 results.append({"name": make.__name__, "n": n, "k": k, "failed": str(e)[:300]})
                 continue
@@ -222,24 +290,40 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", action="append", help="N,K; may be repeated")
     parser.add_argument("--format", action="append")
+    parser.add_argument("--family", action="append", choices=FAMILIES)
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
     arguments = parser.parse_args()
-    checked = check(arguments.device)
+    families = arguments.family or list(FAMILIES)
+    checked = [c for family in families for c in check(arguments.device, family)]
     wrong = [c for c in checked if not c["ok"]]
     print(f"{len(checked)} checks, {len(wrong)} wrong {wrong[:5]}")
     if arguments.check:
         sys.exit(bool(wrong))
     shapes = [tuple(map(int, s.split(","))) for s in arguments.shape or ()] or list(SHAPES)
     bandwidth = copy_bandwidth()
-    results = measure(shapes, arguments.format or list(FORMATS))
+    results = measure(shapes, arguments.format or list(FORMATS), families)
+    decode = [
+        {"model": shape.name, "family": family, "format": format,
+         "ms": milliseconds_per_token(shape, format, FAMILIES.get(family))}
+        for shape in MODELS
+        for family, format in (("dense", None), *((f, "nf4") for f in families))
+    ]  # fmt: skip
+    fp8 = measure_fp8(families)
     about = {**machine(("lowbit", "torch", "triton")), "gpu": torch.cuda.get_device_name()}
     data = {
         "machine": about, "copy_bytes_per_second": bandwidth, "checks": checked, "results": results,
-        "rows": {f: backends.explain_request(as_format(f), 8192, 8192, 1, torch.bfloat16, "cuda", "k16").selected
-                 for f in arguments.format or FORMATS},
+        "decode": decode, "fp8": fp8,
+        "rows": {f"{family} {f}": backends.explain_request(
+                     as_format(f), 8192, 8192, 1, torch.bfloat16, "cuda", FAMILIES[family]).selected
+                 for f in arguments.format or FORMATS for family in families},
     }  # fmt: skip
     arguments.out.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
     print(table(results, bandwidth))
+    for r in fp8:
+        time = f"{r['us']:.1f} us, {r['tflops']:.0f} TFLOP/s" if "us" in r else r["failed"]
+        print(f"fp8 {r['m']}x{r['n']}x{r['k']} {r['name']}: {time}")
+    for d in decode:
+        print(f"{d['model']} {d['family']} {d['format']}: {d['ms']:.3f} ms per token")
     sys.exit(bool(wrong))
 
 

@@ -119,6 +119,104 @@ def about(data: dict[str, Any]) -> str:
     return f"{m['cpu']}, {versions}, commit {m['commit']}."
 
 
+GPU_FAMILIES = {
+    "triton": "Triton, sm_80 and later: every format and M",
+    "cuda": "CUDA (`LOWBIT_CUDA=1`), mma for M up to 64 on sm_80 and later, wgmma for M up to 1023 on sm_90a: "
+    "one table per weight, groups of 16, 32, multiples of 64 or rows",
+}
+
+
+def gpu_table() -> str:
+    """Which families of GPU kernels have run on a device, by the checks in the result file."""
+    path = ROOT / "benchmarks" / "results" / "gpu.json"
+    data = json.loads(path.read_text()) if path.exists() else {"checks": [], "machine": {}}
+    lines = [row("GPU kernels", ["run on a device"]), "|---|---|"]
+    for family, what in GPU_FAMILIES.items():
+        checks = [c["ok"] for c in data["checks"] if c["family"] == family]
+        ran = f"{data['machine'].get('gpu')}: {sum(checks)} of {len(checks)} checks passed"
+        lines.append(row(what, [ran if checks else "not yet run on a device"]))
+    return "\n".join(lines)
+
+
+def fp8_table(data: dict[str, Any]) -> str:
+    """Ratio of `fp8.scaled_mm` to torch's dense bf16, by pair of granularities, M and threads."""
+    cases = {(c["m"], c["threads"]): c["results"] for c in data["cases"]}
+    n, k = data["cases"][0]["n"], data["cases"][0]["k"]
+    names = [r["name"] for r in data["cases"][0]["results"]][1:]
+    heads = [f"M = {m}, {t} thr." for m, t in sorted(cases)]
+    lines = [row("a x b", heads), "|---|" + "---|" * len(heads)]
+    for name in names:
+        found = [next(r for r in cases[key] if r["name"] == name) for key in sorted(cases)]
+        lines.append(row(name.removeprefix("lowbit "), [f"{r['speedup']:.2f}x" for r in found]))
+    caption = (
+        f"`fp8.scaled_mm` of M x {k} and {n} x {k}: time of torch's dense bf16 over that of the FP8 product in the "
+        f"same run (below 1: slower). {about(data)} Operands are quantized beforehand, weights rotate through more "
+        "than twice the last-level cache, each result is checked against float64 first."
+    )
+    return "\n".join([caption, "", *lines])
+
+
+def training_table(data: dict[str, Any]) -> str:
+    """Training in FP8 beside bf16 with fp32 AdamW: loss and bytes, then errors of states and time of a step."""
+    runs, numel = (
+        {r: [x for x in data["runs"] if x["recipe"] == r] for r in ("bf16", "fp8")},
+        data["parameters"],
+    )
+    lines = [
+        row("", ["bf16, torch AdamW in fp32", "FP8Linear, FP8AdamW, FP8 activations"]),
+        "|---|---|---|",
+        *(
+            row(
+                f"held-out loss, seed {runs['bf16'][i]['seed']}",
+                [f"{some[i]['loss']:.3f}" for some in runs.values()],
+            )
+            for i in range(len(runs["bf16"]))
+        ),
+        row(
+            "optimizer state, bytes per parameter",
+            [f"{some[0]['state_bytes'] / numel:.2f}" for some in runs.values()],
+        ),
+        row(
+            "saved activations of the blocks, MB",
+            [f"{some[0]['activation_bytes'] / 1e6:.1f}" for some in runs.values()],
+        ),
+    ]
+    names = list(data["state_errors"])
+    errors = [row("m \\ v", names), "|---|" + "---|" * len(names)]
+    errors += [
+        row(name, [f"{1e4 * e:.2f}" for e in cells.values()])
+        for name, cells in data["state_errors"].items()
+    ]
+    steps = "; ".join(
+        f"{threads} thread{'s' * (threads != '1')}: "
+        + ", ".join(f"{name} {ns:.2f}" for name, ns in times.items())
+        for threads, times in data["step_ns_per_parameter"].items()
+    )
+    head = (
+        f"Training in FP8: a byte-level transformer of {numel / 1e6:.1f} M parameters, "
+        f"{len(runs['fp8'][0]['curve'])} steps of {data['tokens_per_step']} bytes of Python's standard library "
+        "([loss curves](benchmarks/results/fp8_training.png)). "
+        f"{about(data)}"
+    )
+    middle = (
+        "Relative squared error of m / sqrt(v) with states in FP8, 1e-4, after the bf16 runs (+X: dynamic range "
+        "expansion):"
+    )
+    return "\n".join(
+        [
+            head,
+            "",
+            *lines,
+            "",
+            middle,
+            "",
+            *errors,
+            "",
+            f"A step on CPU, ns per parameter: {steps}.",
+        ]
+    )
+
+
 def peers_tables(data: dict[str, Any]) -> tuple[str, str]:
     """The summary for README.md, and the table of every format and M for a file beside the results."""
     found = ratios(data)
@@ -154,6 +252,9 @@ def main() -> None:
         peers_model_table(load("peers_model")),
         kernel_table(load("kernels")),
         summary,
+        fp8_table(load("fp8")),
+        training_table(load("fp8_training")),
+        gpu_table(),
     )
     new = head + BEGIN + "\n\n".join(parts) + "\n" + END + tail
     if "--check" in sys.argv[1:]:

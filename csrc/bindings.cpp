@@ -23,6 +23,7 @@ void bind_activations(py::module_& m);  // bindings_activations.cpp
 void bind_decoder(py::module_& m);      // bindings_decoder.cpp
 void bind_fp8(py::module_& m);          // bindings_fp8.cpp
 void bind_fp8_matmul(py::module_& m);   // bindings_fp8_mm.cpp
+void bind_optim(py::module_& m);        // bindings_optim.cpp
 
 namespace {
 
@@ -463,6 +464,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("CHUNK_K") = kChunkK;
 
   bind_decoder(m);
+  bind_optim(m);
   py::class_<Weight>(m, "Weight", "What a weight in n16 layout is, apart from its bytes (csrc/kernel.h).")
       .def(py::init<int64_t, int64_t, int, int64_t, bool, bool, int64_t, const std::string&, std::optional<std::string>,
                     std::optional<std::string>, bool, float, bool>(),

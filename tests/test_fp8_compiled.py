@@ -20,6 +20,7 @@ CASES = [
     ("quantize", "fp32", "1x16", "bf16", True, True, 100),
     ("quantize", "bf16", "128x128", "fp32", False, False, 90),
     ("quantize", "fp16", "mx", "e8m0", False, False, 80),
+    ("quantize", "bf16", "1x128", "fp32", True, False, 120),
     ("maxima", "bf16", "1x16", "fp32", False, False, 90),
     ("dequantize", "bf16", "mx", "e8m0", False, False, 90),
     ("dequantize", "fp16", "tensor", "bf16", False, False, 80),

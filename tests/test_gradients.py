@@ -80,7 +80,7 @@ def test_every_gradient_equals_autograds(format: Format, layout: str) -> None:
         if not lanes
         else layouts.kernel_table(format, t.grad)
         if name == "table"
-        else layouts.to_lanes(t.grad)
+        else layouts.from_rows(t.grad, layout)
         for name, t in leaves.items()
     }
     found = {"x": (x.grad, xd.grad), "bias": (bias.grad, bd.grad)}

@@ -15,9 +15,18 @@ pytest.importorskip("triton")
 
 EVERY = ("int4", "nf4", "uint4", "kmeans3", "kmeans4_pr", "int8", "e4m3", "q4_1", "binary")
 """Formats whose kernels differ in codec, zero, scope or planes."""
-CASES = [
-    *((name, "bfloat16", m, 90) for name in EVERY for m in (1, 512)),
-    *((name, "float16", 16, arch) for name in ("nf4", "uint4") for arch in (80, 100, 120)),
+# (kernel, format, dtype, M, architecture)
+Case = tuple[str, str, str, int, int]
+CASES: list[Case] = [
+    *(("linear", name, "bfloat16", m, 90) for name in EVERY for m in (1, 512)),
+    *(
+        ("linear", name, "float16", 16, arch)
+        for name in ("nf4", "uint4")
+        for arch in (80, 100, 120)
+    ),
+    *(("dequantize", "nf4", "bfloat16", 1, arch) for arch in (80, 90, 100, 120)),
+    *(("dequantize", name, "float32", 1, 90) for name in ("uint4", "kmeans4_pr", "q4_1")),
+    *(("add_splits", "nf4", "bfloat16", 1, arch) for arch in (80, 90, 100, 120)),
 ]
 # What each architecture calls a tensor-core product in SASS.
 TENSOR_CORE = {80: r"\bHMMA\b", 90: r"\bHG?MMA\b", 100: r"\bUTC\w*MMA\b|\bHMMA\b", 120: r"\bHMMA\b"}
@@ -33,17 +42,22 @@ from lowbit.formats import parse
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.uint8: "u8"}
 
-def source(name, x, m):
+def source(op, name, x, m):
     f, n, k = parse(name), 4096, 4096
     specs = {key: spec[1] for key, spec in layouts.operand_specs(f, "k16", n, k).items()}
     c = kernels.configs.choose(m, n, k, f.group or k, 132)
     constants = backend.meaning(f, specs.get("scales")) | {
         "HAS_BIAS": False, "APART": c.apart, "WHOLE": f.group is None, "COMPUTE": kernels.TYPES[x],
         "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "CHUNKS": c.chunks, "SPLITS": c.splits, "WIDENS": False,
-        "x_column": 1}
-    tensors = {"x": x, "bias": x, "out": torch.float32 if c.splits > 1 else x}
+        "x_column": 1, "GATHERS": False, "BLOCK": 256}
+    if op == "dequantize":
+        constants |= {"BLOCK_M": 32, "CHUNKS": kernels.configs.MOST_CHUNKS}
+    tensors = {"x": x, "bias": x, "out": torch.float32 if op == "linear" and c.splits > 1 else x,
+               "parts": torch.float32, "indices": torch.int32}
     tensors |= {key: specs.get(key, torch.int32) for key in ("codes", "scales", "zeros", "table")}
-    kernel = kernels.linear.linear_kernel
+    kernel = {"linear": kernels.linear.linear_kernel, "add_splits": kernels.linear.add_splits_kernel,
+              "dequantize": kernels.dequantize.dequantize_kernel}[op]
+    constants = {key: v for key, v in constants.items() if key in kernel.arg_names}
     signature = {
         key: "*" + NAMES[tensors[key]] if key in tensors else "constexpr" if key in constants else "i32"
         for key in kernel.arg_names}
@@ -51,16 +65,18 @@ def source(name, x, m):
              if key in tensors or key in ("n", "k", "x_row")}
     return ASTSource(kernel, signature, constants, attrs), c
 
-for name, dtype, m, arch in json.loads(sys.argv[1]):
-    src, c = source(name, getattr(torch, dtype), m)
-    options = {"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": False}
+for op, name, dtype, m, arch in json.loads(sys.argv[1]):
+    src, c = source(op, name, getattr(torch, dtype), m)
+    options = {"enable_fp_fusion": False}
+    if op == "linear":
+        options |= {"num_warps": c.warps, "num_stages": c.stages}
     made = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
     print(json.dumps({"sass": get_sass(made.asm["cubin"]), "shared": made.metadata.shared}), flush=True)
 """
 
 
 @functools.cache
-def compiled() -> dict[tuple[str, str, int, int], dict]:
+def compiled() -> dict[Case, dict]:
     """The SASS and shared memory of every case, from two processes."""
     halves = (CASES[::2], CASES[1::2])
     environment = {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -80,10 +96,11 @@ def compiled() -> dict[tuple[str, str, int, int], dict]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
-def test_machine_code(case: tuple[str, str, int, int]) -> None:
+def test_machine_code(case: Case) -> None:
     """Tensor cores multiply, nothing spills to local memory, two programs fit in a multiprocessor of 164 KiB."""
-    made, arch = compiled()[case], case[3]
-    assert re.search(TENSOR_CORE[arch], made["sass"])
+    made, arch = compiled()[case], case[4]
+    if case[0] == "linear":
+        assert re.search(TENSOR_CORE[arch], made["sass"])
     spills = re.findall(r"\b(?:STL|LDL)\b.*", made["sass"])
     assert not spills, spills[:3]
     assert made["shared"] <= 82 << 10
@@ -91,5 +108,7 @@ def test_machine_code(case: tuple[str, str, int, int]) -> None:
 
 def test_codebooks_are_looked_up_in_shared_memory() -> None:
     """A codebook adds no asynchronous copies to those of x, codes and scales, which integers need as well."""
-    integers, codebook = (compiled()[name, "bfloat16", 1, 90]["sass"] for name in ("int4", "nf4"))
+    integers, codebook = (
+        compiled()["linear", name, "bfloat16", 1, 90]["sass"] for name in ("int4", "nf4")
+    )
     assert codebook.count("LDGSTS") == integers.count("LDGSTS") > 0

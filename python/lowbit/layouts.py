@@ -6,6 +6,8 @@
     codes: flat uint8, described in csrc/layout.h; scales (N/64, groups, 64) fp32, fp16 or bf16; zeros
     (N/64, groups, 64): int8 holding zero - 2^(bits-1), or a float dtype; table: fp32 (2^bits,), padded with zeros,
     or (N/64, 1 or groups, 2^bits, 64) for a table per row or group. Integer tables are centred by 2^(bits-1).
+"m16": the CUDA kernels' layout. codes: flat int32, described in fragments.py; scales and zeros as in "n16", in blocks
+    of 16; table as in "n16". No tables per row or group, and groups that fit tiles of 64 weights: see `fits_m16`.
 "k16": the Triton kernels' layout. codes: flat int32, described in planes.py; scales and zeros (groups, N), dtypes as
     in "canonical"; table: fp32 (2^bits,), padded with zeros, or (N, 2^bits), or (N, groups, 2^bits); none for integers.
 """
@@ -14,22 +16,29 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
+import os
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import _C, packing, planes, reference
+from lowbit import _C, fragments, packing, planes, reference
 from lowbit.formats import Format
 from lowbit.tensor import SCALE_DTYPES, QuantTensor, tensor_specs
 
 CANONICAL = "canonical"
 N16 = "n16"
 K16 = "k16"
-LAYOUTS = (CANONICAL, N16, K16)
+M16 = "m16"
+LAYOUTS = (CANONICAL, N16, K16, M16)
 BLOCK_N = 64  # csrc/layout.h kBlockN
+# Rows whose scales lie side by side.
+_BLOCKS = {N16: BLOCK_N, M16: fragments.TILE_N}
 CHUNK_K = 32  # csrc/layout.h kChunkK
+
+_logger = logging.getLogger("lowbit")
 
 # Canonical tensors that a two-level scale needs besides its fp32 product; `Operands.second` keeps them.
 _SECOND_LEVEL = ("scales", "scales2", "scales2_offset")
@@ -63,11 +72,32 @@ class Operands:
         object.__setattr__(self, "spec", self.format.spec)
 
 
-def kernel_layout(device: torch.device) -> str:
-    """The layout that the kernels of a device read."""
+def kernel_layout(device: torch.device, format: Format) -> str:
+    """The layout that the kernels of a device read for a format."""
     if device.type == "cpu":
         return N16
-    return K16 if device.type == "cuda" and has_triton() else CANONICAL
+    if device.type != "cuda":
+        return CANONICAL
+    if wants_cuda() and fits_m16(format):
+        return M16
+    return K16 if has_triton() else CANONICAL
+
+
+@functools.cache
+def wants_cuda() -> bool:
+    """Whether the CUDA kernels are built and asked for: they wait for LOWBIT_CUDA=1 until a GPU has run them."""
+    built = importlib.util.find_spec("lowbit._cuda") is not None
+    wanted = os.environ.get("LOWBIT_CUDA") == "1"
+    if not (built and wanted):
+        reason = "LOWBIT_CUDA=1 is not set" if built else "they were built without nvcc"
+        _logger.info("the CUDA kernels do not run: %s; the Triton kernels do", reason)
+    return built and wanted
+
+
+def fits_m16(format: Format) -> bool:
+    """Whether the CUDA kernels run a format: one table, and groups of 16, 32, multiples of 64 or whole rows."""
+    whole_tiles = format.group is None or format.group in (16, 32) or format.group % 64 == 0
+    return format.table_scope == "tensor" and whole_tiles
 
 
 @functools.cache
@@ -78,7 +108,7 @@ def has_triton() -> bool:
 
 def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
     """Converts to `layout`, by default that of the kernels of the weight's device."""
-    layout = layout or kernel_layout(qt.device)
+    layout = layout or kernel_layout(qt.device, qt.format)
     scales = qt.scales
     second: dict[str, Tensor] = {}
     if qt.format.scale in ("dq8", "e4m3"):
@@ -104,17 +134,23 @@ def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
         )
     _check_layout(layout)
     n, k = qt.shape
-    trits = qt.format.packing == "trits"
-    packed = qt.tensors["codes"].contiguous().numpy()
-    codes = _C.prepack(packed, n, k, qt.format.bits, trits, torch.get_num_threads())
+    if layout == M16:
+        if not fits_m16(qt.format):
+            raise ValueError(f"format {qt.format.name!r} does not fit the layout {M16!r}")
+        codes = fragments.pack_fragments(qt.unpack(), qt.format.bits)
+    else:
+        trits = qt.format.packing == "trits"
+        packed = qt.tensors["codes"].contiguous().numpy()
+        threads = torch.get_num_threads()
+        codes = torch.from_numpy(_C.prepack(packed, n, k, qt.format.bits, trits, threads))
     return Operands(
         qt.format,
         qt.shape,
         layout,
-        torch.from_numpy(codes),
+        codes,
         None if scales is None else from_rows(scales, layout),
         None if qt.zeros is None else from_rows(_centre_zeros(qt.zeros, qt.format), layout),
-        kernel_table(qt.format, qt.table),
+        kernel_table(qt.format, qt.table).to(qt.device),
         second,
     )
 
@@ -123,23 +159,30 @@ def from_operands(op: Operands) -> QuantTensor:
     """Inverse of `to_operands`, bit for bit."""
     n, k = op.shape
     f = op.format
-    tensors = {**op.second, "codes": packed_codes(op)}
-    if op.scales is not None and not op.second:
-        scales = by_row(op.scales, layout=op.layout, n=n)
+    codes, scales, zeros, table = canonical_tensors(op)
+    tensors = {**op.second, "codes": codes}
+    if scales is not None and not op.second:
         if f.scale == "e8m0":
             # The exponent field of a bf16 power of two is the E8M0 code; 2^-127 is subnormal and gives 0.
             scales = (scales.contiguous().view(torch.int16) >> 7).to(SCALE_DTYPES["e8m0"])
         tensors["scales"] = scales
-    if op.zeros is not None:
-        zeros = by_row(op.zeros, layout=op.layout, n=n)
-        if op.layout == N16 and f.zero == "int":
-            zeros = (zeros.to(torch.int16) + 2 ** (f.bits - 1)).to(torch.uint8)
+    if zeros is not None:
         tensors["zeros"] = zeros
-    table = table_of(op) if f.fitted else None
     if table is not None:
         tensors["table"] = table
     specs = tensor_specs(f, n, k)
     return QuantTensor(f, op.shape, {name: tensors[name].contiguous() for name in specs})
+
+
+def canonical_tensors(op: Operands) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Codes, scales, zeros and table in canonical layout."""
+    n, f = op.shape[0], op.format
+    scales, zeros = (
+        None if t is None else by_row(t, layout=op.layout, n=n) for t in (op.scales, op.zeros)
+    )
+    if zeros is not None and op.layout in _BLOCKS and f.zero == "int":
+        zeros = (zeros.to(torch.int16) + 2 ** (f.bits - 1)).to(torch.uint8)
+    return packed_codes(op), scales, zeros, table_of(op) if f.fitted else None
 
 
 def packed_codes(op: Operands) -> Tensor:  # (N, row bytes) uint8
@@ -150,6 +193,8 @@ def packed_codes(op: Operands) -> Tensor:  # (N, row bytes) uint8
     f = op.format
     if op.layout == K16:
         return packing.pack_codes(planes.unpack_planes(op.codes, f.bits, n, k), f)
+    if op.layout == M16:
+        return packing.pack_codes(fragments.unpack_fragments(op.codes, f.bits, n, k), f)
     codes = _C.unprepack(
         op.codes.numpy(), n, k, f.bits, f.packing == "trits", torch.get_num_threads()
     )
@@ -187,11 +232,14 @@ def operand_specs(
         if format.codec != "affine" and "table" not in specs:
             specs["table"] = ((2**format.bits,), torch.float32)
         return specs
-    blocks, entries = -(-n // BLOCK_N), 2**format.bits
+    lanes, entries = _BLOCKS[layout], 2**format.bits
+    blocks = -(-n // lanes)
     unit_bytes = 64 * format.bits  # csrc/layout.h: 16 columns x 32 weights
     specs["codes"] = ((blocks * (BLOCK_N // 16) * -(-k // CHUNK_K) * unit_bytes,), torch.uint8)
+    if layout == M16:
+        specs["codes"] = ((fragments.num_words(format.bits, n, k),), torch.int32)
     for name in {"scales", "zeros"} & specs.keys():
-        specs[name] = ((blocks, groups, BLOCK_N), specs[name][1])
+        specs[name] = ((blocks, groups, lanes), specs[name][1])
     if format.zero == "int":
         specs["zeros"] = (specs["zeros"][0], torch.int8)
     table_groups = {"tensor": 0, "row": 1, "group": groups}[format.table_scope]
@@ -207,33 +255,35 @@ def _check_layout(layout: str) -> None:
 
 def by_row(values: Tensor, *, layout: str, n: int) -> Tensor:  # (n, groups)
     """Scales or zeros of a layout as rows. Differentiable."""
-    if layout == N16:
+    if layout in _BLOCKS:
         return from_lanes(values, n)
     return values.t() if layout == K16 else values
 
 
 def from_rows(values: Tensor, layout: str) -> Tensor:
     """Scales or float zeros (N, groups) as a layout has them. Differentiable."""
-    if layout == N16:
-        return to_lanes(values)
+    if layout in _BLOCKS:
+        return to_lanes(values, _BLOCKS[layout])
     return values.t().contiguous() if layout == K16 else values
 
 
-def to_lanes(values: Tensor) -> Tensor:  # (N, groups) -> (ceil(N / 64), groups, 64)
-    """Brings 64 rows into the last dimension; missing rows are zero. Differentiable."""
+def to_lanes(
+    values: Tensor, lanes: int
+) -> Tensor:  # (N, groups) -> (ceil(N / lanes), groups, lanes)
+    """Brings rows into the last dimension; missing rows are zero. Differentiable."""
     n, groups = values.shape
-    padded = F.pad(values, (0, 0, 0, -n % BLOCK_N))
-    return padded.view(-1, BLOCK_N, groups).transpose(1, 2).contiguous()
+    padded = F.pad(values, (0, 0, 0, -n % lanes))
+    return padded.view(-1, lanes, groups).transpose(1, 2).contiguous()
 
 
-def from_lanes(values: Tensor, n: int) -> Tensor:  # (ceil(n / 64), groups, 64) -> (n, groups)
+def from_lanes(values: Tensor, n: int) -> Tensor:  # (ceil(n / lanes), groups, lanes) -> (n, groups)
     """Inverse of `to_lanes`."""
     blocks, groups, lanes = values.shape
     return values.transpose(1, 2).reshape(blocks * lanes, groups)[:n].contiguous()
 
 
 def kernel_table(format: Format, table: Tensor | None) -> Tensor:
-    """The "n16" table of a format: see the top of this file. Differentiable in a fitted table."""
+    """The "n16" and "m16" table of a format: see the top of this file. Differentiable in a fitted table."""
     if table is None:
         values = torch.tensor(format.values(), dtype=torch.float32)
         if format.zero == "int":

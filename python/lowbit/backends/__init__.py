@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lowbit import layouts
-from lowbit.backends import cpu, reference, triton
+from lowbit.backends import cpu, cuda, reference, triton
 from lowbit.formats import Format
-from lowbit.layouts import CANONICAL, K16, N16, Operands
+from lowbit.layouts import CANONICAL, K16, M16, N16, Operands
 from lowbit.tensor import QuantTensor
 
 _BACKENDS: dict[tuple[str, str], ModuleType] = {
@@ -25,6 +25,7 @@ _BACKENDS: dict[tuple[str, str], ModuleType] = {
     ("cpu", CANONICAL): reference,
     ("cpu", K16): triton,  # under Triton's interpreter
     ("cuda", K16): triton,
+    ("cuda", M16): cuda,
     ("cuda", CANONICAL): reference,
 }
 _DTYPE_NAMES = {
@@ -104,7 +105,11 @@ def explain(x: Tensor, weight: QuantTensor | Operands) -> Explanation:
     width = -(-k // 8) if x.dtype == torch.uint8 else k
     if x.dim() == 0 or x.shape[-1] != width:
         raise ValueError(f"x must have shape (..., {width}), got {tuple(x.shape)}")
-    layout = weight.layout if isinstance(weight, Operands) else layouts.kernel_layout(x.device)
+    layout = (
+        weight.layout
+        if isinstance(weight, Operands)
+        else layouts.kernel_layout(x.device, weight.format)
+    )
     m = x.numel() // width if width else 0
     return explain_request(weight.format, n, k, m, x.dtype, x.device.type, layout)
 
@@ -127,8 +132,10 @@ def explain_request(
     backend = find(device_type, layout)
     if backend is reference:
         return Explanation(request, REFERENCE_ROW, ())
-    if backend is triton:
-        return Explanation(request, triton.describe(format, n, k, m, torch.device(device_type)), ())
+    if backend is triton or backend is cuda:
+        return Explanation(
+            request, backend.describe(format, n, k, m, torch.device(device_type)), ()
+        )
     specs = layouts.operand_specs(format, layout, n, k)
     scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
     w = cpu.weight(format, n, k, scales, zeros)

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import reference
-from lowbit.backends import reference as plain
+from lowbit.backends.packed import Derived
 from lowbit.backends.reference import ROW as REFERENCE_ROW
 from lowbit.formats import Format
-from lowbit.layouts import K16, Operands, by_row, packed_codes
+from lowbit.layouts import K16
 
 _FP16_MAX = 65504
 # Programs of the interpreter run one after another: as many as one multiprocessor would hold.
@@ -114,8 +113,8 @@ def linear(
     m = x.shape[0]
     dtype = dtype or x.dtype
     if format.activation is not None:
-        weight = canonical(codes, scales, zeros, table, format, n, k)
-        return plain.linear(x, *weight, bias, format, n, k).to(dtype)
+        operands = (codes, scales, zeros, table)
+        return _derived.activation_linear(x, *operands, bias, format, n, k).to(dtype)
     out = torch.empty((m, n), dtype=stored(dtype, x.device), device=x.device)
     if out.numel() == 0:
         return out.to(dtype)
@@ -171,67 +170,6 @@ def linear(
     return out.to(dtype)
 
 
-def linear_epilogue(
-    x: Tensor,  # (M, K)
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,  # (N,)
-    format: Format,
-    n: int,
-    k: int,
-    activation: str | None,
-    gate: Tensor | None,  # (M, N)
-    residual: Tensor | None,  # (M, N)
-) -> Tensor:  # (M, N), dtype of x
-    """`linear` and what follows it in fp32, rounded once to the dtype of x."""
-    y = linear(x, codes, scales, zeros, table, bias, format, n, k, torch.float32)
-    return reference.apply_epilogue(y, activation, gate, residual).to(x.dtype)
-
-
-def linear_many(
-    x: Tensor,  # (M, K)
-    weights: list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]],
-    biases: list[Tensor | None],  # (N_i,)
-    formats: list[Format],
-    ns: list[int],
-    k: int,
-) -> list[Tensor]:  # (M, N_i), dtype of x
-    """x W_i^T + bias_i, one after another."""
-    each = zip(weights, biases, formats, ns, strict=True)
-    return [linear(x, *w, bias, format, n, k) for w, bias, format, n in each]
-
-
-def dequantize(
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    format: Format,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:  # (N, K)
-    """The weight in fp32, rounded once to `dtype`."""
-    return _rows(None, codes, scales, zeros, table, format, n, k, dtype)
-
-
-def embedding(
-    indices: Tensor,  # (M,) int64, each in [0, N)
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    format: Format,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:  # (M, K)
-    """Rows of the dequantized weight; only these rows are decoded."""
-    return _rows(indices.contiguous(), codes, scales, zeros, table, format, n, k, dtype)
-
-
 def _rows(
     indices: Tensor | None,
     codes: Tensor,
@@ -269,53 +207,10 @@ def _rows(
     return out.to(dtype)
 
 
-def canonical(
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    format: Format,
-    n: int,
-    k: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The operands in canonical layout, for what has no kernel."""
-    w = Operands(format, (n, k), K16, codes, scales, zeros, table, {})
-    scales, zeros = (None if t is None else by_row(t, layout=K16, n=n) for t in (scales, zeros))
-    return packed_codes(w), scales, zeros, table if format.fitted else None
-
-
-def int8_linear(
-    q: Tensor,  # (M, K) int8
-    x_scales: Tensor,  # (M,) or (M, groups) fp32
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,  # (N,)
-    format: Format,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    out_scale: float | None,
-) -> Tensor:  # (M, N) in `dtype`
-    """`reference.int8_linear`, rounded once to `dtype`, or divided by out_scale for int8."""
-    weight = canonical(codes, scales, zeros, table, format, n, k)
-    return plain.int8_linear(q, x_scales, *weight, bias, format, n, k, dtype, out_scale)
-
-
-def binary_linear(
-    bits: Tensor,  # (M, ceil(K / 8)) uint8
-    x_scales: Tensor,  # (M,) fp32
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,  # (N,)
-    format: Format,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:  # (M, N) in `dtype`
-    """`reference.binary_linear`, rounded once to `dtype`."""
-    weight = canonical(codes, scales, zeros, table, format, n, k)
-    return plain.binary_linear(bits, x_scales, *weight, bias, format, n, k, dtype)
+_derived = Derived(K16, linear, _rows)
+linear_epilogue = _derived.linear_epilogue
+linear_many = _derived.linear_many
+dequantize = _derived.dequantize
+embedding = _derived.embedding
+int8_linear = _derived.int8_linear
+binary_linear = _derived.binary_linear

@@ -5,7 +5,6 @@ What it computes is stated in `reference.scaled_mm`; kernels sum in fp32 and sca
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from lowbit import checks, layouts
 from lowbit.fp8 import granularity as granularities
-from lowbit.fp8 import matmul_cpu, matmul_triton, reference
+from lowbit.fp8 import matmul_cpu, matmul_cuda, matmul_triton, reference
 from lowbit.fp8.dtypes import FLOAT8, check_float8
 from lowbit.fp8.granularity import Granularity
 from lowbit.fp8.quantization import quantize
@@ -100,9 +99,11 @@ def _check(operands: Sequence[Any], out_dtype: torch.dtype) -> tuple[Granularity
     )
 
 
-def _backend(device_type: str) -> ModuleType:
-    if device_type == "cpu":
+def _backend(device: torch.device, a: Granularity, b: Granularity) -> ModuleType:
+    if device.type == "cpu":
         return matmul_cpu
+    if matmul_cuda.runs(device, a, b):
+        return matmul_cuda
     return matmul_triton if layouts.has_triton() else reference
 
 
@@ -113,10 +114,10 @@ def _ready(tensors: Sequence[Any]) -> list[Any]:
     return [*rows, *(t if t is None else t.contiguous() for t in others)]
 
 
-def _impl(device_type: str, *args: Any) -> Tensor:
+def _impl(*args: Any) -> Tensor:
     *tensors, out_dtype = args
     both = _check(tensors, out_dtype)
-    backend = _backend(device_type)
+    backend = _backend(tensors[0].device, *both)
     if backend is reference:
         return reference.scaled_mm(*tensors).to(out_dtype)
     *operands, bias = _ready(tensors)
@@ -124,15 +125,15 @@ def _impl(device_type: str, *args: Any) -> Tensor:
     return y
 
 
-def _quantized_impl(device_type: str, *args: Any) -> tuple[Tensor, ...]:
+def _quantized_impl(*args: Any) -> tuple[Tensor, ...]:
     *tensors, out_dtype, granularity = args
     both = _check(tensors, torch.float32)
-    backend = _backend(device_type)
+    backend = _backend(tensors[0].device, *both)
     if backend is matmul_triton and granularity == "1x16":
         *operands, bias = _ready(tensors)
         q, scale = backend.scaled_mm_quantized(*operands, *both, bias, out_dtype)
         return q, scale
-    return quantize(_impl(device_type, *tensors, torch.float32), out_dtype, granularity)
+    return quantize(_impl(*tensors, torch.float32), out_dtype, granularity)
 
 
 def _fake(*args: Any) -> Tensor:
@@ -157,7 +158,7 @@ for _name, _kernel, _meta in (
     ("fp8_scaled_mm_quantized", _quantized_impl, _quantized_fake),
 ):
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, functools.partial(_kernel, _key.lower()), _key)
+        _library.impl(_name, _kernel, _key)
     torch.library.register_fake(f"lowbit::{_name}", _meta, lib=_library)
 _scaled_mm = torch.ops.lowbit.fp8_scaled_mm.default
 _scaled_mm_quantized = torch.ops.lowbit.fp8_scaled_mm_quantized.default

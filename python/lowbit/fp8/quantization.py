@@ -63,7 +63,7 @@ def quantize(
         rounding: "nearest" (ties to even) or "stochastic": up with a probability of the distance from below, in
             steps of the FP8 type.
         seed: of the noise, 0 .. 2^63 - 1; the noise depends on it, the row and the column alone. By default drawn
-            from torch's generator.
+            from torch's generator, which breaks graphs of torch.compile.
         maxima: fp32 of `absmax(x, granularity)`, if they are known: x is then read once. For "tensor" also those of
             any other granularity, whose maximum is taken (COAT's two-stage group scaling).
 
@@ -151,7 +151,7 @@ def _backend(device_type: str, size: int) -> ModuleType:
 
 def _rows(x: Tensor) -> Tensor:
     """(R, K) with unit stride along K."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -215,7 +215,9 @@ def _quantize_impl(
         q_t = q.t().contiguous() if transposed else None
     else:
         q, scale, q_t = backend.quantize(rows, dtype, g, scale_dtype, transposed, seed, maxima)
-    return q.view(x.shape), scale, q.new_empty(0) if q_t is None else q_t
+    if x.dim() != 2:
+        q = q.view(x.shape)
+    return q, scale, q.new_empty(0) if q_t is None else q_t
 
 
 def _quantize_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,8 +247,9 @@ def _dequantize_impl(device_type: str, q: Tensor, scale: Tensor, dtype: torch.dt
     backend = _backend(device_type, q.numel())
     if backend is reference:
         return reference.dequantize(q, scale, dtype).contiguous()
-    rows = q.reshape(math.prod(q.shape[:-1]), q.shape[-1]).contiguous()
-    return backend.dequantize(rows, scale.contiguous(), g, dtype).view(q.shape)
+    rows = q if q.dim() == 2 else q.reshape(math.prod(q.shape[:-1]), q.shape[-1])
+    values = backend.dequantize(rows.contiguous(), scale.contiguous(), g, dtype)
+    return values if q.dim() == 2 else values.view(q.shape)
 
 
 def _dequantize_fake(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

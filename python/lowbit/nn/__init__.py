@@ -1,8 +1,22 @@
-"""Modules with quantized weights."""
+"""Modules with quantized weights, and with FP8 products and activations."""
 
 from lowbit.nn.embedding import QuantEmbedding
+from lowbit.nn.fp8 import FP8Linear
+from lowbit.nn.fp8_activations import (
+    FP8LayerNorm,
+    FP8RMSNorm,
+    fp8_add,
+    fp8_gelu,
+    fp8_layer_norm,
+    fp8_mul,
+    fp8_rms_norm,
+    fp8_silu,
+)
 from lowbit.nn.fused import fuse, unfuse
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.packed import PackedModule
 
-__all__ = ["PackedModule", "QuantEmbedding", "QuantLinear", "fuse", "unfuse"]
+__all__ = [
+    "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "PackedModule", "QuantEmbedding", "QuantLinear",
+    "fp8_add", "fp8_gelu", "fp8_layer_norm", "fp8_mul", "fp8_rms_norm", "fp8_silu", "fuse", "unfuse",
+]  # fmt: skip

@@ -101,7 +101,7 @@ class QuantEmbedding(PackedModule):
             b["zeros"],
             b["table"],
             self._spec,
-            layouts.kernel_layout(codes.device),
+            layouts.kernel_layout(codes.device, self.format),
             *self.shape,
             self.dtype,
         )

@@ -96,7 +96,7 @@ class Siblings:
             [b["table"] for b in buffers],
             [each._parameters["bias"] for each in self.layers],
             [each._spec for each in self.layers],
-            layouts.kernel_layout(buffers[0]["codes"].device),
+            layouts.kernel_layout(buffers[0]["codes"].device, self.layers[0].format),
             [each.shape[0] for each in self.layers],
             self.layers[0].shape[1],
         )
@@ -166,6 +166,7 @@ def fuse(model: nn.Module) -> int:
                 all(type(layer) is QuantLinear and layer._siblings is None for layer in layers)
                 and len({layer.in_features for layer in layers}) == 1  # type: ignore[union-attr]
                 and len({id(layer) for layer in layers}) == len(layers)
+                and len({layouts.fits_m16(layer.format) for layer in layers}) == 1  # type: ignore[union-attr, arg-type]
             ):
                 groups = module.__dict__.setdefault(_GROUPS, [])
                 groups.append(Siblings(layers))  # type: ignore[arg-type]

@@ -145,7 +145,7 @@ class QuantLinear(PackedModule):
             w["table"],
             self._parameters["bias"],
             self._spec,
-            layouts.kernel_layout(codes.device),
+            layouts.kernel_layout(codes.device, self.format),
             n,
             k,
         )

@@ -76,7 +76,7 @@ class PackedModule(nn.Module):
     @property
     def layout(self) -> str:
         """How the buffers lie: the layout of the kernels of their device."""
-        return layouts.kernel_layout(self._buffers["codes"].device)
+        return layouts.kernel_layout(self._buffers["codes"].device, self.format)
 
     def operands(self) -> Operands:
         """The weight as the kernels read it; the tensors are the module's own."""

@@ -1,0 +1,186 @@
+"""The backend of the "m16" layout: launches the CUDA kernels of `lowbit._cuda`. No maths and no checks.
+
+bf16 and fp16 x multiply with the packed weight up to the M where a copy decoded to their dtype and torch's product are
+faster; fp32 x, which has no tensor cores, always takes a decoded copy in fp32. Products with int8 activations and with
+signs run in plain torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit.backends import triton
+from lowbit.backends.packed import Derived
+from lowbit.backends.reference import ROW as REFERENCE_ROW
+from lowbit.formats import Format
+from lowbit.layouts import M16, operand_specs
+
+if TYPE_CHECKING:
+    from lowbit._cuda import Weight
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "int8",
+}
+_logger = logging.getLogger("lowbit")
+
+
+@functools.lru_cache(maxsize=4096)
+def weight(
+    format: Format, n: int, k: int, scales: torch.dtype | None, zeros: torch.dtype | None
+) -> Weight:
+    """What the extension knows of a weight besides its tensors."""
+    from lowbit import _cuda
+
+    return _cuda.Weight(
+        n,
+        k,
+        format.group or max(1, k),
+        format.bits,
+        format.zero,
+        None if scales is None else _TYPES[scales],
+        None if zeros is None else _TYPES[zeros],
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(w: Weight, m: int, device: torch.device) -> tuple[str, int, int, int, int]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return w.choose(m, 10 * major + minor, triton.num_sms(device))
+
+
+def multiplies(x: torch.dtype, format: Format) -> bool:
+    """Whether tensor cores multiply x with the format's table."""
+    return x != torch.float32 and triton.compute_dtype(x, format) == x
+
+
+def describe(format: Format, n: int, k: int, m: int, device: torch.device) -> str:
+    """The name of what `linear` runs for bf16 x."""
+    if format.activation is not None:
+        return REFERENCE_ROW
+    family, tiles, splits, _, _ = _choose(_weight_of(format, n, k), max(1, m), device)
+    return {
+        "mma": f"cuda_mma_{8 * tiles}_split{splits}",
+        "wgmma": f"cuda_wgmma_{8 * tiles}",
+        "decode": "cuda_dequantize, torch",
+    }[family]
+
+
+def _weight_of(format: Format, n: int, k: int) -> Weight:
+    specs = operand_specs(format, M16, n, k)
+    scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
+    return weight(format, n, k, scales, zeros)
+
+
+def linear(
+    x: Tensor,  # (M, K)
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,  # (N,)
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # (M, N) in `dtype`, by default that of x
+    """x W^T + bias with fp32 sums, rounded once."""
+    m, dtype = x.shape[0], dtype or x.dtype
+    if format.activation is not None:
+        operands = (codes, scales, zeros, table)
+        return _derived.activation_linear(x, *operands, bias, format, n, k).to(dtype)
+    w = weight(format, n, k, *(None if t is None else t.dtype for t in (scales, zeros)))
+    if m == 0 or n == 0 or k == 0:
+        return F.linear(x, x.new_zeros(n, k), None if bias is None else bias.to(x.dtype)).to(dtype)
+    config = _choose(w, m, x.device)
+    if config[0] == "decode" or not multiplies(x.dtype, format):
+        _log_decode(x.dtype, config[0] == "decode")
+        compute = x.dtype if multiplies(x.dtype, format) else torch.float32
+        decoded = dequantize(codes, scales, zeros, table, format, n, k, compute)
+        bias = None if bias is None else bias.to(compute)
+        return F.linear(x.to(compute), decoded, bias).to(dtype)
+    if x.stride(1) != 1 or (m > 1 and x.stride(0) % 8) or x.data_ptr() % 16:
+        x = F.pad(x, (0, -k % 8)) if k % 8 else x.clone(memory_format=torch.contiguous_format)
+    out = torch.empty((m, n), dtype=dtype, device=x.device)
+    splits = config[2]
+    parts = x.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else None
+    sums = x.new_empty((w.num_groups, m), dtype=torch.float32) if w.float_zero else None
+    device = x.device.index or 0
+    with torch.cuda.device(x.device):
+        w.linear(
+            device,
+            torch.cuda.current_stream(x.device).cuda_stream,
+            config,
+            _TYPES[x.dtype],
+            m,
+            x.data_ptr(),
+            x.stride(0),
+            codes.data_ptr(),
+            _pointer(scales),
+            _pointer(zeros),
+            _pointer(table),
+            _pointer(sums),
+            _pointer(bias),
+            "fp32" if bias is None else _TYPES[bias.dtype],
+            out.data_ptr(),
+            _TYPES[dtype],
+            _pointer(parts),
+        )
+    return out
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+@functools.cache
+def _log_decode(dtype: torch.dtype, large: bool) -> None:
+    why = "M is large" if large else f"tensor cores do not multiply {dtype} with this table"
+    _logger.info("the weight is decoded and torch multiplies: %s", why)
+
+
+def _rows(
+    indices: Tensor | None,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    format: Format,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    rows = n if indices is None else indices.numel()
+    out = torch.empty((rows, k), dtype=dtype, device=codes.device)
+    w = weight(format, n, k, *(None if t is None else t.dtype for t in (scales, zeros)))
+    with torch.cuda.device(codes.device):
+        w.dequantize(
+            codes.device.index or 0,
+            torch.cuda.current_stream(codes.device).cuda_stream,
+            rows,
+            _pointer(indices),
+            codes.data_ptr(),
+            _pointer(scales),
+            _pointer(zeros),
+            _pointer(table),
+            out.data_ptr(),
+            _TYPES[dtype],
+        )
+    return out
+
+
+_derived = Derived(M16, linear, _rows)
+linear_epilogue = _derived.linear_epilogue
+linear_many = _derived.linear_many
+dequantize = _derived.dequantize
+embedding = _derived.embedding
+int8_linear = _derived.int8_linear
+binary_linear = _derived.binary_linear

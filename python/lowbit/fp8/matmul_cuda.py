@@ -1,0 +1,75 @@
+"""Launches the CUDA kernel of FP8 products (sm_90a). No maths and no checks."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit import layouts
+from lowbit.fp8.granularity import Granularity
+
+_GRANULARITIES = ("tensor", "row", "1x128", "128x128")
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_ALIGNMENT = 16  # bytes: rows of a and b, which are as many elements
+
+
+def runs(device: torch.device, a: Granularity, b: Granularity) -> bool:
+    """Whether the kernel is built and asked for, the GPU has its instructions, and it knows these scales."""
+    known = a.name in _GRANULARITIES and b.name in _GRANULARITIES
+    return known and layouts.wants_cuda() and _capability(device) == (9, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def scaled_mm(
+    a: Tensor,  # (M, K), unit stride along K
+    b: Tensor,  # (N, K), unit stride along K
+    scale_a: Tensor,
+    scale_b: Tensor,
+    granularity_a: Granularity,
+    granularity_b: Granularity,
+    bias: Tensor | None,  # (N,)
+    out_dtype: torch.dtype,
+) -> Tensor:  # (M, N) in `out_dtype`
+    """(a * scale_a) (b * scale_b)^T + bias: sums leave the tensor cores after every 128 of K."""
+    from lowbit import _cuda
+
+    m, n, k = a.shape[0], b.shape[0], a.shape[1]
+    out = torch.empty((m, n), dtype=out_dtype, device=a.device)
+    if out.numel() == 0:
+        return out
+    a, b, scale_a, scale_b = _aligned(a), _aligned(b), scale_a.float(), scale_b.float()
+    with torch.cuda.device(a.device):
+        _cuda.fp8_scaled_mm(
+            a.device.index or 0,
+            torch.cuda.current_stream(a.device).cuda_stream,
+            _operand(a, scale_a, granularity_a),
+            _operand(b, scale_b, granularity_b),
+            m,
+            n,
+            k,
+            0 if bias is None else bias.data_ptr(),
+            "fp32" if bias is None else _TYPES[bias.dtype],
+            out.data_ptr(),
+            _TYPES[out_dtype],
+        )
+    return out
+
+
+def _operand(t: Tensor, scale: Tensor, g: Granularity) -> tuple[int, int, bool, int, str]:
+    return t.data_ptr(), t.stride(0), t.dtype == torch.float8_e5m2, scale.data_ptr(), g.name
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """t, or a copy of it, with rows at multiples of 16 bytes."""
+    if t.stride(0) % _ALIGNMENT == 0 and t.data_ptr() % _ALIGNMENT == 0:
+        return t
+    padded = F.pad(t.view(torch.uint8), (0, -t.shape[1] % _ALIGNMENT))
+    copied = padded if padded.data_ptr() != t.data_ptr() else padded.clone()
+    return copied.view(t.dtype)[:, : t.shape[1]]

@@ -1,0 +1,494 @@
+// The CUDA kernels' data movement on the host, thread by thread: which bytes a lane copies, which code it finds in
+// them, which element of x meets it, and which sum it is added to. What ldmatrix, mma and wgmma do to the lanes'
+// registers is written down here from the PTX manual. Numbers are small integers, so every sum must be exact.
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "cuda/fp8.h"
+#include "cuda/heuristics.h"
+
+using namespace lowbit::cuda;
+
+namespace {
+
+int checks = 0, failures = 0;
+
+void expect(bool ok, const char* what, int64_t i, double got, double want) {
+  ++checks;
+  if (!ok && ++failures <= 20) std::printf("FAIL %s at %lld: %g, expected %g\n", what, (long long)i, got, want);
+}
+
+struct Case {
+  int64_t m, n, k, group;
+  Zero zero;
+  int64_t splits;
+};
+
+// One weight in m16 layout: fp32 scales, int8 or fp32 zeros; codes stand for small integers.
+struct Problem {
+  Case c;
+  int bits;
+  int64_t groups, tiles_n, tiles_k;
+  std::vector<uint8_t> codes;
+  std::vector<uint32_t> packed;
+  std::vector<float> scales, zeros, table, x, y;
+  std::vector<int8_t> int_zeros;
+
+  Problem(const Case& c_, int bits_, std::mt19937& rng)
+      : c(c_),
+        bits(bits_),
+        groups(ceil_div(c.k, c.group)),
+        tiles_n(ceil_div(c.n, kTileN)),
+        tiles_k(ceil_div(c.k, kTileK)) {
+    const auto draw = [&](int low, int high) {
+      return static_cast<float>(low + static_cast<int>(rng() % (high - low + 1)));
+    };
+    for (int e = 0; e < 1 << bits; ++e) table.push_back(draw(-7, 7));
+    for (int64_t i = 0; i < c.n * c.k; ++i) codes.push_back(rng() & ((1 << bits) - 1));
+    for (int64_t i = 0; i < c.m * c.k; ++i) x.push_back(draw(-3, 3));
+    scales.assign(tiles_n * groups * kTileN, 0);
+    zeros = scales;
+    packed.assign(tiles_n * tiles_k * tile_bytes(bits) / 4, 0);
+    const auto at = [&](int64_t n, int64_t k) { return scale_at(n / kTileN, k / c.group, groups) + n % kTileN; };
+    for (int64_t n = 0; n < c.n; ++n)
+      for (int64_t g = 0; g < groups; ++g)
+        scales[at(n, g * c.group)] = draw(1, 4) / 2, zeros[at(n, g * c.group)] = draw(-3, 3);
+    for (float z : zeros) int_zeros.push_back(static_cast<int8_t>(z));
+    for (int64_t n = 0; n < c.n; ++n)
+      for (int64_t k = 0; k < c.k; ++k) {
+        uint32_t* tile = &packed[(n / kTileN * tiles_k + k / kTileK) * tile_bytes(bits) / 4];
+        const int r = n % kTileN, col = k % kTileK;
+        for (int b = 0; b < bits; ++b) {
+          const int bit = code_of(r, col) * bits + b;
+          tile[word_at(bits, lane_of(r, col), bit / 32)] |= uint32_t{codes[n * c.k + k]} >> b << 31 >> (31 - bit % 32);
+        }
+        expect(code_at(packed.data(), bits, n, k, tiles_k) == codes[n * c.k + k], "code_at", n * c.k + k, 0, 0);
+      }
+    for (int64_t m = 0; m < c.m; ++m)
+      for (int64_t n = 0; n < c.n; ++n) {
+        double sum = 0;
+        for (int64_t k = 0; k < c.k; ++k) {
+          const double t = table[codes[n * c.k + k]], s = scales[at(n, k)], z = zeros[at(n, k)];
+          sum += x[m * c.k + k] * (c.zero == Zero::kAdd ? s * t + z : c.zero == Zero::kNone ? s * t : s * (t - z));
+        }
+        y.push_back(static_cast<float>(sum));
+      }
+  }
+
+  // What the kernels add at the end for zeros that are floats.
+  double float_zero_term(int64_t n, int64_t m) const {
+    double sum = 0;
+    for (int64_t k = 0; k < c.k && (c.zero == Zero::kSubtract || c.zero == Zero::kAdd); ++k) {
+      const int64_t at = scale_at(n / kTileN, k / c.group, groups) + n % kTileN;
+      sum += (c.zero == Zero::kAdd ? 1.0 : -scales[at]) * zeros[at] * x[m * c.k + k];
+    }
+    return sum;
+  }
+};
+
+// The table as fill_table writes it, with the code itself for its value.
+std::vector<uint16_t> shared_table(int bits) {
+  std::vector<uint16_t> t(table_bytes(bits) / 2);
+  for (size_t i = 0; i < t.size(); ++i) t[i] = entry_code(bits, i * 2 / kEntryPitch, i * 2 % kEntryPitch);
+  return t;
+}
+
+// decode() of codecs.cuh: eight codes, two for each register.
+template <int kBits>
+void decode(const uint32_t (&words)[kBits], int s, int lane, const std::vector<uint16_t>& table, int (&code)[8]) {
+  constexpr int kCodes = field_codes(kBits);
+  for (int f = 0; f < 8 / kCodes; ++f) {
+    const size_t at = entry_offset<kBits>(words, s * (8 / kCodes) + f) + copy_offset(kBits, lane);
+    for (int i = 0; i < kCodes; ++i) code[f * kCodes + i] = table.at(at / 2 + i);
+  }
+}
+
+// Row and column of the A operand of m16n8k16 (and, for each warp, of wgmma) that register r, half e of a lane holds.
+int a_row(int lane, int r) { return lane / 4 + (r % 2 ? 8 : 0); }
+int a_col(int lane, int r, int e) { return lane % 4 * 2 + e + (r >= 2 ? 8 : 0); }
+
+// Codes of a lane of a tile, with where the product takes them to be.
+template <int kBits>
+void check_fragments(const Problem& p, const uint8_t* tile_bytes_at, int64_t tile_n, int64_t tile_k, int lane,
+                     const std::vector<uint16_t>& table, int (&code)[kSteps][8]) {
+  uint32_t words[kBits];
+  for (int w = 0; w < kBits; ++w) std::memcpy(words + w, tile_bytes_at + word_at(kBits, lane, w) * 4, 4);
+  for (int s = 0; s < kSteps; ++s) {
+    decode<kBits>(words, s, lane, table, code[s]);
+    for (int i = 0; i < 8; ++i) {
+      const int64_t n = tile_n * kTileN + a_row(lane, i / 2),
+                    k = tile_k * kTileK + s * kStepK + a_col(lane, i / 2, i % 2);
+      const int want = n < p.c.n && k < p.c.k ? p.codes[n * p.c.k + k] : 0;
+      expect(code[s][i] == want, "code of a fragment", i, code[s][i], want);
+    }
+  }
+}
+
+// The stages of a block in shared memory, filled by the copies of every thread; what none of them wrote is poison.
+template <class Tile>
+struct Stage {
+  std::vector<uint8_t> codes, scales, zeros;
+  std::vector<float> x;  // by element
+
+  Stage(const Problem& p, int64_t stage, int64_t tile_n0, int64_t m0, int rows, int scale_bytes, int zero_bytes)
+      : codes(Tile::kCodeBytes, 0xFF), x(rows * Tile::kPitchX / 2, 1e30f) {
+    const int tiles = Tile::kWarpsN * Tile::kRowTiles * Tile::kStageTiles;
+    for (int piece = 0; piece < static_cast<int>(ceil_div(Tile::kCodeBytes / 16, Tile::kThreads)) * Tile::kThreads;
+         ++piece) {
+      const Copy c = copy_codes<Tile>(piece, stage, tile_n0, p.tiles_n, p.tiles_k);
+      if (c.valid > 0) copy(codes, c, p.packed.data(), p.packed.size() * 4);
+    }
+    for (int piece = 0; piece < rows * Tile::kStageK / 8; ++piece) {
+      const Copy c = copy_x<Tile>(piece, stage, p.c.k, p.c.k);
+      for (int e = 0; e < 8; ++e) x.at(c.to / 2 + e) = 2 * e < c.valid ? p.x.at(m0 * p.c.k + c.from / 2 + e) : 0;
+    }
+    const int groups = groups_per_tile(p.c.group, p.c.k);
+    const auto load = [&](std::vector<uint8_t>& to, int bytes, const void* from, size_t size) {
+      to.assign(tiles * bytes, 0xFF);
+      for (int piece = 0; piece < tiles * bytes / 16; ++piece) {
+        const Copy c = copy_scales<Tile>(piece, stage, tile_n0, p.tiles_n, p.tiles_k, tiles_per_group(p.c.group),
+                                         p.groups, groups, groups ? bytes / (groups * kTileN) : 0);
+        if (c.valid > 0) copy(to, c, from, size);
+      }
+    };
+    load(scales, scale_bytes, p.scales.data(), p.scales.size() * 4);
+    load(zeros, zero_bytes, p.int_zeros.data(), p.int_zeros.size());
+  }
+
+  static void copy(std::vector<uint8_t>& to, const Copy& c, const void* from, size_t size) {
+    expect(c.from >= 0 && c.from + 16 <= static_cast<int64_t>(size) && c.to + 16 <= static_cast<int64_t>(to.size()),
+           "bounds of a copy", c.to, c.from, size);
+    std::memcpy(&to.at(c.to), static_cast<const uint8_t*>(from) + c.from, 16);
+  }
+};
+
+template <class Tile>
+void mma_block(const Problem& p, int64_t block_n, int64_t split, int64_t per_split, int64_t block_m,
+               std::vector<double>& y) {
+  const auto table = shared_table(Tile::kBits);
+  const int64_t tile_n0 = block_n * (Tile::kRows / kTileN), m0 = block_m * Tile::kCols;
+  const int rows = static_cast<int>(std::min<int64_t>(p.c.m - m0, Tile::kCols));
+  const int64_t stages = ceil_div(p.tiles_k, Tile::kStageTiles);
+  const int64_t first = split * per_split, last = std::min(first + per_split, stages);
+  const int groups = groups_per_tile(p.c.group, p.c.k);
+  const uint32_t ends = group_ends(p.c.group, p.c.k);
+  const int scale_bytes = groups * kTileN * 4, zero_bytes = groups * kTileN * (p.c.zero == Zero::kInt);
+  std::vector<float> sums(Tile::kWarpsK * Tile::kCols * Tile::kPitchSum, 0);
+
+  for (int warp = 0; warp < Tile::kThreads / kLanes; ++warp) {
+    // [row tile][x tile][lane][register]
+    std::vector<float> acc(Tile::kRowTiles * Tile::kTilesM * kLanes * 4), total(acc.size());
+    const auto element = [](int r, int t, int lane, int c) {
+      return ((r * Tile::kTilesM + t) * kLanes + lane) * 4 + c;
+    };
+    const auto int_zero = [&](const std::vector<uint8_t>* staged, int r, int tile, int at, int row) {
+      if (staged) return static_cast<float>(static_cast<int8_t>(staged->at(tile * zero_bytes + at * kTileN + row)));
+      return p.zeros[std::min(tile_n0 + Tile::row_tile(warp, r), p.tiles_n - 1) * kTileN + row];
+    };
+    const auto flush = [&](const Stage<Tile>* st, int in_stage, int at) {
+      for (int r = 0; r < Tile::kRowTiles; ++r)
+        for (int t = 0; t < Tile::kTilesM; ++t)
+          for (int lane = 0; lane < kLanes; ++lane)
+            for (int c = 0; c < 4; ++c) {
+              const int row = lane / 4 + c / 2 * 8, tile = Tile::slot(Tile::row_tile(warp, r), in_stage);
+              float scale;
+              if (st)
+                std::memcpy(&scale, &st->scales.at(tile * scale_bytes + (at * kTileN + row) * 4), 4);
+              else
+                scale = p.scales[std::min(tile_n0 + Tile::row_tile(warp, r), p.tiles_n - 1) * kTileN + row];
+              total[element(r, t, lane, c)] += scale * acc[element(r, t, lane, c)];
+              acc[element(r, t, lane, c)] = 0;
+            }
+    };
+    for (int64_t stage = first; stage < last; ++stage) {
+      const Stage<Tile> st(p, stage, tile_n0, m0, rows, scale_bytes, zero_bytes);
+      for (int j = 0; j < Tile::kTilesK; ++j) {
+        const int in_stage = Tile::k_tile(warp, j);
+        const int64_t tile_k = stage * Tile::kStageTiles + in_stage;
+        if (tile_k >= p.tiles_k) break;
+        std::vector<int> code(Tile::kRowTiles * kLanes * kSteps * 8);
+        for (int r = 0; r < Tile::kRowTiles; ++r)
+          for (int lane = 0; lane < kLanes; ++lane) {
+            int found[kSteps][8];
+            const int64_t tile_n = tile_n0 + Tile::row_tile(warp, r);
+            const uint8_t* at = &st.codes[Tile::slot(Tile::row_tile(warp, r), in_stage) * tile_bytes(Tile::kBits)];
+            check_fragments<Tile::kBits>(p, at, std::min(tile_n, p.tiles_n - 1), tile_k, lane, table, found);
+            std::memcpy(&code[(r * kLanes + lane) * kSteps * 8], found, sizeof(found));
+          }
+        int at = 0;
+        for (int s = 0; s < kSteps; ++s) {
+          for (int r = 0; r < Tile::kRowTiles; ++r)
+            for (int t = 0; t < Tile::kTilesM; ++t) {
+              // ldmatrix.x4: row i of matrix j is where lane 8 j + i points; lane l gets elements 2 (l % 4) and the
+              // next of row l / 4. Then B is (k, n): registers 0 and 1 hold k = 2 (l % 4) + {0, 1} and + 8, n = l / 4.
+              const auto b = [&](int k, int n) {
+                const int matrix = s % 2 * 2 + k / 8;
+                const int address = Tile::x_address(matrix * 8 + n, t, in_stage, s / 2 * 2, rows);
+                return st.x.at(address / 2 + k % 8);
+              };
+              double a[16][16], product[16][8] = {};
+              for (int lane = 0; lane < kLanes; ++lane)
+                for (int i = 0; i < 8; ++i) {
+                  const int row = a_row(lane, i / 2);
+                  float v = p.table[code[((r * kLanes + lane) * kSteps + s) * 8 + i]];
+                  if (p.c.zero == Zero::kInt)
+                    v -= int_zero(groups ? &st.zeros : nullptr, r, Tile::slot(Tile::row_tile(warp, r), in_stage), at,
+                                  row);
+                  a[row][a_col(lane, i / 2, i % 2)] = v;
+                }
+              for (int row = 0; row < 16; ++row)
+                for (int n = 0; n < 8; ++n)
+                  for (int k = 0; k < 16; ++k) product[row][n] += a[row][k] * b(k, n);
+              for (int lane = 0; lane < kLanes; ++lane)
+                for (int c = 0; c < 4; ++c)
+                  acc[element(r, t, lane, c)] += product[lane / 4 + c / 2 * 8][lane % 4 * 2 + c % 2];
+            }
+          if (ends >> s & 1) flush(&st, in_stage, at++);
+        }
+      }
+    }
+    if (groups == 0) flush(nullptr, 0, 0);
+    for (int r = 0; r < Tile::kRowTiles; ++r)
+      for (int t = 0; t < Tile::kTilesM; ++t)
+        for (int lane = 0; lane < kLanes; ++lane)
+          for (int c = 0; c < 4; ++c)
+            sums.at((Tile::warp_k(warp) * Tile::kCols + Tile::sum_col(lane, t, c)) * Tile::kPitchSum +
+                    Tile::sum_row(warp, lane, r, c)) += total[element(r, t, lane, c)];
+  }
+  for (int i = 0; i < rows * Tile::kRows; ++i) {
+    const int64_t n = tile_n0 * kTileN + i % Tile::kRows, m = m0 + i / Tile::kRows;
+    for (int w = 0; w < Tile::kWarpsK && n < p.c.n; ++w)
+      y[m * p.c.n + n] += sums[(w * Tile::kCols + i / Tile::kRows) * Tile::kPitchSum + i % Tile::kRows];
+    if (n < p.c.n && split == 0) y[m * p.c.n + n] += p.float_zero_term(n, m);
+  }
+}
+
+void compare(const Problem& p, const std::vector<double>& y, const char* what) {
+  for (size_t i = 0; i < y.size(); ++i) expect(y[i] == p.y[i], what, i, y[i], p.y[i]);
+}
+
+template <int kBits, int kTilesM>
+void check_mma(const Case& c, std::mt19937& rng) {
+  using Tile = MmaTile<kBits, kTilesM>;
+  const Problem p(c, kBits, rng);
+  const int64_t per_split = ceil_div(ceil_div(p.tiles_k, Tile::kStageTiles), c.splits);
+  std::vector<double> y(c.m * c.n, 0);
+  for (int64_t n = 0; n < ceil_div(c.n, Tile::kRows); ++n)
+    for (int64_t split = 0; split < c.splits; ++split)
+      for (int64_t m = 0; m < ceil_div(c.m, Tile::kCols); ++m) mma_block<Tile>(p, n, split, per_split, m, y);
+  compare(p, y, "mma");
+}
+
+// Blocks of the wgmma kernel: x comes as the tensor memory accelerator writes it, B is where the descriptor says.
+template <int kBits, int kCols>
+void check_wgmma(const Case& c, std::mt19937& rng) {
+  using Tile = WgmmaTile<kBits, kCols>;
+  const Problem p(c, kBits, rng);
+  const auto table = shared_table(kBits);
+  std::vector<double> y(c.m * c.n, 0);
+  for (int64_t tile_n0 = 0; tile_n0 < p.tiles_n; tile_n0 += Tile::kRowTiles)
+    for (int64_t m0 = 0; m0 < c.m; m0 += kCols)
+      for (int64_t tile_k = 0; tile_k < p.tiles_k; ++tile_k) {
+        constexpr uint32_t kBase = 3 * 1024;
+        std::vector<float> x(kBase / 2 + kCols * kTileK, 1e30f);
+        for (int m = 0; m < kCols; ++m)
+          for (int k = 0; k < kTileK; ++k) {
+            const int64_t row = m0 + m, column = tile_k * kTileK + k;
+            x[(kBase + swizzle128(m * 128 + k * 2)) / 2] = row < c.m && column < c.k ? p.x[row * c.k + column] : 0;
+          }
+        for (int row_tile = 0; row_tile < Tile::kRowTiles; ++row_tile) {
+          const int64_t tile_n = tile_n0 + row_tile;
+          if (tile_n >= p.tiles_n) continue;
+          std::vector<double> a(16 * kTileK);
+          for (int lane = 0; lane < kLanes; ++lane) {
+            int code[kSteps][8];
+            const uint8_t* at =
+                reinterpret_cast<const uint8_t*>(p.packed.data()) + (tile_n * p.tiles_k + tile_k) * tile_bytes(kBits);
+            check_fragments<kBits>(p, at, tile_n, tile_k, lane, table, code);
+            for (int s = 0; s < kSteps; ++s)
+              for (int i = 0; i < 8; ++i)
+                a[a_row(lane, i / 2) * kTileK + s * kStepK + a_col(lane, i / 2, i % 2)] = p.table[code[s][i]];
+          }
+          for (int lane = 0; lane < kLanes; ++lane)
+            for (int j = 0; j < kCols / 2; ++j) {
+              // Accumulator j: row l / 4 (+ 8), column 8 (j / 4) + 2 (l % 4) + j % 2.
+              const int row = lane / 4 + j / 2 % 2 * 8, col = j / 4 * 8 + lane % 4 * 2 + j % 2;
+              expect(Tile::sum_row(row_tile, lane, j) == row_tile * 16 + row && Tile::sum_col(lane, j) == col, "sum", j,
+                     0, 0);
+              double sum = 0;
+              for (int s = 0; s < kSteps; ++s) {
+                const uint64_t d = tile_descriptor(kBase) + 2 * s;
+                const uint32_t start = (d & 0x3FFF) << 4, rows8 = (d >> 32 & 0x3FFF) << 4;
+                for (int k = 0; k < kStepK; ++k) {
+                  const uint32_t address = swizzle128(start + col / 8 * rows8 + col % 8 * 128 + k * 2);
+                  sum += a[row * kTileK + s * kStepK + k] * x.at(address / 2);
+                }
+              }
+              const int64_t n = tile_n * kTileN + row, m = m0 + col;
+              if (n >= c.n || m >= c.m) continue;
+              const int64_t at = scale_at(tile_n, tile_k * kTileK / c.group, p.groups) + row;
+              double shift = 0;
+              if (c.zero == Zero::kInt)
+                for (int64_t k = tile_k * kTileK; k < std::min(c.k, (tile_k + 1) * kTileK); ++k)
+                  shift += p.zeros[at] * p.x[m * c.k + k];
+              y[m * c.n + n] += p.scales[at] * (sum - shift);
+            }
+        }
+      }
+  compare(p, y, "wgmma");
+}
+
+// Blocks of the FP8 kernel: both operands as the tensor memory accelerator writes them, found by their descriptors.
+template <int kCols>
+void check_fp8(int64_t m, int64_t n, int64_t k, Scales kind_a, Scales kind_b, bool transposed, std::mt19937& rng) {
+  using Tile = Fp8Tile<kCols>;
+  const int blocks = static_cast<int>(ceil_div(k, Tile::kK));
+  struct Matrix {
+    int64_t rows;
+    Scales kind;
+    std::vector<float> values, scales;
+  };
+  const auto draw = [&](int64_t rows, Scales kind) {
+    Matrix x{rows, kind, std::vector<float>(rows * k), {}};
+    for (float& v : x.values) v = static_cast<float>(static_cast<int>(rng() % 9) - 4);
+    const int64_t count = kind == Scales::kTensor       ? 1
+                          : kind == Scales::kRow        ? rows
+                          : kind == Scales::kBlock1x128 ? rows * blocks
+                                                        : ceil_div(rows, 128) * blocks;
+    for (int64_t i = 0; i < count; ++i) x.scales.push_back(static_cast<float>(1 + rng() % 3) / 2);
+    return x;
+  };
+  const Matrix a = draw(m, kind_a), b = draw(n, kind_b);
+  const auto scale = [&](const Matrix& x, int64_t row, int block) {
+    return x.scales.at(scale_index(x.kind, x.rows, row, block, blocks));
+  };
+  std::vector<double> want(m * n, 0), y(m * n, 0);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t c = 0; c < k; ++c) {
+        const int block = static_cast<int>(c / 128);
+        const auto at = [&](const Matrix& x, int64_t row) {
+          const int64_t where = x.kind == Scales::kTensor       ? 0
+                                : x.kind == Scales::kRow        ? row
+                                : x.kind == Scales::kBlock1x128 ? row * blocks + block
+                                                                : row / 128 * blocks + block;
+          return double{x.values[row * k + c]} * x.scales[where];
+        };
+        want[i * n + j] += at(a, i) * at(b, j);
+      }
+  const Matrix &p = transposed ? b : a, &q = transposed ? a : b;
+  constexpr uint32_t kBase = 2 * 1024;
+  for (int64_t p0 = 0; p0 < p.rows; p0 += Tile::kRows)
+    for (int64_t q0 = 0; q0 < q.rows; q0 += kCols)
+      for (int block = 0; block < blocks; ++block) {
+        std::vector<float> stage(kBase + Tile::kStageBytes, 1e30f);
+        const auto copy = [&](const Matrix& x, int64_t row0, int rows, int offset) {
+          for (int r = 0; r < rows; ++r)
+            for (int c = 0; c < Tile::kK; ++c) {
+              const int64_t row = row0 + r, column = int64_t{block} * Tile::kK + c;
+              stage.at(kBase + offset + swizzle128(r * 128 + c)) =
+                  row < x.rows && column < k ? x.values[row * k + column] : 0;
+            }
+        };
+        copy(p, p0, Tile::kRows, 0);
+        copy(q, q0, kCols, Tile::q_offset());
+        // Row and byte of K that a descriptor names.
+        const auto element = [&](uint64_t d, int row, int byte) {
+          const uint32_t start = (d & 0x3FFF) << 4, rows8 = (d >> 32 & 0x3FFF) << 4;
+          return stage.at(swizzle128(start + row / 8 * rows8 + row % 8 * 128 + byte));
+        };
+        for (int warp = 0; warp < Tile::kWarps; ++warp)
+          for (int lane = 0; lane < kLanes; ++lane)
+            for (int j = 0; j < kCols / 2; ++j) {
+              // Accumulator j of m64nNk32, and the rows of a warpgroup that warp % 4 has.
+              const int row = warp % 4 * 16 + lane / 4 + j / 2 % 2 * 8, col = j / 4 * 8 + lane % 4 * 2 + j % 2;
+              expect(Tile::sum_row(warp, lane, j) == warp / 4 * 64 + row && Tile::sum_col(lane, j) == col, "sum", j, 0,
+                     0);
+              double sum = 0;
+              for (int s = 0; s < Tile::kSteps; ++s)
+                for (int byte = 0; byte < Tile::kStepK; ++byte)
+                  sum += double{element(tile_descriptor(kBase + Tile::p_offset(warp / 4)) + 2 * s, row, byte)} *
+                         element(tile_descriptor(kBase + Tile::q_offset()) + 2 * s, col, byte);
+              const int64_t pr = p0 + Tile::sum_row(warp, lane, j), qr = q0 + col;
+              if (pr >= p.rows || qr >= q.rows) continue;
+              y[transposed ? qr * n + pr : pr * n + qr] += sum * scale(p, pr, block) * scale(q, qr, block);
+            }
+      }
+  for (size_t i = 0; i < y.size(); ++i) expect(y[i] == want[i], "fp8", i, y[i], want[i]);
+}
+
+void check_fp8_all(std::mt19937& rng) {
+  check_fp8<16>(13, 150, 300, Scales::kBlock1x128, Scales::kBlock128x128, true, rng);
+  check_fp8<64>(40, 130, 200, Scales::kRow, Scales::kTensor, true, rng);
+  check_fp8<128>(150, 140, 260, Scales::kBlock1x128, Scales::kBlock1x128, false, rng);
+  check_fp8<128>(140, 150, 140, Scales::kTensor, Scales::kBlock128x128, false, rng);
+  for (const int64_t m : {1, 16, 17, 64, 65, 4096})
+    for (const Scales kind : {Scales::kTensor, Scales::kRow, Scales::kBlock1x128, Scales::kBlock128x128}) {
+      const Fp8Config c = choose_fp8(m, kind, Scales::kBlock1x128);
+      expect(c.transposed == (m <= 64 || kind != Scales::kBlock1x128), "P", m, c.transposed, 0);
+      expect(c.cols >= 64 || m <= c.cols, "columns", m, c.cols, 0);
+    }
+}
+
+template <int kBits>
+void check_bits(std::mt19937& rng) {
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < kLaneCodes; ++i) {
+      const int row = code_row(lane, i), k = code_k(lane, i);
+      expect(lane_of(row, k) == lane && code_of(row, k) == i, "inverse of the layout", i, lane, 0);
+    }
+  // Lanes of one access never meet in a bank: the words of their copies are all different.
+  const int width = entry_bytes(kBits), at_once = kEntryPitch / width;
+  for (int lane = 0; lane < at_once; ++lane)
+    expect(copy_offset(kBits, lane) == lane * width, "copies", lane, copy_offset(kBits, lane), lane * width);
+  for (const Zero zero : {Zero::kNone, Zero::kInt, Zero::kSubtract, Zero::kAdd}) {
+    check_mma<kBits, 1>({1, 33, 600, 128, zero, 1}, rng);
+    check_mma<kBits, 1>({7, 16, 1090, 32, zero, 2}, rng);
+    check_mma<kBits, 2>({13, 70, 300, 300, zero, 2}, rng);
+    check_mma<kBits, 4>({29, 40, 130, 16, zero, 1}, rng);
+  }
+  check_mma<kBits, 8>({67, 20, 200, 64, Zero::kInt, 2}, rng);
+  check_mma<kBits, 8>({40, 20, 200, 200, Zero::kAdd, 2}, rng);
+  check_wgmma<kBits, 64>({70, 40, 130, 64, Zero::kInt, 1}, rng);
+  check_wgmma<kBits, 128>({150, 130, 200, 200, Zero::kNone, 1}, rng);
+}
+
+// Every choice covers all of K, fits in shared memory and never leaves a block without work.
+void check_heuristics() {
+  for (const int architecture : {80, 86, 89, 90, 100, 120})
+    for (const int bits : {1, 2, 3, 4, 5, 6, 8})
+      for (const int64_t m : {1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 1000, 4096})
+        for (const int64_t k : {1, 576, 4096, 28672})
+          for (const int64_t n : {1, 576, 8192})
+            for (const int64_t group : {int64_t{32}, int64_t{128}, k}) {
+              const bool large = architecture == 80 || architecture == 90 || architecture == 100;
+              const Config c = choose(Request{m, n, k, std::min(group, k), bits, 4, 1, architecture, 132});
+              const int limit = architecture == 80 ? 163 << 10 : large ? 227 << 10 : 99 << 10;
+              expect(c.shared <= limit, "shared memory", m, c.shared, limit);
+              expect((c.family == Family::kWgmma) <= (architecture == 90 && m > 64), "wgmma", m, architecture, 90);
+              if (c.family != Family::kMma) continue;
+              const int64_t stages = for_bits(bits, [&]<int kBits>() {
+                return c.tiles_m == 1   ? ceil_div(ceil_div(k, kTileK), MmaTile<kBits, 1>::kStageTiles)
+                       : c.tiles_m == 2 ? ceil_div(ceil_div(k, kTileK), MmaTile<kBits, 2>::kStageTiles)
+                                        : ceil_div(ceil_div(k, kTileK), MmaTile<kBits, 4>::kStageTiles);
+              });
+              expect(c.splits >= 1 && c.splits <= 16 && c.splits * c.stages_per_split >= stages &&
+                         (c.splits - 1) * c.stages_per_split < stages,
+                     "parts of K", k, c.splits, stages);
+            }
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 rng(0);
+  check_heuristics();
+  check_fp8_all(rng);
+  for_bits(1, [&]<int kBits>() { check_bits<kBits>(rng); });
+  for (const int bits : {2, 3, 4, 5, 6, 8}) for_bits(bits, [&]<int kBits>() { check_bits<kBits>(rng); });
+  std::printf("CUDA on the host: %d checks, %d failures\n", checks, failures);
+  return failures != 0;
+}
