@@ -58,15 +58,15 @@ class Fp8Config:
     stages: int
 
 
-def choose_fp8(m: int, n: int, group: int, native: bool, by_column: bool) -> Fp8Config:
+def choose_fp8(m: int, n: int, group: int, native: bool, narrow: bool) -> Fp8Config:
     """The tile for an (m, n) product whose scales stand for `group` values of K, 16, 32 or 128, or 0 for all.
 
     `native`: FP8 tensor cores multiply, and those of Hopper take 64 rows at least; else codes are decoded in
-    registers. `by_column`: every column of y has scales of its own for the groups, which takes registers as well.
+    registers. `narrow`: so do the scales of every column of y for the groups, or those of y.
     """
     block_k = min(group or 128, 128 if native else 64)
     if m <= 64:
         block_m = 64 if native else next(b for b in (16, 32, 64) if m <= b)
         return Fp8Config(block_m, 32, block_k, 8, 4, 4)
-    wide = native and not by_column and n > 2048
+    wide = native and not narrow and n > 2048
     return Fp8Config(128, 128 if wide else 64, block_k, 8, 8, 3)

@@ -8,7 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fp8_quantize import as_float, decode
+from .fp8_quantize import (
+    SCALE_F32,
+    as_bits,
+    as_float,
+    block_maxima,
+    by_element,
+    decode,
+    encode,
+    scale_bits,
+)
 
 IMPRECISE_K = tl.constexpr(128)
 _NAN = tl.constexpr(0x7FC00000)
@@ -52,7 +61,8 @@ def scaled_mm_kernel(
     scale_a,  # fp32, or bytes of E8M0
     scale_b,
     bias,  # (N,)
-    out,  # (M, N)
+    out,  # (M, N); the bytes of FP8 if REQUANTIZE
+    out_scales,  # (M, ceil(N / REQUANTIZE)) fp32, written if REQUANTIZE
     m,
     n,
     k,
@@ -78,6 +88,12 @@ def scaled_mm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
+    REQUANTIZE: tl.constexpr,  # columns of y that share a scale, a divisor of BLOCK_N; 0 leaves y as it is
+    MANTISSA: tl.constexpr,  # of the FP8 type of `out`
+    BIAS: tl.constexpr,
+    MAX: tl.constexpr,
+    EMAX: tl.constexpr,
+    TOP: tl.constexpr,
 ):
     """One tile of y. A step lies in one group of a and of b, and its sum is multiplied by their scales in fp32."""
     # Programs that run together share bands of a and columns of b in L2.
@@ -120,4 +136,17 @@ def scaled_mm_kernel(
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=in_n, other=0.0).to(tl.float32)[None, :]
     at = rows.to(tl.int64)[:, None] * n + columns[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+    valid = in_m[:, None] & in_n[None, :]
+    if REQUANTIZE == 0:
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=valid)
+    else:
+        bits = as_bits(tl.where(in_n[None, :], total, 0.0))
+        scale = scale_bits(block_maxima(bits, 1, REQUANTIZE), MAX, EMAX, SCALE_F32)
+        groups = tl.cdiv(n, REQUANTIZE)
+        wide: tl.constexpr = BLOCK_N // REQUANTIZE
+        group = column_block * wide + tl.arange(0, wide)
+        scale_at = rows.to(tl.int64)[:, None] * groups + group[None, :]
+        in_groups = in_m[:, None] & (group < groups)[None, :]
+        tl.store(out_scales + scale_at, as_float(scale), mask=in_groups)
+        ratio = tl.div_rn(total, as_float(by_element(scale, 1, REQUANTIZE)))
+        tl.store(out + at, encode(ratio, MANTISSA, BIAS, TOP, False), mask=valid)

@@ -3,6 +3,7 @@ operands, exact sums of integers, every code, strides, epilogues, errors and tor
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -199,11 +200,14 @@ def test_opcheck_and_compile() -> None:
     a, scale_a = operand(9, 100, "1x128")
     b, scale_b = operand(67, 100, "128x128")
     # Not the schema test: it multiplies the arguments, which torch cannot do in FP8.
-    torch.library.opcheck(
-        torch.ops.lowbit.fp8_scaled_mm.default,
-        (a, b, scale_a, scale_b, torch.randn(67), torch.bfloat16),
+    check = functools.partial(
+        torch.library.opcheck,
         test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
+    operands = (a, b, scale_a, scale_b, torch.randn(67))
+    check(torch.ops.lowbit.fp8_scaled_mm.default, (*operands, torch.bfloat16))
+    for granularity in ("row", "1x16"):
+        check(torch.ops.lowbit.fp8_scaled_mm_quantized.default, (*operands, E5M2, granularity))
 
     def f(a: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return fp8.scaled_mm(a, b, scale, scale_b, requantize="1x16")

@@ -16,10 +16,10 @@ import torch
 pytest.importorskip("triton")
 
 from fp8_operands import PAIRINGS, TYPES, assert_close, operand
-from fp8_values import E4M3, E5M2, nan_is_no_mistake
+from fp8_values import E4M3, E5M2, nan_is_no_mistake, same
 from lowbit.backends.triton import kernels
 from lowbit.fp8 import granularity as granularities
-from lowbit.fp8 import matmul_triton
+from lowbit.fp8 import matmul_triton, reference
 
 
 def run(a, b, scale_a, scale_b, bias=None, dtype=torch.float32, **changes: int) -> torch.Tensor:
@@ -32,7 +32,7 @@ def run(a, b, scale_a, scale_b, bias=None, dtype=torch.float32, **changes: int) 
 
 @pytest.mark.parametrize("pairing", PAIRINGS, ids="-".join)
 def test_every_pairing(pairing: tuple[str, str]) -> None:
-    m, n, k = 18, 33, 131
+    m, n, k = 18, 33, 40 if "1x16" in pairing else 131
     a, scale_a = operand(m, k, pairing[0])
     b, scale_b = operand(n, k, pairing[1], E5M2)
     assert_close(run(a, b, scale_a, scale_b), a, b, scale_a, scale_b)
@@ -66,7 +66,26 @@ def test_epilogue_strides_and_chosen_tile() -> None:
     assert empty.shape == (0, 33)
 
 
-# Granularities of a and b, whether b is E5M2, M, architecture.
+@nan_is_no_mistake
+@pytest.mark.parametrize("dtype", (E4M3, E5M2), ids=str)
+def test_requantized(dtype: torch.dtype) -> None:
+    """Bit for bit the quantized product, with a ragged group and an infinite row."""
+    g = granularities.find("1x128"), granularities.find("row")
+    a, scale_a = operand(19, 150, "1x128")
+    b, scale_b = operand(70, 150, "row")
+    scale_a[3] = torch.inf
+    c = dataclasses.replace(kernels().configs.choose_fp8(19, 70, 128, False, False), block_n=32)
+    bias = torch.randn(70)
+    y = matmul_triton.scaled_mm(a, b, scale_a, scale_b, *g, bias, torch.float32, c)
+    q, scale = matmul_triton.scaled_mm_quantized(a, b, scale_a, scale_b, *g, bias, dtype, c)
+    want, want_scale = reference.quantize(y, dtype, granularities.find("1x16"))
+    assert same(q, want)
+    assert same(scale, want_scale)
+    empty = matmul_triton.scaled_mm_quantized(a[:0], b, scale_a[:0], scale_b, *g, None, dtype, None)
+    assert [t.shape for t in empty] == [(0, 70), (0, 5)]
+
+
+# Granularities of a and b, whether b is E5M2 and y is quantized, M, architecture.
 CASES = [
     ("tensor", "tensor", False, 1, 90),
     ("row", "row", False, 4096, 90),
@@ -95,12 +114,13 @@ def compiled(name_a, name_b, e5m2, m, arch):
     types = torch.float8_e4m3fn, torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
     group = matmul_triton.group_of(*g)
     native = arch >= 89 and not 0 < group < 32
-    c = kernels.configs.choose_fp8(m, N, group, native, matmul_triton.by_column(g[1]))
-    constants = matmul_triton.meaning(*types, *g) | {
+    c = kernels.configs.choose_fp8(m, N, group, native, e5m2 or matmul_triton.by_column(g[1]))
+    quantized = matmul_triton.requantization(types[1] if e5m2 else None)
+    constants = matmul_triton.meaning(*types, *g) | quantized | {
         "E8M0_A": name_a == "mx", "E8M0_B": name_b == "mx", "HAS_BIAS": False,
         "COMPUTE": None if native else kernels.TYPES[torch.bfloat16],
         "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "BAND": c.band}
-    pointers = {"bias": "*bf16", "out": "*bf16"}
+    pointers = {"bias": "*bf16", "out": "*u8" if e5m2 else "*bf16", "out_scales": "*fp32"}
     for side, dtype, name in (("a", types[0], name_a), ("b", types[1], name_b)):
         pointers[side] = FP8[dtype] if native else "*u8"
         pointers["scale_" + side] = "*u8" if name == "mx" else "*fp32"

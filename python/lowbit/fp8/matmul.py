@@ -1,10 +1,11 @@
-"""`scaled_mm`, the product of two FP8 matrices, and its op torch.ops.lowbit.fp8_scaled_mm.
+"""`scaled_mm`, the product of two FP8 matrices, and its ops torch.ops.lowbit.fp8_scaled_mm*.
 
 What it computes is stated in `reference.scaled_mm`; kernels sum in fp32 and scale the sums of groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,10 +20,15 @@ from lowbit.fp8.granularity import Granularity
 from lowbit.fp8.quantization import quantize
 
 _library = torch.library.Library("lowbit", "FRAGMENT")
-_library.define(
-    "fp8_scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_OPERANDS = "Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias"
+_SCHEMAS = {
+    "fp8_scaled_mm": f"({_OPERANDS}, ScalarType out_dtype) -> Tensor",
+    "fp8_scaled_mm_quantized": (
+        f"({_OPERANDS}, ScalarType out_dtype, str granularity) -> (Tensor, Tensor)"
+    ),
+}
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 _REQUANTIZED = ("row", "1x16")
 
 
@@ -65,19 +71,13 @@ def scaled_mm(
     dtype = out_dtype or torch.float8_e4m3fn
     if dtype not in FLOAT8:
         raise TypeError(f"out_dtype must be {list(FLOAT8)} with requantize, got {dtype}")
-    y = _scaled_mm(a, b, scale_a, scale_b, bias, torch.float32)
-    q, scale = quantize(y, dtype, requantize)
+    q, scale = _scaled_mm_quantized(a, b, scale_a, scale_b, bias, dtype, requantize)
     return q, scale
 
 
-def _check(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> tuple[Granularity, Granularity]:
+def _check(operands: Sequence[Any], out_dtype: torch.dtype) -> tuple[Granularity, Granularity]:
+    """Checks a, b, their scales and the bias, and returns the granularities."""
+    a, b, scale_a, scale_b, bias = operands
     for name, t in (("a", a), ("b", b)):
         check_float8(name, t.dtype)
         if t.dim() != 2 or t.shape[1] < 1:
@@ -107,24 +107,58 @@ def _backend(device: torch.device, a: Granularity, b: Granularity) -> ModuleType
     return matmul_triton if layouts.has_triton() else reference
 
 
-def _impl(a: Tensor, b: Tensor, *args: Any) -> Tensor:
-    granularity_a, granularity_b = _check(a, b, *args)
-    scale_a, scale_b, bias, out_dtype = args
-    backend = _backend(a.device, granularity_a, granularity_b)
+def _ready(tensors: Sequence[Any]) -> list[Any]:
+    """a and b with unit stride along K, the others contiguous."""
+    a, b, *others = tensors
+    rows = [t if t.stride(1) == 1 else t.contiguous() for t in (a, b)]
+    return [*rows, *(t if t is None else t.contiguous() for t in others)]
+
+
+def _impl(*args: Any) -> Tensor:
+    *tensors, out_dtype = args
+    both = _check(tensors, out_dtype)
+    backend = _backend(tensors[0].device, *both)
     if backend is reference:
-        return reference.scaled_mm(a, b, scale_a, scale_b, bias).to(out_dtype)
-    a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
-    bias = bias if bias is None else bias.contiguous()
-    scales = scale_a.contiguous(), scale_b.contiguous()
-    return backend.scaled_mm(a, b, *scales, granularity_a, granularity_b, bias, out_dtype)
+        return reference.scaled_mm(*tensors).to(out_dtype)
+    *operands, bias = _ready(tensors)
+    y: Tensor = backend.scaled_mm(*operands, *both, bias, out_dtype)
+    return y
 
 
-def _fake(a: Tensor, b: Tensor, *args: Any) -> Tensor:
-    _check(a, b, *args)
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=args[-1])
+def _quantized_impl(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, out_dtype, granularity = args
+    both = _check(tensors, torch.float32)
+    backend = _backend(tensors[0].device, *both)
+    if backend is matmul_triton and granularity == "1x16":
+        *operands, bias = _ready(tensors)
+        q, scale = backend.scaled_mm_quantized(*operands, *both, bias, out_dtype)
+        return q, scale
+    return quantize(_impl(*tensors, torch.float32), out_dtype, granularity)
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("fp8_scaled_mm", _impl, _key)
-torch.library.register_fake("lowbit::fp8_scaled_mm", _fake, lib=_library)
+def _fake(*args: Any) -> Tensor:
+    *tensors, out_dtype = args
+    _check(tensors, out_dtype)
+    a, b = tensors[:2]
+    y: Tensor = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+    return y
+
+
+def _quantized_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, out_dtype, granularity = args
+    _check(tensors, torch.float32)
+    a, b = tensors[:2]
+    m, n = a.shape[0], b.shape[0]
+    shape = granularities.find(granularity).scale_shape(m, n)
+    return a.new_empty((m, n), dtype=out_dtype), a.new_empty(shape, dtype=torch.float32)
+
+
+for _name, _kernel, _meta in (
+    ("fp8_scaled_mm", _impl, _fake),
+    ("fp8_scaled_mm_quantized", _quantized_impl, _quantized_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"lowbit::{_name}", _meta, lib=_library)
 _scaled_mm = torch.ops.lowbit.fp8_scaled_mm.default
+_scaled_mm_quantized = torch.ops.lowbit.fp8_scaled_mm_quantized.default

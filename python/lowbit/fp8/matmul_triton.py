@@ -14,6 +14,7 @@ from lowbit.fp8.granularity import Granularity
 
 # FP8 tensor cores take 32 values of K at least; smaller groups are multiplied in bf16.
 _LEAST_FP8_GROUP = 32
+REQUANTIZED_GROUP = 16
 
 
 @functools.cache
@@ -68,10 +69,55 @@ def scaled_mm(
     config: Any = None,
 ) -> Tensor:  # (M, N) in `dtype`
     """`reference.scaled_mm` in fp32, rounded once to `dtype`; `config` overrides the tile."""
+    out = torch.empty((len(a), len(b)), dtype=stored(dtype, a.device), device=a.device)
+    _launch(a, b, scale_a, scale_b, granularity_a, granularity_b, bias, out, None, dtype, config)
+    return out.to(dtype)
+
+
+def scaled_mm_quantized(
+    a: Tensor,  # (M, K), unit stride along K
+    b: Tensor,  # (N, K), unit stride along K
+    scale_a: Tensor,  # contiguous
+    scale_b: Tensor,  # contiguous
+    granularity_a: Granularity,
+    granularity_b: Granularity,
+    bias: Tensor | None,  # (N,)
+    dtype: torch.dtype,
+    config: Any = None,
+) -> tuple[Tensor, Tensor]:  # (M, N) in FP8, (M, ceil(N / 16)) fp32
+    """`scaled_mm` in fp32, quantized by groups of 1 x 16 before it is stored."""
+    m, n = len(a), len(b)
+    out = torch.empty((m, n), dtype=dtype, device=a.device)
+    scales = torch.empty((m, -(-n // REQUANTIZED_GROUP)), dtype=torch.float32, device=a.device)
+    _launch(a, b, scale_a, scale_b, granularity_a, granularity_b, bias, out, scales, dtype, config)
+    return out, scales
+
+
+def requantization(dtype: torch.dtype | None) -> dict[str, Any]:
+    """What the FP8 type of y says to the kernel, as its constants; None for a y that is not quantized."""
+    f = FLOAT8[dtype or torch.float8_e4m3fn]
+    return {
+        "REQUANTIZE": 0 if dtype is None else REQUANTIZED_GROUP,
+        "MANTISSA": f.mantissa, "BIAS": f.bias, "MAX": f.max, "EMAX": f.emax, "TOP": f.max_code,
+    }  # fmt: skip
+
+
+def _launch(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    granularity_a: Granularity,
+    granularity_b: Granularity,
+    bias: Tensor | None,
+    out: Tensor,
+    out_scales: Tensor | None,
+    dtype: torch.dtype,
+    config: Any,
+) -> None:
     (m, k), n = a.shape, b.shape[0]
-    out = torch.empty((m, n), dtype=stored(dtype, a.device), device=a.device)
     if out.numel() == 0:
-        return out.to(dtype)
+        return
     package, group = kernels(), group_of(granularity_a, granularity_b)
     compute = compute_dtype(group, a.device)
     c = config or package.configs.choose_fp8(m, n, group, compute is None, by_column(granularity_b))
@@ -84,7 +130,8 @@ def scaled_mm(
             _scale_values(scale_a),
             _scale_values(scale_b),
             out if bias is None else bias,
-            out,
+            out if out_scales is None else out.view(torch.uint8),
+            out if out_scales is None else out_scales,
             m,
             n,
             k,
@@ -93,6 +140,7 @@ def scaled_mm(
             scale_a.shape[1] if scale_a.dim() else 0,
             scale_b.shape[1] if scale_b.dim() else 0,
             **meaning(a.dtype, b.dtype, granularity_a, granularity_b),
+            **requantization(None if out_scales is None else dtype),
             E8M0_A=scale_a.dtype == E8M0,
             E8M0_B=scale_b.dtype == E8M0,
             HAS_BIAS=bias is not None,
@@ -104,7 +152,6 @@ def scaled_mm(
             num_warps=c.warps,
             num_stages=c.stages,
         )
-    return out.to(dtype)
 
 
 def _scale_values(scale: Tensor) -> Tensor:
