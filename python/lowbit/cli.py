@@ -100,7 +100,7 @@ def quantize(
         typer.Option(help="Module names or regular expressions to leave dense, besides heads, "
                           "embeddings and norms. May be repeated."),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="rtn or kmeans.")] = None,
+    method: Annotated[str | None, typer.Option(help="rtn, kmeans or hqq.")] = None,
     json_output: JsonFlag = False,
 ) -> None:  # fmt: skip
     """Quantizes a safetensors checkpoint."""

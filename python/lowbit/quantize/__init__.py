@@ -2,6 +2,7 @@
 them on a model.
 """
 
+from lowbit.quantize.calibrate import InputStatistics, collect
 from lowbit.quantize.methods import METHODS, quantize
 from lowbit.quantize.model import quantize_model
 from lowbit.quantize.names import Recipe, Selection
@@ -9,10 +10,12 @@ from lowbit.quantize.report import LayerReport, Report
 
 __all__ = [
     "METHODS",
+    "InputStatistics",
     "LayerReport",
     "Recipe",
     "Report",
     "Selection",
+    "collect",
     "quantize",
     "quantize_model",
 ]

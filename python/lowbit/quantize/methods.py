@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from lowbit.formats import Format, as_format
-from lowbit.quantize import kmeans, rtn
+from lowbit.quantize import gptq, hqq, kmeans, rtn
 from lowbit.tensor import QuantTensor
 
-METHODS: dict[str, Callable[..., QuantTensor]] = {"kmeans": kmeans.quantize, "rtn": rtn.quantize}
+METHODS: dict[str, Callable[..., QuantTensor]] = {
+    "gptq": gptq.quantize,
+    "hqq": hqq.quantize,
+    "kmeans": kmeans.quantize,
+    "rtn": rtn.quantize,
+}
 
 
 def quantize(
@@ -21,6 +27,8 @@ def quantize(
     *,
     weights: Tensor | None = None,
     table: Tensor | None = None,
+    hessian: Tensor | None = None,
+    **options: Any,
 ) -> QuantTensor:
     """Quantizes a weight matrix.
 
@@ -28,11 +36,14 @@ def quantize(
         weight: (N, K) in fp32, bf16, fp16 or fp64, finite, not empty; on any device, where the
             result is too.
         format: a Format, or a name that `lowbit.formats.parse` reads.
-        method: "rtn" (round to nearest) or "kmeans" (fits the tables of a format without values of
-            its own); by default the one of these that the format wants.
+        method: "rtn" (round to nearest), "kmeans" (fits the tables of a format without values of
+            its own), "gptq" (least error of outputs) or "hqq" (fits float zeros); by default "rtn"
+            or "kmeans", as the format wants.
         weights: (N, K), the importance of each weight; only for "kmeans".
         table: the values of a fitted format, fp32 in the shape that its `table_scope` asks for;
-            only for "rtn".
+            only for "rtn" and "gptq".
+        hessian: (K, K), the second moment of the inputs; only for "gptq", which needs it.
+        options: further keywords of the method's own function, as `act_order` of "gptq".
 
     Raises:
         TypeError, ValueError: an argument is not what is said above, or a scale does not fit the
@@ -44,9 +55,18 @@ def quantize(
         name = "kmeans" if format.fitted and table is None else "rtn"
     if name not in METHODS:
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
-    options = {"weights": weights, "table": table}
-    given = {key: value for key, value in options.items() if value is not None}
-    known = inspect.signature(METHODS[name]).parameters
-    if unused := sorted(set(given) - set(known)):
+    tensors = {"weights": weights, "table": table, "hessian": hessian}
+    given = {key: value for key, value in tensors.items() if value is not None} | options
+    known = keywords(name)
+    if unused := sorted(given.keys() - known.keys()):
         raise ValueError(f"method {name!r} takes no {unused[0]}")
+    missing = sorted(key for key, p in known.items() if p.default is p.empty and key not in given)
+    if missing:
+        raise ValueError(f"method {name!r} needs {missing[0]}")
     return METHODS[name](weight, format, **given)
+
+
+def keywords(method: str) -> dict[str, inspect.Parameter]:
+    """What a method takes besides the weight and the format."""
+    parameters = inspect.signature(METHODS[method]).parameters
+    return {key: p for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY}

@@ -2,27 +2,34 @@
 place.
 
 One layer at a time: its dense weight can be freed before the next one is made, so memory peaks near
-one layer above the result. Modules and weights that were shared stay shared.
+one layer above the result. Modules and weights that were shared stay shared. Calibration runs the
+model once for every chunk of layers whose statistics fit in memory, with the chunks before it
+quantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.formats import Format
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.nn import fuse as fuse_siblings
-from lowbit.quantize.methods import quantize
+from lowbit.quantize.calibrate import InputStatistics, as_batches, collect, run
+from lowbit.quantize.methods import METHODS, keywords, quantize
 from lowbit.quantize.names import Recipe, Selection
 from lowbit.quantize.progress import bar
 from lowbit.quantize.report import LayerReport, Report, measure
+from lowbit.tensor import QuantTensor
 
 # They hand the weights of their children to fused kernels of torch without calling the children.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# The Hessians of one chunk of layers take at most this, or are one.
+_HESSIAN_BYTES = 1 << 31
+Names = tuple[str, ...]  # of one module
 
 
 def quantize_model(
@@ -33,6 +40,8 @@ def quantize_model(
     method: str | None = None,
     progress: bool = True,
     fuse: bool = True,
+    calibration: Iterable[Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Report:
     """Quantizes a model in place.
 
@@ -47,13 +56,20 @@ def quantize_model(
         progress: show a bar on stderr, if rich or tqdm is installed.
         fuse: let q/k/v and gate/up projections compute their products together, bit for bit as
             before: `lowbit.nn.fuse`. State dicts stay per layer.
+        calibration: inputs of the model, each a tensor, a tuple of arguments or a mapping of
+            keywords; for "gptq", which needs it, and for "kmeans", where a weight then counts the
+            mean square of its input. Layers are calibrated in the order of `named_modules`, with
+            those before them quantized. Embeddings take no part: they get the default method of
+            their format, and so does a linear that shares the weight of one.
+        options: further keywords of the method, as `{"act_order": True}`.
 
     Returns:
         Bytes and error per layer, and the reason for every weight that was left.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a weight cannot be quantized (the message
-            starts with the layer's name; the layers before it are quantized then).
+            starts with the layer's name; the layers before it are quantized then); the method
+            needs calibration, or takes none; no input reaches a layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -61,27 +77,88 @@ def quantize_model(
     report = Report()
     plan = _plan(model, selection, report)
     made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
-    with bar(len(plan), "quantizing", progress) as advance:
-        for names, (chosen, weight_id) in plan.items():
-            first = made.get((weight_id, chosen.spec))
-            try:
-                module, row = _replace(model, names[0], chosen, method, first)
-            except (TypeError, ValueError) as e:
-                raise type(e)(f"{names[0]}: {e}") from e
-            made.setdefault((weight_id, chosen.spec), (names[0], module))
-            for name in names:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module)
-            report.layers.append(row)
-            advance()
+    batches = None if calibration is None else as_batches(calibration)
+    _check_calibration(method, batches is not None)
+    chunks = [list(plan)] if batches is None else list(_chunks(model, plan))
+    steps = len(plan) + len(chunks) * len(batches or ())
+    with bar(steps, "quantizing", progress) as advance:
+        for chunk in chunks:
+            statistics: dict[str, InputStatistics] = {}
+            if batches is not None:
+                linears = [n[0] for n in chunk if isinstance(model.get_submodule(n[0]), nn.Linear)]
+                with collect(model, linears, hessian="hessian" in keywords(method or "")) as found:
+                    run(model, batches, advance)
+                statistics = found
+            for names in chunk:
+                chosen, weight_id = plan[names]
+                first = made.get((weight_id, chosen.spec))
+                inputs = statistics.pop(names[0], None)
+                try:
+                    how = _Method(method, options or {}, inputs)
+                    module, row = _replace(model, names[0], chosen, how, first)
+                except (TypeError, ValueError) as e:
+                    raise type(e)(f"{names[0]}: {e}") from e
+                made.setdefault((weight_id, chosen.spec), (names[0], module))
+                for name in names:
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, module)
+                report.layers.append(row)
+                advance()
     if fuse:
         fuse_siblings(model)
     return report
 
 
+@dataclass(frozen=True)
+class _Method:
+    """A method with what it is given besides the weight and the format."""
+
+    name: str | None
+    options: Mapping[str, Any]
+    inputs: InputStatistics | None
+
+    def __call__(self, dense: nn.Module, weight: Tensor, format: Format) -> QuantTensor:
+        if self.inputs is None:
+            calibrated = "hessian" in keywords(self.name) if self.name else False
+            if calibrated and isinstance(dense, nn.Embedding):
+                return quantize(weight, format)
+            return quantize(weight, format, self.name, **self.options)
+        if "hessian" in keywords(self.name or ""):
+            given = {"hessian": self.inputs.hessian}
+        else:
+            given = {"weights": self.inputs.diagonal.expand(weight.shape)}
+        return quantize(weight, format, self.name, **given, **self.options)
+
+
+def _check_calibration(method: str | None, given: bool) -> None:
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
+    known = keywords(method).keys() if method else set()
+    if given and not known & {"hessian", "weights"}:
+        raise ValueError(f"method {method!r} takes no calibration: use 'gptq' or 'kmeans'")
+    if "hessian" in known and not given:
+        raise ValueError(f"method {method!r} needs calibration: inputs of the model")
+
+
+def _chunks(model: nn.Module, plan: Mapping[Names, object]) -> Iterator[list[Names]]:
+    """Runs of layers whose Hessians fit in memory together."""
+    chunk: list[Names] = []
+    used = 0
+    for names in plan:
+        module = model.get_submodule(names[0])
+        size = 4 * module.in_features**2 if isinstance(module, nn.Linear) else 0
+        if chunk and used + size > _HESSIAN_BYTES:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(names)
+        used += size
+    if chunk:
+        yield chunk
+
+
 def _plan(
     model: nn.Module, selection: Selection, report: Report
-) -> dict[tuple[str, ...], tuple[Format, int]]:
+) -> dict[Names, tuple[Format, int]]:
     """Every name of each module to replace, with its format and the identity of its weight.
 
     It must not keep the modules alive.
@@ -144,7 +221,7 @@ def _replace(
     model: nn.Module,
     name: str,
     format: Format,
-    method: str | None,
+    method: _Method,
     first: tuple[str, PackedModule] | None,
 ) -> tuple[PackedModule, LayerReport]:
     """Makes the quantized module of the dense one `name`; `first` has quantized the same weight
@@ -152,7 +229,7 @@ def _replace(
     """
     dense: Any = model.get_submodule(name)
     weight = dense.weight.detach()
-    qt = first[1].quant_tensor() if first else quantize(weight, format, method)
+    qt = first[1].quant_tensor() if first else method(dense, weight, format)
     row = measure(name, weight, qt)
     made: PackedModule
     if isinstance(dense, nn.Embedding):

@@ -305,27 +305,39 @@ def fill_codes(qt: QuantTensor, weight: Tensor) -> None:
 
 def _codes(ratio: Tensor, qt: QuantTensor, rows: slice, zero: Tensor | None) -> Tensor:
     format = qt.format
+    if not format.fitted:
+        return find_codes(ratio, format, zero, fixed_table(format, ratio.device))
+    table = qt.tensors["table"]
+    if format.table_scope != "group":
+        return find_codes(ratio, format, zero, table if table.dim() == 1 else table[rows])
+    begin, codes = 0, []
+    for part in group_parts(ratio, format):
+        groups = part.shape[1]
+        own = table[rows][:, begin : begin + groups].flatten(0, 1)
+        codes.append(nearest_codes(part.flatten(0, 1), own).view(part.shape[0], -1))
+        begin += groups
+    return torch.cat(codes, 1)
+
+
+def fixed_table(format: Format, device: torch.device) -> Tensor:  # (codes,) fp32
+    """The values of the codes of a format that is not fitted."""
+    return torch.tensor(format.values(), dtype=torch.float32, device=device)
+
+
+def find_codes(
+    ratio: Tensor,  # (R, C) fp32, from `scaled`
+    format: Format,
+    zero: Tensor | None,  # (R, groups of C) fp32
+    table: Tensor | Nearest,  # (E,) or (R, E): the values of the codes
+) -> Tensor:  # (R, C) uint8
+    """The nearest code of every scaled weight."""
     if format.codec == "affine":
         return _affine_codes(ratio, format, zero)
     if format.codec in ("e4m3", "e5m2"):
         dtype = torch.float8_e4m3fn if format.codec == "e4m3" else torch.float8_e5m2
         top = torch.finfo(dtype).max
         return ratio.clamp(-top, top).to(dtype).view(torch.uint8)
-    if not format.fitted:
-        table = torch.tensor(format.values(), dtype=torch.float32, device=ratio.device)
-        return nearest_codes(ratio, table)
-    if format.table_scope == "tensor":
-        return nearest_codes(ratio, qt.tensors["table"])
-    table = qt.tensors["table"][rows]
-    if format.table_scope == "row":
-        return nearest_codes(ratio, table)
-    begin, codes = 0, []
-    for part in group_parts(ratio, format):
-        groups = part.shape[1]
-        own = table[:, begin : begin + groups].flatten(0, 1)
-        codes.append(nearest_codes(part.flatten(0, 1), own).view(part.shape[0], -1))
-        begin += groups
-    return torch.cat(codes, 1)
+    return (table if isinstance(table, Nearest) else Nearest(table))(ratio)
 
 
 def _affine_codes(ratio: Tensor, format: Format, zero: Tensor | None) -> Tensor:
@@ -339,27 +351,35 @@ def _affine_codes(ratio: Tensor, format: Format, zero: Tensor | None) -> Tensor:
     return code.clamp(0, 2**format.bits - 1).to(torch.uint8)
 
 
-def nearest_codes(
-    values: Tensor,  # (R, C) fp32
-    table: Tensor,  # (E,) or (R, E) fp32, in any order
-) -> Tensor:  # (R, C) uint8
-    """The index of the nearest entry: ties go to the lower value, equal entries to the first of
-    them.
+class Nearest:
+    """Finds the nearest entry of a table: ties go to the lower value, equal entries to the first of
+    them. Called with values (R, C) fp32 it gives indices (R, C) uint8.
     """
-    entries, index = table.sort(dim=-1, stable=True)
-    low, high = entries[..., :-1].double(), entries[..., 1:].double()
-    exact = (low + high) / 2
-    middle = exact.to(torch.float32)
-    # Rounded down, an fp32 boundary compares with every fp32 value as the exact one does.
-    below = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
-    middle = torch.where(middle.double() > exact, below, middle)
-    # Between equal entries there is no boundary: the next one takes its place.
-    middle = torch.where(low == high, torch.inf, middle)
-    middle = middle.flip(-1).cummin(-1).values.flip(-1).contiguous()
-    position = torch.searchsorted(middle, values.contiguous())
-    if table.dim() == 1:
-        return index.to(torch.uint8)[position]
-    return index.to(torch.uint8).gather(1, position)
+
+    def __init__(self, table: Tensor) -> None:
+        """`table`: (E,) or one for each row, (R, E), fp32 in any order."""
+        entries, index = table.sort(dim=-1, stable=True)
+        low, high = entries[..., :-1].double(), entries[..., 1:].double()
+        exact = (low + high) / 2
+        middle = exact.to(torch.float32)
+        # Rounded down, an fp32 boundary compares with every fp32 value as the exact one does.
+        below = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
+        middle = torch.where(middle.double() > exact, below, middle)
+        # Between equal entries there is no boundary: the next one takes its place.
+        middle = torch.where(low == high, torch.inf, middle)
+        self._middle = middle.flip(-1).cummin(-1).values.flip(-1).contiguous()
+        self._index = index.to(torch.uint8)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        position = torch.searchsorted(self._middle, values.contiguous())
+        if self._index.dim() == 1:
+            return self._index[position]
+        return self._index.gather(1, position)
+
+
+def nearest_codes(values: Tensor, table: Tensor) -> Tensor:
+    """The index of the nearest entry of every value, as `Nearest` finds it."""
+    return Nearest(table)(values)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -1,0 +1,165 @@
+"""Calibration: what goes into the linears of a model, as running sums that forward hooks update.
+
+Memory is what the sums take, whatever the amount of data: 4 K^2 bytes for each Hessian of a linear
+with K input features, on the device of the linear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Rows of an input that are converted to fp32 at a time hold about this many values.
+_SLICE_VALUES = 1 << 22
+
+
+class InputStatistics:
+    """Running sums over all rows x (K,) of the inputs of one linear.
+
+    Attributes:
+        samples: how many rows there were.
+        absmax: max |x_k|, (K,) fp32; 0 before the first row.
+    """
+
+    def __init__(
+        self, features: int, hessian: bool = True, device: torch.device | str | None = None
+    ) -> None:
+        """`hessian`: whether the (K, K) sum is kept, too; else only sums per feature."""
+        self.samples = 0
+        self.absmax = torch.zeros(features, device=device)
+        self._abs = torch.zeros(features, dtype=torch.float64, device=device)
+        self._square = torch.zeros(features, dtype=torch.float64, device=device)
+        self._outer = torch.zeros(features, features, device=device) if hessian else None
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Adds x (..., K), floating and finite.
+
+        Raises:
+            ValueError: x has another number of features, or holds NaN or inf; no row of the slice
+                that holds it is counted then.
+        """
+        features = len(self.absmax)
+        if x.dim() == 0 or x.shape[-1] != features:
+            raise ValueError(f"x must have {features} features, got shape {tuple(x.shape)}")
+        rows = x.detach().reshape(-1, features)
+        for part in rows.split(max(1, _SLICE_VALUES // features)):
+            single = part.to(self.absmax.device, torch.float32)
+            if not bool(torch.isfinite(single).all()):
+                raise ValueError("calibration input holds NaN or inf")
+            if not len(single):
+                continue
+            magnitude = single.abs()
+            self.samples += len(single)
+            self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
+            self._abs += magnitude.sum(0, dtype=torch.float64)
+            self._square += single.double().square().sum(0)
+            if self._outer is not None:
+                self._outer.addmm_(single.T, single)
+
+    @property
+    def absmean(self) -> Tensor:
+        """The mean of |x_k|, (K,) fp32."""
+        return (self._abs / self._count()).float()
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The mean of x_k^2, (K,) fp32: the diagonal of the Hessian, summed in fp64."""
+        return (self._square / self._count()).float()
+
+    @property
+    def hessian(self) -> Tensor:
+        """X^T X / samples, (K, K) fp32."""
+        if self._outer is None:
+            raise ValueError("hessian was not collected: make the statistics with hessian=True")
+        return self._outer / self._count()
+
+    def _count(self) -> int:
+        if not self.samples:
+            raise ValueError("calibration is empty: no input has reached this layer")
+        return self.samples
+
+
+@contextlib.contextmanager
+def collect(
+    model: nn.Module, names: Iterable[str], *, hessian: bool = True
+) -> Iterator[dict[str, InputStatistics]]:
+    """Collects the inputs of the named linears while the model runs in the body of `with`.
+
+    Args:
+        model: any module; it is left as it is, and the hooks are removed at the end.
+        names: dotted names of modules with `in_features` that take x (..., K) as first argument.
+        hessian: as in `InputStatistics`.
+
+    Raises:
+        AttributeError: the model has no module of such a name.
+        TypeError: a module is not a linear.
+    """
+    statistics, hooks = {}, []
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            module = model.get_submodule(name)
+            features = getattr(module, "in_features", None)
+            if not isinstance(features, int):
+                raise TypeError(f"{name} must be a linear, got {type(module).__name__}")
+            device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+            statistics[name] = InputStatistics(features, hessian, device)
+            hooks.append(module.register_forward_pre_hook(_hook(name, statistics[name])))
+            stack.callback(hooks[-1].remove)
+        yield statistics
+
+
+def _hook(name: str, statistics: InputStatistics) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def update(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not args:
+            raise TypeError(f"{name}: the input of a linear must be its first positional argument")
+        try:
+            statistics.update(args[0])
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from e
+
+    return update
+
+
+def as_batches(calibration: Iterable[Any]) -> Sequence[Any]:
+    """The inputs as a sequence that can be run several times.
+
+    Raises:
+        TypeError: it is a tensor or a mapping, not a sequence of inputs.
+        ValueError: it is empty.
+    """
+    if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"calibration must be an iterable of model inputs, got {type(calibration).__name__}"
+        )
+    batches = list(calibration)
+    if not batches:
+        raise ValueError("calibration is empty: it must hold at least one input")
+    return batches
+
+
+@torch.no_grad()
+def run(model: nn.Module, batches: Iterable[Any], advance: Callable[[], object]) -> None:
+    """Runs the model in evaluation mode on every input and calls `advance` after each.
+
+    An input is a tensor, a tuple or list of positional arguments, or a mapping of keywords. The
+    modes of all modules are restored.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, (tuple, list)):
+                model(*batch)
+            else:
+                model(batch)
+            advance()
+    finally:
+        for module in training:
+            module.training = True
