@@ -40,12 +40,13 @@ def quantize(
     As in the paper: `damping` times the mean of H's diagonal is added to the diagonal; columns are
     updated in blocks, which changes no result but for rounding; the scales and zeros of a group are
     those that round to nearest would choose for the group's updated weights; with `act_order` (of
-    the authors' code) columns go by falling H_jj and all scales are fixed before the first one.
-    Our reading: scales with a second level ("e4m3", "dq8") are fixed first always. The tables of a
+    the authors' code) columns go by falling H_jj and all scales are fixed before the first one. Our
+    reading: scales with a second level ("e4m3", "dq8") are fixed first always. The tables of a
     fitted format are fixed first, too, by k-means where a weight counts 1 / U_jj^2; only tables per
-    group are fitted to the updated weights. A column without inputs (H_jj = 0) is rounded to
-    nearest. The factorisation and the updates are in fp64, codes are chosen in fp32. Needs about
-    32 K^2 bytes.
+    group are fitted to the updated weights (fixed tables with nearly an entry for each of their
+    weights fit only the weights before the updates, and can be worse). A column without inputs
+    (H_jj = 0) is rounded to nearest. The factorisation and the updates are in fp64, codes are
+    chosen in fp32. Needs about 32 K^2 bytes.
 
     Args:
         weight: (N, K) in fp32, bf16, fp16 or fp64, finite, not empty.
