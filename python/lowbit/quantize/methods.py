@@ -39,7 +39,7 @@ def quantize(
         method: "rtn" (round to nearest), "kmeans" (fits the tables of a format without values of
             its own), "gptq" (least error of outputs) or "hqq" (fits float zeros); by default "rtn"
             or "kmeans", as the format wants.
-        weights: (N, K), the importance of each weight; only for "kmeans".
+        weights: (N, K) or (K,), the importance of each weight; only for "kmeans".
         table: the values of a fitted format, fp32 in the shape that its `table_scope` asks for;
             only for "rtn" and "gptq".
         hessian: (K, K), the second moment of the inputs; only for "gptq", which needs it.
