@@ -22,7 +22,7 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12, "python/lowbit/layouts.py": 12
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
     ("formats", "_C", "_cuda"),
-    ("packing", "planes", "fragments"),
+    ("codebooks", "packing", "planes", "fragments"),
     ("tensor",),
     ("reference",),
     ("layouts",),
@@ -46,6 +46,7 @@ RESTRICTED = {
     "gguf": {"io", "integrations"},
     "rich": {"cli", "run", "quantize"},
     "safetensors": {"io"},
+    "scipy": {"codebooks"},
     "tqdm": {"quantize"},
     "triton": set(),
     "transformers": {"integrations", "run"},

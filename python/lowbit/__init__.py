@@ -18,7 +18,7 @@ if importlib.util.find_spec("torch") is not None:
 from lowbit.formats import FORMATS, Format
 
 if TYPE_CHECKING:
-    from lowbit import binary, fp8, int8, integrations, nn, optim
+    from lowbit import binary, codebooks, fp8, int8, integrations, nn, optim
     from lowbit._C import kernels
     from lowbit.backends import explain
     from lowbit.io.safetensors import load, save
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Where each name lives; None for a module.
 _HOMES = {
-    "QuantTensor": "lowbit.tensor", "binary": None, "dequantize": "lowbit.ops",
+    "QuantTensor": "lowbit.tensor", "binary": None, "codebooks": None, "dequantize": "lowbit.ops",
     "explain": "lowbit.backends",
     "fp8": None, "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops",
     "linear_many": "lowbit.ops",
@@ -36,7 +36,7 @@ _HOMES = {
     "quantize_model": "lowbit.quantize", "save": "lowbit.io.safetensors",
 }  # fmt: skip
 __all__ = [
-    "Format", "QuantTensor", "__version__", "binary", "dequantize", "explain", "formats", "fp8", "int8",
+    "Format", "QuantTensor", "__version__", "binary", "codebooks", "dequantize", "explain", "formats", "fp8", "int8",
     "integrations", "kernels", "linear", "linear_many", "load", "nn", "optim", "quantize", "quantize_model", "save",
 ]  # fmt: skip
 

@@ -15,6 +15,7 @@ import json
 import math
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import NormalDist
@@ -299,11 +300,23 @@ def float8_values(codec: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-def normal_float(bits: int) -> tuple[float, ...]:
-    """NormalFloat table of `bits` bits (QLoRA, appendix E): quantiles of N(0, 1), scaled to [-1, 1]."""
-    levels = 2**bits
+_normal_ppf = NormalDist().inv_cdf
+
+
+def normal_float(
+    bits: int,
+    ppf: Callable[[float], float] = _normal_ppf,
+    *,
+    offset_bits: int | None = None,
+) -> tuple[float, ...]:
+    """NormalFloat table of `bits` bits (QLoRA, appendix E): quantiles of N(0, 1), scaled to [-1, 1].
+
+    With `ppf`, the same of another distribution that is symmetric about 0; `offset_bits` are the bits
+    that the probability of the outermost entries depends on, `bits` by default.
+    """
+    levels = 2 ** (offset_bits or bits)
     offset = 1 - 0.5 * (1 / (2 * (levels - 1)) + 1 / (2 * levels))
-    ppf = NormalDist().inv_cdf
+    levels = 2**bits
 
     def side(points: int) -> list[float]:
         step = (0.5 - offset) / (points - 1)
