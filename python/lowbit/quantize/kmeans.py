@@ -34,8 +34,10 @@ def quantize(weight: Tensor, format: Format | str, *, weights: Tensor | None = N
             in `rtn`, where absmax is scaled to 1.
         format: a fitted format or its name ("kmeans4", "kmeans3_pr", `Format.lut(bits=3)`); its
             `table_scope` says whether the weight, each row or each group has a table.
-        weights: (N, K), the importance of each weight (a diagonal Hessian, say): finite and not
-            negative. A table whose points all count 0 is fitted as if each counted 1.
+        weights: the importance of each weight, finite and not negative: (N, K), a diagonal Fisher
+            matrix, say (SqueezeLLM, arXiv 2306.07629), or (K,), alike for all rows, as the diagonal
+            of the second moment of the inputs. A table whose points all count 0 is fitted as if each
+            counted 1.
 
     Raises:
         TypeError, ValueError: as `rtn.quantize`; the format is not fitted; `weights` has another
@@ -48,7 +50,7 @@ def quantize(weight: Tensor, format: Format | str, *, weights: Tensor | None = N
             "use 'rtn', or a format without a table"
         )
     rtn.check_weight(weight, format)
-    _check_importance(weights, weight)
+    weights = _importance(weights, weight)
     qt = rtn.start(weight, format)
     fit = {"tensor": _tensor_table, "row": _row_tables, "group": _group_tables}
     fit[format.table_scope](qt, weight, weights)
@@ -56,16 +58,18 @@ def quantize(weight: Tensor, format: Format | str, *, weights: Tensor | None = N
     return qt
 
 
-def _check_importance(weights: Tensor | None, weight: Tensor) -> None:
+def _importance(weights: Tensor | None, weight: Tensor) -> Tensor | None:  # (N, K)
     if weights is None:
-        return
+        return None
     if not isinstance(weights, Tensor) or weights.dtype not in rtn.WEIGHT_DTYPES:
         got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights must be a floating tensor, got {got}")
+    if weights.shape == weight.shape[1:]:
+        weights = weights.expand(weight.shape)
     if weights.shape != weight.shape or weights.device != weight.device:
         raise ValueError(
             f"weights must have the shape and device of weight, {tuple(weight.shape)} on "
-            f"{weight.device}, got {tuple(weights.shape)} on {weights.device}"
+            f"{weight.device}, or the shape of a row, got {tuple(weights.shape)} on {weights.device}"
         )
     for rows, w in rtn.slices(weights):
         bad = ~(torch.isfinite(w) & (w >= 0))
@@ -76,6 +80,7 @@ def _check_importance(weights: Tensor | None, weight: Tensor) -> None:
                 f"weights[{rows.start + n}, {k}] = {value}, "
                 "importance must be finite in fp32 and not negative"
             )
+    return weights
 
 
 def _points(

@@ -30,7 +30,7 @@ def quantize(
         format: a Format, or a name that `lowbit.formats.parse` reads.
         method: "rtn" (round to nearest) or "kmeans" (fits the tables of a format without values of
             its own); by default the one of these that the format wants.
-        weights: (N, K), the importance of each weight; only for "kmeans".
+        weights: (N, K) or (K,), the importance of each weight; only for "kmeans".
         table: the values of a fitted format, fp32 in the shape that its `table_scope` asks for;
             only for "rtn".
 
