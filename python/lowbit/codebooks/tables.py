@@ -37,7 +37,8 @@ def nf(bits: int) -> Table:
 
 def sf(bits: int, nu: float = 5.0) -> Table:
     """Student Float (Dotzel et al., arXiv 2405.03103): `nf` with the quantiles of Student's t;
-    the paper takes nu = 5. The authors' 2- and 3-bit tables begin at the probability of 4 bits.
+    the paper takes nu = 5. The 3-bit table that they print begins at the probability of 4 bits; that 2
+    bits do too is our reading.
     """
     check_bits(bits, 2, 8)
     t = StudentT(nu)
