@@ -4,7 +4,8 @@ VENV ?= .venv
 PEERS ?= .venv-peers
 PEERS_JOBS ?= 2
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc cmake python $(wildcard kernels) -type f -not -name '*.so' -not -name '*.pyc') CMakeLists.txt pyproject.toml
+BUILD := build/module
+SOURCES := $(shell find csrc cmake python tests/cpp $(wildcard kernels) -type f -not -name '*.so' -not -name '*.pyc') CMakeLists.txt pyproject.toml
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 
@@ -25,8 +26,8 @@ $(VENV)/.ready: requirements.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.ready $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation --no-deps --force-reinstall . \
-	  --config-settings=cmake.define.LOWBIT_WERROR=ON
+	$(BIN)/pip install -q --no-build-isolation --no-deps --force-reinstall . --config-settings=build-dir=$(BUILD) \
+	  --config-settings=cmake.define.LOWBIT_WERROR=ON --config-settings=cmake.define.LOWBIT_CPP_TESTS=ON
 	touch $@
 
 lint: $(VENV)/.ready
@@ -41,20 +42,19 @@ types: $(VENV)/.built
 unit: $(VENV)/.built
 	$(BIN)/pytest -q
 
-# The C++ tests: every kernel row, for each instruction set that the CPU has, and the CUDA kernels' data movement.
+# The C++ tests, which are built with the module: every kernel row, for each instruction set that the CPU has, and the CUDA
+# kernels' data movement.
 CPP_TESTS := test_kernels test_fp8 test_fp8_mm test_fp8_adamw
-cpp: $(VENV)/.ready
-	$(CMAKE) -S . -B build/cpp -DLOWBIT_CPP_TESTS=ON -DLOWBIT_WERROR=ON
-	$(BIN)/cmake --build build/cpp
-	set -e; for test in $(CPP_TESTS) test_cuda; do build/cpp/$$test; done
+cpp: $(VENV)/.built
+	set -e; for test in $(CPP_TESTS) test_cuda; do $(BUILD)/$$test; done
 
 # The same on CPUs without AVX2 and without AVX-512.
-emulate: cpp
+emulate: $(VENV)/.built
 	@if command -v qemu-x86_64 >/dev/null; then \
 	  set -e; for cpu in Nehalem Haswell; do for test in $(CPP_TESTS); do \
 	    echo "qemu-x86_64 -cpu $$cpu $$test"; \
-	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu build/cpp/$$test 2>build/cpp/qemu.log || \
-	      { cat build/cpp/qemu.log; exit 1; }; done; done; \
+	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu $(BUILD)/$$test 2>$(BUILD)/qemu.log || \
+	      { cat $(BUILD)/qemu.log; exit 1; }; done; done; \
 	else echo "SKIPPED: qemu-x86_64 not found (Debian package qemu-user): rows not run on emulated CPUs"; fi
 
 sanitize: $(VENV)/.ready
