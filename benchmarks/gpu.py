@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from gpu_decode import SHAPES as MODELS
 from gpu_decode import milliseconds_per_token
 from gpu_fp8 import measure as measure_fp8
+from gpu_timing import replay_microseconds
 from record import RESULTS, machine
 from torch import Tensor
 
@@ -31,7 +32,6 @@ SHAPES = ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192), (10944, 4096
 ROWS = (1, 4, 16, 64, 256, 1024)
 FORMATS = ("int4", "nf4", "int3", "nf3", "int2", "binary", "int8", "e4m3", "kmeans8")
 FAMILIES = {"triton": layouts.K16, "cuda": layouts.M16}
-REPLAYS = 25
 ROTATED_BYTES = 180 << 20  # more than three times the largest L2 cache
 # Relative Frobenius error: bf16 table entries, x and y each round by at most 2^-8 (0.2 % rms).
 TOLERANCE = 0.01
@@ -190,20 +190,8 @@ def microseconds(kernel: Kernel, x: Tensor) -> list[float]:
     """Times of one product, from replays of a graph of all copies."""
     for call in kernel.calls[:2]:
         call(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in kernel.calls:
-            call(x)
-    taken = []
-    for _ in range(REPLAYS + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        taken.append(start.elapsed_time(end) * 1e3 / len(kernel.calls))
-    return taken[3:]
+    taken = replay_microseconds(lambda: [call(x) for call in kernel.calls])
+    return [us / len(kernel.calls) for us in taken]
 
 
 def copy_bandwidth() -> float:

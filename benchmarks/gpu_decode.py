@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from gpu_timing import replay_microseconds
 from torch import Tensor
 
 import lowbit
@@ -90,16 +91,4 @@ def milliseconds_per_token(shape: Shape, format: str | None, layout: str | None)
         return head(F.rms_norm(x, (shape.hidden,), norm))
 
     step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    taken = []
-    for _ in range(25):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        taken.append(start.elapsed_time(end))
-    return statistics.median(taken[5:])
+    return statistics.median(replay_microseconds(step)) / 1e3

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from gpu_timing import replay_microseconds
 from torch import Tensor
 
 from lowbit import fp8
@@ -16,7 +17,6 @@ from lowbit.fp8 import matmul_cuda, matmul_triton
 # (M, N, K): square, a layer of a large model at prefill and at decode.
 SHAPES = ((8192, 8192, 8192), (4096, 7168, 2048), (16, 28672, 8192), (64, 28672, 8192))
 PAIRS = (("tensor", "tensor"), ("row", "row"), ("1x128", "128x128"))
-REPLAYS = 20
 CHECKED_ROWS = 64
 # fp32 sums of exact products; y is rounded to bf16 (2^-9 at most, 0.2 % rms).
 TOLERANCE = 0.003
@@ -33,20 +33,7 @@ def torch_call(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, kind: str
 def microseconds(call: Call, copies: int = 4) -> float:
     """Median time of a call, several in one CUDA graph."""
     call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(copies):
-            call()
-    taken = []
-    for _ in range(REPLAYS + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        taken.append(start.elapsed_time(end) * 1e3 / copies)
-    return statistics.median(taken[3:])
+    return statistics.median(replay_microseconds(lambda: [call() for _ in range(copies)])) / copies
 
 
 def measure(families: list[str]) -> list[dict[str, Any]]:

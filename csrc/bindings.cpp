@@ -8,6 +8,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "address.h"
 #include "decoder.h"
 #include "dispatch.h"
 #include "kmeans.h"
@@ -36,11 +37,6 @@ std::string shape_string(const py::array& a) {
   std::string s = "(";
   for (py::ssize_t i = 0; i < a.ndim(); ++i) s += (i ? ", " : "") + std::to_string(a.shape(i));
   return s + ")";
-}
-
-template <class T>
-T* pointer(uint64_t address) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
 }
 
 Dtype dtype_of(const std::string& name) {

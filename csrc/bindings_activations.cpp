@@ -1,6 +1,7 @@
 // Quantization of activations by raw pointers: what `lowbit._C` has for int8.py and binary.py.
 #include <pybind11/pybind11.h>
 
+#include "address.h"
 #include "binary.h"
 #include "int8.h"
 
@@ -8,11 +9,6 @@ namespace py = pybind11;
 
 namespace lowbit {
 namespace {
-
-template <class T>
-T* pointer(uint64_t address) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
 
 // x (m, k) to q (m, k) int8 and scales (m, groups); or with the given scales (m).
 void py_quantize_int8(uint64_t x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, int64_t group, uint64_t scales,

@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "address.h"
 #include "dispatch.h"
 #include "fp8.h"
 
@@ -13,11 +14,6 @@ namespace py = pybind11;
 
 namespace lowbit {
 namespace {
-
-template <class T>
-T* pointer(uint64_t address) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
 
 const Fp8Ops& ops_of(const std::string& isa) { return fp8_ops(cap_isa(active_isa(), isa.c_str())); }
 

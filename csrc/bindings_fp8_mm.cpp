@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "address.h"
 #include "dispatch.h"
 #include "fp8_mm.h"
 
@@ -13,11 +14,6 @@ namespace py = pybind11;
 
 namespace lowbit {
 namespace {
-
-template <class T>
-T* pointer(uint64_t address) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
 
 // Address of the codes, bytes between rows, type; address of the scales, type, row shift, shift along K (-1: whole
 // rows), elements between rows.

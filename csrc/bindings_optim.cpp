@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "address.h"
 #include "dispatch.h"
 #include "fp8_adamw.h"
 
@@ -13,11 +14,6 @@ namespace py = pybind11;
 
 namespace lowbit {
 namespace {
-
-template <class T>
-T* pointer(uint64_t address) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
 
 // A state is (codes, Float8, terms). `isa` caps the instruction set as LOWBIT_ISA does.
 using State = std::tuple<uint64_t, int, uint64_t>;

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "address.h"
 #include "dlpack.h"
 #include "layout.h"
 
@@ -13,11 +14,6 @@ namespace py = pybind11;
 
 namespace lowbit {
 namespace {
-
-template <class T>
-T* pointer(uint64_t address) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
 
 const dlpack::Exchange* exchange = nullptr;
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;

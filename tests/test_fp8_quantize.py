@@ -4,6 +4,7 @@ blocks of all kinds, errors, torch.compile."""
 from __future__ import annotations
 
 import functools
+import logging
 import math
 
 import numpy as np
@@ -24,8 +25,8 @@ from fp8_values import (
     same,
     special,
 )
-from lowbit import fp8
-from lowbit.fp8 import cpu, reference, triton
+from lowbit import fp8, layouts
+from lowbit.fp8 import cpu, matmul, quantization, reference, triton
 from lowbit.fp8.dtypes import E8M0, FLOAT8
 from lowbit.fp8.granularity import GRANULARITIES, Granularity, find, infer
 
@@ -364,3 +365,18 @@ def test_opcheck_and_compile() -> None:
 def test_public_names() -> None:
     assert lowbit.fp8 is fp8
     assert all(callable(getattr(fp8, name)) for name in fp8.__all__)
+
+
+def test_plain_torch_says_that_it_stands_in(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(layouts, "has_triton", lambda: False)
+    reference.log_use.cache_clear()
+    with caplog.at_level(logging.WARNING, "lowbit"):
+        assert quantization._backend("cuda", 0) is reference
+        assert not caplog.messages
+        assert quantization._backend("cuda", 5) is reference
+        row = find("row")
+        assert matmul._backend(torch.device("cuda"), row, row) is reference
+    assert len(caplog.messages) == 1
+    assert "on cuda: triton" in caplog.messages[0]

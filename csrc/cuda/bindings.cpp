@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../address.h"
 #include "heuristics.h"
 #include "kernels.h"
 
@@ -27,10 +28,6 @@ Zero zero_of(const std::optional<std::string>& name) {
   if (*name == "float") return Zero::kSubtract;
   if (*name == "min") return Zero::kAdd;
   throw std::invalid_argument("zero must be None, int, float or min, got '" + *name + "'");
-}
-template <class T>
-T* pointer(uint64_t address) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
 }
 cudaStream_t use(int device, uint64_t stream) {
   if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess)

@@ -17,7 +17,7 @@ struct MmaTile {
   static constexpr int kTilesK = kTilesM == 1 && kBits <= 2 ? 2 : 1;
   static constexpr int kStages = 4;
   // Blocks that a multiprocessor's registers hold: with the stages of all of them, 72 KiB of 4-bit codes are on their
-  // way at M = 1, which is what an H200's memory takes to answer.
+  // way at M = 1. By estimate 28 KiB would do at 4.3 TB/s and 850 ns; twice that allows for uneven blocks.
   static constexpr int kBlocksPerSm = kTilesM == 1 ? 3 : kTilesM <= 4 ? 2 : 1;
   static constexpr int kThreads = kWarpsN * kWarpsK * kLanes;
   static constexpr int kRows = kWarpsN * kRowTiles * kTileN;

@@ -89,7 +89,7 @@ def wants_cuda() -> bool:
     built = importlib.util.find_spec("lowbit._cuda") is not None
     wanted = os.environ.get("LOWBIT_CUDA") == "1"
     if not (built and wanted):
-        reason = "LOWBIT_CUDA=1 is not set" if built else "they were built without nvcc"
+        reason = "LOWBIT_CUDA=1 is not set" if built else "the package was built without nvcc"
         _logger.info("the CUDA kernels do not run: %s; the Triton kernels do", reason)
     return built and wanted
 

@@ -99,7 +99,8 @@ def linear(
         return _derived.activation_linear(x, *operands, bias, format, n, k).to(dtype)
     w = weight(format, n, k, *(None if t is None else t.dtype for t in (scales, zeros)))
     if m == 0 or n == 0 or k == 0:
-        return F.linear(x, x.new_zeros(n, k), None if bias is None else bias.to(x.dtype)).to(dtype)
+        zeros_out = x.new_zeros((m, n), dtype=dtype)
+        return zeros_out if bias is None else zeros_out + bias.to(dtype)
     config = _choose(w, m, x.device)
     if config[0] == "decode" or not multiplies(x.dtype, format):
         _log_decode(x.dtype, config[0] == "decode")

@@ -104,7 +104,10 @@ def _backend(device: torch.device, a: Granularity, b: Granularity) -> ModuleType
         return matmul_cpu
     if matmul_cuda.runs(device, a, b):
         return matmul_cuda
-    return matmul_triton if layouts.has_triton() else reference
+    if layouts.has_triton():
+        return matmul_triton
+    reference.log_use(device.type)
+    return reference
 
 
 def _ready(tensors: Sequence[Any]) -> list[Any]:

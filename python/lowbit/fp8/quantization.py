@@ -144,9 +144,14 @@ def cast(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, saturate: bool = T
 
 
 def _backend(device_type: str, size: int) -> ModuleType:
+    if size == 0:
+        return reference
     if device_type == "cpu":
-        return cpu if size else reference
-    return triton if size and layouts.has_triton() else reference
+        return cpu
+    if layouts.has_triton():
+        return triton
+    reference.log_use(device_type)
+    return reference
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ Arithmetic is fp32 with one rounding per operation, in the order that is written
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +17,16 @@ from lowbit.fp8.dtypes import E8M0, E8M0_BIAS, FLOAT8, NAN_CODE
 from lowbit.fp8.granularity import Granularity
 
 _WORD = 0xFFFFFFFF
+_logger = logging.getLogger("lowbit")
+
+
+@functools.cache
+def log_use(device_type: str) -> None:
+    """Says once that this file stands in for the kernels of a device, and why."""
+    _logger.warning(
+        "plain torch computes FP8 ops on %s: triton, which has the kernels, is not installed",
+        device_type,
+    )
 
 
 def cast(x: Tensor, dtype: torch.dtype, saturate: bool = True) -> Tensor:
