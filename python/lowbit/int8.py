@@ -1,4 +1,4 @@
-"""int8 activations: `quantize` and `linear`, and their ops torch.ops.lowbit.int8_quantize and int8_linear.
+"""int8 activations: `quantize`, `linear` and `requantize`, and the ops torch.ops.lowbit.int8_quantize and int8_linear.
 
 What they compute is stated in `reference.quantize_int8` and `reference.int8_linear`, bit for bit. A format with
 activation "int8" or "int8_table" does both inside `lowbit.linear`.
@@ -84,6 +84,123 @@ def linear(
     w = ops.operands(weight)
     arguments = (w.codes, w.scales, w.zeros, w.table, bias, w.spec, w.layout, *w.shape)
     return _linear(q, x_scales, *arguments, out_dtype, out_scale)
+
+
+def static_linear(
+    x: Tensor, x_scale: Tensor, weight: QuantTensor | Operands, bias: Tensor | None = None
+) -> Tensor:
+    """`lowbit.linear` with x quantized by one given scale in place of absmax / 127 of each row.
+
+    Args:
+        x: (..., K) in fp32, bf16 or fp16.
+        x_scale: one fp32 element on the device of x, positive and finite (not checked: under
+            torch.compile it has no value).
+        weight, bias: as in `linear`.
+
+    Returns:
+        (..., N) in the dtype of x. No gradients.
+    """
+    w = ops.operands(weight)
+    arguments = (w.codes, w.scales, w.zeros, w.table, bias, w.spec, w.layout, *w.shape)
+    return call_static_linear(x, x_scale, *arguments)
+
+
+def call_static_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+) -> Tensor:
+    """`static_linear` on loose operands."""
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must have shape (..., {k}), got {tuple(x.shape)}")
+    x = ops.autocast(x)
+    rows = x.reshape(-1, k)
+    q, x_scales = _quantize(rows, None, x_scale.expand(rows.shape[0]).contiguous())
+    y = _linear(q, x_scales, codes, scales, zeros, table, bias, spec, layout, n, k, x.dtype, None)
+    return y.view(*x.shape[:-1], n)
+
+
+def dyadic(factor: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The dyadic number nearest to a factor: multiplier / 2^31 / 2^shift.
+
+    Args:
+        factor: not negative and below 2^31, as input scale * weight scale / output scale; any shape.
+
+    Returns:
+        multiplier int32, from 2^30 to 2^31 - 1, rounded with ties up, and shift int32, -31 to 31 (left if negative).
+        A factor below 2^-32 gives 0 and 0, as in TFLite.
+
+    Raises:
+        ValueError: a factor is negative, not finite or too large.
+    """
+    f = torch.as_tensor(factor, dtype=torch.float64)
+    if not bool(((f >= 0) & (f < 2**31)).all()):
+        raise ValueError(f"factor must be 0 or more and below 2^31, got {factor!r:.200}")
+    mantissa, exponent = torch.frexp(f)
+    # Exact in fp64: the mantissa has 53 bits.
+    multiplier = (mantissa * 2**31 + 0.5).floor().long()
+    carry = multiplier == 2**31
+    multiplier, shift = torch.where(carry, 2**30, multiplier), -(exponent + carry)
+    lost = (shift > 31) | (multiplier == 0)
+    multiplier, shift = multiplier.masked_fill(lost, 0), shift.masked_fill(lost, 0)
+    if bool((shift < -31).any()):
+        raise ValueError(f"factor must be below 2^31 when rounded, got {factor!r:.200}")
+    return multiplier.to(torch.int32), shift.to(torch.int32)
+
+
+def requantize(
+    acc: Tensor, multiplier: Tensor, shift: Tensor, zero_point: int = 0, low: int = -128
+) -> Tensor:
+    """int32 sums to int8 in integers alone: acc * multiplier / 2^31 / 2^shift + zero_point, saturated.
+
+    Bit for bit gemmlowp, whose rule TFLite and I-ViT (arXiv 2207.01405) use: the product over 2^31 is rounded to
+    nearest, ties towards plus infinity (SaturatingRoundingDoublingHighMul, the VQRDMULH of Arm), and that, over
+    2^shift, to nearest again, ties away from zero (RoundingDivideByPOT). A left shift comes before the product and
+    saturates to int32 (our reading).
+
+    Args:
+        acc: (..., N) int32.
+        multiplier, shift: int32 of one element, or (N,) for a factor per channel, from `dyadic`.
+        zero_point: of the result, -128 to 127.
+        low: results below it become it; `zero_point` makes it a ReLU.
+
+    Returns:
+        (..., N) int8.
+
+    Raises:
+        TypeError: a dtype is not int32.
+        ValueError: a shape, a device or a number does not fit.
+    """
+    for name, t in (("acc", acc), ("multiplier", multiplier), ("shift", shift)):
+        if t.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {t.dtype}")
+    n = acc.shape[-1] if acc.dim() else 1
+    for name, t, least in (("multiplier", multiplier, 0), ("shift", shift, -31)):
+        if t.device != acc.device or (t.numel() != 1 and t.shape != (n,)):
+            raise ValueError(
+                f"{name} must have one element or shape ({n},) on {acc.device}, got "
+                f"{tuple(t.shape)} on {t.device}"
+            )
+        if bool((t < least).any()) or (name == "shift" and bool((t > 31).any())):
+            raise ValueError(f"{name} must be {least} to {31 if least else 2**31 - 1}, got {t}")
+    for name, number in (("zero_point", zero_point), ("low", low)):
+        if not -128 <= number <= 127:
+            raise ValueError(f"{name} must be -128 to 127, got {number}")
+    bounds = torch.iinfo(torch.int32)
+    by = shift.long()
+    left = (acc.long() << (-by).clamp(min=0)).clamp(bounds.min, bounds.max)
+    product = (left * multiplier + 2**30) >> 31
+    right = by.clamp(min=0)
+    nudge = torch.where(right > 0, (1 << right >> 1) - (product < 0).long(), 0)
+    return (((product + nudge) >> right) + zero_point).clamp(low, 127).to(torch.int8)
 
 
 def _static_scale(scale: float | Tensor, x: Tensor) -> Tensor:

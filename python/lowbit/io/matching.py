@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from lowbit.formats import Format
 from lowbit.io.checkpoint import Checkpoint
-from lowbit.nn import PackedModule
+from lowbit.nn import PackedModule, QuantLinear
 from lowbit.tensor import TENSOR_NAMES
 
 _SHOWN = 20  # differences in an error message
@@ -61,6 +62,10 @@ class Match:
             own = own_tensors(module, prefix_of(name))
             if name in header.layers or name in self.tied:
                 own.pop(f"{prefix_of(name)}weight", None)
+                static = f"{prefix_of(name)}input_scale"
+                if static in self._available and isinstance(module, nn.Linear | QuantLinear):
+                    # Loading makes it where the model has none.
+                    own.setdefault(static, torch.empty(()))
             elif isinstance(module, PackedModule):
                 problems.append(
                     f"layer {name!r} is {module.format.name} in the model and not in the file"

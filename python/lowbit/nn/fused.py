@@ -164,6 +164,7 @@ def fuse(model: nn.Module) -> int:
             layers = [module._modules.get(name) for name in names]
             if (
                 all(type(layer) is QuantLinear and layer._siblings is None for layer in layers)
+                and all(layer.input_scale is None for layer in layers)  # type: ignore[union-attr]
                 and len({layer.in_features for layer in layers}) == 1  # type: ignore[union-attr]
                 and len({id(layer) for layer in layers}) == len(layers)
                 and len({layouts.fits_m16(layer.format) for layer in layers}) == 1  # type: ignore[union-attr, arg-type]

@@ -6,13 +6,14 @@ x (..., K) in fp32, bf16 or fp16 gives (..., N) in the same dtype, with gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import layouts, ops
+from lowbit import int8, layouts, ops
 from lowbit.formats import Format
 from lowbit.layouts import Operands
 from lowbit.nn.fused import Siblings
@@ -30,6 +31,8 @@ class QuantLinear(PackedModule):
     Attributes:
         in_features, out_features: K and N.
         bias: Parameter (N,) or None. It does not require grad unless `train_parameters` says so.
+        input_scale: Parameter () fp32 without grad, the one scale that int8 activations are quantized
+            by (static quantization), or None: a scale per row of x.
     """
 
     def __init__(
@@ -70,7 +73,37 @@ class QuantLinear(PackedModule):
         self.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         )
+        # Not a buffer: tied layers share those, and each has inputs of its own.
+        self.register_parameter("input_scale", None)
         self._trained: frozenset[str] = frozenset()
+
+    def set_input_scale(self, scale: float | Tensor | None) -> None:
+        """Fixes the scale of int8 activations: q = round(x / scale), saturated at -127 and 127.
+
+        The layer then has no gradients, and computes its product apart from `fuse`d ones. State
+        dicts hold the scale, and loading one that does sets it.
+
+        Args:
+            scale: one positive and finite number; None goes back to absmax / 127 of each row of x.
+
+        Raises:
+            ValueError: the number is not that, or the format takes activations as they are.
+        """
+        if scale is None:
+            self.input_scale = None
+            return
+        if self.format.activation is None:
+            raise ValueError(
+                f"format {self.format.name!r} does not quantize activations: use one with the "
+                "suffix _a8 or _a8t"
+            )
+        value = torch.as_tensor(scale, dtype=torch.float32).detach()
+        if value.numel() != 1 or not bool((value > 0) & value.isfinite()):
+            raise ValueError(f"scale must be one positive, finite number, got {scale!r:.200}")
+        value = value.reshape(()).to(self._buffers["codes"].device, copy=True)
+        self.input_scale = nn.Parameter(value, requires_grad=False)
+        if self._siblings is not None:
+            self._siblings.dissolve()
 
     @classmethod
     def from_linear(
@@ -137,8 +170,7 @@ class QuantLinear(PackedModule):
             w = {**w, **self._learned()}
         codes = w["codes"]
         n, k = self.shape
-        return ops.call_linear(
-            x,
+        weight = (
             codes,
             w["scales"],
             w["zeros"],
@@ -149,6 +181,10 @@ class QuantLinear(PackedModule):
             n,
             k,
         )
+        x_scale = self._parameters["input_scale"]
+        if x_scale is not None:
+            return int8.call_static_linear(x, x_scale, *weight)
+        return ops.call_linear(x, *weight)
 
     def train_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Makes the named tensors learnable, and every other one not; () freezes the layer again.
@@ -242,9 +278,36 @@ class QuantLinear(PackedModule):
             for name in self._trained:
                 self._parameters[name].copy_(tensors[name])  # type: ignore[union-attr]
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        scale = state_dict.get(f"{prefix}input_scale")
+        if scale is not None:
+            try:
+                self.set_input_scale(scale)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix}input_scale: {error}")
+                return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
     def _apply_other(self, fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         new = fn(t)
-        parameters = [self._parameters[name] for name in self._trained]
+        parameters = [self._parameters[name] for name in (*self._trained, "input_scale")]
         learned = any(t is p or (p is not None and t is p.grad) for p in parameters)
         return t.to(new.device) if learned and new.dtype != t.dtype else new
 
@@ -253,4 +316,5 @@ class QuantLinear(PackedModule):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {super().extra_repr()}"
+            f"{'' if self.input_scale is None else ', static input scale'}"
         )

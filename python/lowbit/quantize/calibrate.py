@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -99,26 +99,52 @@ def collect(
         AttributeError: the model has no module of such a name.
         TypeError: a module is not a linear.
     """
-    statistics, hooks = {}, []
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            module = model.get_submodule(name)
-            features = getattr(module, "in_features", None)
-            if not isinstance(features, int):
-                raise TypeError(f"{name} must be a linear, got {type(module).__name__}")
-            device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
-            statistics[name] = InputStatistics(features, hessian, device)
-            hooks.append(module.register_forward_pre_hook(_hook(name, statistics[name])))
-            stack.callback(hooks[-1].remove)
+    statistics = {}
+    for name in names:
+        module = model.get_submodule(name)
+        features = getattr(module, "in_features", None)
+        if not isinstance(features, int):
+            raise TypeError(f"{name} must be a linear, got {type(module).__name__}")
+        device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+        statistics[name] = InputStatistics(features, hessian, device)
+    with attach(model, statistics):
         yield statistics
 
 
-def _hook(name: str, statistics: InputStatistics) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+class Recorder(Protocol):
+    """What can be attached to a linear: `InputStatistics` and every `observers.Observer`."""
+
+    def update(self, x: Tensor, /) -> None:
+        """Takes an input x (..., K)."""
+
+
+@contextlib.contextmanager
+def attach(model: nn.Module, recorders: Mapping[str, Recorder]) -> Iterator[None]:
+    """Gives recorders the inputs of the modules they are named for while the model runs in the body
+    of `with`.
+
+    Args:
+        model: any module; it is left as it is, and the hooks are removed at the end.
+        recorders: by dotted names of modules that take x as first argument.
+
+    Raises:
+        AttributeError: the model has no module of such a name.
+        ValueError: from the model's forward, with the name: what a recorder raises.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, recorder in recorders.items():
+            module = model.get_submodule(name)
+            hook = module.register_forward_pre_hook(_hook(name, recorder))
+            stack.callback(hook.remove)
+        yield
+
+
+def _hook(name: str, recorder: Recorder) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def update(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not args:
             raise TypeError(f"{name}: the input of a linear must be its first positional argument")
         try:
-            statistics.update(args[0])
+            recorder.update(args[0])
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from e
 

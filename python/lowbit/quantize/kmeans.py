@@ -23,6 +23,8 @@ from lowbit.tensor import QuantTensor
 
 MAX_POINTS = 65536
 Part = tuple[Tensor, Tensor | None]  # points, and what each counts
+# (points (R, C) fp32, counts (R, C) fp64 or None, entries) -> tables (R, entries) fp32 on the CPU
+Solve = Callable[[Tensor, Tensor | None, int], Tensor]
 
 
 @torch.no_grad()
@@ -50,15 +52,15 @@ def quantize(weight: Tensor, format: Format | str, *, weights: Tensor | None = N
             "use 'rtn', or a format without a table"
         )
     rtn.check_weight(weight, format)
-    weights = _importance(weights, weight)
+    weights = check_importance(weights, weight)
     qt = rtn.start(weight, format)
-    fit = {"tensor": _tensor_table, "row": _row_tables, "group": _group_tables}
-    fit[format.table_scope](qt, weight, weights)
+    fit_tables(qt, weight, weights)
     rtn.fill_codes(qt, weight)
     return qt
 
 
-def _importance(weights: Tensor | None, weight: Tensor) -> Tensor | None:  # (N, K)
+def check_importance(weights: Tensor | None, weight: Tensor) -> Tensor | None:  # (N, K)
+    """The importance of each weight; raises TypeError or ValueError as `quantize` says."""
     if weights is None:
         return None
     if not isinstance(weights, Tensor) or weights.dtype not in rtn.WEIGHT_DTYPES:
@@ -98,35 +100,45 @@ def _points(
         yield rows, points, count
 
 
-def _tensor_table(qt: QuantTensor, weight: Tensor, importance: Tensor | None) -> None:
+def fit_tables(
+    qt: QuantTensor, weight: Tensor, importance: Tensor | None, solve: Solve | None = None
+) -> None:
+    """Fits and stores the tables of `qt`, one for each scope: k-means, or what `solve` makes of the
+    points (R, C) of R tables.
+    """
+    fit = {"tensor": _tensor_table, "row": _row_tables, "group": _group_tables}
+    fit[qt.format.table_scope](qt, weight, importance, solve or _solve)
+
+
+def _tensor_table(qt: QuantTensor, weight: Tensor, importance: Tensor | None, solve: Solve) -> None:
     def parts() -> Iterator[Part]:
         for _, points, count in _points(qt, weight, importance):
             yield points, count
 
     if weight.numel() > MAX_POINTS:
-        table = _solve(*_bin(parts), 2**qt.format.bits)
+        table = solve(*_bin(parts), 2**qt.format.bits)
     else:
         slices = list(parts())
         points = torch.cat([p for p, _ in slices]).view(1, -1)
         counts = [c for _, c in slices if c is not None]
         count = torch.cat(counts).view(1, -1) if counts else None
-        table = _solve(points, count, 2**qt.format.bits)
+        table = solve(points, count, 2**qt.format.bits)
     qt.tensors["table"].copy_(table[0])
 
 
-def _row_tables(qt: QuantTensor, weight: Tensor, importance: Tensor | None) -> None:
+def _row_tables(qt: QuantTensor, weight: Tensor, importance: Tensor | None, solve: Solve) -> None:
     for rows, points, count in _points(qt, weight, importance):
-        qt.tensors["table"][rows] = _solve(points, count, 2**qt.format.bits).to(qt.device)
+        qt.tensors["table"][rows] = solve(points, count, 2**qt.format.bits).to(qt.device)
 
 
-def _group_tables(qt: QuantTensor, weight: Tensor, importance: Tensor | None) -> None:
+def _group_tables(qt: QuantTensor, weight: Tensor, importance: Tensor | None, solve: Solve) -> None:
     entries = 2**qt.format.bits
     for rows, points, count in _points(qt, weight, importance):
         tables = []
         counts = None if count is None else rtn.group_parts(count, qt.format)
         for i, part in enumerate(rtn.group_parts(points, qt.format)):
             own = None if counts is None else counts[i].flatten(0, 1)
-            tables.append(_solve(part.flatten(0, 1), own, entries).unflatten(0, part.shape[:2]))
+            tables.append(solve(part.flatten(0, 1), own, entries).unflatten(0, part.shape[:2]))
         qt.tensors["table"][rows] = torch.cat(tables, 1).to(qt.device)
 
 

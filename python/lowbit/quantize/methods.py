@@ -9,14 +9,17 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.formats import Format, as_format
-from lowbit.quantize import gptq, hqq, kmeans, rtn
+from lowbit.quantize import bitnet, gptq, hqq, kmeans, multibit, rtn, twn
 from lowbit.tensor import QuantTensor
 
 METHODS: dict[str, Callable[..., QuantTensor]] = {
+    "bitnet": bitnet.quantize,
     "gptq": gptq.quantize,
     "hqq": hqq.quantize,
     "kmeans": kmeans.quantize,
+    "multibit": multibit.quantize,
     "rtn": rtn.quantize,
+    "twn": twn.quantize,
 }
 
 
@@ -37,9 +40,10 @@ def quantize(
             result is too.
         format: a Format, or a name that `lowbit.formats.parse` reads.
         method: "rtn" (round to nearest), "kmeans" (fits the tables of a format without values of
-            its own), "gptq" (least error of outputs) or "hqq" (fits float zeros); by default "rtn"
-            or "kmeans", as the format wants.
-        weights: (N, K) or (K,), the importance of each weight; only for "kmeans".
+            its own), "gptq" (least error of outputs), "hqq" (fits float zeros), "twn" (ternary with
+            a threshold), "bitnet" (binary and ternary by mean|w|) or "multibit" (sums of signs); by
+            default "rtn" or "kmeans", as the format wants.
+        weights: (N, K) or (K,), the importance of each weight; only for "kmeans" and "multibit".
         table: the values of a fitted format, fp32 in the shape that its `table_scope` asks for;
             only for "rtn" and "gptq".
         hessian: (K, K), the second moment of the inputs; only for "gptq", which needs it.

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from lowbit.formats import Format
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.nn import fuse as fuse_siblings
-from lowbit.quantize.calibrate import InputStatistics, as_batches, collect, run
+from lowbit.quantize.calibrate import InputStatistics, as_batches, attach, collect, run
 from lowbit.quantize.methods import METHODS, keywords, quantize
 from lowbit.quantize.names import Recipe, Selection
+from lowbit.quantize.observers import OBSERVERS, Observer
 from lowbit.quantize.progress import bar
 from lowbit.quantize.report import LayerReport, Report, measure
 from lowbit.tensor import QuantTensor
@@ -42,6 +43,7 @@ def quantize_model(
     fuse: bool = True,
     calibration: Iterable[Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    observer: str | None = None,
 ) -> Report:
     """Quantizes a model in place.
 
@@ -57,11 +59,15 @@ def quantize_model(
         fuse: let q/k/v and gate/up projections compute their products together, bit for bit as
             before: `lowbit.nn.fuse`. State dicts stay per layer.
         calibration: inputs of the model, each a tensor, a tuple of arguments or a mapping of
-            keywords; for "gptq", which needs it, and for "kmeans", where a weight then counts the
-            mean square of its input. Layers are calibrated in the order of `named_modules`, with
+            keywords; for "gptq", which needs it, for "kmeans" and "multibit", where a weight then
+            counts the mean square of its input, and for `observer`, which needs it. Layers are
+            calibrated in the order of `named_modules`, with
             those before them quantized. Embeddings take no part: they get the default method of
             their format, and so does a linear that shares the weight of one.
         options: further keywords of the method, as `{"act_order": True}`.
+        observer: one of `OBSERVERS`, "minmax", "ema", "percentile", "mse" or "kl": layers whose format
+            quantizes activations (suffix _a8 or _a8t) then do so by one scale that it finds (static
+            quantization), not by one per row of x.
 
     Returns:
         Bytes and error per layer, and the reason for every weight that was left.
@@ -69,7 +75,8 @@ def quantize_model(
     Raises:
         TypeError, ValueError: an argument is wrong, or a weight cannot be quantized (the message
             starts with the layer's name; the layers before it are quantized then); the method
-            needs calibration, or takes none; no input reaches a layer.
+            needs calibration, or takes none; no input reaches a layer; there is an observer and no
+            format quantizes activations.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -78,15 +85,22 @@ def quantize_model(
     plan = _plan(model, selection, report)
     made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
     batches = None if calibration is None else as_batches(calibration)
-    _check_calibration(method, batches is not None)
+    observed = _observers(model, plan, observer)
+    _check_calibration(method, batches is not None, observer)
+    counts = keywords(method).keys() & {"hessian", "weights"} if method else set()
     chunks = [list(plan)] if batches is None else list(_chunks(model, plan))
     steps = len(plan) + len(chunks) * len(batches or ())
     with bar(steps, "quantizing", progress) as advance:
         for chunk in chunks:
             statistics: dict[str, InputStatistics] = {}
             if batches is not None:
-                linears = [n[0] for n in chunk if isinstance(model.get_submodule(n[0]), nn.Linear)]
-                with collect(model, linears, hessian="hessian" in keywords(method or "")) as found:
+                names_of = [n[0] for n in chunk]
+                linears = [n for n in names_of if isinstance(model.get_submodule(n), nn.Linear)]
+                here = {n: observed[n] for n in names_of if n in observed}
+                with (
+                    collect(model, linears if counts else (), hessian="hessian" in counts) as found,
+                    attach(model, here),
+                ):
                     run(model, batches, advance)
                 statistics = found
             for names in chunk:
@@ -96,6 +110,9 @@ def quantize_model(
                 try:
                     how = _Method(method, options or {}, inputs)
                     module, row = _replace(model, names[0], chosen, how, first)
+                    if names[0] in observed:
+                        assert isinstance(module, QuantLinear)
+                        module.set_input_scale(observed.pop(names[0]).grid().scale)
                 except (TypeError, ValueError) as e:
                     raise type(e)(f"{names[0]}: {e}") from e
                 made.setdefault((weight_id, chosen.spec), (names[0], module))
@@ -130,11 +147,34 @@ class _Method:
         return quantize(weight, format, self.name, **given, **self.options)
 
 
-def _check_calibration(method: str | None, given: bool) -> None:
+def _observers(
+    model: nn.Module, plan: Mapping[Names, tuple[Format, int]], observer: str | None
+) -> dict[str, Observer]:
+    """One for every linear whose format quantizes activations, by its first name."""
+    if observer is None:
+        return {}
+    if observer not in OBSERVERS:
+        raise ValueError(f"observer must be one of {sorted(OBSERVERS)}, got {observer!r}")
+    made = {
+        names[0]: OBSERVERS[observer]()
+        for names, (format, _) in plan.items()
+        if format.activation is not None and isinstance(model.get_submodule(names[0]), nn.Linear)
+    }
+    if not made:
+        raise ValueError(
+            f"observer {observer!r} is for linears whose format quantizes activations (suffix _a8 "
+            "or _a8t), the model has none"
+        )
+    return made
+
+
+def _check_calibration(method: str | None, given: bool, observer: str | None) -> None:
     if method is not None and method not in METHODS:
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
     known = keywords(method).keys() if method else set()
-    if given and not known & {"hessian", "weights"}:
+    if observer is not None and not given:
+        raise ValueError(f"observer {observer!r} needs calibration: inputs of the model")
+    if given and observer is None and not known & {"hessian", "weights"}:
         raise ValueError(f"method {method!r} takes no calibration: use 'gptq' or 'kmeans'")
     if "hessian" in known and not given:
         raise ValueError(f"method {method!r} needs calibration: inputs of the model")

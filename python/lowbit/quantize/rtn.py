@@ -9,27 +9,44 @@ value per group, the codes in fp32; rows are processed in slices, so temporaries
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from lowbit import ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
-from lowbit.formats import DQ_BLOCK, Format, as_format
-from lowbit.tensor import SCALE_DTYPES, QuantTensor, tensor_specs
+from lowbit import ops, packing, reference  # noqa: F401  (ops registers torch.ops.lowbit)
+from lowbit.formats import Format, as_format
+from lowbit.quantize import clipping as clip
+from lowbit.quantize.nearest import Nearest, nearest_codes
+from lowbit.quantize.scales import SYMMETRIC_RANGES, store
+from lowbit.tensor import QuantTensor, tensor_specs
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The range of a group and a code beyond its largest weight still fit fp32.
 MAX_MAGNITUDE = 2.0**126
 # Temporaries of a few MiB: larger ones are no faster, and the allocator of C does not give them back.
 _SLICE_WEIGHTS = 1 << 18
-_E4M3_MAX = 448.0
-_FP32_TINY = torch.finfo(torch.float32).tiny
+GRANULARITIES = ("group", "tensor")
+CLIPPINGS = ("minmax", "percentile", "mse", "kl")
+ROUNDINGS = ("nearest", "stochastic", "floor")
+Round = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def quantize(weight: Tensor, format: Format | str, *, table: Tensor | None = None) -> QuantTensor:
+def quantize(
+    weight: Tensor,
+    format: Format | str,
+    *,
+    table: Tensor | None = None,
+    granularity: str = "group",
+    symmetric_range: str = "balanced",
+    clipping: str = "minmax",
+    percentile: float | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+) -> QuantTensor:
     """Rounds every weight to the nearest value of its group.
 
     The scale of a group is, by `format.scale_rule`: "absmax": absmax / (2^(bits - 1) - 0.5) for
@@ -39,18 +56,37 @@ def quantize(weight: Tensor, format: Format | str, *, table: Tensor | None = Non
     than "minmax" the grid is centred on 0. A scale that would round to 0 becomes the smallest
     positive one; a group of zeros has scale 0 where the dtype has a 0. "e8m0" scales follow OCP MX,
     2^(floor(log2 absmax) - floor(log2 max|value|)) (2^(bits - 1) - 1 for integers), round up for
-    "minmax" and to the nearest power of two otherwise.
+    "minmax" and to the nearest power of two otherwise. "mean" on "binary" is BWN of XNOR-Net (arXiv
+    1603.05279), alpha = mean|w|.
 
     Args:
         weight: (N, K) in fp32, bf16, fp16 or fp64, finite, not empty; computed in fp32.
         format: any Format or its name; a fitted one needs `table`.
         table: values of the codes of a fitted format, in the shape that `tensor_specs` gives.
+        granularity: "group", as the format says, or "tensor": the whole weight is one group, and
+            its scale and zero are stored in every group.
+        symmetric_range: what absmax is divided by for integers without a zero. "balanced": 2^(bits -
+            1) - 0.5, the full range of Gholami et al. (arXiv 2103.13630); "full": 2^(bits - 1), as
+            FasterTransformer, where absmax saturates; "restricted": 2^(bits - 1) - 1, with codes
+            as far below 0 as above.
+        clipping: which part of absmax or of (min, max) takes the place of all of it. "minmax": all.
+            "percentile": that quantile of |w|, or (1 - percentile, percentile) of w. "mse": the
+            fraction 1, 0.99, ..., 0.11 with the least squared error of the group rounded to nearest
+            (OMSE as in FQ-ViT, arXiv 2111.13824). "kl": the threshold of |w| with the least entropy
+            lost (`clipping.entropy_threshold`), for integers whose groups are rows or the tensor.
+        percentile: above 0.5 and at most 1; by default 0.99999.
+        rounding: of integers, w / scale to the "nearest" (ties to even), to the next below
+            ("floor") or "stochastic": up with the probability of the fraction.
+        seed: of stochastic rounding.
+
+    Temporaries are small but for "percentile" of a tensor, which copies the weight.
 
     Raises:
         TypeError: weight is not a floating tensor.
         ValueError: weight is not a matrix, is empty, holds NaN, inf or a value above 2^126, or
             needs a scale beyond the format's dtype; `table` is missing, not wanted, of the wrong
-            shape or not finite; the scale rule does not fit the codec.
+            shape or not finite; the scale rule does not fit the codec; an option is unknown, out of
+            range or does not fit the format.
     """
     format = as_format(format)
     check_weight(weight, format)
@@ -58,11 +94,95 @@ def quantize(weight: Tensor, format: Format | str, *, table: Tensor | None = Non
         raise ValueError(
             f"format {format.name!r} has no table of its own: use method='kmeans' or pass table"
         )
-    qt = start(weight, format)
+    per_tensor = check_granularity(granularity, format)
+    _check_options(format, symmetric_range, clipping, percentile, rounding)
+    if clipping == "kl" and not per_tensor and format.num_groups(weight.shape[1]) > 1:
+        raise ValueError(
+            f"clipping 'kl' needs a histogram of a row or of the weight, format {format.name!r} has "
+            f"groups of {format.group}: use granularity='tensor' or a format by row"
+        )
+    restricted = 2 ** (format.bits - 1) - 1 if symmetric_range == "restricted" else None
+    qt = empty(weight, format)
     if table is not None:
         set_table(qt, table)
-    fill_codes(qt, weight)
+    if format.scale is not None:
+        if clipping == "percentile":
+            fraction = clip.PERCENTILE if percentile is None else percentile
+            low, high = _percentiles(weight, format, per_tensor, fraction)
+        else:
+            low, high = ranges(weight, format, per_tensor)
+        if clipping == "kl":
+            top = _thresholds(weight, torch.maximum(-low, high), 2 ** (format.bits - 1), per_tensor)
+            low, high = low.maximum(-top), high.minimum(top)
+        elif clipping == "mse":
+            nearest = _rounder("nearest", restricted)
+
+            def error(low: Tensor, high: Tensor) -> Tensor:
+                store(qt, low, high, symmetric_range)
+                fill_codes(qt, weight, nearest)
+                return _squared_error(qt, weight, per_tensor)
+
+            low, high = clip.least_error(low, high, error)
+        store(qt, low, high, symmetric_range)
+    generator = torch.Generator(device=weight.device).manual_seed(seed)
+    fill_codes(qt, weight, _rounder(rounding, restricted, generator))
     return qt
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless the argument `name` has one of the allowed values."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def check_granularity(granularity: str, format: Format) -> bool:
+    """Whether the whole weight is one group; raises ValueError if it is no granularity."""
+    one_of("granularity", granularity, GRANULARITIES)
+    if granularity == "tensor" and format.scale is None:
+        raise ValueError(f"granularity 'tensor' needs scales, format {format.name!r} has none")
+    return granularity == "tensor"
+
+
+def _check_options(
+    format: Format, symmetric_range: str, clipping: str, percentile: float | None, rounding: str
+) -> None:
+    one_of("symmetric_range", symmetric_range, SYMMETRIC_RANGES)
+    one_of("clipping", clipping, CLIPPINGS)
+    one_of("rounding", rounding, ROUNDINGS)
+    affine, name = format.codec == "affine", f"format {format.name!r}"
+    symmetric = affine and format.zero is None and format.scale_rule == "absmax"
+    if symmetric_range != "balanced" and not symmetric:
+        raise ValueError(
+            f"symmetric_range {symmetric_range!r} is for integers without a zero and scales by "
+            f"absmax, {name} is none"
+        )
+    if rounding != "nearest" and not affine:
+        raise ValueError(f"rounding {rounding!r} is for integers, {name} has a table")
+    if clipping != "minmax" and format.scale_rule not in ("absmax", "minmax"):
+        raise ValueError(
+            f"clipping {clipping!r} is for scales by absmax or minmax, {name} has "
+            f"{format.scale_rule!r}"
+        )
+    if clipping != "minmax" and format.scale is None:
+        raise ValueError(f"clipping {clipping!r} needs scales, {name} has none")
+    if clipping == "kl" and not affine:
+        raise ValueError(f"clipping 'kl' is for integers, {name} has a table")
+    if percentile is not None:
+        if clipping != "percentile":
+            raise ValueError(f"percentile is for clipping 'percentile', got {clipping!r}")
+        clip.check_percentile(percentile)
+
+
+def _rounder(rounding: str, top: int | None, generator: torch.Generator | None = None) -> Round:
+    """Rounds scaled weights to integers, of magnitude `top` at most."""
+
+    def stochastic(ratio: Tensor) -> Tensor:
+        below = ratio.floor()
+        noise = torch.rand(ratio.shape, generator=generator, device=ratio.device)
+        return below + (noise < ratio - below)
+
+    rounds = {"nearest": torch.round, "floor": torch.floor, "stochastic": stochastic}[rounding]
+    return rounds if top is None else lambda ratio: rounds(ratio).clamp(-top, top)
 
 
 def check_weight(weight: Tensor, format: Format) -> None:
@@ -110,46 +230,63 @@ def group_parts(values: Tensor, format: Format) -> list[Tensor]:  # (R, K) -> (R
     return parts
 
 
+def empty(weight: Tensor, format: Format) -> QuantTensor:
+    """A QuantTensor for `weight` whose tensors are 0."""
+    n, k = weight.shape
+    specs = tensor_specs(format, n, k).items()
+    return QuantTensor(
+        format,
+        (n, k),
+        {name: torch.zeros(s, dtype=dtype, device=weight.device) for name, (s, dtype) in specs},
+    )
+
+
 def start(weight: Tensor, format: Format) -> QuantTensor:
     """A QuantTensor with scales and zeros fitted to `weight`; codes and a fitted table are still
     0.
     """
-    n, k = weight.shape
-    qt = QuantTensor(
-        format,
-        (n, k),
-        {
-            name: torch.zeros(shape, dtype=dtype, device=weight.device)
-            for name, (shape, dtype) in tensor_specs(format, n, k).items()
-        },
-    )
-    if format.scale is None:
-        return qt
+    qt = empty(weight, format)
+    if format.scale is not None:
+        store(qt, *ranges(weight, format))
+    return qt
+
+
+def ranges(weight: Tensor, format: Format, per_tensor: bool = False) -> tuple[Tensor, Tensor]:
+    """What the scales of all groups are made of, (N, groups) fp64 each, as the scale rule says.
+
+    The least and the largest weight for "minmax", else -s and s for the statistic s. With
+    `per_tensor` they are those of the whole weight.
+    """
     if format.scale_rule == "minmax":
-        low = _reduce(weight, format, lambda g: g.amin(-1).double())
-        high = _reduce(weight, format, lambda g: g.amax(-1).double())
-        if format.zero != "min":
-            low, high = low.clamp(max=0), high.clamp(min=0)
-        _store_scales(qt, (high - low) / (2**format.bits - 1))
-        _store_range_zeros(qt, low, high)
-        return qt
+        low = reduce(weight, format, lambda g: g.amin(-1).double())
+        high = reduce(weight, format, lambda g: g.amax(-1).double())
+        if per_tensor:
+            low, high = low.amin().expand_as(low), high.amax().expand_as(high)
+        return low, high
     statistic = {
         "absmax": lambda g: g.abs().amax(-1).double(),
         "rms": lambda g: g.double().square().mean(-1).sqrt(),
         "mean": lambda g: g.double().abs().mean(-1),
     }[format.scale_rule]
-    scale = _reduce(weight, format, statistic)
-    _store_scales(qt, scale / _unit(format) if format.scale_rule == "absmax" else scale)
-    middle = 2 ** (format.bits - 1)
-    if format.zero == "min":
-        _store_zeros(qt, -middle * _effective(qt))
-    elif format.zero is not None:
-        qt.tensors["zeros"].fill_(middle)
-    return qt
+    value = reduce(weight, format, statistic)
+    if per_tensor:
+        sizes = group_sizes(weight, format)
+        whole = {
+            "absmax": lambda v: v.amax(),
+            "rms": lambda v: ((v.square() * sizes).sum() / weight.numel()).sqrt(),
+            "mean": lambda v: (v * sizes).sum() / weight.numel(),
+        }[format.scale_rule]
+        value = whole(value).expand_as(value)
+    return -value, value
 
 
-def _reduce(weight: Tensor, format: Format, statistic: Callable[[Tensor], Tensor]) -> Tensor:
-    """`statistic` of every group, (N, groups) fp64."""
+def group_sizes(weight: Tensor, format: Format) -> Tensor:  # (groups,) int64
+    """How many weights of a row each group has."""
+    return reference.group_index(format, weight.shape[1], weight.device).bincount()
+
+
+def reduce(weight: Tensor, format: Format, statistic: Callable[[Tensor], Tensor]) -> Tensor:
+    """`statistic` of every group, (N, groups) fp64; it maps (R, groups, G) to (R, groups)."""
     n, k = weight.shape
     # Not a list of results: small blocks that stay between large ones that go fragment the heap.
     out = torch.empty((n, format.num_groups(k)), dtype=torch.float64, device=weight.device)
@@ -158,110 +295,59 @@ def _reduce(weight: Tensor, format: Format, statistic: Callable[[Tensor], Tensor
     return out
 
 
-def _unit(format: Format) -> float:
-    """The value that absmax is scaled to; a power of two for "e8m0", whose scale is rounded
-    down.
-    """
-    if format.codec == "affine":
-        unit = 2 ** (format.bits - 1) - 0.5
-    elif format.fitted:
-        unit = 1.0
+def _percentiles(
+    weight: Tensor, format: Format, per_tensor: bool, fraction: float
+) -> tuple[Tensor, Tensor]:  # (N, groups) fp64 each
+    shape = weight.shape[0], format.num_groups(weight.shape[1])
+    if per_tensor:
+        weight, format = weight.reshape(1, -1), dataclasses.replace(format, group=None)
+    if format.scale_rule == "minmax":
+        low = reduce(weight, format, lambda g: clip.quantile(g, 1 - fraction))
+        high = reduce(weight, format, lambda g: clip.quantile(g, fraction))
     else:
-        unit = max(abs(v) for v in format.values() or () if math.isfinite(v))
-    return 2.0 ** (math.frexp(unit)[1] - 1) if format.scale == "e8m0" else unit
+        high = reduce(weight, format, lambda g: clip.quantile(g.abs(), fraction))
+        low = -high
+    return low.expand(shape), high.expand(shape)
 
 
-def _store_scales(qt: QuantTensor, scale: Tensor) -> None:  # (N, groups) fp64, not negative
-    kind = qt.format.scale or ""
-    if kind == "e8m0":
-        _store_e8m0(qt, scale)
-        return
-    single = _round_up_tiny(scale, torch.float32)
-    if kind == "e4m3":
-        _store_e4m3(qt.tensors, single)
-    elif kind == "dq8":
-        _store_dq8(qt.tensors, single)
-    else:
-        stored = _round_up_tiny(single, SCALE_DTYPES[kind])
-        _check_fits(qt, "scale", stored, scale)
-        qt.tensors["scales"].copy_(stored)
+def _thresholds(weight: Tensor, absmax: Tensor, levels: int, per_tensor: bool) -> Tensor:
+    """The entropy threshold of |w| of every row, or of the weight; (N, 1) fp64, as `absmax`."""
+    tops = absmax[:1, 0] if per_tensor else absmax[:, 0]
+    counts = torch.zeros(len(tops), clip.BINS, dtype=torch.float64, device=weight.device)
+    for rows, w in slices(weight):
+        top = tops if per_tensor else tops[rows]
+        width = torch.where(top > 0, top, 1.0)[:, None] / clip.BINS
+        index = (w.abs() / width).long().clamp(max=clip.BINS - 1)
+        index = index.view(1, -1) if per_tensor else index
+        ones = torch.ones((), dtype=torch.float64, device=w.device).expand(index.shape)
+        counts[slice(0, 1) if per_tensor else rows].scatter_add_(1, index, ones)
+    kept = [clip.entropy_threshold(row, levels) for row in counts]
+    return (tops * tops.new_tensor(kept) / clip.BINS).view(-1, 1).expand_as(absmax)
 
 
-def _store_e8m0(qt: QuantTensor, scale: Tensor) -> None:
-    # scale = mantissa * 2^exponent with mantissa in [0.5, 1): floor(log2 scale) = exponent - 1.
-    mantissa, exponent = torch.frexp(scale)
-    power = exponent - 1
-    if qt.format.scale_rule == "minmax":
-        power = torch.where(mantissa == 0.5, power, exponent)
-    elif qt.format.scale_rule != "absmax":
-        power = torch.where(mantissa < math.sqrt(0.5), power, exponent)
-    code = torch.where(scale > 0, power + 127, 0).clamp(0, 254)
-    qt.tensors["scales"].copy_(code)
-
-
-def _store_e4m3(tensors: dict[str, Tensor], scale: Tensor) -> None:  # (N, groups) fp32
-    factor = (scale.max() / _E4M3_MAX).clamp(min=_FP32_TINY)
-    tensors["scales2"].copy_(factor)
-    code = _round_up_tiny((scale / factor).clamp(max=_E4M3_MAX), torch.float8_e4m3fn)
-    tensors["scales"].copy_(code)
-
-
-def _store_dq8(tensors: dict[str, Tensor], scale: Tensor) -> None:  # (N, groups) fp32
-    offset = scale.double().mean().to(torch.float32)
-    flat = scale.flatten() - offset
-    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % DQ_BLOCK)).view(-1, DQ_BLOCK)
-    factor = blocks.abs().amax(1, keepdim=True)
-    ratio = torch.where(factor > 0, blocks / factor, 0.0)
-    index = nearest_codes(ratio, reference.dynamic_map().to(ratio.device))
-    tensors["scales"].copy_(index.flatten()[: flat.numel()].view_as(scale))
-    tensors["scales2"].copy_(factor.flatten())
-    tensors["scales2_offset"].copy_(offset)
-
-
-def _effective(qt: QuantTensor) -> Tensor:  # (N, groups) fp64
+def _squared_error(qt: QuantTensor, weight: Tensor, per_tensor: bool) -> Tensor:
+    """sum (W - W^)^2 of every group, or of the weight; (N, groups) fp64."""
     scales = reference.effective_scales(qt)
-    assert scales is not None
-    return scales.double()
+    n, k = weight.shape
+    out = torch.empty((n, qt.format.num_groups(k)), dtype=torch.float64, device=weight.device)
+    for rows, w in slices(weight):
+        square = (w - values(qt, rows, scales)).double().square()
+        out[rows] = torch.cat([g.sum(-1) for g in group_parts(square, qt.format)], 1)
+    return out.sum().expand_as(out) if per_tensor else out
 
 
-def _store_range_zeros(qt: QuantTensor, low: Tensor, high: Tensor) -> None:
-    """Zeros that put the first code at the low end of the range."""
-    if qt.format.zero == "min":
-        _store_zeros(qt, low)
-        return
-    scale = _effective(qt)
-    # Double quantization may give a small scale the wrong sign; the first code is then at the high
-    # end.
-    end = torch.where(scale < 0, high, low)
-    zero = torch.where(scale == 0, 0.0, -end / scale)
-    top = 2**qt.format.bits - 1
-    _store_zeros(qt, zero.round().clamp(0, top) if qt.format.zero == "int" else zero.clamp(0, top))
-
-
-def _store_zeros(qt: QuantTensor, zero: Tensor) -> None:
-    stored = zero.to(torch.float32).to(qt.tensors["zeros"].dtype)
-    _check_fits(qt, "zero", stored, zero)
-    qt.tensors["zeros"].copy_(stored)
-
-
-def _round_up_tiny(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds to `dtype`, but a positive scale never to 0."""
-    info = torch.finfo(dtype)
-    # finfo.smallest_normal over 2^mantissa bits; eps is 2^-mantissa bits.
-    smallest = info.smallest_normal * info.eps
-    rounded = torch.where(scale > 0, scale.clamp(min=smallest), scale)
-    return rounded.to(torch.float32).to(dtype)
-
-
-def _check_fits(qt: QuantTensor, what: str, stored: Tensor, wanted: Tensor) -> None:
-    """Of the float dtypes only fp16 is too small for weights up to MAX_MAGNITUDE."""
-    bad = ~torch.isfinite(stored)
-    if bool(bad.any()):
-        n, g = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"weight: row {n}, group {g} needs the {what} {float(wanted[n, g]):g}, which does not "
-            f"fit {qt.format.scale}: use a format with fp32 or bf16 scales"
-        )
+def values(qt: QuantTensor, rows: slice, scales: Tensor | None) -> Tensor:  # (R, K) fp32
+    """Some rows of the weight; `scales` are the effective ones of all rows."""
+    table = qt.table
+    if table is not None and qt.format.table_scope != "tensor":
+        table = table[rows]
+    codes = packing.unpack_codes(qt.tensors["codes"][rows], qt.format, qt.shape[1])
+    return reference.apply_scales(
+        reference.code_values(codes, qt.format, table),
+        qt.format,
+        None if scales is None else scales[rows],
+        None if qt.zeros is None else qt.zeros[rows],
+    )
 
 
 def set_table(qt: QuantTensor, table: Tensor) -> None:
@@ -292,21 +378,25 @@ def scaled(
     return torch.where(per_weight == 0, 0.0, w / per_weight)
 
 
-def fill_codes(qt: QuantTensor, weight: Tensor) -> None:
-    """Chooses the nearest code of every weight for the scales, zeros and table of `qt`."""
+def fill_codes(qt: QuantTensor, weight: Tensor, round: Round = torch.round) -> None:
+    """Chooses the nearest code of every weight for the scales, zeros and table of `qt`; of integers
+    the one that `round` gives.
+    """
     scales = reference.effective_scales(qt)
     for rows, w in slices(weight):
         zero = None if qt.zeros is None else qt.zeros[rows].to(torch.float32)
         scale = None if scales is None else scales[rows]
         ratio = scaled(w, qt.format, scale, zero if qt.format.zero == "min" else None)
-        codes = _codes(ratio, qt, rows, zero)
+        codes = _codes(ratio, qt, rows, zero, round)
         qt.tensors["codes"][rows] = torch.ops.lowbit.pack(codes, qt.format.spec)
 
 
-def _codes(ratio: Tensor, qt: QuantTensor, rows: slice, zero: Tensor | None) -> Tensor:
+def _codes(
+    ratio: Tensor, qt: QuantTensor, rows: slice, zero: Tensor | None, round: Round
+) -> Tensor:
     format = qt.format
     if not format.fitted:
-        return find_codes(ratio, format, zero, fixed_table(format, ratio.device))
+        return find_codes(ratio, format, zero, fixed_table(format, ratio.device), round)
     table = qt.tensors["table"]
     if format.table_scope != "group":
         return find_codes(ratio, format, zero, table if table.dim() == 1 else table[rows])
@@ -329,10 +419,11 @@ def find_codes(
     format: Format,
     zero: Tensor | None,  # (R, groups of C) fp32
     table: Tensor | Nearest,  # (E,) or (R, E): the values of the codes
+    round: Round = torch.round,  # of integers
 ) -> Tensor:  # (R, C) uint8
     """The nearest code of every scaled weight."""
     if format.codec == "affine":
-        return _affine_codes(ratio, format, zero)
+        return _affine_codes(ratio, format, zero, round)
     if format.codec in ("e4m3", "e5m2"):
         dtype = torch.float8_e4m3fn if format.codec == "e4m3" else torch.float8_e5m2
         top = torch.finfo(dtype).max
@@ -340,46 +431,15 @@ def find_codes(
     return (table if isinstance(table, Nearest) else Nearest(table))(ratio)
 
 
-def _affine_codes(ratio: Tensor, format: Format, zero: Tensor | None) -> Tensor:
+def _affine_codes(ratio: Tensor, format: Format, zero: Tensor | None, round: Round) -> Tensor:
     group = reference.group_index(format, ratio.shape[1], ratio.device)
     # The zero is added after rounding where it is an integer: before it would cost bits of the
     # ratio.
     offset = torch.tensor(0.0 if format.zero else 2.0 ** (format.bits - 1), device=ratio.device)
     if zero is not None and format.zero != "min":
         offset = zero[:, group]
-    code = (ratio + offset).round() if format.zero == "float" else ratio.round() + offset
+    code = round(ratio + offset) if format.zero == "float" else round(ratio) + offset
     return code.clamp(0, 2**format.bits - 1).to(torch.uint8)
-
-
-class Nearest:
-    """Finds the nearest entry of a table: ties go to the lower value, equal entries to the first of
-    them. Called with values (R, C) fp32 it gives indices (R, C) uint8.
-    """
-
-    def __init__(self, table: Tensor) -> None:
-        """`table`: (E,) or one for each row, (R, E), fp32 in any order."""
-        entries, index = table.sort(dim=-1, stable=True)
-        low, high = entries[..., :-1].double(), entries[..., 1:].double()
-        exact = (low + high) / 2
-        middle = exact.to(torch.float32)
-        # Rounded down, an fp32 boundary compares with every fp32 value as the exact one does.
-        below = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
-        middle = torch.where(middle.double() > exact, below, middle)
-        # Between equal entries there is no boundary: the next one takes its place.
-        middle = torch.where(low == high, torch.inf, middle)
-        self._middle = middle.flip(-1).cummin(-1).values.flip(-1).contiguous()
-        self._index = index.to(torch.uint8)
-
-    def __call__(self, values: Tensor) -> Tensor:
-        position = torch.searchsorted(self._middle, values.contiguous())
-        if self._index.dim() == 1:
-            return self._index[position]
-        return self._index.gather(1, position)
-
-
-def nearest_codes(values: Tensor, table: Tensor) -> Tensor:
-    """The index of the nearest entry of every value, as `Nearest` finds it."""
-    return Nearest(table)(values)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
