@@ -71,8 +71,8 @@ def test_state_dicts_copies_and_casts_keep_the_scale():
         linear.load_state_dict(state)
     with pytest.raises(RuntimeError, match="scale must be one positive, finite number"):
         linear.load_state_dict({**linear.state_dict(), "input_scale": torch.tensor(-1.0)})
+    plain = layer(format="int4_g32")
     with pytest.raises(RuntimeError, match="does not quantize activations"):
-        plain = QuantLinear.from_linear(nn.Linear(96, 70), "int4_g32")
         plain.load_state_dict({**plain.state_dict(), "input_scale": torch.tensor(1.0)})
 
 
@@ -154,7 +154,7 @@ def test_quantize_model_finds_the_scales():
     batches = [torch.randn(9, 64) for _ in range(4)]
     recipe = {"0|2": "int4_g16_a8", "3": "int4"}
     for name, observer in OBSERVERS.items():
-        for method in (None, "gptq"):
+        for method in (None, "gptq") if name == "mse" else (None,):
             made, watch = copy.deepcopy(model), {n: observer() for n in ("0", "2")}
             with attach(model, watch):
                 for batch in batches:
@@ -192,11 +192,14 @@ def digits() -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor]:
     model = nn.Sequential(
         nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(100):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(60):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x[train]), y[train]).backward()
         optimizer.step()
+    torch.set_num_threads(threads)
     return model, x[train], x[test], y[test]
 
 

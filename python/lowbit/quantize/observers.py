@@ -214,7 +214,7 @@ class MSEObserver(HistogramObserver):
             return (counts * (values - grid.rounded(values)).square()).sum()
 
         ends = torch.tensor([self._min, self._max], dtype=torch.float64)
-        low, high = clipping.least_error(*ends, error)
+        low, high = clipping.least_error(ends[0], ends[1], error)
         return float(low), float(high)
 
 

@@ -181,7 +181,12 @@ def _rounder(rounding: str, top: int | None, generator: torch.Generator | None =
         noise = torch.rand(ratio.shape, generator=generator, device=ratio.device)
         return below + (noise < ratio - below)
 
-    rounds = {"nearest": torch.round, "floor": torch.floor, "stochastic": stochastic}[rounding]
+    rounders: dict[str, Round] = {
+        "nearest": torch.round,
+        "floor": torch.floor,
+        "stochastic": stochastic,
+    }
+    rounds = rounders[rounding]
     return rounds if top is None else lambda ratio: rounds(ratio).clamp(-top, top)
 
 
