@@ -278,6 +278,7 @@ BAD = [
     ("int4", {"percentile": 0.9}, "percentile is for clipping 'percentile', got 'minmax'"),
     ("int4", {"clipping": "percentile", "percentile": 0.5}, "percentile must be above 0.5"),
     (Format.lut(bits=1, table=(-1, 1), scale=None), {"clipping": "mse"}, "needs scales"),
+    ("kmeans4", {"clipping": "mse", "table": torch.ones(16)}, "has a fitted table"),
     (Format.lut(bits=1, table=(-1, 1), scale=None), {"granularity": "tensor"}, "needs scales"),
 ]
 

@@ -58,6 +58,11 @@ def group_index(format: Format, k: int, device: torch.device) -> Tensor:  # (K,)
     return torch.arange(k, device=device) // (format.group or max(1, k))
 
 
+def per_weight(terms: Tensor, format: Format, k: int) -> Tensor:  # (N, groups) -> (N, K) or (N, 1)
+    """The term of each weight's group; with one group a column, to be broadcast."""
+    return terms if terms.shape[1] == 1 else terms[:, group_index(format, k, terms.device)]
+
+
 def code_values(
     codes: Tensor,  # (N, K) uint8
     format: Format,
@@ -90,11 +95,10 @@ def apply_scales(
     """scale * (value - zero), or scale * value + zero for zero "min"."""
     if scales is None:
         return values
-    group = group_index(format, values.shape[1], values.device)
-    scale = scales[:, group]
+    scale = per_weight(scales, format, values.shape[1])
     if zeros is None:
         return scale * values
-    zero = zeros.to(torch.float32)[:, group]
+    zero = per_weight(zeros.to(torch.float32), format, values.shape[1])
     return scale * values + zero if format.zero == "min" else scale * (values - zero)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowbit import reference
+from lowbit import packing, reference
 from lowbit.quantize import rtn
 from lowbit.tensor import QuantTensor
 
@@ -112,7 +112,17 @@ def measure(name: str, weight: Tensor, qt: QuantTensor) -> LayerReport:
     scales = reference.effective_scales(qt)
     square = norm = largest = 0.0
     for rows, w in rtn.slices(weight):
-        error = (w - rtn.values(qt, rows, scales)).double()
+        table = qt.table
+        if table is not None and qt.format.table_scope != "tensor":
+            table = table[rows]
+        codes = packing.unpack_codes(qt.tensors["codes"][rows], qt.format, qt.shape[1])
+        values = reference.apply_scales(
+            reference.code_values(codes, qt.format, table),
+            qt.format,
+            None if scales is None else scales[rows],
+            None if qt.zeros is None else qt.zeros[rows],
+        )
+        error = (w - values).double()
         square += float(error.square().sum())
         norm += float(w.double().square().sum())
         largest = max(largest, float(error.abs().max()))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lowbit import ops, packing, reference  # noqa: F401  (ops registers torch.ops.lowbit)
+from lowbit import ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
 from lowbit.formats import Format, as_format
 from lowbit.quantize import clipping as clip
 from lowbit.quantize.nearest import Nearest, nearest_codes
@@ -72,8 +72,9 @@ def quantize(
         clipping: which part of absmax or of (min, max) takes the place of all of it. "minmax": all.
             "percentile": that quantile of |w|, or (1 - percentile, percentile) of w. "mse": the
             fraction 1, 0.99, ..., 0.11 with the least squared error of the group rounded to nearest
-            (OMSE as in FQ-ViT, arXiv 2111.13824). "kl": the threshold of |w| with the least entropy
-            lost (`clipping.entropy_threshold`), for integers whose groups are rows or the tensor.
+            (OMSE as in FQ-ViT, arXiv 2111.13824; scales of two levels count as fp32 in it). "kl":
+            the threshold of |w| with the least entropy lost (`clipping.entropy_threshold`), for
+            integers whose groups are rows or the tensor.
         percentile: above 0.5 and at most 1; by default 0.99999.
         rounding: of integers, w / scale to the "nearest" (ties to even), to the next below
             ("floor") or "stochastic": up with the probability of the fraction.
@@ -118,9 +119,8 @@ def quantize(
             nearest = _rounder("nearest", restricted)
 
             def error(low: Tensor, high: Tensor) -> Tensor:
-                store(qt, low, high, symmetric_range)
-                fill_codes(qt, weight, nearest)
-                return _squared_error(qt, weight, per_tensor)
+                errors = _squared_errors(weight, format, low, high, symmetric_range, nearest)
+                return errors.sum().expand_as(errors) if per_tensor else errors
 
             low, high = clip.least_error(low, high, error)
         store(qt, low, high, symmetric_range)
@@ -163,8 +163,11 @@ def _check_options(
             f"clipping {clipping!r} is for scales by absmax or minmax, {name} has "
             f"{format.scale_rule!r}"
         )
-    if clipping != "minmax" and format.scale is None:
-        raise ValueError(f"clipping {clipping!r} needs scales, {name} has none")
+    if clipping != "minmax" and (format.scale is None or format.fitted):
+        raise ValueError(
+            f"clipping {clipping!r} needs scales and values that are not fitted, {name} has "
+            f"{'none' if format.scale is None else 'a fitted table'}"
+        )
     if clipping == "kl" and not affine:
         raise ValueError(f"clipping 'kl' is for integers, {name} has a table")
     if percentile is not None:
@@ -330,29 +333,31 @@ def _thresholds(weight: Tensor, absmax: Tensor, levels: int, per_tensor: bool) -
     return (tops * tops.new_tensor(kept) / clip.BINS).view(-1, 1).expand_as(absmax)
 
 
-def _squared_error(qt: QuantTensor, weight: Tensor, per_tensor: bool) -> Tensor:
-    """sum (W - W^)^2 of every group, or of the weight; (N, groups) fp64."""
-    scales = reference.effective_scales(qt)
-    n, k = weight.shape
-    out = torch.empty((n, qt.format.num_groups(k)), dtype=torch.float64, device=weight.device)
+def _squared_errors(
+    weight: Tensor, format: Format, low: Tensor, high: Tensor, symmetric_range: str, round: Round
+) -> Tensor:
+    """sum (w - w^)^2 of every group if its range is low .. high, all (N, groups) fp64."""
+    two_levels = format.scale in ("e4m3", "dq8")
+    by_row = dataclasses.replace(format, group=None, scale="fp32" if two_levels else format.scale)
+    table = fixed_table(format, weight.device)
+    nearest = Nearest(table) if format.codec == "lut" else table
+    out = torch.empty_like(low)
     for rows, w in slices(weight):
-        square = (w - values(qt, rows, scales)).double().square()
-        out[rows] = torch.cat([g.sum(-1) for g in group_parts(square, qt.format)], 1)
-    return out.sum().expand_as(out) if per_tensor else out
-
-
-def values(qt: QuantTensor, rows: slice, scales: Tensor | None) -> Tensor:  # (R, K) fp32
-    """Some rows of the weight; `scales` are the effective ones of all rows."""
-    table = qt.table
-    if table is not None and qt.format.table_scope != "tensor":
-        table = table[rows]
-    codes = packing.unpack_codes(qt.tensors["codes"][rows], qt.format, qt.shape[1])
-    return reference.apply_scales(
-        reference.code_values(codes, qt.format, table),
-        qt.format,
-        None if scales is None else scales[rows],
-        None if qt.zeros is None else qt.zeros[rows],
-    )
+        first = 0
+        for part in group_parts(w, format):
+            at = rows, slice(first, first + part.shape[1])
+            first = at[1].stop
+            flat = part.flatten(0, 1)
+            qt = empty(flat, by_row)
+            store(qt, low[at].reshape(-1, 1), high[at].reshape(-1, 1), symmetric_range)
+            scale = reference.effective_scales(qt)
+            zero = None if qt.zeros is None else qt.zeros.to(torch.float32)
+            ratio = scaled(flat, by_row, scale, zero if format.zero == "min" else None)
+            codes = find_codes(ratio, by_row, zero, nearest, round)
+            made = reference.apply_scales(table[codes.long()], by_row, scale, zero)
+            errors = (flat - made).square().sum(1, dtype=torch.float64)
+            out[at] = errors.view(part.shape[:2])
+    return out
 
 
 def set_table(qt: QuantTensor, table: Tensor) -> None:
@@ -376,10 +381,9 @@ def scaled(
     """(w - zero) / scale, and 0 where the scale is 0."""
     if scale is None:
         return w
-    group = reference.group_index(format, w.shape[1], w.device)
     if zero is not None:
-        w = w - zero[:, group]
-    per_weight = scale[:, group]
+        w = w - reference.per_weight(zero, format, w.shape[1])
+    per_weight = reference.per_weight(scale, format, w.shape[1])
     return torch.where(per_weight == 0, 0.0, w / per_weight)
 
 
@@ -437,12 +441,11 @@ def find_codes(
 
 
 def _affine_codes(ratio: Tensor, format: Format, zero: Tensor | None, round: Round) -> Tensor:
-    group = reference.group_index(format, ratio.shape[1], ratio.device)
     # The zero is added after rounding where it is an integer: before it would cost bits of the
     # ratio.
     offset = torch.tensor(0.0 if format.zero else 2.0 ** (format.bits - 1), device=ratio.device)
     if zero is not None and format.zero != "min":
-        offset = zero[:, group]
+        offset = reference.per_weight(zero, format, ratio.shape[1])
     code = round(ratio + offset) if format.zero == "float" else round(ratio) + offset
     return code.clamp(0, 2**format.bits - 1).to(torch.uint8)
 
