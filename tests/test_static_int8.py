@@ -215,5 +215,5 @@ def test_w8a8_keeps_the_accuracy_of_digits(observer: str | None, digits):
         with torch.no_grad():
             return float((model(x).argmax(1) == y).double().mean())
 
-    assert accuracy(model) > 0.95
+    assert accuracy(model) > 0.9
     assert accuracy(made) >= accuracy(model) - 0.005
