@@ -96,7 +96,7 @@ def test_bad_arguments(arguments, error, message):
 
 
 def test_methods_are_listed():
-    assert set(METHODS) == {"gptq", "hqq", "kmeans", "rtn"}
+    assert set(METHODS) == {"bitnet", "gptq", "hqq", "kmeans", "multibit", "rtn", "twn"}
 
 
 small = st.integers(1, 5)
