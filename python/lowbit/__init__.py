@@ -18,7 +18,7 @@ if importlib.util.find_spec("torch") is not None:
 from lowbit.formats import FORMATS, Format
 
 if TYPE_CHECKING:
-    from lowbit import binary, codebooks, fp8, int8, integrations, nn, optim
+    from lowbit import binary, codebooks, fp8, int8, integrations, nn, optim, qat
     from lowbit._C import kernels
     from lowbit.backends import explain
     from lowbit.io.safetensors import load, save
@@ -32,12 +32,14 @@ _HOMES = {
     "explain": "lowbit.backends",
     "fp8": None, "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops",
     "linear_many": "lowbit.ops",
-    "load": "lowbit.io.safetensors", "nn": None, "optim": None, "quantize": "lowbit.quantize",
+    "load": "lowbit.io.safetensors", "nn": None, "optim": None, "qat": None,
+    "quantize": "lowbit.quantize",
     "quantize_model": "lowbit.quantize", "save": "lowbit.io.safetensors",
 }  # fmt: skip
 __all__ = [
     "Format", "QuantTensor", "__version__", "binary", "codebooks", "dequantize", "explain", "formats", "fp8", "int8",
-    "integrations", "kernels", "linear", "linear_many", "load", "nn", "optim", "quantize", "quantize_model", "save",
+    "integrations", "kernels", "linear", "linear_many", "load", "nn", "optim", "qat", "quantize", "quantize_model",
+    "save",
 ]  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Modules with quantized weights, and with FP8 products and activations."""
 
+from lowbit.nn.binary import BinaryLinear
+from lowbit.nn.conv import QuantConv2d
 from lowbit.nn.embedding import QuantEmbedding
 from lowbit.nn.fp8 import FP8Linear
 from lowbit.nn.fp8_activations import (
@@ -17,6 +19,7 @@ from lowbit.nn.linear import QuantLinear
 from lowbit.nn.packed import PackedModule
 
 __all__ = [
-    "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "PackedModule", "QuantEmbedding", "QuantLinear",
+    "BinaryLinear", "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "PackedModule", "QuantConv2d", "QuantEmbedding",
+    "QuantLinear",
     "fp8_add", "fp8_gelu", "fp8_layer_norm", "fp8_mul", "fp8_rms_norm", "fp8_silu", "fuse", "unfuse",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ from lowbit.quantize.report import LayerReport, Report, measure
 from lowbit.tensor import QuantTensor
 
 # They hand the weights of their children to fused kernels of torch without calling the children.
-_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # The Hessians of one chunk of layers take at most this, or are one.
 _HESSIAN_BYTES = 1 << 31
 Names = tuple[str, ...]  # of one module
@@ -209,7 +209,7 @@ def _plan(
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
-        if isinstance(module, _READS_WEIGHTS):
+        if isinstance(module, READS_WEIGHTS):
             fused.update(id(child) for child in module.children())
     plan = {}
     for key, module in modules.items():

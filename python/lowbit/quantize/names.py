@@ -31,10 +31,10 @@ class Selection:
         self.by_name = isinstance(recipe, Mapping)
         if isinstance(skip, str):
             raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}")
-        self._skip = [_compile(pattern) for pattern in skip]
+        self._skip = [compile_pattern(pattern) for pattern in skip]
         rules = recipe.items() if isinstance(recipe, Mapping) else [(".*", recipe)]
         self._rules = [
-            (_compile(pattern), None if format is None else as_format(format))
+            (compile_pattern(pattern), None if format is None else as_format(format))
             for pattern, format in rules
         ]
 
@@ -49,7 +49,8 @@ class Selection:
         return next((format for pattern, format in self._rules if pattern.search(name)), None)
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The regular expression that finds `pattern` in a dotted name, as `Selection` says."""
     if not isinstance(pattern, str):
         raise TypeError(f"a pattern must be a string, got {pattern!r}")
     try:

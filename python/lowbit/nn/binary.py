@@ -1,0 +1,22 @@
+"""BinaryLinear: binary weights times the signs of x, by xor and popcount (`lowbit.binary`)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowbit import binary
+from lowbit.nn.linear import QuantLinear
+
+
+class BinaryLinear(QuantLinear):
+    """A linear of XNOR-Net (arXiv 1603.05279): each row of x counts as mean |x| * sign(x).
+
+    Its weight has 1 bit and the table (-1, 1), in groups that are multiples of 32 or the row. The
+    sign of 0 is 1. There are no gradients.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) gives (..., N) in its dtype; checks as `lowbit.binary`."""
+        bits, scales = binary.quantize(x.reshape(-1, self.in_features))
+        y = binary.linear(bits, scales, self.operands(), self.bias, x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)

@@ -1,0 +1,126 @@
+"""QuantConv2d: a 2-D convolution as a linear layer of patches (im2col), for kernels that multiply matrices.
+
+    y[b, n, i, j] = linear(patch[b, i, j])[n], patch = the C * R * S inputs under the filter, channel by channel
+A 1x1 filter takes the pixels as they lie. R x S is the size of the filter, C and N count channels.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lowbit
+from lowbit.formats import Format
+from lowbit.nn.linear import QuantLinear
+
+Pair = tuple[int, int]
+_PAD_MODES = {
+    "zeros": "constant",
+    "reflect": "reflect",
+    "replicate": "replicate",
+    "circular": "circular",
+}
+
+
+class QuantConv2d(nn.Module):
+    """A convolution whose weight is quantized, as an (N, C * R * S) matrix.
+
+    The patches take R * S times the memory of the input, for as long as the call lasts.
+
+    Attributes:
+        linear: what multiplies the patches, a QuantLinear. Its scales and tables can be learned
+            (`QuantLinear.train_parameters`).
+        kernel_size, stride, dilation: as in nn.Conv2d.
+        padding: left, right, top, bottom.
+        padding_mode: as in nn.Conv2d.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        kernel_size: Pair,
+        stride: Pair = (1, 1),
+        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+        dilation: Pair = (1, 1),
+        padding_mode: str = "zeros",
+    ) -> None:
+        """Makes a layer of one that takes patches (..., C * R * S) to (..., N)."""
+        super().__init__()
+        if padding_mode not in _PAD_MODES:
+            raise ValueError(f"padding_mode must be one of {[*_PAD_MODES]}, got {padding_mode!r}")
+        self.linear = linear
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+        self.padding, self.padding_mode = padding, padding_mode
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d, linear: nn.Module) -> QuantConv2d:
+        """Makes a layer of the geometry of `conv` that multiplies by `linear`.
+
+        Raises:
+            TypeError: `conv` is not an nn.Conv2d.
+            NotImplementedError: it has groups, or is a subclass that computes something else.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
+        if type(conv).forward is not nn.Conv2d.forward:
+            raise NotImplementedError(
+                f"conv is a {type(conv).__name__}, whose forward is not that of nn.Conv2d"
+            )
+        if conv.groups != 1:
+            raise NotImplementedError(f"groups must be 1, got {conv.groups}")
+        made = cls(
+            linear, conv.kernel_size, conv.stride, _pads(conv), conv.dilation, conv.padding_mode
+        )  # type: ignore[arg-type]
+        return made.train(conv.training)
+
+    @classmethod
+    def from_conv2d(
+        cls, conv: nn.Conv2d, format: Format | str, method: str | None = None
+    ) -> QuantConv2d:
+        """Quantizes the weight of a dense convolution, each filter a row; the bias is shared.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as `like` and `lowbit.quantize`.
+        """
+        made = cls.like(conv, nn.Identity())
+        weight = lowbit.quantize(conv.weight.detach().flatten(1), format, method)
+        made.linear = QuantLinear.from_quant_tensor(weight, conv.bias).train(conv.training)
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) or (C, H, W) gives (B, N, H', W') or (N, H', W')."""
+        if x.dim() == 3:
+            return self.forward(x[None])[0]
+        if any(self.padding):
+            x = F.pad(x, self.padding, _PAD_MODES[self.padding_mode])
+        size = [
+            (length - dilation * (kernel - 1) - 1) // stride + 1
+            for length, kernel, stride, dilation in zip(
+                x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True
+            )
+        ]
+        if self.kernel_size == (1, 1):
+            columns = x[:, :, :: self.stride[0], :: self.stride[1]].flatten(2)
+        else:
+            columns = F.unfold(x, self.kernel_size, self.dilation, stride=self.stride)
+        return self.linear(columns.transpose(1, 2)).transpose(1, 2).unflatten(2, size)
+
+    def extra_repr(self) -> str:
+        """The geometry."""
+        return (
+            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}, padding_mode={self.padding_mode}"
+        )
+
+
+def _pads(conv: nn.Conv2d) -> tuple[int, ...]:  # left, right, top, bottom
+    if conv.padding == "valid":
+        return (0, 0, 0, 0)
+    pads: list[int] = []
+    for axis in (1, 0):
+        if conv.padding == "same":
+            total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            pads += [int(conv.padding[axis])] * 2
+    return tuple(pads)

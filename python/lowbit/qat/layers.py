@@ -1,0 +1,245 @@
+"""FakeQuantLinear: a linear layer that trains through its quantizers; prepare and convert: into and out of it.
+
+A convolution becomes a `lowbit.nn.QuantConv2d` around a FakeQuantLinear, and is a convolution of packed weights once
+that is converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbit.formats import Format
+from lowbit.nn import QuantConv2d, QuantLinear
+from lowbit.qat.activations import ActivationQuantizer, Int8Activation
+from lowbit.qat.base import RTN, WeightQuantizer
+from lowbit.qat.few_levels import AbsMeanTernary
+from lowbit.quantize.model import READS_WEIGHTS
+from lowbit.quantize.names import compile_pattern
+
+MakeWeight = Callable[[Tensor], WeightQuantizer]
+MakeActivation = Callable[[], ActivationQuantizer]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How to quantize a layer.
+
+    Attributes:
+        weight: a format that weights are rounded to, or what makes a quantizer of a weight (N, K):
+            `qat.TTQ`, `functools.partial(qat.LSQ, format="int4_row_fp32")`.
+        activation: what makes a quantizer of its input, `functools.partial(qat.PACT, 4)`; None leaves the input.
+    """
+
+    weight: Format | str | MakeWeight
+    activation: MakeActivation | None = None
+
+    def weight_quantizer(self, weight: Tensor) -> WeightQuantizer:
+        """A new quantizer for a weight (N, K)."""
+        if isinstance(self.weight, (Format, str)):
+            return RTN(weight, self.weight)
+        return self.weight(weight)
+
+
+class FakeQuantLinear(nn.Module):
+    """y = A(x) Q(W)^T + bias with a weight quantizer Q and an activation quantizer A.
+
+    Attributes:
+        weight: Parameter (N, K), the weight that is trained.
+        bias: Parameter (N,) or None.
+        quantizer, activation: the quantizers; `activation` may be None.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        quantizer: WeightQuantizer,
+        activation: ActivationQuantizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.quantizer, self.activation = quantizer, activation
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, spec: Spec) -> FakeQuantLinear:
+        """Makes a layer that shares weight and bias with a dense one."""
+        activation = None if spec.activation is None else spec.activation()
+        quantizer = spec.weight_quantizer(linear.weight.detach())
+        return cls(linear.weight, linear.bias, quantizer, activation).train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) gives (..., N)."""
+        x = x if self.activation is None else self.activation(x)
+        return F.linear(x, self.quantizer(self.weight), self.bias)
+
+    def convert(self) -> nn.Module:
+        """The same layer with its weight packed: a QuantLinear, or what the activation quantizer makes of it.
+
+        Raises:
+            NotImplementedError: the quantizer's weights have no packed form.
+        """
+        weight = self.quantizer.quant_tensor(self.weight)
+        if self.activation is None:
+            made: nn.Module = QuantLinear.from_quant_tensor(weight, self.bias)
+        else:
+            made = self.activation.convert(weight, self.bias)
+        return made.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Shape and bias."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class BitLinear(FakeQuantLinear):
+    """The linear layer of BitNet b1.58 (arXiv 2402.17764): ternary weights, int8 activations per token.
+
+    It takes the place of nn.Linear in a model that is trained from the start. The norm that BitNet has in front of it
+    stays a module of its own. Converted, it is a QuantLinear of "ternary_row_fp32" with int8 activations.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Arguments and initialization as in nn.Linear, without a bias unless asked for."""
+        dense = nn.Linear(in_features, out_features, bias, device, dtype)
+        quantizer = AbsMeanTernary(dense.weight)
+        super().__init__(dense.weight, dense.bias, quantizer, Int8Activation())
+
+
+def prepare(
+    model: nn.Module,
+    recipe: Spec | Mapping[str, Spec | None],
+    *,
+    skip: Iterable[str] = (),
+) -> list[str]:
+    """Puts fake quantizers into the linears and 2-D convolutions of a model, in place.
+
+    nn.Linear becomes FakeQuantLinear, which keeps the Parameters; nn.Conv2d becomes QuantConv2d around a
+    FakeQuantLinear with a new Parameter (N, C * R * S), behind its activation quantizer in an nn.Sequential unless
+    that works on patches. A module under two names stays one. Call it before the optimizer is made.
+
+    Args:
+        model: trained or not; subclasses of the two with a forward of their own, and linears whose weight
+            torch's attention modules read themselves, are left.
+        recipe: one Spec, or patterns with a Spec or None each; the first that matches counts. How
+            a pattern matches: `lowbit.quantize.Selection`.
+        skip: patterns of modules to leave.
+
+    Returns:
+        The names of the layers that were replaced.
+
+    Raises:
+        ValueError: nothing was replaced, the model is a layer itself, or a quantizer refuses a weight.
+        NotImplementedError: a convolution that the recipe names has groups.
+    """
+    if isinstance(skip, str):
+        raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}")
+    rules = recipe.items() if isinstance(recipe, Mapping) else [(".*", recipe)]
+    compiled = [(compile_pattern(pattern), None) for pattern in skip]
+    compiled += [(compile_pattern(pattern), spec) for pattern, spec in rules]
+    kept = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, READS_WEIGHTS)
+        for child in module.children()
+    }
+    made: dict[int, nn.Module] = {}
+    names = []
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        spec = next((spec for pattern, spec in compiled if pattern.search(name)), None)
+        if spec is None or id(module) in kept or not _replaceable(module):
+            continue
+        if not name:
+            raise ValueError(
+                f"model must contain the layers to replace, it is one itself ({type(module).__name__})"
+            )
+        if id(module) not in made:
+            try:
+                made[id(module)] = _fake(module, spec)
+            except (TypeError, ValueError, NotImplementedError) as e:
+                raise type(e)(f"{name}: {e}") from e
+        _replace(model, name, made[id(module)])
+        names.append(name)
+    if not names:
+        raise ValueError("recipe matches no linear and no convolution of the model")
+    return names
+
+
+def convert(model: nn.Module) -> list[str]:
+    """Packs every FakeQuantLinear of a model, in place.
+
+    The packed weights dequantize to the fake-quantized ones bit for bit.
+
+    Returns:
+        The names of the layers that were replaced.
+
+    Raises:
+        ValueError: there are none, or the model is one itself: use its method `convert`.
+        NotImplementedError: a quantizer's weights have no packed form; no layer is replaced then.
+    """
+    if isinstance(model, FakeQuantLinear):
+        raise ValueError(
+            "model must contain the layers to replace, it is one itself: use its convert"
+        )
+    made: dict[int, nn.Module] = {}
+    names = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FakeQuantLinear):
+            names.append(name)
+            if id(module) not in made:
+                try:
+                    made[id(module)] = module.convert()
+                except NotImplementedError as e:
+                    raise NotImplementedError(f"{name}: {e}") from e
+    if not names:
+        raise ValueError("model has no FakeQuantLinear")
+    replacements = [(name, made[id(model.get_submodule(name))]) for name in names]
+    for name, module in replacements:
+        _replace(model, name, module)
+    return names
+
+
+def _replaceable(module: nn.Module) -> bool:
+    return any(
+        isinstance(module, kind) and type(module).forward is kind.forward  # type: ignore[attr-defined]
+        for kind in (nn.Linear, nn.Conv2d)
+    )
+
+
+def _fake(module: nn.Module, spec: Spec) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return FakeQuantLinear.from_linear(module, spec)
+    assert isinstance(module, nn.Conv2d)
+    made = QuantConv2d.like(module, nn.Identity())
+    weight = nn.Parameter(module.weight.detach().flatten(1).clone())
+    activation = None if spec.activation is None else spec.activation()
+    on_patches = activation is None or activation.per_row
+    inner = FakeQuantLinear(
+        weight,
+        module.bias,
+        spec.weight_quantizer(weight.detach()),
+        activation if on_patches else None,
+    )
+    made.linear = inner
+    whole = made if on_patches else nn.Sequential(activation, made)
+    return whole.train(module.training)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
