@@ -14,7 +14,12 @@ import lowbit
 from lowbit import qat
 from lowbit.qat import soft_kmeans
 
-M, K = 400, 4
+M, K = 100, 4
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    pass
 
 
 def problem(d: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +32,7 @@ def problem(d: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 
 def gradient(w: Tensor, start: Tensor, weights: Tensor, tau: float, **options: Any) -> Tensor:
     leaf = w.clone().requires_grad_()
-    clusters = soft_kmeans.cluster(leaf, start, tau, tolerance=0.0, **options)
+    clusters = soft_kmeans.cluster(leaf, start, tau, **{"tolerance": 1e-12, **options})
     (clusters.values * weights).sum().backward()
     assert leaf.grad is not None
     return leaf.grad
@@ -63,8 +68,8 @@ def test_without_temperature_it_is_k_means(distance: str, d: int) -> None:
 @pytest.mark.parametrize("tau", [0.5, 0.1, 0.02])
 def test_implicit_gradient_is_that_of_all_iterations(tau: float, distance: str, d: int) -> None:
     w, start, weights = problem(d)
-    # The spectral radius of dF/dC is up to .98 here.
-    unrolled = gradient(w, start, weights, tau, distance=distance, mode="unrolled", iterations=1200)
+    # The spectral radius of dF/dC is up to .96 here.
+    unrolled = gradient(w, start, weights, tau, distance=distance, mode="unrolled", iterations=600)
     for solver in soft_kmeans.SOLVERS:
         implicit = gradient(
             w,
@@ -73,11 +78,11 @@ def test_implicit_gradient_is_that_of_all_iterations(tau: float, distance: str, 
             tau,
             distance=distance,
             mode="implicit",
-            iterations=1200,
+            iterations=600,
             solver=solver,
         )
         error = float((implicit - unrolled).norm() / unrolled.norm())
-        # The Neumann iteration ends at a relative residual of 1e-6; its error is that over 1 - .98.
+        # The Neumann iteration ends at a relative residual of 1e-6; its error is that over 1 - .96.
         assert error < (1e-6 if solver == "direct" else 5e-5)
 
 
@@ -91,11 +96,11 @@ def test_gradient_by_differences(distance: str, mode: str) -> None:
 
     def loss(w: Tensor) -> float:
         found = soft_kmeans.cluster(
-            w, start, tau, distance=distance, mode=mode, iterations=500, tolerance=0.0
+            w, start, tau, distance=distance, mode=mode, iterations=600, tolerance=1e-13
         )
         return float((found.values * weights).sum())
 
-    got = gradient(w, start, weights, tau, distance=distance, mode=mode, iterations=500)
+    got = gradient(w, start, weights, tau, distance=distance, mode=mode, iterations=600, tolerance=1e-13)
     for i in range(0, 40, 7):
         move = torch.zeros_like(w)
         move[i] = 1e-6
@@ -105,13 +110,13 @@ def test_gradient_by_differences(distance: str, mode: str) -> None:
 
 def test_jfb_leaves_the_inverse_out() -> None:
     w, start, weights = problem()
-    fixed = soft_kmeans.cluster(w, start, 0.1, iterations=1200, tolerance=0.0).centers
+    fixed = soft_kmeans.cluster(w, start, 0.1, iterations=600, tolerance=1e-12).centers
     leaf = w.clone().requires_grad_()
     a = soft_kmeans.attention(leaf, soft_kmeans.update(leaf, fixed, 0.1), 0.1)
     (a @ soft_kmeans.update(leaf, fixed, 0.1) * weights).sum().backward()
-    jfb = gradient(w, start, weights, 0.1, mode="jfb", iterations=1200)
+    jfb = gradient(w, start, weights, 0.1, mode="jfb", iterations=600)
     torch.testing.assert_close(jfb, leaf.grad, rtol=1e-8, atol=1e-10)
-    full = gradient(w, start, weights, 0.1, mode="implicit", iterations=1200)
+    full = gradient(w, start, weights, 0.1, mode="implicit", iterations=600)
     assert torch.cosine_similarity(jfb.flatten(), full.flatten(), 0) < 0.999
 
 
@@ -175,9 +180,9 @@ def test_bad_input() -> None:
         soft_kmeans.cluster(w * torch.nan, c, 0.1)
     with pytest.raises(ValueError, match="bits must be one of"):
         qat.SoftKMeans(w, 7)
-    with pytest.raises(ValueError, match="dim must divide the 400 weights, got 3"):
+    with pytest.raises(ValueError, match="dim must divide the 100 weights, got 3"):
         qat.SoftKMeans(w, 2, 3)
-    with pytest.raises(ValueError, match="at least 256 vectors for 256 centers, got 200"):
+    with pytest.raises(ValueError, match="at least 256 vectors for 256 centers, got 50"):
         qat.SoftKMeans(w, 8, 2)
 
 

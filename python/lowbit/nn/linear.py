@@ -213,7 +213,7 @@ class QuantLinear(PackedModule):
         self._trained = frozenset()
         self._set_operands(layouts.to_operands(current))
         for name in sorted(codebook):
-            del self._buffers[name]
+            self._buffers.pop(name, None)  # a Parameter already, if it was learnable before
             values = current.tensors[name].detach().to(torch.float32, copy=True)
             self.register_parameter(name, nn.Parameter(values))
         self._trained = codebook

@@ -60,9 +60,9 @@ class PACT(ActivationQuantizer):
         Raises:
             ValueError: the clip is no longer positive.
         """
-        if not self.clip > 0:
+        if not self.clip.item() > 0:
             raise ValueError(
-                f"clip must be positive, got {float(self.clip):g}: lower its learning rate"
+                f"clip must be positive, got {self.clip.item():g}: lower its learning rate"
             )
         levels = 2**self.bits - 1
         with torch.no_grad():

@@ -166,5 +166,5 @@ def _surrogate(
 def _check_positive(step: Tensor) -> None:
     if not bool((step > 0).all() & torch.isfinite(step).all()):
         raise ValueError(
-            f"step must be positive and finite, got {float(step.min()):g}: lower its learning rate"
+            f"step must be positive and finite, got {step.min().item():g}: lower its learning rate"
         )

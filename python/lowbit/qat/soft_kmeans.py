@@ -294,7 +294,8 @@ class SoftKMeans(WeightQuantizer):
             iterations=self.iterations,
             solver=self.solver,
         )
-        self.centers.copy_(clusters.centers.detach())
+        # Not in place: what is saved for backward may be the old one.
+        self.centers = clusters.centers.detach()
         return clusters.values.to(weight.dtype).view_as(weight)
 
     def encode(self, weight: Tensor) -> tuple[QuantTensor, Tensor]:
