@@ -100,7 +100,9 @@ def test_gradient_by_differences(distance: str, mode: str) -> None:
         )
         return float((found.values * weights).sum())
 
-    got = gradient(w, start, weights, tau, distance=distance, mode=mode, iterations=600, tolerance=1e-13)
+    got = gradient(
+        w, start, weights, tau, distance=distance, mode=mode, iterations=600, tolerance=1e-13
+    )
     for i in range(0, 40, 7):
         move = torch.zeros_like(w)
         move[i] = 1e-6
@@ -208,6 +210,8 @@ def test_vectors_train_and_harden(monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(8, 24, requires_grad=True)
     quantizer = qat.SoftKMeans(w, 3, 2, tau=0.05)
     assert quantizer.centers.shape == (8, 2)
+    zeros = qat.SoftKMeans(torch.zeros(4, 4), 1, 2)
+    assert torch.equal(zeros(torch.zeros(4, 4)), torch.zeros(4, 4))
     assert torch.equal(quantizer.centers, qat.SoftKMeans(w, 3, 2, tau=0.05).centers)
     optimizer = torch.optim.SGD([w], lr=0.5)
     x, target = torch.randn(30, 24), torch.randn(30, 8)

@@ -10,6 +10,7 @@ F(C, W) = (A^T W) / (A^T 1) is iterated to C*, and W~ = A(W, C*) C*. What the gr
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -235,13 +236,13 @@ class SoftKMeans(WeightQuantizer):
     fitted table for the whole weight; with more, the weight has no packed form (`harden`).
 
     Args:
-        weight: (N, K). The centers start at the best 1-D k-means centers, or with dim > 1 at those of k-means++
-            (scikit-learn, with `seed`).
+        weight: (N, K). The centers start at the best of 1-D k-means, or with dim > 1 where scikit-learn's k-means
+            ends.
         bits: log2 k, 1, 2, 3, 4, 5, 6 or 8.
         dim: d; it divides N * K. Vectors are consecutive weights of the flattened matrix.
         tau: in units of the distance between weights; IDKM's experiments have 5e-4 [from memory].
         mode, distance, iterations, solver: as in `cluster`.
-        seed: of k-means++.
+        seed: of scikit-learn's k-means.
 
     Attributes:
         centers: (k, d) fp32.
@@ -276,7 +277,7 @@ class SoftKMeans(WeightQuantizer):
             table = kmeans.quantize(w, self.format).tensors["table"]
             centers = table[:, None].clone()
         else:
-            centers = _plus_plus(w.reshape(-1, dim), 2**bits, seed)
+            centers = _k_means(w.reshape(-1, dim), 2**bits, seed)
         self.register_buffer("centers", centers)
         _check(w.reshape(-1, dim), centers, tau, mode, distance, iterations, solver)
 
@@ -317,14 +318,18 @@ class SoftKMeans(WeightQuantizer):
         return f"bits={self.format.bits}, dim={self.dim}, tau={self.tau}, mode={self.mode}"
 
 
-def _plus_plus(vectors: Tensor, k: int, seed: int) -> Tensor:
+def _k_means(vectors: Tensor, k: int, seed: int) -> Tensor:
     try:
-        from sklearn.cluster import kmeans_plusplus
+        from sklearn.cluster import KMeans
+        from sklearn.exceptions import ConvergenceWarning
     except ImportError as e:
         raise ImportError("dim > 1 needs scikit-learn: pip install 'lowbit[qat]'") from e
     if len(vectors) < k:
         raise ValueError(
             f"weight must have at least {k} vectors for {k} centers, got {len(vectors)}"
         )
-    centers, _ = kmeans_plusplus(vectors.cpu().numpy(), k, random_state=seed)
-    return torch.from_numpy(centers).to(vectors)
+    with warnings.catch_warnings():
+        # Fewer distinct vectors than centers: the rest of the centers lie on others.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fitted = KMeans(k, n_init=1, random_state=seed).fit(vectors.cpu().numpy())
+    return torch.from_numpy(fitted.cluster_centers_).to(vectors)
