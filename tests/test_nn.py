@@ -490,15 +490,3 @@ def test_repr_says_format_shape_and_bytes() -> None:
     assert repr(rows) == (
         f"QuantEmbedding(70, 96, padding_idx=3, dtype=torch.bfloat16, format=nf4, {size} bytes)"
     )
-
-
-def test_parameters_can_be_made_learnable_again() -> None:
-    layer = layer_of("kmeans3_pr")
-    first = layer.train_parameters(["table"])[0]
-    with torch.no_grad():
-        first.mul_(2)
-    second = layer.train_parameters(["table", "bias"])[1]
-    assert second is layer.table
-    assert torch.equal(second, first)
-    assert layer.train_parameters(()) == []
-    assert torch.equal(layer.quant_tensor().table, first)

@@ -187,6 +187,18 @@ def test_tables_get_the_sum_of_the_gradients_of_their_weights() -> None:
         qat.train_tables(dense)
 
 
+def test_parameters_can_be_made_learnable_again() -> None:
+    layer = QuantLinear.from_linear(nn.Linear(40, 6), "kmeans3_pr")
+    first = layer.train_parameters(["table"])[0]
+    with torch.no_grad():
+        first.mul_(2)
+    second = layer.train_parameters(["table", "bias"])[1]
+    assert second is layer.table
+    assert torch.equal(second, first)
+    assert layer.train_parameters(()) == []
+    assert torch.equal(layer.quant_tensor().table, first)
+
+
 def test_cluster_means_are_weights_overwritten_after_each_step() -> None:
     """The rule of the tutorial: SGD on all weights, then every weight becomes the mean of its cluster."""
     start = torch.randn(5, 30)

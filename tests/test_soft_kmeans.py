@@ -213,10 +213,10 @@ def test_vectors_train_and_harden(monkeypatch: pytest.MonkeyPatch) -> None:
     zeros = qat.SoftKMeans(torch.zeros(4, 4), 1, 2)
     assert torch.equal(zeros(torch.zeros(4, 4)), torch.zeros(4, 4))
     assert torch.equal(quantizer.centers, qat.SoftKMeans(w, 3, 2, tau=0.05).centers)
-    optimizer = torch.optim.SGD([w], lr=0.5)
+    optimizer = torch.optim.Adam([w], lr=0.1)
     x, target = torch.randn(30, 24), torch.randn(30, 8)
     losses = []
-    for _ in range(10):
+    for _ in range(15):
         optimizer.zero_grad()
         loss = (x @ quantizer(w).T - target).square().mean()
         loss.backward()

@@ -18,5 +18,5 @@ class BinaryLinear(QuantLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) gives (..., N) in its dtype; checks as `lowbit.binary`."""
         bits, scales = binary.quantize(x.reshape(-1, self.in_features))
-        y = binary.linear(bits, scales, self.operands(), self.bias, x.dtype)
+        y = binary.linear(bits, scales, self.operands(), self._parameters["bias"], x.dtype)
         return y.view(*x.shape[:-1], self.out_features)

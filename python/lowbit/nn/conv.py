@@ -13,7 +13,7 @@ import lowbit
 from lowbit.formats import Format
 from lowbit.nn.linear import QuantLinear
 
-Pair = tuple[int, int]
+Size = tuple[int, ...]
 _PAD_MODES = {
     "zeros": "constant",
     "reflect": "reflect",
@@ -38,10 +38,10 @@ class QuantConv2d(nn.Module):
     def __init__(
         self,
         linear: nn.Module,
-        kernel_size: Pair,
-        stride: Pair = (1, 1),
-        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-        dilation: Pair = (1, 1),
+        kernel_size: Size,
+        stride: Size = (1, 1),
+        padding: Size = (0, 0, 0, 0),
+        dilation: Size = (1, 1),
         padding_mode: str = "zeros",
     ) -> None:
         """Makes a layer of one that takes patches (..., C * R * S) to (..., N)."""
@@ -70,7 +70,7 @@ class QuantConv2d(nn.Module):
             raise NotImplementedError(f"groups must be 1, got {conv.groups}")
         made = cls(
             linear, conv.kernel_size, conv.stride, _pads(conv), conv.dilation, conv.padding_mode
-        )  # type: ignore[arg-type]
+        )
         return made.train(conv.training)
 
     @classmethod
@@ -113,7 +113,7 @@ class QuantConv2d(nn.Module):
         )
 
 
-def _pads(conv: nn.Conv2d) -> tuple[int, ...]:  # left, right, top, bottom
+def _pads(conv: nn.Conv2d) -> Size:  # left, right, top, bottom
     if conv.padding == "valid":
         return (0, 0, 0, 0)
     pads: list[int] = []

@@ -89,7 +89,8 @@ class WeightQuantizer(nn.Module):
 
     def blank(self, weight: Tensor) -> QuantTensor:
         """A QuantTensor for a weight, all of it 0."""
-        return zero_weight(self.format, *weight.shape, weight.device)
+        n, k = weight.shape
+        return zero_weight(self.format, n, k, weight.device)
 
     def extra_repr(self) -> str:
         """The format."""

@@ -57,6 +57,9 @@ class ClusterMeans(WeightQuantizer):
         labels: (N, K) uint8.
     """
 
+    labels: Tensor
+    _start: Tensor
+
     def __init__(self, weight: Tensor, bits: int) -> None:
         super().__init__(Format.lut(bits=bits, group=None, scale=None))
         qt = kmeans.quantize(weight, self.format)

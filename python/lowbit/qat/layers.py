@@ -6,6 +6,7 @@ that is converted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -44,33 +45,39 @@ class Spec:
             return RTN(weight, self.weight)
         return self.weight(weight)
 
+    def activation_quantizer(self, device: torch.device) -> ActivationQuantizer | None:
+        """A new quantizer for the input, or None."""
+        return None if self.activation is None else self.activation().to(device)
+
 
 class FakeQuantLinear(nn.Module):
     """y = A(x) Q(W)^T + bias with a weight quantizer Q and an activation quantizer A.
 
     Attributes:
-        weight: Parameter (N, K), the weight that is trained.
+        weight: Parameter (N, K), the weight that is trained; a Parameter that was given is kept.
         bias: Parameter (N,) or None.
         quantizer, activation: the quantizers; `activation` may be None.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
+        weight: Tensor,
+        bias: Tensor | None,
         quantizer: WeightQuantizer,
         activation: ActivationQuantizer | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = weight
-        self.register_parameter("bias", bias)
+        self.weight = _as_parameter(weight)
+        self.register_parameter("bias", None if bias is None else _as_parameter(bias))
         self.quantizer, self.activation = quantizer, activation
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, spec: Spec) -> FakeQuantLinear:
         """Makes a layer that shares weight and bias with a dense one."""
-        activation = None if spec.activation is None else spec.activation()
+        activation = spec.activation_quantizer(linear.weight.device)
         quantizer = spec.weight_quantizer(linear.weight.detach())
         return cls(linear.weight, linear.bias, quantizer, activation).train(linear.training)
 
@@ -150,7 +157,9 @@ def prepare(
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}")
     rules = recipe.items() if isinstance(recipe, Mapping) else [(".*", recipe)]
-    compiled = [(compile_pattern(pattern), None) for pattern in skip]
+    compiled: list[tuple[re.Pattern[str], Spec | None]] = [
+        (compile_pattern(pattern), None) for pattern in skip
+    ]
     compiled += [(compile_pattern(pattern), spec) for pattern, spec in rules]
     kept = {
         id(child)
@@ -159,7 +168,7 @@ def prepare(
         for child in module.children()
     }
     made: dict[int, nn.Module] = {}
-    names = []
+    names: list[str] = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
         spec = next((spec for pattern, spec in compiled if pattern.search(name)), None)
         if spec is None or id(module) in kept or not _replaceable(module):
@@ -225,19 +234,18 @@ def _fake(module: nn.Module, spec: Spec) -> nn.Module:
     if isinstance(module, nn.Linear):
         return FakeQuantLinear.from_linear(module, spec)
     assert isinstance(module, nn.Conv2d)
-    made = QuantConv2d.like(module, nn.Identity())
-    weight = nn.Parameter(module.weight.detach().flatten(1).clone())
-    activation = None if spec.activation is None else spec.activation()
-    on_patches = activation is None or activation.per_row
-    inner = FakeQuantLinear(
-        weight,
-        module.bias,
-        spec.weight_quantizer(weight.detach()),
-        activation if on_patches else None,
-    )
-    made.linear = inner
-    whole = made if on_patches else nn.Sequential(activation, made)
-    return whole.train(module.training)
+    weight = module.weight.detach().flatten(1).clone()
+    activation = spec.activation_quantizer(weight.device)
+    on_patches = activation if activation is not None and activation.per_row else None
+    inner = FakeQuantLinear(weight, module.bias, spec.weight_quantizer(weight), on_patches)
+    made: nn.Module = QuantConv2d.like(module, inner)
+    if activation is not None and on_patches is None:
+        made = nn.Sequential(activation, made)
+    return made.train(module.training)
+
+
+def _as_parameter(t: Tensor) -> nn.Parameter:
+    return t if isinstance(t, nn.Parameter) else nn.Parameter(t)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -49,6 +49,8 @@ class LSQ(WeightQuantizer):
         step: Parameter (1, 1) or (N, groups) fp32.
     """
 
+    _grad_scale: Tensor
+
     def __init__(
         self, weight: Tensor, format: Format | str = "int4_row_fp32", scope: str = "tensor"
     ) -> None:
@@ -109,14 +111,15 @@ class LSQActivation(ActivationQuantizer):
         step: Parameter () fp32.
     """
 
+    started: Tensor
+
     def __init__(self, bits: int, signed: bool = False) -> None:
         super().__init__()
         if not isinstance(bits, int) or not 1 + signed <= bits <= 8:
             raise ValueError(f"bits must be {1 + signed} to 8, got {bits!r}")
         self.bits, self.signed = bits, signed
-        self._low, self._high = (
-            (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-        )
+        self._low = -(2 ** (bits - 1)) if signed else 0
+        self._high = 2 ** (bits - signed) - 1
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("started", torch.tensor(False))
 

@@ -251,6 +251,8 @@ class SoftKMeans(WeightQuantizer):
         ImportError: dim > 1 and scikit-learn is missing.
     """
 
+    centers: Tensor
+
     def __init__(
         self,
         weight: Tensor,
