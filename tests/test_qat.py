@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,20 +289,21 @@ def test_conv_refuses() -> None:
         QuantConv2d.from_conv2d(Other(2, 2, 1), "nf4")
 
 
-def test_state_of_a_converted_model_is_saved_and_loaded(tmp_path) -> None:
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
-    qat.prepare(model, SPECS["idkm"])
-    qat.convert(model)
-    other = copy.deepcopy(model)
-    for layer in other.modules():
-        if isinstance(layer, QuantLinear):
-            layer.load_state_dict(
-                QuantLinear(layer.in_features, layer.out_features, format=layer.format).state_dict()
-            )
-    x = torch.randn(2, 1, 4, 4)
-    assert not torch.equal(model(x), other(x))
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(model(x), other(x))
+@pytest.mark.parametrize("name", ["idkm", "xnor", "lsq", "bitnet"])
+def test_a_converted_model_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = Net()
+        qat.prepare(model, SPECS[name])
+        model(torch.rand(4, 2, 5, 5))
+        qat.convert(model)
+        return model.eval()
+
+    model, other = make(), make()
+    x = torch.rand(2, 2, 5, 5)
+    with torch.no_grad():
+        assert not torch.equal(model(x), other(x))
+        lowbit.save(model, tmp_path / "model.safetensors")
+        assert torch.equal(lowbit.load(other, tmp_path / "model.safetensors")(x), model(x))
 
 
 def test_explain_names_a_kernel() -> None:

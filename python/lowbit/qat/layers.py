@@ -193,6 +193,8 @@ def convert(model: nn.Module) -> list[str]:
     """Packs every FakeQuantLinear of a model, in place.
 
     The packed weights dequantize to the fake-quantized ones bit for bit.
+    To load the result elsewhere (`lowbit.load`), prepare and convert an untrained model alike first: files
+    hold weights, not what was done to activations or convolutions.
 
     Returns:
         The names of the layers that were replaced.
