@@ -225,17 +225,16 @@ def digits_table(data: dict[str, Any]) -> str:
     lines = [
         row(
             "method",
-            [f"{m}: {head}" for m in models for head in ("bits", "untrained", "trained", "packed")],
+            [f"{m}: {head}" for m in models for head in ("bits", "untrained", "trained")],
         ),
-        "|---|" + "---|" * (4 * len(models)),
+        "|---|" + "---|" * (3 * len(models)),
     ]
     for method in dict.fromkeys(r["method"] for r in data["rows"]):
         cells = []
         for model in models:
             r = rows[model, method]
             bits = f"{fmean(r['bits']):.2f}" if "bits" in r else "dense"
-            values = [r.get(key) for key in ("before", "after", "packed")]
-            cells += [bits, *("" if v is None else f"{fmean(v):.1f}" for v in values)]
+            cells += [bits, *(f"{fmean(r[key]):.1f}" for key in ("before", "after"))]
         lines.append(row(method, cells))
     train, test = data["images"]
     changed = sum(sum(r.get("changed", [])) for r in data["rows"])
