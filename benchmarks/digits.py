@@ -1,7 +1,7 @@
 """Training through the quantizer on scikit-learn's digits: accuracy by method, before and after training and packed.
 
 An MLP and a CNN on 1797 images of 8x8. Every quantized model is converted and evaluated again through the packed
-kernels. Writes benchmarks/results/digits.json, and digits.png if matplotlib is there; takes about 3 minutes on one
+kernels. Writes benchmarks/results/digits.json, and digits.png if matplotlib is there; takes about 4 minutes on one
 core. `--quick` trains one epoch on one seed and writes nothing.
 """
 
