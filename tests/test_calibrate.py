@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 from lowbit import nn as qnn
 from lowbit.quantize import InputStatistics, collect, quantize, quantize_model
+from lowbit.quantize import calibrate as calibrate_module
 from lowbit.quantize import model as model_module
+from lowbit.quantize.progress import bar
 
 
 class Net(nn.Module):
@@ -162,6 +167,64 @@ def test_kmeans_weighs_by_the_inputs():
     assert torch.equal(got, quantize(embedding, "nf4").dequantize())
 
 
+@pytest.mark.parametrize(("limit", "hessians"), [(1, [1, 1, 1]), (1 << 31, [3, 2, 1])])
+def test_memory_is_bounded_layer_by_layer(limit: int, hessians: list[int], monkeypatch):
+    """While a layer is solved, the Hessians of its chunk that are used up are gone, and so are the
+    dense weights before it; with chunks of one layer there is never more than one Hessian."""
+    model, kept, alive, most = Net().eval(), [], [], []
+    weights = [weakref.ref(model.get_submodule(name).weight) for name in LAYERS]
+
+    class Tracked(InputStatistics):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            kept.append(weakref.ref(self))
+            most.append(sum(r() is not None for r in kept))
+
+    def counting(*args: object, **kwargs: object) -> object:
+        alive.append([sum(r() is not None for r in some) for some in (kept, weights)])
+        return quantize(*args, **kwargs)
+
+    monkeypatch.setattr(calibrate_module, "InputStatistics", Tracked)
+    monkeypatch.setattr(model_module, "quantize", counting)
+    monkeypatch.setattr(model_module, "_HESSIAN_BYTES", limit)
+    quantize_model(model, "int3_g32", method="gptq", calibration=BATCHES, progress=False)
+    assert alive == [[n, left] for n, left in zip(hessians, (3, 2, 1), strict=True)]
+    assert max(most) == max(hessians)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_progress_of_calibration_and_solving(one_by_one: bool, monkeypatch, capsys):
+    """The bar moves for every input that is run and for every layer that is solved."""
+    if one_by_one:
+        monkeypatch.setattr(model_module, "_HESSIAN_BYTES", 1)
+    events: list[str] = []
+    totals: list[int] = []
+
+    @contextlib.contextmanager
+    def counting(total: int, description: str, shown: bool):
+        totals.append(total)
+        with bar(total, description, shown) as advance:
+            yield lambda: (events.append("step"), advance())
+
+    monkeypatch.setattr(model_module, "bar", counting)
+    # rich draws on a terminal alone.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    quantize_model(
+        Net(), "int3_g32", method="gptq", calibration=BATCHES,
+        on_layer=lambda name, *_: events.append(name),
+    )  # fmt: skip
+    run = ["step"] * len(BATCHES)
+    solved = [[name, "step"] for name in LAYERS]
+    if one_by_one:
+        assert events == [e for layer in solved for e in (*run, *layer)]
+    else:
+        assert events == [*run, *(e for layer in solved for e in layer)]
+    assert totals == [events.count("step")]
+    captured = capsys.readouterr()
+    assert "quantizing" in captured.err
+    assert captured.out == ""
+
+
 BAD = [
     ({"method": "gptq"}, ValueError, "method 'gptq' needs calibration"),
     ({"method": "gptq", "calibration": []}, ValueError, "calibration is empty"),
@@ -172,7 +235,7 @@ BAD = [
     (
         {"method": "gptq", "calibration": BATCHES, "options": {"order": 1}},
         ValueError,
-        "up: method 'gptq' takes no order",
+        "method 'gptq' takes no order",
     ),
     (
         {"method": "gptq", "calibration": [torch.zeros(1, 0, dtype=torch.int64)]},

@@ -36,7 +36,7 @@ LAYERS = (
     ("qat",),
     ("io", "bench"),
     ("integrations",),
-    ("run",),
+    ("run", "quantize_command"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -45,11 +45,15 @@ UPWARD = {("tensor", "ops"), ("nn", "quantize")}
 # Third-party packages that only these modules may import; torch may be imported anywhere but in
 # `formats`, numpy anywhere.
 RESTRICTED = {
+    "accelerate": {"integrations"},
     "gguf": {"io", "integrations"},
+    "matplotlib": {"quantize"},
     "rich": {"cli", "run", "quantize"},
     "safetensors": {"io"},
     "scipy": {"codebooks"},
     "sklearn": {"qat"},
+    "tomli": {"quantize"},
+    "tomllib": {"quantize"},
     "tqdm": {"quantize"},
     "triton": set(),
     "transformers": {"integrations", "run"},

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the command and turns errors of the user into one line."""
     try:
         app(args=arguments)
-    except (ValueError, TypeError, RuntimeError, OSError) as e:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as e:
         print(f"lowbit: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(1) from None
 
@@ -84,34 +84,83 @@ def formats() -> None:
 
 def bits_per_weight(format: Format, n: int = _REFERENCE_K, k: int = _REFERENCE_K) -> float:
     """Stored bits of a weight of an (n, k) matrix: codes, scales, zeros and tables."""
-    from lowbit.tensor import tensor_specs
+    from lowbit.tensor import stored_bytes
 
-    specs = tensor_specs(format, n, k).values()
-    return 8 * sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs) / (n * k)
+    return 8 * stored_bytes(format, n, k) / (n * k)
 
 
 @app.command()
 def quantize(
-    source: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder with some.")],
+    source: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder with some; for "
+                                                "--calibrate a folder of transformers.")],
     target: Annotated[Path, typer.Argument(help="The file or folder to write.")],
-    format: FormatName,
+    format: Annotated[
+        list[str] | None,
+        typer.Option("--format", "-f", help="As in: nf4, int3_g64, uint4_g32. Several are "
+                                            "candidates for --budget."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A .toml or .json file with formats by module name.")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Bits per weight, scales and tables included, that the best mixture of "
+                          "the formats must not exceed."),
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="What --budget minimises with --calibrate: kl (divergence of the "
+                               "model's outputs) or output (squared error of the layers').")
+    ] = "kl",
+    method: Annotated[
+        str | None, typer.Option(help="rtn, kmeans, hqq, or, with --calibrate, gptq.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE for the method. May be repeated.")
+    ] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(help="Module names or regular expressions to leave dense, besides heads, "
                           "embeddings and norms. May be repeated."),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="rtn, kmeans or hqq.")] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Text, or token ids in a .npy or .safetensors file, to run the model on."),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window of --calibrate.")] = 512,
+    samples: Annotated[int, typer.Option(help="Windows of --calibrate, at most.")] = 128,
+    per_line: Annotated[
+        bool, typer.Option("--per-line", help="Each line of --calibrate is a document.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    report: Annotated[
+        Path | None, typer.Option(help="A folder for tables and plots of the errors.")
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:  # fmt: skip
-    """Quantizes a safetensors checkpoint."""
-    from lowbit.io.convert import DEFAULT_SKIP, quantize_file
+    """Quantizes a safetensors checkpoint; with --calibrate runs its model first."""
+    from lowbit.quantize_command import QuantizeOptions, parse_options
+    from lowbit.quantize_command import quantize as run_quantize
 
-    patterns = (*DEFAULT_SKIP, *(skip or ()))
-    report = quantize_file(source, target, parse(format), skip=patterns, method=method)
-    if json_output:
-        print(json.dumps(report.to_dict()))
-    else:
-        print(report)
+    made = run_quantize(
+        QuantizeOptions(
+            source=source,
+            target=target,
+            formats=tuple(format or ()),
+            recipe=recipe,
+            budget=budget,
+            objective=objective,
+            method=method,
+            options=parse_options(option or []),
+            skip=tuple(skip or ()),
+            calibrate=calibrate,
+            length=length,
+            samples=samples,
+            per_line=per_line,
+            seed=seed,
+            report=report,
+        )
+    )
+    print(json.dumps(made["data"]) if json_output else made["text"])
 
 
 @app.command()

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from lowbit.backends import explain
 from lowbit.nn import PackedModule, QuantLinear
-from lowbit.tensor import tensor_specs
+from lowbit.tensor import stored_bytes
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -215,8 +215,7 @@ def _packed_size(modules: Iterable[PackedModule]) -> tuple[int, int]:
     """(bytes of the canonical tensors, weights)."""
     nbytes, count = 0, 0
     for m in modules:
-        for shape, dtype in tensor_specs(m.format, *m.shape).values():
-            nbytes += math.prod(shape) * dtype.itemsize
+        nbytes += stored_bytes(m.format, *m.shape)
         count += math.prod(m.shape)
     return nbytes, count
 

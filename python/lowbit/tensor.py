@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -48,6 +49,12 @@ def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, .
         lead = {"tensor": (), "row": (n,), "group": (n, groups)}[format.table_scope]
         specs["table"] = ((*lead, 2**format.bits), torch.float32)
     return specs
+
+
+def stored_bytes(format: Format, n: int, k: int) -> int:
+    """Bytes of all canonical tensors of an (n, k) weight: codes, scales, zeros and tables."""
+    specs = tensor_specs(format, n, k).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
 
 
 class QuantTensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowbit.formats import Format, as_format
 from lowbit.io.container import Reader, Source, Specs, tensor_files
-from lowbit.tensor import TENSOR_NAMES, QuantTensor, tensor_specs
+from lowbit.tensor import TENSOR_NAMES, QuantTensor, stored_bytes, tensor_specs
 
 VERSION = 1
 
@@ -202,10 +202,7 @@ def describe(path: str | os.PathLike[str]) -> list[TensorInfo]:
     checkpoint = Checkpoint(path)
     rows = []
     for name, (format, shape) in checkpoint.header.layers.items():
-        nbytes = sum(
-            torch.Size(s).numel() * d.itemsize for s, d in tensor_specs(format, *shape).values()
-        )
-        rows.append(TensorInfo(name, format.name, shape, nbytes, True))
+        rows.append(TensorInfo(name, format.name, shape, stored_bytes(format, *shape), True))
     for name, (dense_shape, dtype) in checkpoint.dense.items():
         label = str(dtype).removeprefix("torch.")
         nbytes = torch.Size(dense_shape).numel() * dtype.itemsize

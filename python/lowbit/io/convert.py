@@ -8,8 +8,9 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from torch import Tensor
 from lowbit.formats import Format
 from lowbit.io.checkpoint import Header, layer_source
 from lowbit.io.container import INDEX_NAME, Reader, Source, atomic, tensor_files, write
-from lowbit.quantize import Recipe, Report, Selection, quantize
+from lowbit.quantize import Report, Rule, Selection
+from lowbit.quantize.model import Method, check_rules
+from lowbit.quantize.names import Rules
 from lowbit.quantize.progress import bar
 from lowbit.quantize.report import measure
 from lowbit.tensor import QuantTensor
@@ -41,11 +44,13 @@ _COPIED_NAMES = ("LICENSE", "NOTICE")
 def quantize_file(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    format: Recipe,
+    format: Rules,
     *,
     skip: Iterable[str] = DEFAULT_SKIP,
     method: str | None = None,
+    options: Mapping[str, Any] | None = None,
     progress: bool = True,
+    on_layer: Callable[[str, Tensor, QuantTensor], object] | None = None,
 ) -> Report:
     """Quantizes a checkpoint on disk without building its model.
 
@@ -62,7 +67,8 @@ def quantize_file(
         format: one format or a recipe, as in `lowbit.quantize_model`; patterns are matched against
             the name without ".weight".
         skip: patterns of modules to leave; by default heads, embeddings and norms.
-        method: as in `lowbit.quantize`.
+        method, options, on_layer: as in `lowbit.quantize_model`; no model runs, so methods that
+            need calibration are refused.
         progress: show a bar on stderr.
 
     Returns:
@@ -75,25 +81,26 @@ def quantize_file(
     """
     source, target = Path(src), Path(dst)
     selection = Selection(format, skip)
-    readers = [Reader(file) for file in tensor_files(source)]
-    for reader in readers:
-        if "lowbit" in reader.metadata:
-            raise ValueError(f"{reader.path}: is a lowbit checkpoint already")
+    readers = _dense_readers(source)
     paths = _target_paths(source, target, readers)
     report = Report()
-    plans = [_plan(reader, selection, report) for reader in readers]
+    plans = [
+        {k: rule.completed(method, options or {}) for k, rule in plan.items()}
+        for plan in (_plan(reader, selection, report) for reader in readers)
+    ]
+    check_rules((rule for plan in plans for rule in plan.values()), calibrated=False)
     weight_map: dict[str, str] = {}
     size = 0
     with bar(sum(map(len, plans)), "quantizing", progress) as advance:
         for reader, plan, path in zip(readers, plans, paths, strict=True):
-            sources = _sources(reader, plan, method, report, advance)
-            layers = {name: (chosen, _shape(reader, name)) for name, chosen in plan.items()}
+            sources = _sources(reader, plan, report, advance, on_layer)
+            layers = {name: (_format(rule), _shape(reader, name)) for name, rule in plan.items()}
             write(path, sources, {**reader.metadata, **Header(layers, {}).metadata()})
             for specs in (s.specs for s in sources):
                 weight_map.update(dict.fromkeys(specs, path.name))
                 size += sum(torch.Size(s).numel() * d.itemsize for s, d in specs.values())
     if source.is_dir():
-        _copy_rest(source, target)
+        copy_rest(source, target)
         if (source / INDEX_NAME).exists():
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             with atomic(target / INDEX_NAME) as f:
@@ -101,12 +108,48 @@ def quantize_file(
     return report
 
 
-def _target_paths(source: Path, target: Path, readers: list[Reader]) -> list[Path]:
+class DenseWeights(Mapping[str, Tensor]):
+    """The matrices of a checkpoint that `quantize_file` would quantize, each read when it is asked
+    for; arguments and errors as there.
+    """
+
+    def __init__(self, src: str | os.PathLike[str], skip: Iterable[str] = DEFAULT_SKIP) -> None:
+        selection, report = Selection("int8", skip), Report()
+        self._readers = {
+            name: reader
+            for reader in _dense_readers(Path(src))
+            for name in _plan(reader, selection, report)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._readers[name].tensor(name + _WEIGHT)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+def _dense_readers(source: Path) -> list[Reader]:
+    readers = [Reader(file) for file in tensor_files(source)]
+    for reader in readers:
+        if "lowbit" in reader.metadata:
+            raise ValueError(f"{reader.path}: is a lowbit checkpoint already")
+    return readers
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Raises ValueError if `target` is `source`, or is a file and `source` is a folder."""
     if source.resolve() == target.resolve():
         raise ValueError(f"dst must not be src, got {target} for both")
+    if source.is_dir() and target.exists() and not target.is_dir():
+        raise ValueError(f"dst must be a folder because src is one, got the file {target}")
+
+
+def _target_paths(source: Path, target: Path, readers: list[Reader]) -> list[Path]:
+    check_target(source, target)
     if source.is_dir():
-        if target.exists() and not target.is_dir():
-            raise ValueError(f"dst must be a folder because src is one, got the file {target}")
         target.mkdir(parents=True, exist_ok=True)
         return [target / reader.path.name for reader in readers]
     if target.suffix != ".safetensors":
@@ -120,41 +163,48 @@ def _shape(reader: Reader, layer: str) -> tuple[int, int]:
     return n, k
 
 
-def _plan(reader: Reader, selection: Selection, report: Report) -> dict[str, Format]:
+def _format(rule: Rule) -> Format:
+    assert rule.format is not None
+    return rule.format
+
+
+def _plan(reader: Reader, selection: Selection, report: Report) -> dict[str, Rule]:
     """The layers of one file that are quantized; what is left is noted in the report."""
     plan = {}
     for name, (shape, dtype) in sorted(reader.specs.items()):
         if len(shape) < 2 or dtype not in _DENSE_DTYPES:
             continue
         layer = name.removesuffix(_WEIGHT)
-        chosen = selection.format(layer)
+        rule = selection.rule(layer)
         if layer == name or len(shape) != 2 or 0 in shape:
             report.left[name] = f"not a matrix named *{_WEIGHT}"
         elif selection.skipped(layer):
             report.left[name] = "skipped"
-        elif chosen is None:
+        elif rule.format is None:
             report.left[name] = "not in the recipe"
         else:
-            plan[layer] = chosen
+            plan[layer] = rule
     return plan
 
 
 def _sources(
     reader: Reader,
-    plan: Mapping[str, Format],
-    method: str | None,
+    plan: Mapping[str, Rule],
     report: Report,
     advance: Callable[[], object],
+    on_layer: Callable[[str, Tensor, QuantTensor], object] | None,
 ) -> list[Source]:
     """What the new file holds, in the order of the old one."""
 
     def quantized(layer: str) -> QuantTensor:
         weight = reader.tensor(layer + _WEIGHT)
         try:
-            qt = quantize(weight, plan[layer], method)
+            qt = Method(plan[layer], None)(None, weight)
         except (TypeError, ValueError) as e:
             raise type(e)(f"{reader.path}: {layer}: {e}") from e
         report.layers.append(measure(layer, weight, qt))
+        if on_layer is not None:
+            on_layer(layer, weight, qt)
         advance()
         return qt
 
@@ -166,13 +216,13 @@ def _sources(
         layer = name.removesuffix(_WEIGHT)
         if layer != name and layer in plan:
             make = functools.partial(quantized, layer)
-            sources.append(layer_source(layer, plan[layer], _shape(reader, layer), make))
+            sources.append(layer_source(layer, _format(plan[layer]), _shape(reader, layer), make))
         else:
             sources.append(Source({name: spec}, functools.partial(copied, name)))
     return sources
 
 
-def _copy_rest(source: Path, target: Path) -> None:
+def copy_rest(source: Path, target: Path) -> None:
     """Copies configuration and tokenizer files."""
     for file in sorted(source.iterdir()):
         wanted = file.suffix in _COPIED_SUFFIXES or file.stem in _COPIED_NAMES

@@ -2,25 +2,33 @@
 them on a model.
 """
 
+from lowbit.quantize.allocate import allocate
+from lowbit.quantize.allocation import Allocation
 from lowbit.quantize.calibrate import InputStatistics, attach, collect
+from lowbit.quantize.fisher import output_gradients
 from lowbit.quantize.methods import METHODS, quantize
 from lowbit.quantize.model import quantize_model
-from lowbit.quantize.names import Recipe, Selection
+from lowbit.quantize.names import Rule, Selection
 from lowbit.quantize.observers import OBSERVERS, Grid, Observer
+from lowbit.quantize.recipe import Recipe
 from lowbit.quantize.report import LayerReport, Report
 
 __all__ = [
     "METHODS",
     "OBSERVERS",
+    "Allocation",
     "Grid",
     "InputStatistics",
     "LayerReport",
     "Observer",
     "Recipe",
     "Report",
+    "Rule",
     "Selection",
+    "allocate",
     "attach",
     "collect",
+    "output_gradients",
     "quantize",
     "quantize_model",
 ]

@@ -7,7 +7,7 @@ with K input features, on the device of the linear.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -151,6 +151,23 @@ def _hook(name: str, recorder: Recorder) -> Callable[[nn.Module, tuple[Any, ...]
     return update
 
 
+def calibrate(
+    model: nn.Module,
+    names: Sequence[str],
+    hessians: Collection[str],
+    batches: Iterable[Any],
+    advance: Callable[[], object],
+) -> dict[str, InputStatistics]:
+    """Runs the model as `run` does and collects the inputs of the named linears; those among
+    `hessians` with their Hessian.
+    """
+    full = [name for name in names if name in hessians]
+    rest = [name for name in names if name not in hessians]
+    with collect(model, full) as first, collect(model, rest, hessian=False) as second:
+        run(model, batches, advance)
+    return first | second
+
+
 def as_batches(calibration: Iterable[Any]) -> Sequence[Any]:
     """The inputs as a sequence that can be run several times.
 
@@ -170,22 +187,29 @@ def as_batches(calibration: Iterable[Any]) -> Sequence[Any]:
 
 @torch.no_grad()
 def run(model: nn.Module, batches: Iterable[Any], advance: Callable[[], object]) -> None:
-    """Runs the model in evaluation mode on every input and calls `advance` after each.
+    """Runs the model in evaluation mode on every input and calls `advance` after each."""
+    with evaluating(model):
+        for batch in batches:
+            forward(model, batch)
+            advance()
 
-    An input is a tensor, a tuple or list of positional arguments, or a mapping of keywords. The
-    modes of all modules are restored.
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """What the model gives for an input: a tensor, a tuple or list of positional arguments, or a
+    mapping of keywords.
     """
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; the modes of all modules are restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        for batch in batches:
-            if isinstance(batch, Mapping):
-                model(**batch)
-            elif isinstance(batch, (tuple, list)):
-                model(*batch)
-            else:
-                model(batch)
-            advance()
+        yield
     finally:
         for module in training:
             module.training = True

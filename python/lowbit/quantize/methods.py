@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -56,9 +57,8 @@ def quantize(
     format = as_format(format)
     name = method
     if name is None:
-        name = "kmeans" if format.fitted and table is None else "rtn"
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
+        name = default_method(format) if table is None else "rtn"
+    check_options(name, options)
     tensors = {"weights": weights, "table": table, "hessian": hessian}
     given = {key: value for key, value in tensors.items() if value is not None} | options
     known = keywords(name)
@@ -68,6 +68,37 @@ def quantize(
     if missing:
         raise ValueError(f"method {name!r} needs {missing[0]}")
     return METHODS[name](weight, format, **given)
+
+
+def default_method(format: Format) -> str:
+    """The method of a format where none is asked for."""
+    return "kmeans" if format.fitted else "rtn"
+
+
+def check_options(method: str, options: Mapping[str, object]) -> None:
+    """Compares further keywords of a method with what it takes.
+
+    Raises:
+        ValueError: there is no such method, or it takes no such keyword.
+        TypeError: a value is not of the kind of the keyword's default: a bool or a number.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
+    known = keywords(method)
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"method {method!r} takes no {key}")
+        default = known[key].default
+        kinds: dict[type, type] = {bool: bool, int: numbers.Integral, float: numbers.Real}
+        kind = kinds.get(type(default))
+        if kind and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            expected = type(default).__name__
+            raise TypeError(f"{key} of method {method!r} must be {expected}, got {value!r:.100}")
+
+
+def calibrates(method: str | None) -> bool:
+    """Whether a method takes what `quantize_model` learns from calibration."""
+    return method is not None and not {"hessian", "weights"}.isdisjoint(keywords(method))
 
 
 def keywords(method: str) -> dict[str, inspect.Parameter]:

@@ -9,18 +9,23 @@ quantized.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lowbit.formats import Format
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.nn import fuse as fuse_siblings
-from lowbit.quantize.calibrate import InputStatistics, as_batches, attach, collect, run
-from lowbit.quantize.methods import METHODS, keywords, quantize
-from lowbit.quantize.names import Recipe, Selection
+from lowbit.quantize.calibrate import InputStatistics, as_batches, attach, calibrate
+from lowbit.quantize.methods import (
+    calibrates,
+    check_options,
+    default_method,
+    keywords,
+    quantize,
+)
+from lowbit.quantize.names import Rule, Rules, Selection
 from lowbit.quantize.observers import OBSERVERS, Observer
 from lowbit.quantize.progress import bar
 from lowbit.quantize.report import LayerReport, Report, measure
@@ -35,7 +40,7 @@ Names = tuple[str, ...]  # of one module
 
 def quantize_model(
     model: nn.Module,
-    format: Recipe,
+    format: Rules,
     *,
     skip: Iterable[str] = ("lm_head",),
     method: str | None = None,
@@ -44,17 +49,19 @@ def quantize_model(
     calibration: Iterable[Any] | None = None,
     options: Mapping[str, Any] | None = None,
     observer: str | None = None,
+    on_layer: Callable[[str, Tensor, QuantTensor], object] | None = None,
 ) -> Report:
     """Quantizes a model in place.
 
     Args:
         model: any module. Its `nn.Linear` layers become `lowbit.nn.QuantLinear`; everything else
             stays, but for an `nn.Embedding` that a recipe names.
-        format: a Format or its name for every linear, or a recipe {pattern: format or None}: the
-            first pattern that matches the module's name counts, and no match means None, "leave
-            it". How a pattern matches: `lowbit.quantize.Selection`.
+        format: a Format or its name for every linear, or a recipe {pattern: format, `Rule` or
+            None}, as a `Recipe` or `allocate` makes it: the first pattern that matches the module's
+            name counts, and no match means None, "leave it". How a pattern matches:
+            `lowbit.quantize.Selection`.
         skip: patterns of modules to leave as they are.
-        method: as in `lowbit.quantize`.
+        method: as in `lowbit.quantize`, for every layer whose rule has none.
         progress: show a bar on stderr, if rich or tqdm is installed.
         fuse: let q/k/v and gate/up projections compute their products together, bit for bit as
             before: `lowbit.nn.fuse`. State dicts stay per layer.
@@ -68,6 +75,8 @@ def quantize_model(
         observer: one of `OBSERVERS`, "minmax", "ema", "percentile", "mse" or "kl": layers whose format
             quantizes activations (suffix _a8 or _a8t) then do so by one scale that it finds (static
             quantization), not by one per row of x.
+        on_layer: called with the name, the dense weight and what was made of it, once for every
+            weight that is quantized.
 
     Returns:
         Bytes and error per layer, and the reason for every weight that was left.
@@ -82,40 +91,52 @@ def quantize_model(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     selection = Selection(format, skip)
     report = Report()
-    plan = _plan(model, selection, report)
+    plan = {
+        names: (rule.completed(method, options or {}), weight_id)
+        for names, (rule, weight_id) in plan_layers(model, selection, report).items()
+    }
     made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
     batches = None if calibration is None else as_batches(calibration)
-    observed = _observers(model, plan, observer)
-    _check_calibration(method, batches is not None, observer)
-    counts = keywords(method).keys() & {"hessian", "weights"} if method else set()
-    chunks = [list(plan)] if batches is None else list(_chunks(model, plan))
-    steps = len(plan) + len(chunks) * len(batches or ())
+    rules = [rule for rule, _ in plan.values()] or [Rule(None, method)]
+    check_rules(rules, batches is not None)
+    observed = _observers(model, plan, observer, batches is not None)
+    methods = dict.fromkeys(rule.method for rule in rules)
+    if batches is not None and not observed and not any(map(calibrates, methods)):
+        listed = " and ".join(map(repr, methods))
+        raise ValueError(f"method {listed} takes no calibration: use 'gptq' or 'kmeans'")
+    # Linears that learn from calibration, and whether a Hessian.
+    learning = {
+        names[0]: "hessian" in keywords(rule.method or "")
+        for names, (rule, _) in plan.items()
+        if calibrates(rule.method) and isinstance(model.get_submodule(names[0]), nn.Linear)
+    }
+    hessians = {name for name, wanted in learning.items() if wanted}
+    parts = list(chunks(model, plan, hessians)) if batches is not None else [list(plan)]
+    steps = len(plan) + len(parts) * len(batches or ())
     with bar(steps, "quantizing", progress) as advance:
-        for chunk in chunks:
+        for chunk in parts:
             statistics: dict[str, InputStatistics] = {}
             if batches is not None:
-                names_of = [n[0] for n in chunk]
-                linears = [n for n in names_of if isinstance(model.get_submodule(n), nn.Linear)]
-                here = {n: observed[n] for n in names_of if n in observed}
-                with (
-                    collect(model, linears if counts else (), hessian="hessian" in counts) as found,
-                    attach(model, here),
-                ):
-                    run(model, batches, advance)
-                statistics = found
+                firsts = [names[0] for names in chunk]
+                wanted = [name for name in firsts if name in learning]
+                with attach(model, {name: observed[name] for name in firsts if name in observed}):
+                    statistics = calibrate(model, wanted, hessians, batches, advance)
             for names in chunk:
-                chosen, weight_id = plan[names]
-                first = made.get((weight_id, chosen.spec))
-                inputs = statistics.pop(names[0], None)
+                rule, weight_id = plan[names]
+                assert rule.format is not None
+                key = weight_id, rule.format.spec
+                first = made.get(key)
                 try:
-                    how = _Method(method, options or {}, inputs)
-                    module, row = _replace(model, names[0], chosen, how, first)
+                    # No name for the statistics: they go when the layer is done.
+                    how = Method(rule, statistics.pop(names[0], None))
+                    module, row = _replace(model, names[0], how, first, on_layer)
+                    del how
                     if names[0] in observed:
                         assert isinstance(module, QuantLinear)
                         module.set_input_scale(observed.pop(names[0]).grid().scale)
                 except (TypeError, ValueError) as e:
                     raise type(e)(f"{names[0]}: {e}") from e
-                made.setdefault((weight_id, chosen.spec), (names[0], module))
+                made.setdefault(key, (names[0], module))
                 for name in names:
                     parent, _, child = name.rpartition(".")
                     setattr(model.get_submodule(parent), child, module)
@@ -126,39 +147,59 @@ def quantize_model(
     return report
 
 
+class Inputs(Protocol):
+    """What a method may ask for: the second moment of a linear's inputs, or its diagonal."""
+
+    @property
+    def hessian(self) -> Tensor:
+        """(K, K)."""
+
+    @property
+    def diagonal(self) -> Tensor:
+        """(K,)."""
+
+
 @dataclass(frozen=True)
-class _Method:
-    """A method with what it is given besides the weight and the format."""
+class Method:
+    """A completed rule with what its method learns from calibration."""
 
-    name: str | None
-    options: Mapping[str, Any]
-    inputs: InputStatistics | None
+    rule: Rule
+    inputs: Inputs | None
 
-    def __call__(self, dense: nn.Module, weight: Tensor, format: Format) -> QuantTensor:
-        if self.inputs is None:
-            calibrated = "hessian" in keywords(self.name) if self.name else False
-            if calibrated and isinstance(dense, nn.Embedding):
-                return quantize(weight, format)
-            return quantize(weight, format, self.name, **self.options)
-        if "hessian" in keywords(self.name or ""):
-            given = {"hessian": self.inputs.hessian}
-        else:
-            given = {"weights": self.inputs.diagonal.expand(weight.shape)}
-        return quantize(weight, format, self.name, **given, **self.options)
+    def __call__(self, dense: nn.Module | None, weight: Tensor) -> QuantTensor:
+        """Quantizes the weight of `dense`; an embedding has no inputs, whatever the method."""
+        format, method = self.rule.format, self.rule.method
+        assert format is not None
+        given = {}
+        if self.inputs is not None and calibrates(method):
+            wanted = "hessian" in keywords(method or "")
+            given = (
+                {"hessian": self.inputs.hessian} if wanted else {"weights": self.inputs.diagonal}
+            )
+        elif isinstance(dense, nn.Embedding) and method and "hessian" in keywords(method):
+            return quantize(weight, format)
+        return quantize(weight, format, method, **given, **self.rule.options)
 
 
 def _observers(
-    model: nn.Module, plan: Mapping[Names, tuple[Format, int]], observer: str | None
+    model: nn.Module,
+    plan: Mapping[Names, tuple[Rule, int]],
+    observer: str | None,
+    calibrated: bool,
 ) -> dict[str, Observer]:
     """One for every linear whose format quantizes activations, by its first name."""
     if observer is None:
         return {}
     if observer not in OBSERVERS:
         raise ValueError(f"observer must be one of {sorted(OBSERVERS)}, got {observer!r}")
+    if not calibrated:
+        raise ValueError(f"observer {observer!r} needs calibration: inputs of the model")
     made = {
         names[0]: OBSERVERS[observer]()
-        for names, (format, _) in plan.items()
-        if format.activation is not None and isinstance(model.get_submodule(names[0]), nn.Linear)
+        for names, (rule, _) in plan.items()
+        if rule.format is not None
+        and rule.format.activation is not None
+        and isinstance(model.get_submodule(names[0]), nn.Linear)
     }
     if not made:
         raise ValueError(
@@ -168,25 +209,29 @@ def _observers(
     return made
 
 
-def _check_calibration(method: str | None, given: bool, observer: str | None) -> None:
-    if method is not None and method not in METHODS:
-        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
-    known = keywords(method).keys() if method else set()
-    if observer is not None and not given:
-        raise ValueError(f"observer {observer!r} needs calibration: inputs of the model")
-    if given and observer is None and not known & {"hessian", "weights"}:
-        raise ValueError(f"method {method!r} takes no calibration: use 'gptq' or 'kmeans'")
-    if "hessian" in known and not given:
-        raise ValueError(f"method {method!r} needs calibration: inputs of the model")
+def check_rules(rules: Iterable[Rule], calibrated: bool) -> None:
+    """Compares the methods of completed rules with their options.
+
+    Raises:
+        TypeError, ValueError: as `check_options`; a method needs calibration and there is none.
+    """
+    for rule in rules:
+        name = rule.method or (default_method(rule.format) if rule.format else None)
+        if name is not None:
+            check_options(name, rule.options)
+        if rule.method and "hessian" in keywords(rule.method) and not calibrated:
+            raise ValueError(f"method {rule.method!r} needs calibration: inputs of the model")
 
 
-def _chunks(model: nn.Module, plan: Mapping[Names, object]) -> Iterator[list[Names]]:
-    """Runs of layers whose Hessians fit in memory together."""
+def chunks(
+    model: nn.Module, plan: Iterable[Names], hessians: Collection[str]
+) -> Iterator[list[Names]]:
+    """Runs of layers whose Hessians, if they are among `hessians`, fit in memory together."""
     chunk: list[Names] = []
     used = 0
     for names in plan:
-        module = model.get_submodule(names[0])
-        size = 4 * module.in_features**2 if isinstance(module, nn.Linear) else 0
+        features: Any = getattr(model.get_submodule(names[0]), "in_features", 0)
+        size = 4 * features**2 if names[0] in hessians else 0
         if chunk and used + size > _HESSIAN_BYTES:
             yield chunk
             chunk, used = [], 0
@@ -196,10 +241,11 @@ def _chunks(model: nn.Module, plan: Mapping[Names, object]) -> Iterator[list[Nam
         yield chunk
 
 
-def _plan(
+def plan_layers(
     model: nn.Module, selection: Selection, report: Report
-) -> dict[Names, tuple[Format, int]]:
-    """Every name of each module to replace, with its format and the identity of its weight.
+) -> dict[Names, tuple[Rule, int]]:
+    """Every name of each module to replace, with its rule and the identity of its weight; what is
+    left is noted in the report.
 
     It must not keep the modules alive.
     """
@@ -218,9 +264,9 @@ def _plan(
             isinstance(weight, nn.Parameter) and weight.dim() > 1
         ):
             name = names[key][0]
-            chosen = selection.format(name)
+            rule = selection.rule(name)
             why = _obstacle(module, name, selection, key in fused)
-            if why or chosen is None:
+            if why or rule.format is None:
                 report.left[name] = why or "not in the recipe"
             elif not name:
                 raise ValueError(
@@ -229,7 +275,7 @@ def _plan(
                     "QuantEmbedding.from_embedding"
                 )
             else:
-                plan[tuple(names[key])] = (chosen, id(weight))
+                plan[tuple(names[key])] = (rule, id(weight))
     return plan
 
 
@@ -260,17 +306,19 @@ def _obstacle(module: nn.Module, name: str, selection: Selection, fused: bool) -
 def _replace(
     model: nn.Module,
     name: str,
-    format: Format,
-    method: _Method,
+    method: Method,
     first: tuple[str, PackedModule] | None,
+    on_layer: Callable[[str, Tensor, QuantTensor], object] | None,
 ) -> tuple[PackedModule, LayerReport]:
     """Makes the quantized module of the dense one `name`; `first` has quantized the same weight
     already.
     """
     dense: Any = model.get_submodule(name)
     weight = dense.weight.detach()
-    qt = first[1].quant_tensor() if first else method(dense, weight, format)
+    qt = first[1].quant_tensor() if first else method(dense, weight)
     row = measure(name, weight, qt)
+    if on_layer is not None and not first:
+        on_layer(name, weight, qt)
     made: PackedModule
     if isinstance(dense, nn.Embedding):
         made = QuantEmbedding.from_quant_tensor(qt, weight.dtype, dense.padding_idx)

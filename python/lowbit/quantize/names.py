@@ -1,25 +1,55 @@
-"""Which modules a pattern means, and which format each of them gets."""
+"""Which modules a pattern means, and what is done with each of them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lowbit.formats import Format, as_format
 
-Recipe = Format | str | Mapping[str, Format | str | None]
+
+@dataclass(frozen=True)
+class Rule:
+    """What is done with the modules that a pattern means.
+
+    Attributes:
+        format: a Format or its name; None leaves the modules as they are.
+        method: as in `lowbit.quantize`; None takes that of the call.
+        options: further keywords of the method. Without a method here they are added to those of
+            the call, and win over them.
+    """
+
+    format: Format | None
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.format is not None:
+            object.__setattr__(self, "format", as_format(self.format))
+
+    def completed(self, method: str | None, options: Mapping[str, Any]) -> Rule:
+        """The rule with the method and the options of the call where it has none of its own."""
+        if self.method is not None:
+            return self
+        return replace(self, method=method, options={**options, **self.options})
+
+
+Rules = Format | str | Mapping[str, "Rule | Format | str | None"]
 
 
 class Selection:
-    """The format of every module name.
+    """The rule of every module name.
 
     A pattern is a regular expression that must match whole dotted components, anywhere in the name:
     "lm_head" means "lm_head" and "model.lm_head" and whatever lies below them, "layers.1" does not
-    mean "layers.10", "mlp|self_attn" and r"layers\\.\\d\\.mlp" mean what they say.
+    mean "layers.10", "mlp|self_attn" and r"layers\\.\\d\\.mlp" mean what they say, and
+    r"^layers\\.1\\.up$" is one module alone.
 
     Args:
-        recipe: one format for every module, or patterns with their formats, of which the first that
-            matches counts; None leaves the module as it is, and so does no match.
+        rules: one format for every module, or patterns with their formats or `Rule`s, of which the
+            first that matches counts; None leaves the module as it is, and so does no match.
         skip: patterns of modules that are left as they are.
 
     Raises:
@@ -27,30 +57,40 @@ class Selection:
             unknown.
     """
 
-    def __init__(self, recipe: Recipe, skip: Iterable[str] = ()) -> None:
-        self.by_name = isinstance(recipe, Mapping)
+    def __init__(self, rules: Rules, skip: Iterable[str] = ()) -> None:
+        self.by_name = isinstance(rules, Mapping)
         if isinstance(skip, str):
             raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}")
         self._skip = [compile_pattern(pattern) for pattern in skip]
-        rules = recipe.items() if isinstance(recipe, Mapping) else [(".*", recipe)]
-        self._rules = [
-            (compile_pattern(pattern), None if format is None else as_format(format))
-            for pattern, format in rules
-        ]
+        given = rules.items() if isinstance(rules, Mapping) else [(".*", rules)]
+        self._rules = [(compile_pattern(pattern), as_rule(rule)) for pattern, rule in given]
 
     def skipped(self, name: str) -> bool:
         """Whether a module is left as it is, by its name."""
         return any(pattern.search(name) for pattern in self._skip)
 
+    def rule(self, name: str) -> Rule:
+        """What is done with the module `name`; its format is None if it is left as it is."""
+        if self.skipped(name):
+            return Rule(None)
+        return next((rule for pattern, rule in self._rules if pattern.search(name)), Rule(None))
+
     def format(self, name: str) -> Format | None:
         """The format of the module `name`; None if it is left as it is."""
-        if self.skipped(name):
-            return None
-        return next((format for pattern, format in self._rules if pattern.search(name)), None)
+        return self.rule(name).format
+
+
+def as_rule(rule: Rule | Format | str | None) -> Rule:
+    """The rule that a format, its name, None or a Rule stands for."""
+    return rule if isinstance(rule, Rule) else Rule(None if rule is None else as_format(rule))
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """The regular expression that finds `pattern` in a dotted name, as `Selection` says."""
+    """The expression that finds the modules a pattern means, by `search`.
+
+    Raises:
+        TypeError, ValueError: as `Selection`.
+    """
     if not isinstance(pattern, str):
         raise TypeError(f"a pattern must be a string, got {pattern!r}")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -93,24 +94,27 @@ class Report:
         ]
         total = f"{len(self.layers)} layers, {self.bits_per_weight:.3f} bits/weight"
         sizes = (f"{self.nbytes:,}", f"{self.dense_nbytes:,}", f"{self.relative_error:.3g}")
-        table = [head, *rows, (total, "", "", *sizes, "")]
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 3 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
+        lines = text_table([head, *rows, (total, "", "", *sizes, "")], left=3).splitlines()
         lines += [f"left dense: {name} ({why})" for name, why in self.left.items()]
         return "\n".join(lines)
 
 
+def text_table(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Rows of cells in columns of equal width, of which the first `left` are aligned left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
 @torch.no_grad()
-def measure(name: str, weight: Tensor, qt: QuantTensor) -> LayerReport:
-    """Compares a weight with what was made of it, slice by slice."""
+def errors(weight: Tensor, qt: QuantTensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Slices of rows of a weight, fp32, and of what quantization took from them, W - W^, fp64."""
     scales = reference.effective_scales(qt)
-    square = norm = largest = 0.0
     for rows, w in rtn.slices(weight):
         table = qt.table
         if table is not None and qt.format.table_scope != "tensor":
@@ -122,7 +126,13 @@ def measure(name: str, weight: Tensor, qt: QuantTensor) -> LayerReport:
             None if scales is None else scales[rows],
             None if qt.zeros is None else qt.zeros[rows],
         )
-        error = (w - values).double()
+        yield w, (w - values).double()
+
+
+def measure(name: str, weight: Tensor, qt: QuantTensor) -> LayerReport:
+    """Compares a weight with what was made of it, slice by slice."""
+    square = norm = largest = 0.0
+    for w, error in errors(weight, qt):
         square += float(error.square().sum())
         norm += float(w.double().square().sum())
         largest = max(largest, float(error.abs().max()))

@@ -1,0 +1,331 @@
+"""allocate: which format each weight of a model gets, so that the error is least at a given size.
+
+As in HAWQ-V2 (Dong et al., arXiv 1911.03852) the error of a model is the sum over its layers of a
+sensitivity times the squared error of the weight, and as in HAWQ-V3 (Yao et al., arXiv 2011.10680)
+the choice is the integer program's optimum. Our reading: the sensitivity is the second moment of a
+layer's inputs times the Fisher information of its outputs (`fisher.py`), and the error of every
+candidate is measured, not modelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.formats import Format
+from lowbit.quantize import knapsack
+from lowbit.quantize.allocation import Allocation, Choice, Option
+from lowbit.quantize.calibrate import as_batches, calibrate
+from lowbit.quantize.fisher import output_gradients
+from lowbit.quantize.model import Method, check_rules, chunks, plan_layers
+from lowbit.quantize.names import Rule, Selection, as_rule
+from lowbit.quantize.progress import bar
+from lowbit.quantize.report import Report, errors
+from lowbit.tensor import QuantTensor, stored_bytes
+
+OBJECTIVES = ("kl", "output")
+# The budget of a size that was computed in floating point still admits that size.
+_SLACK = 1 + 2.0**-50
+
+
+def allocate(
+    weights: nn.Module | Mapping[str, Tensor],
+    candidates: Iterable[Format | str | Rule],
+    budget: float | None = None,
+    *,
+    budget_bytes: int | None = None,
+    skip: Iterable[str] = ("lm_head",),
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    objective: str = "kl",
+    sensitivities: Mapping[str, float | Tensor] | None = None,
+    progress: bool = True,
+) -> Allocation:
+    """Chooses a format for every weight: the least sum of errors that fits the budget.
+
+    The error of a weight is tr(G (W - W^) H (W - W^)^T). With `calibration` H is the mean x x^T of
+    the layer's inputs in the dense model, and G is the diagonal matrix of `output_gradients`: the
+    error is an estimate of the KL divergence between the outputs of the dense and the quantized
+    model, in nats. With objective "output" G = I: the mean squared error of the layer's outputs,
+    which does not tell layers whose outputs matter from others, and in deep models is worse than
+    one format for all. Without calibration H = G = I: the squared error of the weights. Every
+    candidate is made and measured; with a method that looks at one weight at a time the errors of
+    weights are those that `quantize_model` will make.
+
+    Args:
+        weights: a model, whose `nn.Linear` layers are meant, or names with matrices (N, K). A
+            mapping may read each matrix when it is asked for; none is kept.
+        candidates: formats, or `Rule`s with a method of their own.
+        budget: average stored bits of a weight, scales and tables included.
+        budget_bytes: the same as a total in bytes; one of the two must be given.
+        skip: patterns of modules to leave, as in `quantize_model`; they are not in the budget.
+        method, options: as in `quantize_model`, for candidates without a method.
+        calibration: inputs of the model, as in `quantize_model`.
+        objective: of calibration, "kl" or "output". "kl" runs the model backward, too, and takes
+            its output, or the `logits` of its output, for logits.
+        sensitivities: for every name, instead of calibration: a factor for the squared error (the
+            mean trace of the loss's Hessian in HAWQ-V2), the diagonal of H, (K,), or H, (K, K).
+            Methods that need calibration get H, or its diagonal.
+        progress: show a bar on stderr.
+
+    Returns:
+        The choices. `quantize_model(model, allocation.recipe)`, with the same `skip` and, if the
+        method needs it, `calibration`, makes them.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the budget is below what the smallest
+            candidates need; a weight cannot be quantized (the message starts with its name).
+    """
+    rules = [as_rule(c).completed(method, options or {}) for c in candidates]
+    if not rules or any(rule.format is None for rule in rules):
+        raise ValueError("candidates must hold at least one format, and no None")
+    if calibration is not None and sensitivities is not None:
+        raise ValueError("give calibration or sensitivities, not both")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {OBJECTIVES}, got {objective!r}")
+    check_rules(rules, calibration is not None or sensitivities is not None)
+    layers, left = _layers(weights, rules[0], skip)
+    if not layers:
+        raise ValueError("weights must hold at least one linear that is not skipped")
+    numel = sum(math.prod(layer.shape) for layer in layers)
+    capacity = _capacity(budget, budget_bytes, numel)
+    formats = [rule.format for rule in rules if rule.format is not None]
+    # Before hours of measuring.
+    _check_capacity(
+        [[stored_bytes(f, *la.shape) for f in formats] for la in layers], capacity, numel
+    )
+    if calibration is not None:
+        if not isinstance(weights, nn.Module):
+            raise ValueError("calibration needs a model: give sensitivities for a mapping")
+        batches = as_batches(calibration)
+        measured = _calibrated(layers, rules, weights, batches, objective == "kl", progress)
+    else:
+        measured = _given(layers, rules, weights, sensitivities, progress)
+    sizes = [[option.nbytes for option in options] for options in measured]
+    _check_capacity(sizes, capacity, numel)
+    found = knapsack.solve(sizes, [[o.error for o in options] for options in measured], capacity)
+    return Allocation(
+        tuple(
+            Choice(layer.names, layer.shape, tuple(options), chosen)
+            for layer, options, chosen in zip(layers, measured, found.choices, strict=True)
+        ),
+        left,
+        found.resolution,
+        tuple((8 * size / numel, error) for size, error in found.frontier),
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A weight: the modules that share it, the first of which it is read from."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Sensitivity:
+    """H and G of one use of a weight; H is a factor, a diagonal, or all of it. What `Method` takes
+    as inputs.
+    """
+
+    value: float | Tensor
+    rows: Tensor | None = None  # (N,)
+
+    @property
+    def hessian(self) -> Tensor:
+        assert isinstance(self.value, Tensor)
+        if self.value.dim() != 2:
+            got = tuple(self.value.shape)
+            raise ValueError(f"the method needs a sensitivity of shape (K, K), got {got}")
+        return self.value
+
+    @property
+    def diagonal(self) -> Tensor:
+        assert isinstance(self.value, Tensor)
+        return self.value if self.value.dim() == 1 else self.value.diagonal()
+
+    def error(self, weight: Tensor, qt: QuantTensor) -> float:
+        """tr(G (W - W^) H (W - W^)^T), fp64."""
+        h = self.value
+        if isinstance(h, Tensor):
+            h = h.to(weight.device, torch.float64)
+        begin, total = 0, 0.0
+        for _, e in errors(weight, qt):
+            product = e @ h if isinstance(h, Tensor) and h.dim() == 2 else e * h
+            per_row = (product * e).sum(1)
+            if self.rows is not None:
+                per_row = per_row * self.rows[begin : begin + len(e)].to(e.device)
+            begin += len(e)
+            total += float(per_row.sum())
+        return total
+
+
+def _layers(
+    weights: nn.Module | Mapping[str, Tensor], rule: Rule, skip: Iterable[str]
+) -> tuple[list[_Layer], dict[str, str]]:
+    """The weights to quantize, and the modules that are left."""
+    assert rule.format is not None
+    selection, report = Selection(rule.format, skip), Report()
+    if isinstance(weights, nn.Module):
+        shared: dict[int, list[str]] = {}
+        for module_names, (_, weight_id) in plan_layers(weights, selection, report).items():
+            shared.setdefault(weight_id, []).append(module_names[0])
+        found = []
+        for names in shared.values():
+            n, k = _weight(weights, names[0]).shape
+            found.append(_Layer(tuple(names), (n, k)))
+        return found, report.left
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be a model or a mapping, got {type(weights).__name__}")
+    # A mapping may read a new tensor each time: an id is that of an earlier one while that lives.
+    alive: dict[int, tuple[weakref.ref[Tensor], list[str]]] = {}
+    layers = []
+    for name in weights:
+        if selection.skipped(name):
+            report.left[name] = "skipped"
+            continue
+        weight = weights[name]
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.numel():
+            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"{name}: weight must be a non-empty (N, K) matrix, got {got}")
+        known, names = alive.get(id(weight), (None, []))
+        if known is None or known() is not weight:
+            names = []
+            alive[id(weight)] = weakref.ref(weight), names
+            layers.append((names, (weight.shape[0], weight.shape[1])))
+        names.append(name)
+    return [_Layer(tuple(names), shape) for names, shape in layers], report.left
+
+
+def _capacity(budget: float | None, budget_bytes: int | None, numel: int) -> int:
+    """The budget in bytes."""
+    if (budget is None) == (budget_bytes is None):
+        raise ValueError(
+            f"give budget or budget_bytes, one of the two, got {budget} and {budget_bytes}"
+        )
+    value = budget if budget_bytes is None else budget_bytes
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"a budget must be a number, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"a budget must be positive and finite, got {value}")
+    return int(value) if budget is None else math.floor(budget * numel / 8 * _SLACK)
+
+
+def _check_capacity(sizes: Sequence[Sequence[int]], capacity: int, numel: int) -> None:
+    least = knapsack.smallest(sizes)
+    if capacity < least:
+        raise ValueError(
+            f"budget of {8 * capacity / numel:.4g} bits per weight ({capacity} bytes) cannot be met: "
+            f"the smallest possible is {8 * least / numel:.4f} bits per weight ({least} bytes)"
+        )
+
+
+def _calibrated(
+    layers: Sequence[_Layer],
+    rules: Sequence[Rule],
+    model: nn.Module,
+    batches: Sequence[Any],
+    gradients: bool,
+    progress: bool,
+) -> list[list[Option]]:
+    """The options of every layer, in order, by the inputs that the dense model gives them."""
+    by_names = {layer.names: layer for layer in layers}
+    every = [name for layer in layers for name in layer.names]
+    parts = list(chunks(model, by_names, {layer.names[0] for layer in layers}))
+    steps = len(layers) * len(rules) + (len(parts) + gradients) * len(batches)
+    measured = []
+    with bar(steps, "measuring", progress) as advance:
+        rows = output_gradients(model, every, batches, advance) if gradients else {}
+        for part in parts:
+            names = [name for some in part for name in some]
+            found = calibrate(model, names, set(names), batches, advance)
+            for some in part:
+                with _naming(some[0]):
+                    uses = [_Sensitivity(found.pop(n).hessian, rows.get(n)) for n in some]
+                    measured.append(_measure(_weight(model, some[0]), rules, uses, advance))
+    return measured
+
+
+def _given(
+    layers: Sequence[_Layer],
+    rules: Sequence[Rule],
+    weights: nn.Module | Mapping[str, Tensor],
+    sensitivities: Mapping[str, float | Tensor] | None,
+    progress: bool,
+) -> list[list[Option]]:
+    """The options of every layer, in order, by what is known of it."""
+    if sensitivities is None:
+        uses = [[_Sensitivity(1.0)] for _ in layers]
+    else:
+        uses = [[_checked(layer, name, sensitivities) for name in layer.names] for layer in layers]
+        if unknown := sorted(sensitivities.keys() - {n for la in layers for n in la.names}):
+            raise ValueError(f"sensitivities has names that are no layers: {unknown[:8]}")
+    measured = []
+    with bar(len(layers) * len(rules), "measuring", progress) as advance:
+        for layer, own in zip(layers, uses, strict=True):
+            with _naming(layer.names[0]):
+                measured.append(_measure(_weight(weights, layer.names[0]), rules, own, advance))
+    return measured
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Puts the name before the messages of errors."""
+    try:
+        yield
+    except (TypeError, ValueError) as e:
+        raise type(e)(f"{name}: {e}") from e
+
+
+def _weight(weights: nn.Module | Mapping[str, Tensor], name: str) -> Tensor:
+    if isinstance(weights, nn.Module):
+        return weights.get_parameter(f"{name}.weight").detach()
+    return weights[name].detach()
+
+
+@torch.no_grad()
+def _measure(
+    weight: Tensor,
+    rules: Sequence[Rule],
+    uses: Sequence[_Sensitivity],
+    advance: Callable[[], object],
+) -> list[Option]:
+    """Makes every candidate; methods learn from the first use, as in `quantize_model`."""
+    options = []
+    for rule in rules:
+        qt = Method(rule, uses[0] if isinstance(uses[0].value, Tensor) else None)(None, weight)
+        options.append(Option(rule, qt.nbytes, sum(use.error(weight, qt) for use in uses)))
+        advance()
+    return options
+
+
+def _checked(layer: _Layer, name: str, sensitivities: Mapping[str, float | Tensor]) -> _Sensitivity:
+    k = layer.shape[1]
+    if name not in sensitivities:
+        raise ValueError(f"sensitivities has nothing for {name}")
+    value = sensitivities[name]
+    if isinstance(value, Tensor):
+        if tuple(value.shape) not in ((k,), (k, k)) or not value.is_floating_point():
+            raise ValueError(
+                f"{name}: a sensitivity must be a number or a floating tensor of shape ({k},) or "
+                f"({k}, {k}), got {value.dtype} of shape {tuple(value.shape)}"
+            )
+        diagonal = value if value.dim() == 1 else value.diagonal()
+        fine = bool(torch.isfinite(value).all()) and bool((diagonal >= 0).all())
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: a sensitivity must be a number or a tensor, got {value!r}")
+    else:
+        fine = 0 <= value < math.inf
+    if not fine:
+        raise ValueError(f"{name}: a sensitivity must be finite and not negative")
+    return _Sensitivity(value)
