@@ -89,7 +89,7 @@ def methods() -> list[Method]:
     rows += [
         Method("TWN", weight(qat.TWN)),
         Method("TTQ", weight(qat.TTQ), quantizer_rate=1e-4),
-        Method("BitNet b1.58, int8 activations", weight(qat.AbsMeanTernary, qat.Int8Activation)),
+        Method("BitNet b1.58, int8 activations", weight(qat.BitNet, qat.Int8Activation)),
         Method("BWN", weight(qat.BWN), rate=10 * TUNING_RATE),
         Method("XNOR", weight(qat.BWN, qat.XNORActivation), rate=10 * TUNING_RATE, signed=True),
     ]

@@ -12,15 +12,15 @@ from lowbit.qat.activations import (
     Int8Activation,
     XNORActivation,
 )
-from lowbit.qat.base import RTN, WeightQuantizer, scale_gradient, straight_through
+from lowbit.qat.base import STE, WeightQuantizer, scale_gradient, straight_through
 from lowbit.qat.centroids import ClusterMeans, train_tables
-from lowbit.qat.few_levels import BWN, TTQ, TWN, AbsMeanTernary, DoReFa
+from lowbit.qat.few_levels import BWN, TTQ, TWN, BitNet, DoReFa
 from lowbit.qat.layers import BitLinear, FakeQuantLinear, Spec, convert, prepare
 from lowbit.qat.learned_step import LSQ, LSQActivation
 from lowbit.qat.soft_kmeans import Clusters, SoftKMeans
 
 __all__ = [
-    "BWN", "LSQ", "PACT", "RTN", "TTQ", "TWN", "AbsMeanTernary", "ActivationQuantizer", "BitLinear", "ClusterMeans",
+    "BWN", "LSQ", "PACT", "STE", "TTQ", "TWN", "ActivationQuantizer", "BitLinear", "BitNet", "ClusterMeans",
     "Clusters", "DoReFa", "DoReFaActivation", "FakeQuantLinear", "Int8Activation", "LSQActivation", "SoftKMeans",
     "Spec", "WeightQuantizer", "XNORActivation", "convert", "prepare", "scale_gradient", "soft_kmeans",
     "straight_through", "train_tables",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lowbit.formats import Format
 from lowbit.nn import QuantLinear
-from lowbit.qat.base import WeightQuantizer
-from lowbit.quantize import kmeans
+from lowbit.qat.base import WeightQuantizer, set_codes
+from lowbit.quantize import kmeans, rtn
 from lowbit.tensor import QuantTensor
 
 
@@ -66,9 +66,9 @@ class ClusterMeans(WeightQuantizer):
         self.register_buffer("labels", qt.unpack())
         self.register_buffer("_start", qt.table)
 
-    def encode(self, weight: Tensor) -> tuple[QuantTensor, Tensor]:
+    def encode(self, weight: Tensor) -> QuantTensor:
         """The means, summed in fp64, and the labels."""
-        qt = self.blank(weight)
+        qt = rtn.empty(weight, self.format)
         index = self.labels.flatten().long()
         entries = len(self._start)
         sums = torch.zeros(entries, dtype=torch.float64, device=weight.device)
@@ -76,4 +76,4 @@ class ClusterMeans(WeightQuantizer):
         count = torch.bincount(index, minlength=entries)
         means = (sums / count.clamp(min=1)).float()
         qt.tensors["table"].copy_(torch.where(count > 0, means, self._start))
-        return qt, self.labels
+        return set_codes(qt, self.labels)

@@ -1,7 +1,7 @@
 """Binary, ternary and DoReFa weights.
 
-For each: which code a weight gets, the scale or table, and the surrogate whose gradient the weight receives.
-Means are summed in fp64 and rounded to fp32, and are constants for the gradient unless a Parameter holds them.
+For each: the codes and the scale or table, and the surrogate whose gradient the weight receives. Scales are constants
+for the gradient unless a Parameter holds them.
 """
 
 from __future__ import annotations
@@ -11,102 +11,71 @@ from torch import Tensor, nn
 
 from lowbit import reference
 from lowbit.formats import Format
-from lowbit.qat.base import WeightQuantizer, check_scope, group_sizes, mean_magnitude, per_weight
+from lowbit.qat.base import STE, WeightQuantizer, set_codes
 from lowbit.quantize import rtn
+from lowbit.quantize.bitnet import BINARY
 from lowbit.tensor import QuantTensor
 
-_TERNARY = (-1.0, 0.0, 1.0)
 
-
-class BWN(WeightQuantizer):
+class BWN(STE):
     """alpha * sign(w), alpha = mean |w| of a filter: Binary-Weight-Networks (Rastegari et al. 2016, arXiv 1603.05279).
 
-    sign(0) = 1. The gradient is the paper's, dL/dw = dL/dw^ * (1 / n + alpha * [|w| <= 1]), n the weights that share
-    alpha. With `XNORActivation` it is XNOR-Net.
+    The gradient is the paper's, dL/dw = dL/dw^ * (1 / n + alpha * [|w| <= 1]), n the weights that share alpha. With
+    `XNORActivation` it is XNOR-Net.
 
     Args:
         weight: not looked at: alpha follows the weight.
-        format: with the table (-1, 1); a group other than the row is our reading.
+        format: with the table (-1, 1) and the rule "mean"; a group other than the row is our reading.
     """
 
     def __init__(self, weight: Tensor, format: Format | str = "binary_row_fp32") -> None:
-        super().__init__(format)
-        _check_table(self.format, (-1.0, 1.0))
-
-    def encode(self, weight: Tensor) -> tuple[QuantTensor, Tensor]:
-        """Signs and means of magnitudes."""
-        qt = self.blank(weight)
-        qt.tensors["scales"].copy_(mean_magnitude(weight, self.format, "group"))
-        return qt, (weight >= 0).to(torch.uint8)
+        super().__init__(weight, format, "rtn")
+        f = self.format
+        if f.table != BINARY or f.scale is None or f.scale_rule != "mean":
+            raise ValueError(
+                f"format must have the table {BINARY} and scales by the rule 'mean', such as "
+                f"'binary', got {f.name!r}"
+            )
 
     def surrogate(self, weight: Tensor, qt: QuantTensor, codes: Tensor) -> Tensor:
         """The weight times the paper's factor."""
         k = weight.shape[1]
-        alpha = per_weight(_scales(qt), self.format, k)
-        sizes = per_weight(group_sizes(self.format, k, weight.device)[None], self.format, k)
-        slope = 1 / sizes + alpha * (weight.detach().abs() <= 1)
+        scales = reference.effective_scales(qt)
+        assert scales is not None
+        alpha = reference.per_weight(scales, self.format, k)
+        n = reference.per_weight(rtn.group_sizes(weight, self.format)[None], self.format, k)
+        slope = 1 / n + alpha * (weight.detach().abs() <= 1)
         return weight * slope.to(weight.dtype)
 
 
-class TWN(WeightQuantizer):
-    """Ternary weights of least error (Li et al. 2016, arXiv 1605.04711): -alpha, 0, alpha.
-
-    delta = 0.7 mean |w|; alpha = the mean of |w| over |w| > delta; surrogate: the weight. With no weight above delta
-    (all are 0) alpha is 0.
+class TWN(STE):
+    """Ternary weight networks (Li et al. 2016, arXiv 1605.04711): method "twn"; surrogate: the weight.
 
     Args:
         weight: not looked at.
-        format: with the table (-1, 0, 1) and a scale for each row.
-        scope: the means are of the whole "tensor", as in the paper, or of each row ("group").
+        format, granularity: as in `quantize.twn`; one scale for the whole weight is the paper's.
     """
 
     def __init__(
-        self, weight: Tensor, format: Format | str = "ternary_row_fp32", scope: str = "tensor"
+        self,
+        weight: Tensor,
+        format: Format | str = "ternary_row_fp32",
+        granularity: str = "tensor",
     ) -> None:
-        super().__init__(format)
-        check_scope(scope)
-        _check_table(self.format, _TERNARY)
-        if self.format.group is not None:
-            raise ValueError(f"format must have a scale for each row, got {self.format.name!r}")
-        self.scope = scope
-
-    def encode(self, weight: Tensor) -> tuple[QuantTensor, Tensor]:
-        """Codes by the threshold."""
-        qt = self.blank(weight)
-        delta = 0.7 * mean_magnitude(weight, self.format, self.scope)
-        above = weight.abs() > delta
-        total = torch.where(above, weight.double().abs(), 0.0).sum(1, keepdim=True)
-        count = above.sum(1, keepdim=True)
-        if self.scope == "tensor":
-            total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)
-        alpha = total / count.clamp(min=1)
-        qt.tensors["scales"].copy_(alpha.expand_as(qt.tensors["scales"]))
-        return qt, _ternary_codes(weight, above)
+        super().__init__(weight, format, "twn", granularity=granularity)
 
 
-class AbsMeanTernary(WeightQuantizer):
-    """Weights of BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764): gamma * RoundClip(w / (gamma + eps), -1, 1).
-
-    gamma = mean |w| of the whole weight; surrogate: the weight. eps = 1e-5 is our reading.
+class BitNet(STE):
+    """Weights of BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764), or with a binary format of BitNet (arXiv
+    2310.11453): method "bitnet"; surrogate: the weight.
 
     Args:
         weight: not looked at.
-        format: with the table (-1, 0, 1).
+        format: as in `quantize.bitnet`.
     """
 
-    EPS = 1e-5
-
     def __init__(self, weight: Tensor, format: Format | str = "ternary_row_fp32") -> None:
-        super().__init__(format)
-        _check_table(self.format, _TERNARY)
-
-    def encode(self, weight: Tensor) -> tuple[QuantTensor, Tensor]:
-        """Rounded weights, ties to even."""
-        qt = self.blank(weight)
-        gamma = mean_magnitude(weight, self.format, "tensor")
-        qt.tensors["scales"].copy_(gamma)
-        ratio = weight / (gamma[:1, :1] + self.EPS)
-        return qt, (ratio.round().clamp(-1, 1) + 1).to(torch.uint8)
+        super().__init__(weight, format, "bitnet")
 
 
 class TTQ(WeightQuantizer):
@@ -138,12 +107,12 @@ class TTQ(WeightQuantizer):
         )
         self.wp, self.wn = nn.Parameter(wp.float()), nn.Parameter(wn.float())
 
-    def encode(self, weight: Tensor) -> tuple[QuantTensor, Tensor]:
+    def encode(self, weight: Tensor) -> QuantTensor:
         """Codes by the threshold, the table (-wn, 0, wp, 0)."""
-        qt = self.blank(weight)
+        qt = rtn.empty(weight, self.format)
         zero = torch.zeros_like(self.wp)
         rtn.set_table(qt, torch.stack([-self.wn, zero, self.wp, zero]).detach())
-        return qt, self._codes(weight)
+        return set_codes(qt, self._codes(weight))
 
     def surrogate(self, weight: Tensor, qt: QuantTensor, codes: Tensor) -> Tensor:
         """Linear in weight, wp and wn, with the gradients above."""
@@ -153,8 +122,8 @@ class TTQ(WeightQuantizer):
         return weight * slope.to(weight.dtype) + learned.to(weight.dtype)
 
     def _codes(self, weight: Tensor) -> Tensor:
-        magnitude = weight.abs()
-        return _ternary_codes(weight, magnitude > self.threshold * magnitude.max())
+        delta = self.threshold * weight.abs().max()
+        return 1 + (weight > delta).to(torch.uint8) - (weight < -delta).to(torch.uint8)
 
 
 class DoReFa(WeightQuantizer):
@@ -177,11 +146,11 @@ class DoReFa(WeightQuantizer):
             Format.lut(bits=bits, table=table, group=None, scale=None, name=f"dorefa{bits}")
         )
 
-    def encode(self, weight: Tensor) -> tuple[QuantTensor, Tensor]:
+    def encode(self, weight: Tensor) -> QuantTensor:
         """Codes of a table without a scale."""
         levels = 2**self.format.bits - 1
         ratio = (_unit_tanh(weight) / 2 + 0.5) * levels
-        return self.blank(weight), ratio.round().to(torch.uint8)
+        return set_codes(rtn.empty(weight, self.format), ratio.round().to(torch.uint8))
 
     def surrogate(self, weight: Tensor, qt: QuantTensor, codes: Tensor) -> Tensor:
         """tanh(w) / max |tanh w|."""
@@ -192,18 +161,3 @@ def _unit_tanh(weight: Tensor) -> Tensor:
     t = weight.tanh()
     top = t.abs().max()
     return t / torch.where(top > 0, top, 1.0)
-
-
-def _ternary_codes(weight: Tensor, above: Tensor) -> Tensor:
-    return torch.where(above, weight.sign() + 1, 1.0).to(torch.uint8)
-
-
-def _scales(qt: QuantTensor) -> Tensor:
-    scales = reference.effective_scales(qt)
-    assert scales is not None
-    return scales
-
-
-def _check_table(format: Format, table: tuple[float, ...]) -> None:
-    if format.table != table or format.scale != "fp32":
-        raise ValueError(f"format must have the table {table} and fp32 scales, got {format.name!r}")

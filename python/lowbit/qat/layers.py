@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lowbit.formats import Format
 from lowbit.nn import QuantConv2d, QuantLinear
 from lowbit.qat.activations import ActivationQuantizer, Int8Activation
-from lowbit.qat.base import RTN, WeightQuantizer
-from lowbit.qat.few_levels import AbsMeanTernary
+from lowbit.qat.base import STE, WeightQuantizer
+from lowbit.qat.few_levels import BitNet
 from lowbit.quantize.model import READS_WEIGHTS
 from lowbit.quantize.names import compile_pattern
 
@@ -31,8 +31,8 @@ class Spec:
     """How to quantize a layer.
 
     Attributes:
-        weight: a format that weights are rounded to, or what makes a quantizer of a weight (N, K):
-            `qat.TTQ`, `functools.partial(qat.LSQ, format="int4_row_fp32")`.
+        weight: a format that `lowbit.quantize` takes weights to (`qat.STE`), or what makes a
+            quantizer of a weight (N, K): `qat.TTQ`, `functools.partial(qat.LSQ, format="int4_row_fp32")`.
         activation: what makes a quantizer of its input, `functools.partial(qat.PACT, 4)`; None leaves the input.
     """
 
@@ -42,7 +42,7 @@ class Spec:
     def weight_quantizer(self, weight: Tensor) -> WeightQuantizer:
         """A new quantizer for a weight (N, K)."""
         if isinstance(self.weight, (Format, str)):
-            return RTN(weight, self.weight)
+            return STE(weight, self.weight)
         return self.weight(weight)
 
     def activation_quantizer(self, device: torch.device) -> ActivationQuantizer | None:
@@ -124,7 +124,7 @@ class BitLinear(FakeQuantLinear):
     ) -> None:
         """Arguments and initialization as in nn.Linear, without a bias unless asked for."""
         dense = nn.Linear(in_features, out_features, bias, device, dtype)
-        quantizer = AbsMeanTernary(dense.weight)
+        quantizer = BitNet(dense.weight)
         super().__init__(dense.weight, dense.bias, quantizer, Int8Activation())
 
 

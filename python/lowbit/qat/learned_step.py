@@ -8,6 +8,7 @@ value of the table; s starts at 2 mean |x| / sqrt(Qp).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -16,16 +17,7 @@ from torch import Tensor, nn
 from lowbit import reference
 from lowbit.formats import Format
 from lowbit.qat.activations import ActivationQuantizer
-from lowbit.qat.base import (
-    WeightQuantizer,
-    check_scope,
-    group_sizes,
-    mean_magnitude,
-    nearest,
-    per_weight,
-    scale_gradient,
-    straight_through,
-)
+from lowbit.qat.base import WeightQuantizer, scale_gradient, straight_through
 from lowbit.quantize import rtn
 from lowbit.tensor import SCALE_DTYPES, QuantTensor
 
@@ -43,7 +35,7 @@ class LSQ(WeightQuantizer):
         weight: (N, K), what the steps start from; a group of zeros starts with step 1.
         format: without zeros and with a table of its own, whose largest value is positive: integers, "nf4",
             "ternary"; scales are fp32, fp16 or bf16.
-        scope: one step per "tensor", as in the paper, or per "group" of the format.
+        granularity: one step per "tensor", as in the paper, or per "group" of the format.
 
     Attributes:
         step: Parameter (1, 1) or (N, groups) fp32.
@@ -52,10 +44,10 @@ class LSQ(WeightQuantizer):
     _grad_scale: Tensor
 
     def __init__(
-        self, weight: Tensor, format: Format | str = "int4_row_fp32", scope: str = "tensor"
+        self, weight: Tensor, format: Format | str = "int4_row_fp32", granularity: str = "tensor"
     ) -> None:
         super().__init__(format)
-        check_scope(scope)
+        per_tensor = rtn.check_granularity(granularity, self.format)
         f = self.format
         if f.fitted or f.zero is not None or f.scale not in _FLOAT_SCALES:
             raise ValueError(
@@ -67,23 +59,23 @@ class LSQ(WeightQuantizer):
         self._low, self._high = float(table.min()), float(table.max())
         if self._high <= 0:
             raise ValueError(f"the largest value of format {f.name!r} must be positive")
-        step = 2 * mean_magnitude(weight, f, scope) / math.sqrt(self._high)
-        if scope == "tensor":
-            step, sizes = step[:1, :1], torch.tensor(float(weight.numel()))
-        else:
-            sizes = group_sizes(f, weight.shape[1], weight.device)
+        by_mean = dataclasses.replace(f, scale_rule="mean")
+        mean = rtn.ranges(weight.detach(), by_mean, per_tensor)[1].float()
+        step = 2 * mean / math.sqrt(self._high)
+        sizes = rtn.group_sizes(weight, f).float()
+        if per_tensor:
+            step, sizes = step[:1, :1], sizes.new_tensor(weight.numel())
         self.step = nn.Parameter(torch.where(step > 0, step, 1.0))
-        self.register_buffer(
-            "_grad_scale", (sizes * self._high).rsqrt().to(weight.device), persistent=False
-        )
+        self.register_buffer("_grad_scale", (sizes * self._high).rsqrt(), persistent=False)
 
-    def encode(self, weight: Tensor) -> tuple[QuantTensor, Tensor]:
+    def encode(self, weight: Tensor) -> QuantTensor:
         """The nearest codes for the steps."""
-        qt = self.blank(weight)
+        qt = rtn.empty(weight, self.format)
         stored = self.step.detach().to(SCALE_DTYPES[self.format.scale or ""])
         _check_positive(stored)
         qt.tensors["scales"].copy_(stored.expand_as(qt.tensors["scales"]))
-        return qt, nearest(weight, qt)
+        rtn.fill_codes(qt, weight)
+        return qt
 
     def surrogate(self, weight: Tensor, qt: QuantTensor, codes: Tensor) -> Tensor:
         """Linear in weight and step, with the gradients of LSQ."""
@@ -93,7 +85,7 @@ class LSQ(WeightQuantizer):
         quantized = reference.code_values(codes, self.format, None)
         step = scale_gradient(self.step, self._grad_scale).expand_as(qt.tensors["scales"])
         return _surrogate(
-            weight, per_weight(step, self.format, k), v, quantized, self._low, self._high
+            weight, reference.per_weight(step, self.format, k), v, quantized, self._low, self._high
         )
 
 

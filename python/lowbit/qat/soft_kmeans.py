@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import BITS, Format
-from lowbit.qat.base import WeightQuantizer, nearest
+from lowbit.qat.base import WeightQuantizer
 from lowbit.quantize import kmeans, rtn
 from lowbit.tensor import QuantTensor
 
@@ -301,7 +301,7 @@ class SoftKMeans(WeightQuantizer):
         self.centers = clusters.centers.detach()
         return clusters.values.to(weight.dtype).view_as(weight)
 
-    def encode(self, weight: Tensor) -> tuple[QuantTensor, Tensor]:
+    def encode(self, weight: Tensor) -> QuantTensor:
         """The centers as a table and the nearest codes.
 
         Raises:
@@ -311,9 +311,10 @@ class SoftKMeans(WeightQuantizer):
             raise NotImplementedError(
                 f"vectors of dim {self.dim} have no packed kernel: soft_kmeans.harden gives dense values and codes"
             )
-        qt = self.blank(weight)
+        qt = rtn.empty(weight, self.format)
         rtn.set_table(qt, self.centers[:, 0])
-        return qt, nearest(weight, qt)
+        rtn.fill_codes(qt, weight)
+        return qt
 
     def extra_repr(self) -> str:
         """Size, temperature and mode."""

@@ -391,20 +391,13 @@ def fill_codes(qt: QuantTensor, weight: Tensor, round: Round = torch.round) -> N
     """Chooses the nearest code of every weight for the scales, zeros and table of `qt`; of integers
     the one that `round` gives.
     """
-    for rows, codes in choose_codes(qt, weight, round):
-        qt.tensors["codes"][rows] = torch.ops.lowbit.pack(codes, qt.format.spec)
-
-
-def choose_codes(
-    qt: QuantTensor, weight: Tensor, round: Round = torch.round
-) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows with the codes that `fill_codes` packs, (R, K) uint8."""
     scales = reference.effective_scales(qt)
     for rows, w in slices(weight):
         zero = None if qt.zeros is None else qt.zeros[rows].to(torch.float32)
         scale = None if scales is None else scales[rows]
         ratio = scaled(w, qt.format, scale, zero if qt.format.zero == "min" else None)
-        yield rows, _codes(ratio, qt, rows, zero, round)
+        codes = _codes(ratio, qt, rows, zero, round)
+        qt.tensors["codes"][rows] = torch.ops.lowbit.pack(codes, qt.format.spec)
 
 
 def _codes(
