@@ -13,6 +13,11 @@ _LEAST_SPLIT_STEPS = 8
 _BLOCK_N = 64  # sums of a group and of the whole stand in registers side by side: 128 columns spill
 _STAGES = 3  # with four, codes of two planes spill
 
+_LEAST_FP8_GROUP = 32  # values of K that FP8 tensor cores take; smaller groups are multiplied in bf16
+_TMA_ALIGNMENT = 16
+_LEAST_SPLIT_K = 512
+_LARGE_SHARED = (9, 10)  # sm_90 and sm_100: 227 KiB of shared memory for a program
+
 
 @dataclass(frozen=True)
 class Config:
@@ -48,25 +53,83 @@ def choose(m: int, n: int, k: int, group: int, sms: int) -> Config:
 
 @dataclass(frozen=True)
 class Fp8Config:
-    """Tile of an FP8 product, and how many tiles share columns of b in L2."""
+    """Tile of an FP8 product, how K is shared out, and how many programs run together."""
 
     block_m: int
     block_n: int
     block_k: int
-    band: int
+    band: int  # tiles that share columns of b in L2
+    splits: int
+    k_per_split: int  # a multiple of block_k
+    programs: int  # on a multiprocessor
+    tma: bool  # tensor descriptors, else pointers
     warps: int
     stages: int
 
 
-def choose_fp8(m: int, n: int, group: int, native: bool, narrow: bool) -> Fp8Config:
-    """The tile for an (m, n) product whose scales stand for `group` values of K, 16, 32 or 128, or 0 for all.
+def multiplies_fp8(capability: tuple[int, int], group: int) -> bool:
+    """Whether FP8 tensor cores multiply scales for `group` values of K (0: for all); they take 32 at least."""
+    return capability >= (8, 9) and (group == 0 or group >= _LEAST_FP8_GROUP)
 
-    `native`: FP8 tensor cores multiply, and those of Hopper take 64 rows at least; else codes are decoded in
-    registers. `narrow`: so do the scales of every column of y for the groups, or those of y.
+
+def tma_obstacle(
+    capability: tuple[int, int], group: int, *matrices: tuple[int, int]
+) -> str | None:
+    """Why tiles of matrices, each an address and bytes between rows, cannot come by TMA; None if they can.
+
+    TMA (sm_90 and later) wants both to be multiples of 16 bytes. It brings codes to shared memory, which those that
+    are decoded in registers (`multiplies_fp8`) would only pass through.
     """
+    if capability < (9, 0):
+        return f"TMA needs sm_90, this is sm_{capability[0]}{capability[1]}"
+    if not multiplies_fp8(capability, group):
+        return f"groups of {group} are decoded in registers"
+    for name, (address, stride) in zip("ab", matrices, strict=True):
+        if address % _TMA_ALIGNMENT or stride % _TMA_ALIGNMENT:
+            return f"rows of {name} do not begin at multiples of {_TMA_ALIGNMENT} bytes"
+    return None
+
+
+def choose_fp8(
+    m: int,
+    n: int,
+    k: int,
+    group: int,
+    *,
+    capability: tuple[int, int],
+    sms: int,
+    tma: bool,
+    by_column: bool,
+    quantized: bool,
+) -> Fp8Config:
+    """The tile for an (m, k) a against an (n, k) b whose scales stand for `group` values of K, 16, 32 or 128, or 0 for all.
+
+    `by_column`: rows of b have scales of their own for groups; `quantized`: y is stored in FP8.
+    """
+    native = multiplies_fp8(capability, group)
     block_k = min(group or 128, 128 if native else 64)
+    narrow = by_column or quantized or not native  # scales of columns, too, stand in registers
     if m <= 64:
+        # Tensor cores of Hopper take 64 rows at least. With many rows of a, which every tile of y reads again, wider
+        # tiles read L2 less.
         block_m = 64 if native else next(b for b in (16, 32, 64) if m <= b)
-        return Fp8Config(block_m, 32, block_k, 8, 4, 4)
-    wide = native and not narrow and n > 2048
-    return Fp8Config(128, 128 if wide else 64, block_k, 8, 8, 3)
+        block_n = 128 if m > 32 and not narrow else 64
+        warps, stages = 4, 4
+        programs = 2 if block_n == 128 else 3
+    else:
+        block_m = 128
+        wide = not narrow and -(-m // 128) * -(-n // 128) >= sms
+        block_n = 128 if wide else 64
+        warps, stages = 8, 4 if capability[0] in _LARGE_SHARED else 3
+        programs = 2 if not wide and tma and block_k == 128 else 1
+    if block_k <= 32:
+        stages = 8  # of few bytes each
+    tiles = -(-m // block_m) * -(-n // block_n)
+    # Sums of a part of K are written and read again: at least twice as many bytes of b are read for them.
+    least = max(_LEAST_SPLIT_K, 16 * m)
+    splits = 1 if quantized else max(1, min(programs * sms // tiles, k // least))
+    k_per_split = -(-k // (splits * block_k)) * block_k
+    splits = -(-k // k_per_split)
+    return Fp8Config(
+        block_m, block_n, block_k, 8, splits, k_per_split, programs, tma, warps, stages
+    )

@@ -154,20 +154,27 @@ def linear(
             num_stages=c.stages,
             enable_fp_fusion=False,  # scale * value + zero rounds twice, as reference.py does
         )
-        if c.splits > 1:
-            block = 256
-            package.linear.add_splits_kernel[(-(-m * n // block),)](
-                parts,
-                parts if bias is None else bias,
-                out,
-                m * n,
-                n,
-                SPLITS=c.splits,
-                HAS_BIAS=bias is not None,
-                BLOCK=block,
-                enable_fp_fusion=False,
-            )
+    if c.splits > 1:
+        add_splits(parts, bias, out)
     return out.to(dtype)
+
+
+def add_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out (M, N) = the sum of parts (splits, M, N) in fp32, in order, + bias (N,)."""
+    splits, m, n = parts.shape
+    block = 256
+    with on_device(parts.device):
+        kernels().linear.add_splits_kernel[(-(-m * n // block),)](
+            parts,
+            parts if bias is None else bias,
+            out,
+            m * n,
+            n,
+            SPLITS=splits,
+            HAS_BIAS=bias is not None,
+            BLOCK=block,
+            enable_fp_fusion=False,
+        )
 
 
 def _rows(

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.backends.triton import interpreted, kernels, on_device, stored
+from lowbit.backends.triton import (
+    add_splits,
+    interpreted,
+    kernels,
+    num_sms,
+    on_device,
+    stored,
+)
 from lowbit.fp8.dtypes import E8M0, FLOAT8
 from lowbit.fp8.granularity import Granularity
 
-# FP8 tensor cores take 32 values of K at least; smaller groups are multiplied in bf16.
-_LEAST_FP8_GROUP = 32
 REQUANTIZED_GROUP = 16
+_ALL_ROWS = 1 << 30  # a multiple of every tile
+_logger = logging.getLogger("lowbit")
 
 
 @functools.cache
-def _has_fp8(device: torch.device) -> bool:
-    """Whether Triton multiplies FP8 on this device."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; (0, 0) under Triton's interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def meaning(
@@ -34,7 +42,7 @@ def meaning(
     return {
         "MANTISSA_A": a.mantissa, "BIAS_A": a.bias, "MAX_CODE_A": a.max_code,
         "MANTISSA_B": b.mantissa, "BIAS_B": b.bias, "MAX_CODE_B": b.max_code,
-        "ROWS_A": granularity_a.rows or 1, "ROWS_B": granularity_b.rows or 1,
+        "ROWS_A": granularity_a.rows or _ALL_ROWS, "ROWS_B": granularity_b.rows or _ALL_ROWS,
         "GROUP_A": granularity_a.columns or 0, "GROUP_B": granularity_b.columns or 0,
     }  # fmt: skip
 
@@ -53,8 +61,43 @@ def compute_dtype(group: int, device: torch.device) -> torch.dtype | None:
     """The dtype of the products, None for FP8; all are exact."""
     if interpreted(device):
         return torch.float32
-    fits = group == 0 or group >= _LEAST_FP8_GROUP
-    return None if fits and _has_fp8(device) else torch.bfloat16
+    fp8 = kernels().configs.multiplies_fp8(capability(device), group)
+    return None if fp8 else torch.bfloat16
+
+
+def tma_obstacle(a: Tensor, b: Tensor, group: int) -> str | None:
+    """Why pointers, not TMA, load a and b, whose K has unit stride; None if TMA does."""
+    matrices = ((t.data_ptr(), t.stride(0)) for t in (a, b))
+    return kernels().configs.tma_obstacle(capability(a.device), group, *matrices)
+
+
+def choose(
+    a: Tensor,
+    b: Tensor,
+    granularity_a: Granularity,
+    granularity_b: Granularity,
+    quantized: bool,
+) -> Any:
+    """The tile of a product, `configs.Fp8Config`; `quantized`: of one that is stored in FP8."""
+    (m, k), n = a.shape, b.shape[0]
+    group = group_of(granularity_a, granularity_b)
+    return kernels().configs.choose_fp8(
+        m,
+        n,
+        k,
+        group,
+        capability=capability(a.device),
+        sms=num_sms(a.device),
+        tma=tma_obstacle(a, b, group) is None,
+        by_column=by_column(granularity_b),
+        quantized=quantized,
+    )
+
+
+def describe(c: Any) -> str:
+    """The name of the kernel of a tile."""
+    loads = "tma" if c.tma else "pointers"
+    return f"triton_fp8_mm_{c.block_m}x{c.block_n}x{c.block_k}_{loads}_split{c.splits}"
 
 
 def scaled_mm(
@@ -118,40 +161,53 @@ def _launch(
     (m, k), n = a.shape, b.shape[0]
     if out.numel() == 0:
         return
-    package, group = kernels(), group_of(granularity_a, granularity_b)
-    compute = compute_dtype(group, a.device)
-    c = config or package.configs.choose_fp8(m, n, group, compute is None, by_column(granularity_b))
+    package = kernels()
+    constants = meaning(a.dtype, b.dtype, granularity_a, granularity_b)
+    constants |= requantization(None if out_scales is None else dtype)
+    compute = compute_dtype(group_of(granularity_a, granularity_b), a.device)
+    c = config or choose(a, b, granularity_a, granularity_b, out_scales is not None)
     if bias is not None and interpreted(a.device):
         bias = bias.float()
+    if compute is not None:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    parts = out if out_scales is None else out.view(torch.uint8)
+    if c.splits > 1:
+        parts = torch.empty((c.splits, m, n), dtype=torch.float32, device=a.device)
+    items = -(-m // c.block_m) * -(-n // c.block_n) * c.splits
+    descriptor = package.fp8_mm.descriptor
     with on_device(a.device):
-        package.fp8_mm.scaled_mm_kernel[(-(-m // c.block_m) * -(-n // c.block_n),)](
-            a if compute is None else a.view(torch.uint8),
-            b if compute is None else b.view(torch.uint8),
+        package.fp8_mm.scaled_mm_kernel[(min(items, c.programs * num_sms(a.device)),)](
+            descriptor(a, c.block_m, c.block_k) if c.tma else a,
+            descriptor(b, c.block_n, c.block_k) if c.tma else b,
             _scale_values(scale_a),
             _scale_values(scale_b),
             out if bias is None else bias,
-            out if out_scales is None else out.view(torch.uint8),
+            parts,
             out if out_scales is None else out_scales,
             m,
             n,
             k,
+            c.k_per_split,
             a.stride(0),
             b.stride(0),
             scale_a.shape[1] if scale_a.dim() else 0,
             scale_b.shape[1] if scale_b.dim() else 0,
-            **meaning(a.dtype, b.dtype, granularity_a, granularity_b),
-            **requantization(None if out_scales is None else dtype),
+            **constants,
             E8M0_A=scale_a.dtype == E8M0,
             E8M0_B=scale_b.dtype == E8M0,
             HAS_BIAS=bias is not None,
             COMPUTE=None if compute is None else package.TYPES[compute],
+            TMA=c.tma,
             BLOCK_M=c.block_m,
             BLOCK_N=c.block_n,
             BLOCK_K=c.block_k,
             BAND=c.band,
+            SPLITS=c.splits,
             num_warps=c.warps,
             num_stages=c.stages,
         )
+    if c.splits > 1:
+        add_splits(parts, bias, out)
 
 
 def _scale_values(scale: Tensor) -> Tensor:
