@@ -9,32 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .fp8_quantize import as_bits, as_float, decode, encode
+
 GROUP = tl.constexpr(128)
 TINY = tl.constexpr(2.0**-100)
 TINY_BITS = tl.constexpr(27 << 23)
 INFINITE_BITS = tl.constexpr(0x7F800000)
 LEAST_DISTANCE = tl.constexpr(2.0**-20)
 MAX_STEPS = tl.constexpr(16 * 256.0)  # of the exponent, each 1 / 16
-
-
-@triton.jit
-def magnitude_of(codes, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
-    """|value| of E4M3 or E5M2 codes (int32), fp32."""
-    field = (codes & 0x7F) >> MANTISSA
-    significand = (codes & ((1 << MANTISSA) - 1)) + tl.where(field > 0, 1 << MANTISSA, 0)
-    exponent = tl.maximum(field, 1) + (127 - BIAS - MANTISSA)
-    return significand.to(tl.float32) * (exponent << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def code_of(y, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
-    """The code (int32) of y >= 0 to nearest even; y is less than half a step above the largest number."""
-    least: tl.constexpr = (128 - BIAS) << 23  # the smallest normal number
-    top = tl.maximum(y.to(tl.int32, bitcast=True) & 0x7F800000, least)
-    # The last bit of a sum with this power of two is the last bit of the code.
-    magic = (top + ((23 - MANTISSA) << 23)).to(tl.float32, bitcast=True)
-    rounded = (y + magic).to(tl.int32, bitcast=True) & 31
-    return rounded + (top >> (23 - MANTISSA)) - (least >> (23 - MANTISSA))
 
 
 @triton.jit
@@ -47,12 +29,14 @@ def read_state(
     num_groups,
     MANTISSA: tl.constexpr,
     BIAS: tl.constexpr,
+    MAX_CODE: tl.constexpr,
     EXPAND: tl.constexpr,
 ):
     """The values of groups, fp32."""
     here = group < num_groups
     code = tl.load(codes + at, mask=valid, other=0).to(tl.int32)
-    z = magnitude_of(code, MANTISSA, BIAS) * tl.load(terms + group, mask=here, other=1.0)[:, None]
+    z = decode(code & 0x7F, MANTISSA, BIAS, MAX_CODE)
+    z *= tl.load(terms + group, mask=here, other=1.0)[:, None]
     if EXPAND:
         k = tl.load(terms + num_groups + group, mask=here, other=1.0)[:, None]
         center = tl.load(terms + 2 * num_groups + group, mask=here, other=1.0)[:, None]
@@ -74,20 +58,21 @@ def write_state(
     LOG2_MAX: tl.constexpr,
     MANTISSA: tl.constexpr,
     BIAS: tl.constexpr,
+    MAX_CODE: tl.constexpr,
     EXPAND: tl.constexpr,
 ):
     """Stores codes and terms of groups."""
     here = group < num_groups
-    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    magnitude = bits.to(tl.float32, bitcast=True)
+    bits = as_bits(values) & 0x7FFFFFFF
+    magnitude = as_float(bits)
     most = tl.max(bits, 1)
     empty, finite = most < TINY_BITS, most < INFINITE_BITS
     used = finite & (most >= TINY_BITS)
     kept = (bits >= TINY_BITS) & used[:, None]
-    mx = tl.where(used, most, 0x3F800000).to(tl.float32, bitcast=True)
+    mx = as_float(tl.where(used, most, 0x3F800000))
     if EXPAND:
         least = tl.min(tl.where(kept, bits, INFINITE_BITS), 1)
-        mn = tl.where(used, least, 0x3F800000).to(tl.float32, bitcast=True)
+        mn = as_float(tl.where(used, least, 0x3F800000))
         distance = tl.maximum(tl.log2(mx) - tl.log2(mn), LEAST_DISTANCE)
         steps = tl.floor(tl.minimum(16 * (2 * LOG2_MAX - 1) / distance, MAX_STEPS))
         k = tl.where(used, steps / 16, 1.0)
@@ -103,10 +88,9 @@ def write_state(
         y = tl.where(kept, magnitude / scale[:, None], 0.0)
     scale = tl.where(finite, tl.where(empty, 1.0, scale), float("nan"))
     tl.store(terms + group, scale, mask=here)
-    code = tl.where(kept, code_of(y, MANTISSA, BIAS), 0)
-    negative = (values.to(tl.int32, bitcast=True) < 0) & used[:, None]
-    code = tl.where(negative, code | 0x80, code)
-    tl.store(codes + at, code.to(tl.uint8), mask=valid)
+    code = encode(tl.where(kept, y, 0.0), MANTISSA, BIAS, MAX_CODE, False)
+    negative = (as_bits(values) < 0) & used[:, None]
+    tl.store(codes + at, tl.where(negative, code | 0x80, code), mask=valid)
 
 
 @triton.jit
@@ -139,10 +123,12 @@ def fp8_adamw_kernel(
     LOG2_MAX: tl.constexpr,
     MANTISSA: tl.constexpr,
     BIAS: tl.constexpr,
+    MAX_CODE: tl.constexpr,
     SQ_MAX: tl.constexpr,
     SQ_LOG2_MAX: tl.constexpr,
     SQ_MANTISSA: tl.constexpr,
     SQ_BIAS: tl.constexpr,
+    SQ_MAX_CODE: tl.constexpr,
     EXPAND: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
@@ -153,10 +139,13 @@ def fp8_adamw_kernel(
     t, rate = tl.load(step), tl.load(lr)
     g = tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
     p = tl.load(param + at, mask=valid, other=0.0).to(tl.float32)
-    m = read_state(exp_avg, exp_avg_terms, at, valid, group, num_groups, MANTISSA, BIAS, EXPAND)
-    v = read_state(
-        exp_avg_sq, exp_avg_sq_terms, at, valid, group, num_groups, SQ_MANTISSA, SQ_BIAS, EXPAND
+    m = read_state(
+        exp_avg, exp_avg_terms, at, valid, group, num_groups, MANTISSA, BIAS, MAX_CODE, EXPAND
     )
+    v = read_state(
+        exp_avg_sq, exp_avg_sq_terms, at, valid, group, num_groups,
+        SQ_MANTISSA, SQ_BIAS, SQ_MAX_CODE, EXPAND,
+    )  # fmt: skip
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g
     denominator = tl.sqrt(v) / tl.sqrt(correction(t, log_beta2)) + eps
@@ -165,20 +154,10 @@ def fp8_adamw_kernel(
     p -= rate / correction(t, log_beta1) * (m / tl.where(valid, denominator, 1.0))
     tl.store(param + at, p.to(param.dtype.element_ty), mask=valid)
     write_state(
-        m,
-        exp_avg,
-        exp_avg_terms,
-        at,
-        valid,
-        group,
-        num_groups,
-        MAX,
-        LOG2_MAX,
-        MANTISSA,
-        BIAS,
-        EXPAND,
-    )
+        m, exp_avg, exp_avg_terms, at, valid, group, num_groups,
+        MAX, LOG2_MAX, MANTISSA, BIAS, MAX_CODE, EXPAND,
+    )  # fmt: skip
     write_state(
         v, exp_avg_sq, exp_avg_sq_terms, at, valid, group, num_groups,
-        SQ_MAX, SQ_LOG2_MAX, SQ_MANTISSA, SQ_BIAS, EXPAND,
+        SQ_MAX, SQ_LOG2_MAX, SQ_MANTISSA, SQ_BIAS, SQ_MAX_CODE, EXPAND,
     )  # fmt: skip

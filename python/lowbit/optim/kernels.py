@@ -112,6 +112,7 @@ def meaning(
         f = FLOAT8[dtype]
         constants[prefix + "MAX"], constants[prefix + "LOG2_MAX"] = f.max, math.log2(f.max)
         constants[prefix + "MANTISSA"], constants[prefix + "BIAS"] = f.mantissa, f.bias
+        constants[prefix + "MAX_CODE"] = f.max_code
     return constants
 
 
