@@ -62,6 +62,15 @@ class _Elementwise(torch.autograd.Function):
         return ctx.backward_of(grad, x), None, None
 
 
+def _square(x: Tensor) -> Tensor:
+    return x * x
+
+
+def _square_backward(grad: Tensor, x: Tensor) -> Tensor:
+    g = grad * x
+    return g + g
+
+
 class _Mul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -107,14 +116,17 @@ class _Norm(torch.autograd.Function):
         q, scale, *parameters = ctx.saved_tensors
         inputs = [_load(q, scale, ctx.dtype), *parameters]
         needs = ctx.needs_input_grad[2:]
-        inputs = [
-            t if t is None else t.detach().requires_grad_(need)
-            for t, need in zip(inputs, needs, strict=True)
-        ]
-        with torch.enable_grad():
-            y = ctx.norm(*inputs)
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-        grads = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype)))
+
+        def norm(*wanted: Tensor) -> Tensor:
+            given = iter(wanted)
+            y: Tensor = ctx.norm(
+                *(next(given) if need else t for t, need in zip(inputs, needs, strict=True))
+            )
+            return y
+
+        vjp: Any = torch.func.vjp  # which torch.compile traces, and not torch.autograd.grad
+        y, pullback = vjp(norm, *(t for t, need in zip(inputs, needs, strict=True) if need))
+        grads = iter(pullback(grad.to(y.dtype)))
         return None, None, *(next(grads) if need else None for need in needs)
 
 
@@ -138,7 +150,11 @@ def fp8_gelu(x: Tensor, approximate: str = "none") -> Tensor:
 
 def fp8_mul(x: Tensor, y: Tensor) -> Tensor:
     """x * y, which broadcast, that saves in FP8 those that the gradients need."""
-    return x * y if _plain(x, y) else _Mul.apply(x, y)
+    if _plain(x, y):
+        return x * y
+    if x is y:
+        return _Elementwise.apply(x, _square, _square_backward)
+    return _Mul.apply(x, y)
 
 
 def fp8_add(x: Tensor, y: Tensor) -> tuple[Tensor, Saved | None]:
