@@ -13,7 +13,7 @@ _LEAST_SPLIT_STEPS = 8
 _BLOCK_N = 64  # sums of a group and of the whole stand in registers side by side: 128 columns spill
 _STAGES = 3  # with four, codes of two planes spill
 
-_LEAST_FP8_GROUP = 32  # values of K that FP8 tensor cores take; smaller groups are multiplied in bf16
+_LEAST_FP8_GROUP = 32  # values of K that FP8 tensor cores take
 _TMA_ALIGNMENT = 16
 _LEAST_SPLIT_K = 512
 _LARGE_SHARED = (9, 10)  # sm_90 and sm_100: 227 KiB of shared memory for a program
@@ -68,13 +68,11 @@ class Fp8Config:
 
 
 def multiplies_fp8(capability: tuple[int, int], group: int) -> bool:
-    """Whether FP8 tensor cores multiply scales for `group` values of K (0: for all); they take 32 at least."""
+    """Whether FP8 tensor cores multiply groups of `group` values of K, 0 for all; else codes are decoded to bf16."""
     return capability >= (8, 9) and (group == 0 or group >= _LEAST_FP8_GROUP)
 
 
-def tma_obstacle(
-    capability: tuple[int, int], group: int, *matrices: tuple[int, int]
-) -> str | None:
+def tma_obstacle(capability: tuple[int, int], group: int, *matrices: tuple[int, int]) -> str | None:
     """Why tiles of matrices, each an address and bytes between rows, cannot come by TMA; None if they can.
 
     TMA (sm_90 and later) wants both to be multiples of 16 bytes. It brings codes to shared memory, which those that
@@ -102,7 +100,7 @@ def choose_fp8(
     by_column: bool,
     quantized: bool,
 ) -> Fp8Config:
-    """The tile for an (m, k) a against an (n, k) b whose scales stand for `group` values of K, 16, 32 or 128, or 0 for all.
+    """The tile for an (m, k) a and an (n, k) b whose scales stand for `group` values of K: 16, 32 or 128, or 0 for all.
 
     `by_column`: rows of b have scales of their own for groups; `quantized`: y is stored in FP8.
     """

@@ -206,13 +206,15 @@ def scaled_mm_kernel(
             else:
                 term = tl.dot(a_tile, b_tile, input_precision="ieee")
                 if GROUP_A != 0:
+                    group = k0 // GROUP_A
                     scale = load_scales(
-                        scale_a, first_row, k0 // GROUP_A, m, scale_a_row, E8M0_A, ROWS_A, BLOCK_M
+                        scale_a, first_row, group, m, scale_a_row, E8M0_A, ROWS_A, BLOCK_M
                     )
                     term *= scale[:, None]
                 if GROUP_B != 0:
+                    group = k0 // GROUP_B
                     scale = load_scales(
-                        scale_b, first_column, k0 // GROUP_B, n, scale_b_row, E8M0_B, ROWS_B, BLOCK_N
+                        scale_b, first_column, group, n, scale_b_row, E8M0_B, ROWS_B, BLOCK_N
                     )
                     term *= scale[None, :]
                 total += term
