@@ -26,6 +26,8 @@ void bind_fp8(py::module_& m);          // bindings_fp8.cpp
 void bind_fp8_matmul(py::module_& m);   // bindings_fp8_mm.cpp
 void bind_optim(py::module_& m);        // bindings_optim.cpp
 
+void append_fp8_matmul_kernels(py::list& rows);  // bindings_fp8_mm.cpp
+
 namespace {
 
 template <class T>
@@ -141,7 +143,8 @@ struct Weight {
 
   const Kernel& choose(const Desc& d, int row) const {
     if (row >= 0) {
-      if (row >= static_cast<int>(kernels().size())) fail("row must be an index of kernels()");
+      if (row >= static_cast<int>(kernels().size()))
+        fail("row must be the index of a row of kernels() that is not for FP8 products");
       const Kernel& k = *kernels()[row];
       if (const char* why = rejection(k, d, detect_isa())) fail(std::string(k.name) + ": " + why);
       return k;
@@ -382,6 +385,7 @@ py::list py_kernels() {
     row["x"] = x;
     rows.append(row);
   }
+  append_fp8_matmul_kernels(rows);
   return rows;
 }
 
@@ -434,7 +438,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lowbit. Works with numpy alone.";
   // A wrong LOWBIT_ISA must stop the import, not the first call.
   active_isa();
-  m.def("kernels", &py_kernels, "Every row of the kernel table.");
+  m.def("kernels", &py_kernels, "Every row of the kernel table, and those of FP8 products, which `Weight` cannot run.");
   m.def("isa_detected", [] { return isa_names(detect_isa()); });
   m.def("isa_active", [] { return isa_names(active_isa()); });
   m.def("isa_capped", [](const std::vector<std::string>& detected, const std::string& value) {

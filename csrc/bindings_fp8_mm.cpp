@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "address.h"
 #include "dispatch.h"
@@ -46,8 +47,36 @@ void py_fp8_matmul(int64_t m, int64_t n, int64_t k, const Operand& a, const Oper
   fp8_matmul(kernel, q, threads);
 }
 
+// The name of the kernel that runs.
+const char* py_fp8_matmul_name(const std::string& isa) {
+  return fp8_matmul_kernel(cap_isa(active_isa(), isa.c_str())).name;
+}
+
 }  // namespace
 
-void bind_fp8_matmul(py::module_& m) { m.def("fp8_matmul_ptr", &py_fp8_matmul); }
+// Adds the kernels of FP8 products to the rows of `_C.kernels()`.
+void append_fp8_matmul_kernels(py::list& rows) {
+  for (const Fp8MatmulKernel* k : fp8_matmul_kernels()) {
+    py::dict row;
+    row["index"] = rows.size();
+    row["name"] = k->name;
+    row["op"] = "fp8_scaled_mm";
+    row["compute"] = k->compute == Dtype::kBf16 ? "bf16" : "fp32";
+    row["codec"] = "fp8";
+    row["bits"] = 8;
+    row["scope"] = "shared";
+    row["isa"] = isa_name(k->isa);
+    row["available"] = (detect_isa() & k->isa) != 0;
+    row["group_multiple"] = 16;
+    row["bf16_table"] = k->compute == Dtype::kBf16;
+    row["x"] = std::vector<std::string>{"e4m3", "e5m2"};
+    rows.append(row);
+  }
+}
+
+void bind_fp8_matmul(py::module_& m) {
+  m.def("fp8_matmul_ptr", &py_fp8_matmul);
+  m.def("fp8_matmul_name", &py_fp8_matmul_name, py::arg("isa") = "");
+}
 
 }  // namespace lowbit

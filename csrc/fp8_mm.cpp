@@ -19,11 +19,17 @@ constexpr int64_t kLeastElements = 64 * 1024;
 
 }  // namespace
 
+std::span<const Fp8MatmulKernel* const> fp8_matmul_kernels() {
+  static const Fp8MatmulKernel* const all[] = {&fp8_matmul_avx512bf16(), &fp8_matmul_avx512(), &fp8_matmul_avx2(),
+                                               &fp8_matmul_scalar()};
+  return all;
+}
+
 const Fp8MatmulKernel& fp8_matmul_kernel(uint32_t isa_mask) {
-  return isa_mask & kAvx512Bf16 ? fp8_matmul_avx512bf16()
-         : isa_mask & kAvx512   ? fp8_matmul_avx512()
-         : isa_mask & kAvx2     ? fp8_matmul_avx2()
-                                : fp8_matmul_scalar();
+  for (const Fp8MatmulKernel* kernel : fp8_matmul_kernels()) {
+    if (kernel->isa & isa_mask) return *kernel;
+  }
+  return fp8_matmul_scalar();
 }
 
 void fp8_matmul(const Fp8MatmulKernel& kernel, Fp8Matmul request, int threads) {

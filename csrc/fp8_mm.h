@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "fp8.h"
 #include "kernel.h"
@@ -35,6 +36,9 @@ struct Fp8Matmul {
 
 // What an instruction set gives. A task of `run` is a block of columns times a block of rows.
 struct Fp8MatmulKernel {
+  const char* name;
+  Isa isa;
+  Dtype compute;          // of the products
   int64_t element_bytes;  // of prepared a
   int64_t columns;        // of a task of many rows
   void (*prepare)(const Fp8Matmul&, int64_t begin, int64_t end);
@@ -46,7 +50,9 @@ constexpr int64_t kFp8FewRowsColumns = 16;  // columns of a task of few rows
 constexpr int64_t kFp8RowsPerTask = 516;    // of many rows
 constexpr int64_t kFp8PadK = 64;            // prepared rows are zero up to a multiple of it
 
-// The newest instruction set in a mask.
+// Those of all instruction sets, the newest first.
+std::span<const Fp8MatmulKernel* const> fp8_matmul_kernels();
+// The newest in a mask.
 const Fp8MatmulKernel& fp8_matmul_kernel(uint32_t isa_mask);
 // Sets `prepared` and `a_scales`. On up to `threads` threads.
 void fp8_matmul(const Fp8MatmulKernel& kernel, Fp8Matmul request, int threads);

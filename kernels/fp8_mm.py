@@ -180,11 +180,13 @@ def scaled_mm_kernel(
     """Tiles of y. A step lies in one group of a and of b, and its sum is multiplied by their scales in fp32."""
     tall, wide = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     tiles = tall * wide
+    # With TMA, both loops become one: loads for a tile are issued while the one before it is multiplied and stored.
+    # Pointers of two tiles at a time would take too many registers.
     for item in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=TMA):
         row_block, column_block = place_of(item % tiles, tall, wide, BAND)
         first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
         split = item // tiles
-        first_k, last_k = 0, k
+        first_k, last_k = 0, k  # the same for all items, or `flatten` would not merge the loops
         if SPLITS > 1:
             first_k = split * k_per_split
             last_k = tl.minimum(first_k + k_per_split, k)

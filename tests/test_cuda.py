@@ -90,15 +90,15 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_cuda_kernels_wait_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, nf4 = torch.device("cuda"), FORMATS["nf4"]
-    layouts.wants_cuda.cache_clear()
+    layouts.cuda_obstacle.cache_clear()
     monkeypatch.delenv("LOWBIT_CUDA", raising=False)
     assert layouts.kernel_layout(cuda, nf4) == layouts.K16
     pytest.importorskip("lowbit._cuda")
-    layouts.wants_cuda.cache_clear()
+    layouts.cuda_obstacle.cache_clear()
     monkeypatch.setenv("LOWBIT_CUDA", "1")
     assert layouts.kernel_layout(cuda, nf4) == M16
     assert layouts.kernel_layout(cuda, FORMATS["kmeans4_pr"]) == layouts.K16
-    layouts.wants_cuda.cache_clear()
+    layouts.cuda_obstacle.cache_clear()
 
 
 def test_the_extension_loads_without_a_gpu_and_chooses() -> None:

@@ -318,13 +318,18 @@ void fp8_prepare(const Fp8Matmul& q, int64_t begin, int64_t end) {
 
 // Defines fp8_matmul_<isa>() for fp8_mm.cpp.
 #define LOWBIT_EXPORT_FP8_MATMUL(Family) LOWBIT_EXPORT_FP8_MATMUL_OF(LOWBIT_ISA, Family)
-#define LOWBIT_EXPORT_FP8_MATMUL_OF(isa, Family)                                                       \
-  namespace lowbit {                                                                                   \
-  const Fp8MatmulKernel& LOWBIT_CAT(fp8_matmul_, isa)() {                                              \
-    static constexpr Fp8MatmulKernel kernel{sizeof(isa::Family::Element), isa::Family::kColumns,       \
-                                            isa::fp8_prepare<isa::Family>, isa::fp8_run<isa::Family>}; \
-    return kernel;                                                                                     \
-  }                                                                                                    \
+#define LOWBIT_EXPORT_FP8_MATMUL_OF(set, Family)                                                            \
+  namespace lowbit {                                                                                        \
+  const Fp8MatmulKernel& LOWBIT_CAT(fp8_matmul_, set)() {                                                   \
+    static constexpr Fp8MatmulKernel kernel{"fp8_mm_" LOWBIT_STR(set),                                      \
+                                            LOWBIT_ISA_BIT,                                                 \
+                                            sizeof(set::Family::Element) == 2 ? Dtype::kBf16 : Dtype::kF32, \
+                                            sizeof(set::Family::Element),                                   \
+                                            set::Family::kColumns,                                          \
+                                            set::fp8_prepare<set::Family>,                                  \
+                                            set::fp8_run<set::Family>};                                     \
+    return kernel;                                                                                          \
+  }                                                                                                         \
   }
 
 }  // namespace

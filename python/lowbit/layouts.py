@@ -78,20 +78,24 @@ def kernel_layout(device: torch.device, format: Format) -> str:
         return N16
     if device.type != "cuda":
         return CANONICAL
-    if wants_cuda() and fits_m16(format):
+    if cuda_obstacle() is None and fits_m16(format):
         return M16
     return K16 if has_triton() else CANONICAL
 
 
 @functools.cache
-def wants_cuda() -> bool:
-    """Whether the CUDA kernels are built and asked for: they wait for LOWBIT_CUDA=1 until a GPU has run them."""
-    built = importlib.util.find_spec("lowbit._cuda") is not None
-    wanted = os.environ.get("LOWBIT_CUDA") == "1"
-    if not (built and wanted):
-        reason = "LOWBIT_CUDA=1 is not set" if built else "the package was built without nvcc"
+def cuda_obstacle() -> str | None:
+    """Why the CUDA kernels do not run; None if they are built and asked for: until a GPU has run them they wait for
+    LOWBIT_CUDA=1.
+    """
+    reason = None
+    if importlib.util.find_spec("lowbit._cuda") is None:
+        reason = "the package was built without nvcc"
+    elif os.environ.get("LOWBIT_CUDA") != "1":
+        reason = "LOWBIT_CUDA=1 is not set"
+    if reason is not None:
         _logger.info("the CUDA kernels do not run: %s; the Triton kernels do", reason)
-    return built and wanted
+    return reason
 
 
 def fits_m16(format: Format) -> bool:

@@ -58,7 +58,7 @@ find_cached = functools.cache(find)
 @dataclass(frozen=True)
 class Row:
     """One row of the kernel table as seen by one request: its cost in nanoseconds and the threads
-    it would use, or the reason it cannot run.
+    it would use, or the reason it does not run.
     """
 
     name: str
@@ -79,11 +79,13 @@ class Explanation:
         lines = [f"{self.request}: {self.selected}"]
         width = max((len(row.name) for row in self.rows), default=0)
         for row in self.rows:
-            verdict = "runs, " if row.name == self.selected else row.reason or ""
+            verdict = ["runs"] if row.name == self.selected else []
+            if row.reason is not None:
+                verdict.append(row.reason)
             if row.cost is not None:
-                verdict += f"estimated {row.cost / 1e3:.3g} us on {row.threads} thread"
-                verdict += "s" * (row.threads != 1)
-            lines.append(f"  {row.name:<{width}}  {verdict}")
+                threads = f"{row.threads} thread" + "s" * (row.threads != 1)
+                verdict.append(f"estimated {row.cost / 1e3:.3g} us on {threads}")
+            lines.append(f"  {row.name:<{width}}  {', '.join(verdict)}")
         return "\n".join(lines)
 
 

@@ -5,6 +5,8 @@ What it computes is stated in `reference.scaled_mm`; kernels sum in fp32 and sca
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -19,6 +21,7 @@ from lowbit.fp8.dtypes import FLOAT8, check_float8
 from lowbit.fp8.granularity import Granularity
 from lowbit.fp8.quantization import quantize
 
+_logger = logging.getLogger("lowbit")
 _library = torch.library.Library("lowbit", "FRAGMENT")
 _OPERANDS = "Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias"
 _SCHEMAS = {
@@ -66,8 +69,7 @@ def scaled_mm(
     """
     if requantize is None:
         return _scaled_mm(a, b, scale_a, scale_b, bias, out_dtype or torch.bfloat16)
-    if requantize not in _REQUANTIZED:
-        raise ValueError(f"requantize must be None or one of {_REQUANTIZED}, got {requantize!r}")
+    check_requantize(requantize)
     dtype = out_dtype or torch.float8_e4m3fn
     if dtype not in FLOAT8:
         raise TypeError(f"out_dtype must be {list(FLOAT8)} with requantize, got {dtype}")
@@ -75,7 +77,13 @@ def scaled_mm(
     return q, scale
 
 
-def _check(operands: Sequence[Any], out_dtype: torch.dtype) -> tuple[Granularity, Granularity]:
+def check_requantize(name: str) -> None:
+    """Raises ValueError unless y can be quantized with scales of this granularity."""
+    if name not in _REQUANTIZED:
+        raise ValueError(f"requantize must be None or one of {_REQUANTIZED}, got {name!r}")
+
+
+def check(operands: Sequence[Any], out_dtype: torch.dtype) -> tuple[Granularity, Granularity]:
     """Checks a, b, their scales and the bias, and returns the granularities."""
     a, b, scale_a, scale_b, bias = operands
     for name, t in (("a", a), ("b", b)):
@@ -99,18 +107,31 @@ def _check(operands: Sequence[Any], out_dtype: torch.dtype) -> tuple[Granularity
     )
 
 
-def _backend(device: torch.device, a: Granularity, b: Granularity) -> ModuleType:
+def backend_of(device: torch.device, a: Granularity, b: Granularity) -> ModuleType:
+    """What computes a product with these scales on a device."""
     if device.type == "cpu":
         return matmul_cpu
-    if matmul_cuda.runs(device, a, b):
+    obstacle = matmul_cuda.obstacle(device, a, b)
+    if obstacle is None:
         return matmul_cuda
     if layouts.has_triton():
+        _log_triton(obstacle)
         return matmul_triton
     reference.log_use(device.type)
     return reference
 
 
-def _ready(tensors: Sequence[Any]) -> list[Any]:
+@functools.cache
+def _log_triton(why: str) -> None:
+    _logger.info("the Triton kernel computes FP8 products, not the CUDA kernel: %s", why)
+
+
+def fuses_quantize(backend: ModuleType, granularity: str | None) -> bool:
+    """Whether the kernel of the product quantizes y as well."""
+    return backend is matmul_triton and granularity == "1x16"
+
+
+def ready(tensors: Sequence[Any]) -> list[Any]:
     """a and b with unit stride along K, the others contiguous."""
     a, b, *others = tensors
     rows = [t if t.stride(1) == 1 else t.contiguous() for t in (a, b)]
@@ -119,21 +140,21 @@ def _ready(tensors: Sequence[Any]) -> list[Any]:
 
 def _impl(*args: Any) -> Tensor:
     *tensors, out_dtype = args
-    both = _check(tensors, out_dtype)
-    backend = _backend(tensors[0].device, *both)
+    both = check(tensors, out_dtype)
+    backend = backend_of(tensors[0].device, *both)
     if backend is reference:
         return reference.scaled_mm(*tensors).to(out_dtype)
-    *operands, bias = _ready(tensors)
+    *operands, bias = ready(tensors)
     y: Tensor = backend.scaled_mm(*operands, *both, bias, out_dtype)
     return y
 
 
 def _quantized_impl(*args: Any) -> tuple[Tensor, ...]:
     *tensors, out_dtype, granularity = args
-    both = _check(tensors, torch.float32)
-    backend = _backend(tensors[0].device, *both)
-    if backend is matmul_triton and granularity == "1x16":
-        *operands, bias = _ready(tensors)
+    both = check(tensors, torch.float32)
+    backend = backend_of(tensors[0].device, *both)
+    if fuses_quantize(backend, granularity):
+        *operands, bias = ready(tensors)
         q, scale = backend.scaled_mm_quantized(*operands, *both, bias, out_dtype)
         return q, scale
     return quantize(_impl(*tensors, torch.float32), out_dtype, granularity)
@@ -141,7 +162,7 @@ def _quantized_impl(*args: Any) -> tuple[Tensor, ...]:
 
 def _fake(*args: Any) -> Tensor:
     *tensors, out_dtype = args
-    _check(tensors, out_dtype)
+    check(tensors, out_dtype)
     a, b = tensors[:2]
     y: Tensor = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
     return y
@@ -149,7 +170,7 @@ def _fake(*args: Any) -> Tensor:
 
 def _quantized_fake(*args: Any) -> tuple[Tensor, Tensor]:
     *tensors, out_dtype, granularity = args
-    _check(tensors, torch.float32)
+    check(tensors, torch.float32)
     a, b = tensors[:2]
     m, n = a.shape[0], b.shape[0]
     shape = granularities.find(granularity).scale_shape(m, n)

@@ -16,15 +16,22 @@ _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ALIGNMENT = 16  # bytes: rows of a and b, which are as many elements
 
 
-def runs(device: torch.device, a: Granularity, b: Granularity) -> bool:
-    """Whether the kernel is built and asked for, the GPU has its instructions, and it knows these scales."""
-    known = a.name in _GRANULARITIES and b.name in _GRANULARITIES
-    return known and layouts.wants_cuda() and _capability(device) == (9, 0)
+NAME = "cuda_fp8_mm_wgmma"  # what `explain` calls the kernel
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def obstacle(device: torch.device, a: Granularity, b: Granularity) -> str | None:
+    """Why the kernel does not run on a GPU: it is not built or asked for, the GPU lacks its instructions, or it does
+    not know these scales. None if it runs.
+    """
+    if layouts.cuda_obstacle() is not None:
+        return layouts.cuda_obstacle()
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"its instructions are those of sm_90a, this is sm_{capability[0]}{capability[1]}"
+    if a.name not in _GRANULARITIES or b.name not in _GRANULARITIES:
+        return f"it does not know the scales {a.name} of a and {b.name} of b"
+    return None
 
 
 def scaled_mm(

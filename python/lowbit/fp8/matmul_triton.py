@@ -68,7 +68,8 @@ def compute_dtype(group: int, device: torch.device) -> torch.dtype | None:
 def tma_obstacle(a: Tensor, b: Tensor, group: int) -> str | None:
     """Why pointers, not TMA, load a and b, whose K has unit stride; None if TMA does."""
     matrices = ((t.data_ptr(), t.stride(0)) for t in (a, b))
-    return kernels().configs.tma_obstacle(capability(a.device), group, *matrices)
+    why: str | None = kernels().configs.tma_obstacle(capability(a.device), group, *matrices)
+    return why
 
 
 def choose(
@@ -81,6 +82,9 @@ def choose(
     """The tile of a product, `configs.Fp8Config`; `quantized`: of one that is stored in FP8."""
     (m, k), n = a.shape, b.shape[0]
     group = group_of(granularity_a, granularity_b)
+    obstacle = tma_obstacle(a, b, group)
+    if obstacle is not None and not interpreted(a.device):
+        _log_pointers(obstacle)
     return kernels().configs.choose_fp8(
         m,
         n,
@@ -88,10 +92,15 @@ def choose(
         group,
         capability=capability(a.device),
         sms=num_sms(a.device),
-        tma=tma_obstacle(a, b, group) is None,
+        tma=obstacle is None,
         by_column=by_column(granularity_b),
         quantized=quantized,
     )
+
+
+@functools.cache
+def _log_pointers(why: str) -> None:
+    _logger.info("the Triton kernel of FP8 products loads by pointers, not TMA: %s", why)
 
 
 def describe(c: Any) -> str:
