@@ -7,8 +7,7 @@ FP8 tensor cores of Hopper keep 14 bits of a sum, so sums leave them at least ev
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -56,7 +55,7 @@ def load_scales(
     return tl.broadcast_to(values, (BLOCK,))
 
 
-def descriptor(codes: Any, block_rows: int, block_k: int) -> TensorDescriptor:
+def descriptor(codes: torch.Tensor, block_rows: int, block_k: int) -> TensorDescriptor:
     """Names tiles of a matrix to TMA; `configs.tma_obstacle` says which matrices may have one."""
     return TensorDescriptor(codes, [*codes.shape], [*codes.stride()], [block_rows, block_k])
 
