@@ -157,6 +157,31 @@ def fp8_table(data: dict[str, Any]) -> str:
     return "\n".join([caption, "", *lines])
 
 
+def quantizers_table(data: dict[str, Any]) -> str:
+    """Time and error of every quantizer, and how they compare with scikit-learn's k-means."""
+    lines = [row("method, 4 bits", ["seconds per million weights", "error"]), "|---|---|---|"]
+    lines += [row(r["name"], [f"{r['seconds']:.3f}", f"{r['error']:.4f}"]) for r in data["methods"]]
+    rows = data["rows"]
+    beside = [
+        f"k-means of a row of {rows['weights']}, {rows['levels']} entries: {1e3 * rows['seconds']:.2f} ms, "
+        f"{rows['scikit_learn_seconds'] / rows['seconds']:.0f} times faster than scikit-learn's (target 20)."
+    ]
+    for d in data["densities"]:
+        worst = max(max(found) for found in d["error_ratios"].values())
+        taken = d["kde_seconds"]["lm"]
+        beside.append(
+            f"KDE from 0.1 % of a million {d['distribution']} weights: {taken:.3f} s, "
+            f"{d['scikit_learn_seconds'] / taken:.0f} times faster than k-means of scikit-learn on all of them "
+            f"(target 20) and {d['kmeans_seconds'] / taken:.1f} times faster than ours; error at most {worst:.3f} of "
+            "that of k-means (target 1.05)."
+        )
+    caption = (
+        f"Quantizers on N(0, 1), {data['threads']} threads: squared error over squared weight (gptq: error of outputs "
+        f"over that of round to nearest). {about(data)}"
+    )
+    return "\n".join([caption, "", *lines, "", " ".join(beside)])
+
+
 def training_table(data: dict[str, Any]) -> str:
     """Training in FP8 beside bf16 with fp32 AdamW: loss and bytes, then errors of states and time of a step."""
     runs, numel = (
@@ -300,6 +325,7 @@ def main() -> None:
         fp8_table(load("fp8")),
         training_table(load("fp8_training")),
         digits_table(load("digits")),
+        quantizers_table(load("quantizers")),
         gpu_table(),
     )
     new = head + BEGIN + "\n\n".join(parts) + "\n" + END + tail

@@ -302,10 +302,13 @@ void linear_many(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, const py:
   run_many(calls, threads);
 }
 
-CanonicalCodes canonical(int64_t n, int64_t k, int bits, bool trits) {
+CanonicalCodes canonical(int64_t n, int64_t k, int bits, int base) {
   if (n < 0 || k < 0) fail("shape must not be negative");
   if (bits < 1 || bits > 8) fail("bits must be 1 to 8, got " + std::to_string(bits));
-  return {n, k, trits ? ceil_div(k, 5) : ceil_div(k * bits, 8), bits, trits};
+  if (base != 0 && (base < 2 || base > 1 << bits)) {
+    fail("base must be 0 or from 2 to 2^bits, got " + std::to_string(base));
+  }
+  return {n, k, base ? ceil_div(k, digits_per_byte(base)) : ceil_div(k * bits, 8), bits, base};
 }
 
 void want_shape(const char* name, const py::array& a, int64_t rows, int64_t columns) {
@@ -317,9 +320,9 @@ void want_shape(const char* name, const py::array& a, int64_t rows, int64_t colu
 
 using Bytes = Array<uint8_t>;
 
-Bytes py_pack(const Bytes& codes, int bits, bool trits, int threads) {
+Bytes py_pack(const Bytes& codes, int bits, int base, int threads) {
   if (codes.ndim() != 2) fail("codes must be 2-D, got shape " + shape_string(codes));
-  const CanonicalCodes s = canonical(codes.shape(0), codes.shape(1), bits, trits);
+  const CanonicalCodes s = canonical(codes.shape(0), codes.shape(1), bits, base);
   Bytes out({s.n, s.row_bytes});
   const uint8_t* in = codes.data();
   uint8_t* to = out.mutable_data();
@@ -328,8 +331,8 @@ Bytes py_pack(const Bytes& codes, int bits, bool trits, int threads) {
   return out;
 }
 
-Bytes py_unpack(const Bytes& packed, int64_t k, int bits, bool trits, int threads) {
-  const CanonicalCodes s = canonical(packed.ndim() ? packed.shape(0) : 0, k, bits, trits);
+Bytes py_unpack(const Bytes& packed, int64_t k, int bits, int base, int threads) {
+  const CanonicalCodes s = canonical(packed.ndim() ? packed.shape(0) : 0, k, bits, base);
   want_shape("packed", packed, s.n, s.row_bytes);
   Bytes out({s.n, s.k});
   const uint8_t* in = packed.data();
@@ -339,8 +342,8 @@ Bytes py_unpack(const Bytes& packed, int64_t k, int bits, bool trits, int thread
   return out;
 }
 
-Bytes py_prepack(const Bytes& packed, int64_t n, int64_t k, int bits, bool trits, int threads) {
-  const CanonicalCodes s = canonical(n, k, bits, trits);
+Bytes py_prepack(const Bytes& packed, int64_t n, int64_t k, int bits, int base, int threads) {
+  const CanonicalCodes s = canonical(n, k, bits, base);
   want_shape("packed", packed, s.n, s.row_bytes);
   Bytes out(static_cast<py::ssize_t>(packed_bytes(n, k, bits)));
   const uint8_t* in = packed.data();
@@ -350,8 +353,8 @@ Bytes py_prepack(const Bytes& packed, int64_t n, int64_t k, int bits, bool trits
   return out;
 }
 
-Bytes py_unprepack(const Bytes& n16, int64_t n, int64_t k, int bits, bool trits, int threads) {
-  const CanonicalCodes s = canonical(n, k, bits, trits);
+Bytes py_unprepack(const Bytes& n16, int64_t n, int64_t k, int bits, int base, int threads) {
+  const CanonicalCodes s = canonical(n, k, bits, base);
   if (n16.size() != packed_bytes(n, k, bits)) {
     fail("codes must have " + std::to_string(packed_bytes(n, k, bits)) + " bytes, got " + std::to_string(n16.size()));
   }
@@ -448,13 +451,13 @@ PYBIND11_MODULE(_C, m) {
     }
     return isa_names(cap_isa(mask, value.c_str()));
   });
-  m.def("pack", &py_pack, py::arg("codes"), py::arg("bits"), py::arg("trits") = false, py::arg("threads") = 1);
-  m.def("unpack", &py_unpack, py::arg("packed"), py::arg("k"), py::arg("bits"), py::arg("trits") = false,
+  m.def("pack", &py_pack, py::arg("codes"), py::arg("bits"), py::arg("base") = 0, py::arg("threads") = 1);
+  m.def("unpack", &py_unpack, py::arg("packed"), py::arg("k"), py::arg("bits"), py::arg("base") = 0,
         py::arg("threads") = 1);
   m.def("prepack", &py_prepack, py::arg("packed"), py::arg("n"), py::arg("k"), py::arg("bits"),
-        py::arg("trits") = false, py::arg("threads") = 1);
+        py::arg("base") = 0, py::arg("threads") = 1);
   m.def("unprepack", &py_unprepack, py::arg("codes"), py::arg("n"), py::arg("k"), py::arg("bits"),
-        py::arg("trits") = false, py::arg("threads") = 1);
+        py::arg("base") = 0, py::arg("threads") = 1);
   m.def("kmeans_1d", &py_kmeans_1d, py::arg("values"), py::arg("weights"), py::arg("k"));
   m.def("kmeans_rows", &py_kmeans_rows, py::arg("values"), py::arg("weights"), py::arg("k"), py::arg("threads") = 1);
   bind_activations(m);

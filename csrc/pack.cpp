@@ -9,14 +9,15 @@
 namespace lowbit {
 namespace {
 
-constexpr int kTritsPerByte = 5;
-
 void unpack_row(const uint8_t* in, const CanonicalCodes& s, uint8_t* codes) {
-  if (s.trits) {
-    for (int64_t k = 0; k < s.k; ++k) {
-      int digits = in[k / kTritsPerByte];
-      for (int64_t i = 0; i < k % kTritsPerByte; ++i) digits /= 3;
-      codes[k] = static_cast<uint8_t>(digits % 3);
+  if (s.base) {
+    const int per_byte = digits_per_byte(s.base);
+    for (int64_t b = 0; b < s.row_bytes; ++b) {
+      int value = in[b];
+      for (int64_t k = b * per_byte; k < s.k && k < (b + 1) * per_byte; ++k) {
+        codes[k] = static_cast<uint8_t>(value % s.base);
+        value /= s.base;
+      }
     }
     return;
   }
@@ -33,12 +34,13 @@ void unpack_row(const uint8_t* in, const CanonicalCodes& s, uint8_t* codes) {
 }
 
 void pack_row(const uint8_t* codes, const CanonicalCodes& s, uint8_t* out) {
-  if (s.trits) {
+  if (s.base) {
+    const int per_byte = digits_per_byte(s.base);
     for (int64_t b = 0; b < s.row_bytes; ++b) {
       int value = 0;
-      for (int i = kTritsPerByte - 1; i >= 0; --i) {
-        const int64_t k = b * kTritsPerByte + i;
-        value = value * 3 + (k < s.k ? codes[k] : 0);
+      for (int i = per_byte - 1; i >= 0; --i) {
+        const int64_t k = b * per_byte + i;
+        value = value * s.base + (k < s.k ? codes[k] : 0);
       }
       out[b] = static_cast<uint8_t>(value);
     }
@@ -97,6 +99,12 @@ void for_rows(int64_t rows, int threads, const Fn& fn) {
 }
 
 }  // namespace
+
+int digits_per_byte(int base) {
+  int count = 0;
+  for (int values = base; values <= 256; values *= base) ++count;
+  return count;
+}
 
 void pack_rows(const uint8_t* codes, const CanonicalCodes& s, uint8_t* packed, int threads) {
   for_rows(s.n, threads, [&](int64_t n) { pack_row(codes + n * s.k, s, packed + n * s.row_bytes); });

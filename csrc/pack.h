@@ -1,5 +1,5 @@
-// Between canonical codes (python/lowbit/packing.py: rows of a little-endian bit stream, or five trits a byte) and
-// plain codes or the n16 layout (layout.h). Sizes are checked by the caller.
+// Between canonical codes (python/lowbit/packing.py: rows of a little-endian bit stream, or of bytes of digits)
+// and plain codes or the n16 layout (layout.h). Sizes are checked by the caller.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,11 @@ namespace lowbit {
 struct CanonicalCodes {
   int64_t n, k, row_bytes;
   int bits;
-  bool trits;
+  int base;  // of the digits, or 0: a bit stream
 };
+
+// The digits of a base that fit a byte.
+int digits_per_byte(int base);
 
 // codes (n, k), one per byte.
 void pack_rows(const uint8_t* codes, const CanonicalCodes& shape, uint8_t* packed, int threads);

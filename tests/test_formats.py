@@ -127,7 +127,8 @@ def test_derived_numbers(format: Format):
     for k in (1, 5, 8, 63, 64, 65, 1000):
         group = format.group or k
         assert format.num_groups(k) == len(range(0, k, group))
-        whole_bits = k * format.bits if format.packing == "bits" else -(-k // 5) * 8
+        digits = {"trits": 5, "base5": 3, "base6": 3}.get(format.packing)
+        whole_bits = -(-k // digits) * 8 if digits else k * format.bits
         assert format.row_bytes(k) == len(range(0, whole_bits, 8))
 
 
@@ -181,6 +182,14 @@ BAD_FIELDS = [
     ({**LUT, "table": (0.0, 1.0), "table_scope": "row"}, "table_scope must be 'tensor'"),
     ({**LUT, "table_scope": "column"}, "table_scope must be"),
     ({**LUT, "packing": "trits"}, "packing must be 'bits'"),
+    (
+        {**LUT, "packing": "base5", "table": (1.0, 2.0)},
+        "packing must be 'bits' unless the format is 3-bit",
+    ),
+    (
+        {**LUT, "bits": 3, "packing": "base5", "table": (0.0, 1, 2, 3, 4, 5)},
+        "a table of at most 5 values",
+    ),
     ({"name": "x", "codec": "e4m3", "bits": 4}, "bits must be 8"),
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -24,10 +26,12 @@ def some_codes(format: Format, n: int, k: int) -> torch.Tensor:
 
 def pack_row_slowly(codes: list[int], format: Format) -> list[int]:
     """One row of the definition at the top of packing.py, digit by digit and bit by bit."""
-    if format.packing == "trits":
-        row = [0] * -(-len(codes) // 5)
+    digits = {"trits": (3, 5), "base5": (5, 3), "base6": (6, 3)}
+    if format.packing in digits:
+        base, per_byte = digits[format.packing]
+        row = [0] * -(-len(codes) // per_byte)
         for k, code in enumerate(codes):
-            row[k // 5] += code * 3 ** (k % 5)
+            row[k // per_byte] += code * base ** (k % per_byte)
         return row
     row = [0] * -(-len(codes) * format.bits // 8)
     for k, code in enumerate(codes):
@@ -70,11 +74,10 @@ def test_the_compiled_packer_agrees(format: Format):
     for k in WIDTHS:
         codes = some_codes(format, 5, k)
         packed = packing.pack_codes(codes, format)
-        trits = format.packing == "trits"
-        compiled = torch.from_numpy(_C.pack(codes.numpy(), format.bits, trits, 2))
+        compiled = torch.from_numpy(_C.pack(codes.numpy(), format.bits, format.base, 2))
         assert torch.equal(compiled, packed)
         assert torch.equal(torch.ops.lowbit.pack(codes, format.spec), packed)
-        back = torch.from_numpy(_C.unpack(packed.numpy(), k, format.bits, trits, 2))
+        back = torch.from_numpy(_C.unpack(packed.numpy(), k, format.bits, format.base, 2))
         assert torch.equal(back, codes)
 
 
@@ -150,3 +153,7 @@ def test_damage_is_found():
     packing.check_padding_and_range(trits, FORMATS["ternary_trits"], 7)
     with pytest.raises(ValueError, match="'ternary_trits' hold a byte above 242"):
         packing.check_padding_and_range(trits + 1, FORMATS["ternary_trits"], 7)
+    two = dataclasses.replace(FORMATS["ternary_trits"], name="two_of_three", table=(-1.0, 1.0))
+    packing.check_padding_and_range(torch.tensor([[1 + 3]], dtype=torch.uint8), two, 5)
+    with pytest.raises(ValueError, match="'two_of_three' hold a code above 1"):
+        packing.check_padding_and_range(torch.tensor([[2 + 3]], dtype=torch.uint8), two, 5)

@@ -96,7 +96,9 @@ def test_bad_arguments(arguments, error, message):
 
 
 def test_methods_are_listed():
-    assert set(METHODS) == {"bitnet", "gptq", "hqq", "kmeans", "multibit", "rtn", "twn"}
+    assert set(METHODS) == {
+        "bitnet", "distq", "gptq", "hqq", "kde", "kmeans", "lloyd", "multibit", "nuuq", "rtn", "twn",
+    }  # fmt: skip
 
 
 small = st.integers(1, 5)

@@ -12,6 +12,8 @@ from lowbit.tensor import QuantTensor, tensor_specs
 # Formats that no built-in covers: odd groups, short tables, every table scope with groups, each scale dtype.
 EXTRA_FORMATS = (
     Format.lut(bits=3, table=(1.0, 2.5, 3.0, -5.0, 0.1), group=20, name="lut3_five_entries"),
+    Format(name="base5_g20", codec="lut", bits=3, group=20, table=(-5.0, -2.0, 0.0, 1.0, 4.0), packing="base5"),
+    Format(name="base6_row", codec="lut", bits=3, table=(-9.0, -4.0, -1.0, 1.0, 4.0, 9.0), packing="base6"),
     Format.lut(bits=4, group=32, table_scope="row", name="row_tables_g32"),
     Format.lut(bits=4, group=32, table_scope="group", name="group_tables_g32"),
     Format.lut(bits=3, group=20, table_scope="group", scale=None, name="group_tables_no_scale"),

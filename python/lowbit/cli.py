@@ -112,7 +112,7 @@ def quantize(
                                "model's outputs) or output (squared error of the layers').")
     ] = "kl",
     method: Annotated[
-        str | None, typer.Option(help="rtn, kmeans, hqq, or, with --calibrate, gptq.")
+        str | None, typer.Option(help="rtn, kmeans, lloyd, kde, distq, hqq, or, with --calibrate, gptq.")
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE for the method. May be repeated.")

@@ -27,10 +27,14 @@ SCALES = (None, "fp32", "fp16", "bf16", "e8m0", "e4m3", "dq8")
 SCALE_RULES = ("absmax", "rms", "mean", "minmax")
 ZEROS = (None, "int", "float", "min")
 SCOPES = ("tensor", "row", "group")
-PACKINGS = ("bits", "trits")
+DIGIT_BASES = {
+    "trits": 3,
+    "base5": 5,
+    "base6": 6,
+}  # the bases whose digits take less than whole bits
+PACKINGS = ("bits", *DIGIT_BASES)
 ACTIVATIONS = (None, "int8", "int8_table")
 DQ_BLOCK = 256  # scales that share one second-level fp32 factor in "dq8" (QLoRA section 3)
-TRITS_PER_BYTE = 5  # 3^5 = 243 <= 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,8 @@ class Format:
         table: values of the codes of a "lut" codec, 2 .. 2^bits of them; None means that the table is fitted
             to the weight and stored beside it.
         table_scope: one table per "tensor", per output "row", or per row and "group".
-        packing: "bits" (little-endian bit stream) or "trits" (five base-3 digits per byte).
+        packing: "bits" (little-endian bit stream), or codes as digits of bytes: "trits" (base 3, five per
+            byte), "base5" and "base6" (three per byte), for tables of no more values than the base.
         activation: None takes activations as given. "int8" quantizes each row of x to int8 (absmax / 127) and
             sums exactly in int32; the table must be exact in int8 up to one factor. "int8_table" does so with
             the table itself rounded to int8: an entry moves by at most max |table| / 254.
@@ -122,11 +127,12 @@ class Format:
                 "table_scope",
                 "'tensor' when the format carries the table",
             )
-        if self.packing == "trits":
+        if base := self.base:
+            bits = (base - 1).bit_length()
             check(
-                self.bits == 2 and self.table is not None and len(self.table) <= 3,
+                self.bits == bits and self.table is not None and len(self.table) <= base,
                 "packing",
-                "'bits' unless the format is 2-bit with a table of at most 3 values",
+                f"'bits' unless the format is {bits}-bit with a table of at most {base} values",
             )
         check(self.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}")
         if self.activation is not None:
@@ -197,9 +203,14 @@ class Format:
         return len(self.table) if self.table is not None else 2**self.bits
 
     @property
+    def base(self) -> int:
+        """The base of the digits that codes are packed as; 0 with the packing "bits"."""
+        return DIGIT_BASES.get(self.packing, 0)
+
+    @property
     def stored_bits(self) -> float:
         """Bits of one code as packed (1.6 for five trits per byte)."""
-        return 8 / TRITS_PER_BYTE if self.packing == "trits" else float(self.bits)
+        return 8 / digits_per_byte(self.base) if self.base else float(self.bits)
 
     def values(self) -> tuple[float, ...] | None:
         """The value of every code with scale 1 and zero 0; None if the table is fitted.
@@ -231,14 +242,19 @@ class Format:
 
     def row_bytes(self, k: int) -> int:
         """Bytes of one canonical row of k codes (layout: `packing.py`)."""
-        if self.packing == "trits":
-            return -(-k // TRITS_PER_BYTE)
+        if self.base:
+            return -(-k // digits_per_byte(self.base))
         return -(-k * self.bits // 8)
 
     @property
     def spec(self) -> str:
         """The string that `parse` turns back into an equal format: the name if built in, else JSON."""
         return _spec(self)
+
+
+def digits_per_byte(base: int) -> int:
+    """How many digits of a base fit a byte: the largest d with base^d <= 256."""
+    return next(d for d in range(8, 0, -1) if base**d <= 256)
 
 
 @functools.lru_cache(maxsize=4096)

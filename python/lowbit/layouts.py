@@ -143,10 +143,9 @@ def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
             raise ValueError(f"format {qt.format.name!r} does not fit the layout {M16!r}")
         codes = fragments.pack_fragments(qt.unpack(), qt.format.bits)
     else:
-        trits = qt.format.packing == "trits"
         packed = qt.tensors["codes"].contiguous().numpy()
         threads = torch.get_num_threads()
-        codes = torch.from_numpy(_C.prepack(packed, n, k, qt.format.bits, trits, threads))
+        codes = torch.from_numpy(_C.prepack(packed, n, k, qt.format.bits, qt.format.base, threads))
     return Operands(
         qt.format,
         qt.shape,
@@ -199,9 +198,7 @@ def packed_codes(op: Operands) -> Tensor:  # (N, row bytes) uint8
         return packing.pack_codes(planes.unpack_planes(op.codes, f.bits, n, k), f)
     if op.layout == M16:
         return packing.pack_codes(fragments.unpack_fragments(op.codes, f.bits, n, k), f)
-    codes = _C.unprepack(
-        op.codes.numpy(), n, k, f.bits, f.packing == "trits", torch.get_num_threads()
-    )
+    codes = _C.unprepack(op.codes.numpy(), n, k, f.bits, f.base, torch.get_num_threads())
     return torch.from_numpy(codes)
 
 

@@ -4,8 +4,8 @@ Bits. Row n of an (N, K) code matrix is a little-endian bit stream: code k occup
 row, least significant bit first; bit i of the stream is bit i % 8 of byte i // 8. Every row starts on a byte, so
 a row takes ceil(K * b / 8) bytes; the unused high bits of its last byte are zero. Eight codes fill b bytes.
 
-Trits. Five codes c0..c4 in {0, 1, 2} make the byte c0 + 3*c1 + 9*c2 + 27*c3 + 81*c4 (0..242); a row takes
-ceil(K / 5) bytes and the missing digits of its last byte are zero.
+Digits of base B. As many codes as fit a byte, d with B^d <= 256, make the byte c0 + B*c1 + B^2*c2 + ...: five of
+base 3 (0..242), three of base 5 or 6; a row takes ceil(K / d) bytes, the missing digits of its last byte are zero.
 
 The layout that the CPU kernels read is made from this one by `_C.prepack` and described in csrc/layout.h.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.formats import TRITS_PER_BYTE, Format
+from lowbit.formats import Format, digits_per_byte
 
 # Rows are packed in slices of about this many codes, which bounds the int64 temporaries to 64 MiB.
 _SLICE_CODES = 1 << 22
@@ -58,16 +58,17 @@ def unpack_codes(
 
 def check_padding_and_range(packed: Tensor, format: Format, k: int) -> None:
     """Raises ValueError if canonical bytes hold a code that the format does not have."""
-    if format.packing == "trits":
-        bad = packed.numel() and int(packed.max()) >= 3**TRITS_PER_BYTE
-        highest = "a byte above 242"
-    else:
-        bad = format.num_codes < 2**format.bits and any(
-            bool((_unpack_slice(packed[rows], format, k) >= format.num_codes).any())
-            for rows in _row_slices(packed.shape[0], k)
-        )
+    most = format.base or 2**format.bits
+    top = most ** digits_per_byte(most) - 1 if format.base else 255
+    highest = None
+    if packed.numel() and int(packed.max()) > top:
+        highest = f"a byte above {top}"
+    elif format.num_codes < most and any(
+        bool((_unpack_slice(packed[rows], format, k) >= format.num_codes).any())
+        for rows in _row_slices(packed.shape[0], k)
+    ):
         highest = f"a code above {format.num_codes - 1}"
-    if bad:
+    if highest:
         raise ValueError(f"codes of format {format.name!r} hold {highest}: the data is damaged")
 
 
@@ -93,11 +94,15 @@ def _digits(codes: Tensor, per_unit: int) -> Tensor:
     return padded.view(n, -1, per_unit).long()
 
 
+def _places(base: int, device: torch.device) -> Tensor:  # (digits,) int64
+    return base ** torch.arange(digits_per_byte(base), device=device)
+
+
 def _pack_slice(codes: Tensor, format: Format) -> Tensor:
     n, k = codes.shape
-    if format.packing == "trits":
-        place = 3 ** torch.arange(TRITS_PER_BYTE, device=codes.device)
-        return (_digits(codes, TRITS_PER_BYTE) * place).sum(-1).to(torch.uint8)
+    if format.base:
+        place = _places(format.base, codes.device)
+        return (_digits(codes, len(place)) * place).sum(-1).to(torch.uint8)
     b = format.bits
     shift = torch.arange(8, device=codes.device) * b
     word = (_digits(codes, 8) << shift).sum(-1)
@@ -108,9 +113,9 @@ def _pack_slice(codes: Tensor, format: Format) -> Tensor:
 
 def _unpack_slice(packed: Tensor, format: Format, k: int) -> Tensor:
     n = packed.shape[0]
-    if format.packing == "trits":
-        place = 3 ** torch.arange(TRITS_PER_BYTE, device=packed.device)
-        digits = (packed.long().unsqueeze(-1) // place) % 3
+    if format.base:
+        place = _places(format.base, packed.device)
+        digits = (packed.long().unsqueeze(-1) // place) % format.base
         return digits.to(torch.uint8).view(n, -1)[:, :k]
     b = format.bits
     byte_shift = torch.arange(b, device=packed.device) * 8

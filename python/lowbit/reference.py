@@ -60,7 +60,10 @@ def group_index(format: Format, k: int, device: torch.device) -> Tensor:  # (K,)
 
 def per_weight(terms: Tensor, format: Format, k: int) -> Tensor:  # (N, groups) -> (N, K) or (N, 1)
     """The term of each weight's group; with one group a column, to be broadcast."""
-    return terms if terms.shape[1] == 1 else terms[:, group_index(format, k, terms.device)]
+    if format.group is None or terms.shape[1] == 1:
+        return terms
+    # Half the time of an index.
+    return terms[:, :, None].expand(-1, -1, format.group).flatten(1)[:, :k]
 
 
 def code_values(

@@ -394,13 +394,13 @@ def embedding(
 
 def pack(codes: Tensor, format: Format) -> Tensor:
     """Canonical packing: (N, K) uint8 to (N, row bytes) uint8."""
-    trits = format.packing == "trits"
-    packed = _C.pack(codes.contiguous().numpy(), format.bits, trits, torch.get_num_threads())
+    plain = codes.contiguous().numpy()
+    packed = _C.pack(plain, format.bits, format.base, torch.get_num_threads())
     return torch.from_numpy(packed)
 
 
 def unpack(packed: Tensor, format: Format, k: int) -> Tensor:
     """Inverse of `pack`."""
-    trits = format.packing == "trits"
-    codes = _C.unpack(packed.contiguous().numpy(), k, format.bits, trits, torch.get_num_threads())
+    stream = packed.contiguous().numpy()
+    codes = _C.unpack(stream, k, format.bits, format.base, torch.get_num_threads())
     return torch.from_numpy(codes)

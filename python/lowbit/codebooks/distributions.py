@@ -37,6 +37,9 @@ class Distribution(Protocol):
     def cdf(self, x: Array) -> Array:
         """The probability of values up to x."""
 
+    def sf(self, x: Array) -> Array:
+        """The probability of values above x: 1 - `cdf` without its cancellation."""
+
     def ppf(self, p: Array) -> Array:
         """The value whose `cdf` is p."""
 
@@ -55,6 +58,10 @@ class Normal:
     def cdf(self, x: Array) -> Array:
         """Phi(x)."""
         return special().ndtr(x)
+
+    def sf(self, x: Array) -> Array:
+        """Phi(-x)."""
+        return special().ndtr(-x)
 
     def ppf(self, p: Array) -> Array:
         """The inverse of Phi."""
@@ -85,6 +92,10 @@ class StudentT:
         """By the incomplete beta function."""
         return special().stdtr(self.nu, x)
 
+    def sf(self, x: Array) -> Array:
+        """By symmetry, `cdf` of -x."""
+        return self.cdf(-x)
+
     def ppf(self, p: Array) -> Array:
         """The inverse of `cdf`."""
         # scipy gives a large finite value at 0 and 1.
@@ -109,6 +120,10 @@ class Laplace:
     def cdf(self, x: Array) -> Array:
         """One exponential on each side of 0."""
         return np.where(x < 0, self.pdf(x), 1 - self.pdf(x))
+
+    def sf(self, x: Array) -> Array:
+        """By symmetry, `cdf` of -x."""
+        return self.cdf(-x)
 
     def ppf(self, p: Array) -> Array:
         """The inverse of `cdf`."""
@@ -143,6 +158,10 @@ class Beta:
     def cdf(self, x: Array) -> Array:
         """The regularised incomplete beta function."""
         return special().betainc(self.a, self.b, np.clip((x + 1) / 2, 0, 1))
+
+    def sf(self, x: Array) -> Array:
+        """The same with a and b, and both ends, exchanged."""
+        return special().betainc(self.b, self.a, np.clip((1 - x) / 2, 0, 1))
 
     def ppf(self, p: Array) -> Array:
         """The inverse of `cdf`."""

@@ -138,6 +138,10 @@ class AbsmaxScaled:
         m, below, weight = _nodes(self.block, self.source)
         return 0.5 + ((self.source.cdf(x[..., None] * m) - 0.5) / below) @ weight
 
+    def sf(self, x: Array) -> Array:
+        """The probability of values above x, by symmetry."""
+        return self.cdf(-x)
+
     def partial_mean(self, x: Array) -> Array:
         """The integral of t * pdf(t) from 0 to x."""
         m, below, weight = _nodes(self.block, self.source)
@@ -180,7 +184,7 @@ def _solve(
     c = np.sort(start)
     for _ in range(_STEPS):
         b = _borders(c, edges, ends)
-        mass, f = np.diff(source.cdf(b)), source.pdf(np.where(np.isfinite(b), b, 0.0))
+        mass, f = _masses(source, b), source.pdf(np.where(np.isfinite(b), b, 0.0))
         # Borders move by half of what the entries beside them do, and the outermost may not move.
         moves = np.full(b.size, 0.5)
         moves[[0, -1]] = [0.0 if end is None else 0.5 for end in ends]
@@ -219,6 +223,14 @@ def _borders(
     first = edges[0] if ends[0] is None else (ends[0] + c[0]) / 2
     last = edges[1] if ends[1] is None else (ends[1] + c[-1]) / 2
     return np.concatenate([[first], c[1:] / 2 + c[:-1] / 2, [last]])
+
+
+def _masses(source: Any, b: Array) -> Array:
+    """The probability of each cell. From above where the cell lies there: differences of a `cdf` near
+    1 would leave the outer cells of a long tail few digits.
+    """
+    from_below, from_above = np.diff(source.cdf(b)), -np.diff(source.sf(b))
+    return np.where(b[:-1] < 0, from_below, from_above)
 
 
 def _medians(source: AbsmaxScaled, b: Array) -> Array:

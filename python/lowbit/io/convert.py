@@ -68,7 +68,7 @@ def quantize_file(
             the name without ".weight".
         skip: patterns of modules to leave; by default heads, embeddings and norms.
         method, options, on_layer: as in `lowbit.quantize_model`; no model runs, so methods that
-            need calibration are refused.
+            need calibration are refused, and so is "nuuq", which makes formats of its own.
         progress: show a bar on stderr.
 
     Returns:
@@ -199,7 +199,14 @@ def _sources(
     def quantized(layer: str) -> QuantTensor:
         weight = reader.tensor(layer + _WEIGHT)
         try:
-            qt = Method(plan[layer], None)(None, weight)
+            rule = plan[layer]
+            qt = Method(rule, None)(None, weight)
+            if qt.format != rule.format:
+                # The header with the formats is written first.
+                raise ValueError(
+                    f"method {rule.method!r} makes a format of its own for each weight, which a "
+                    "file cannot follow: use quantize_model and save the model"
+                )
         except (TypeError, ValueError) as e:
             raise type(e)(f"{reader.path}: {layer}: {e}") from e
         report.layers.append(measure(layer, weight, qt))

@@ -12,6 +12,7 @@ from lowbit.quantize.names import Rule, Selection
 from lowbit.quantize.observers import OBSERVERS, Grid, Observer
 from lowbit.quantize.recipe import Recipe
 from lowbit.quantize.report import LayerReport, Report
+from lowbit.quantize.sensitivity import fisher_diagonal
 
 __all__ = [
     "METHODS",
@@ -28,6 +29,7 @@ __all__ = [
     "allocate",
     "attach",
     "collect",
+    "fisher_diagonal",
     "output_gradients",
     "quantize",
     "quantize_model",

@@ -17,6 +17,8 @@ from lowbit.formats import Format, as_format
 from lowbit.quantize import rtn
 from lowbit.tensor import QuantTensor
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @torch.no_grad()
 def quantize(
@@ -63,11 +65,7 @@ def quantize(
         first = 0
         for part in rtn.group_parts(w, format):
             groups = slice(first, first + part.shape[1])
-            line = _Line(qt, rows, groups)
-            best = line.error(part, p)
-            for i in range(iterations):
-                line.step(part, p, beta * kappa**i, fit_scale)
-                best = line.keep(part, p, best)
+            _Lines(qt, rows, groups, part, p).solve(beta, kappa, iterations, fit_scale)
             first = groups.stop
     rtn.fill_codes(qt, weight)
     return qt
@@ -84,59 +82,67 @@ def _check_numbers(p: float, beta: float, kappa: float, iterations: int) -> None
         raise ValueError(f"iterations must be at least 0, got {iterations}")
 
 
-class _Line:
-    """The values slope * code + intercept of some groups, (R, groups) fp64 each, as stored."""
+class _Lines:
+    """The values slope * code + intercept of R groups and how far they are from the weights, fp32."""
 
-    def __init__(self, qt: QuantTensor, rows: slice, groups: slice) -> None:
+    def __init__(self, qt: QuantTensor, rows: slice, groups: slice, part: Tensor, p: float) -> None:
         # Of rows that are one group each.
         self.format = dataclasses.replace(qt.format, group=None)
-        self.at = (rows, groups)
-        self.scales, self.zeros = qt.tensors["scales"], qt.tensors["zeros"]
-        self.scale, self.zero = self._stored(self.scales[self.at], self.zeros[self.at])
+        self.stored = [qt.tensors[name][rows, groups] for name in ("scales", "zeros")]
+        self.scale, self.zero = (t.reshape(-1, 1).to(torch.float32) for t in self.stored)
+        self.w, self.p = part.flatten(0, 1), p
 
-    @staticmethod
-    def _stored(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        return scale.to(torch.float32), zero.to(torch.float32)
+    def solve(self, beta: float, kappa: float, iterations: int, fit_scale: bool) -> None:
+        """Iterates, and stores the best line of each group."""
+        dtype, best_line = self.stored[0].dtype, (self.scale, self.zero)
+        best = self._round()
+        for i in range(iterations):
+            self._step(beta * kappa**i, fit_scale, dtype)
+            error = self._round()
+            # By more than these errors are rounded; a zero that overflowed its dtype has a NaN error.
+            better = error < best * (1 - 2**-18)
+            best = torch.where(better, error, best)
+            scale, zero = best_line
+            best_line = torch.where(better, self.scale, scale), torch.where(better, self.zero, zero)
+        for stored, value in zip(self.stored, best_line, strict=True):
+            stored.copy_(value.view(stored.shape))
 
-    def _round(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and values of weights (R, groups, G) fp32 by the rules of `rtn`."""
-        rows = part.shape[0] * part.shape[1]
-        w, scale, zero = (t.reshape(rows, -1) for t in (part, self.scale, self.zero))
-        ratio = rtn.scaled(w, self.format, scale, zero if self.format.zero == "min" else None)
-        codes = rtn.find_codes(ratio, self.format, zero, scale).to(torch.float32)
-        values = reference.apply_scales(codes, self.format, scale, zero)
-        return codes.view_as(part), values.view_as(part)
+    def _round(self) -> Tensor:  # (R, 1)
+        """Codes by the rules of `rtn`, their error in units of the scale, and sum |W - W^|^p."""
+        ratio = rtn.scaled(
+            self.w, self.format, self.scale, self.zero if self.format.zero == "min" else None
+        )
+        codes = rtn.find_codes(ratio, self.format, self.zero, self.scale)
+        self.codes = codes.to(torch.float32)
+        self.values = reference.apply_scales(self.codes, self.format, self.scale, self.zero)
+        self.error = (self.w - self.values).div_(self.scale)
+        self.size = self.error.abs()
+        # |e|^(p - 1) = |e|^p / |e| is 0^-x for no error: only its product with |e| counts then.
+        # By logarithms, to 1e-6: half the time of a pow.
+        self.power = self.size.clamp(min=_TINY).log2_().mul_(self.p - 1).exp2_()
+        total = (self.size * self.power).sum(1, keepdim=True) * self.scale.abs() ** self.p
+        # A group without a scale has nothing to choose.
+        return torch.where(self.scale == 0, torch.inf, total)
 
-    def error(self, part: Tensor, p: float) -> Tensor:  # (R, groups) fp64
-        """sum |W - W^|^p of every group."""
-        return (part - self._round(part)[1]).double().abs().pow(p).sum(-1)
-
-    def step(self, part: Tensor, p: float, beta: float, fit_scale: bool) -> None:
-        """One iteration: the sparse error, then the zero (and scale) by least squares."""
-        codes, values = self._round(part)
-        unit = self.scale.double().unsqueeze(-1)
-        error = torch.where(unit == 0, 0.0, (part.double() - values) / unit)
-        size = error.abs()
-        sparse = error.sign() * (size - size.pow(p - 1) / beta).clamp(min=0)
-        target, q = part.double() - sparse * unit, codes.double()
-        scale = self.scale.double()
+    def _step(self, beta: float, fit_scale: bool, dtype: torch.dtype) -> None:
+        """The sparse error, then the zero (and scale) by least squares, rounded to `dtype`."""
+        # What the error keeps when its sparse part is taken away: e - sign(e) max(|e| - |e|^(p - 1) /
+        # beta, 0).
+        rest = torch.minimum(self.size, self.power.div_(beta)).copysign_(self.error)
+        scale, zero = self.scale, self.zero
         if fit_scale:
-            spread = q - q.mean(-1, keepdim=True)
-            square = spread.square().sum(-1)
-            slope = (spread * target).sum(-1) / square
+            target, q = self.values + rest * scale, self.codes
+            spread = q - q.mean(1, keepdim=True)
+            square = spread.square().sum(1, keepdim=True)
+            slope = (spread * target).sum(1, keepdim=True) / square
             # With one code in use any slope will do.
-            scale = torch.where((square > 0) & (slope > 0), slope, scale)
-        scale = scale.to(self.scales.dtype).double()
-        intercept = (target - scale.unsqueeze(-1) * q).mean(-1)
-        zero = intercept if self.format.zero == "min" else -intercept / scale
-        zero = torch.where(scale == 0, self.zero.double(), zero)
-        self.scale, self.zero = self._stored(scale, zero.to(self.zeros.dtype))
-
-    def keep(self, part: Tensor, p: float, best: Tensor) -> Tensor:
-        """Stores the groups whose error is below `best` and returns the errors that are stored."""
-        error = self.error(part, p)
-        # A zero that overflowed its dtype has a NaN error and is not kept.
-        better = error < best
-        for stored, new in ((self.scales, self.scale), (self.zeros, self.zero)):
-            stored[self.at] = torch.where(better, new.to(stored.dtype), stored[self.at])
-        return torch.where(better, error, best)
+            scale = torch.where((square > 0) & (slope > 0), slope, scale).to(dtype).float()
+            intercept = (target - scale * q).mean(1, keepdim=True)
+            fitted = intercept if self.format.zero == "min" else -intercept / scale
+        elif self.format.zero == "min":
+            fitted = zero + scale * rest.mean(1, keepdim=True)
+        else:
+            fitted = zero - rest.mean(1, keepdim=True)
+        fitted = fitted.to(dtype).float()
+        self.zero = torch.where((self.scale == 0) | (scale == 0), zero, fitted)
+        self.scale = scale

@@ -10,15 +10,31 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.formats import Format, as_format
-from lowbit.quantize import bitnet, gptq, hqq, kmeans, multibit, rtn, twn
+from lowbit.quantize import (
+    bitnet,
+    distq,
+    gptq,
+    hqq,
+    kde,
+    kmeans,
+    lloyd,
+    multibit,
+    nuuq,
+    rtn,
+    twn,
+)
 from lowbit.tensor import QuantTensor
 
 METHODS: dict[str, Callable[..., QuantTensor]] = {
     "bitnet": bitnet.quantize,
+    "distq": distq.quantize,
     "gptq": gptq.quantize,
     "hqq": hqq.quantize,
+    "kde": kde.quantize,
     "kmeans": kmeans.quantize,
+    "lloyd": lloyd.quantize,
     "multibit": multibit.quantize,
+    "nuuq": nuuq.quantize,
     "rtn": rtn.quantize,
     "twn": twn.quantize,
 }
@@ -40,11 +56,14 @@ def quantize(
         weight: (N, K) in fp32, bf16, fp16 or fp64, finite, not empty; on any device, where the
             result is too.
         format: a Format, or a name that `lowbit.formats.parse` reads.
-        method: "rtn" (round to nearest), "kmeans" (fits the tables of a format without values of
-            its own), "gptq" (least error of outputs), "hqq" (fits float zeros), "twn" (ternary with
-            a threshold), "bitnet" (binary and ternary by mean|w|) or "multibit" (sums of signs); by
-            default "rtn" or "kmeans", as the format wants.
-        weights: (N, K) or (K,), the importance of each weight; only for "kmeans" and "multibit".
+        method: "rtn" (round to nearest), "gptq" (least error of outputs), "hqq" (fits float zeros),
+            "twn" (ternary with a threshold), "bitnet" (binary and ternary by mean|w|), or, for the
+            tables of a format without values of its own, "kmeans" (the best ones), "lloyd" (Lloyd's
+            algorithm), "kde" (from a sample), "distq" (quantiles), "multibit" (sums of signs) or
+            "nuuq" (integers; the result has another format); by default "rtn" or "kmeans", as the
+            format wants.
+        weights: (N, K) or (K,), the importance of each weight; only for "kmeans", "lloyd" and
+            "multibit".
         table: the values of a fitted format, fp32 in the shape that its `table_scope` asks for;
             only for "rtn" and "gptq".
         hessian: (K, K), the second moment of the inputs; only for "gptq", which needs it.
@@ -88,6 +107,8 @@ def check_options(method: str, options: Mapping[str, object]) -> None:
     for key, value in options.items():
         if key not in known:
             raise ValueError(f"method {method!r} takes no {key}")
+        if value is None and "None" in str(known[key].annotation):
+            continue
         default = known[key].default
         kinds: dict[type, type] = {bool: bool, int: numbers.Integral, float: numbers.Real}
         kind = kinds.get(type(default))

@@ -49,6 +49,7 @@ def quantize_model(
     calibration: Iterable[Any] | None = None,
     options: Mapping[str, Any] | None = None,
     observer: str | None = None,
+    sensitivities: Mapping[str, Tensor] | None = None,
     on_layer: Callable[[str, Tensor, QuantTensor], object] | None = None,
 ) -> Report:
     """Quantizes a model in place.
@@ -66,8 +67,8 @@ def quantize_model(
         fuse: let q/k/v and gate/up projections compute their products together, bit for bit as
             before: `lowbit.nn.fuse`. State dicts stay per layer.
         calibration: inputs of the model, each a tensor, a tuple of arguments or a mapping of
-            keywords; for "gptq", which needs it, for "kmeans" and "multibit", where a weight then
-            counts the mean square of its input, and for `observer`, which needs it. Layers are
+            keywords; for "gptq", which needs it, for "kmeans", "lloyd" and "multibit", where a weight
+            then counts the mean square of its input, and for `observer`, which needs it. Layers are
             calibrated in the order of `named_modules`, with
             those before them quantized. Embeddings take no part: they get the default method of
             their format, and so does a linear that shares the weight of one.
@@ -75,6 +76,9 @@ def quantize_model(
         observer: one of `OBSERVERS`, "minmax", "ema", "percentile", "mse" or "kl": layers whose format
             quantizes activations (suffix _a8 or _a8t) then do so by one scale that it finds (static
             quantization), not by one per row of x.
+        sensitivities: what an error of each weight counts, (N, K) by the name of a layer, as
+            `fisher_diagonal` finds it; for the methods that take `weights`, instead of calibration.
+            Layers without one are quantized as without calibration.
         on_layer: called with the name, the dense weight and what was made of it, once for every
             weight that is quantized.
 
@@ -85,7 +89,7 @@ def quantize_model(
         TypeError, ValueError: an argument is wrong, or a weight cannot be quantized (the message
             starts with the layer's name; the layers before it are quantized then); the method
             needs calibration, or takes none; no input reaches a layer; there is an observer and no
-            format quantizes activations.
+            format quantizes activations; a layer that `sensitivities` names takes none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -99,6 +103,7 @@ def quantize_model(
     batches = None if calibration is None else as_batches(calibration)
     rules = [rule for rule, _ in plan.values()] or [Rule(None, method)]
     check_rules(rules, batches is not None)
+    _check_sensitivities(plan, sensitivities or {}, batches is not None)
     observed = _observers(model, plan, observer, batches is not None)
     methods = dict.fromkeys(rule.method for rule in rules)
     if batches is not None and not observed and not any(map(calibrates, methods)):
@@ -128,7 +133,9 @@ def quantize_model(
                 first = made.get(key)
                 try:
                     # No name for the statistics: they go when the layer is done.
-                    how = Method(rule, statistics.pop(names[0], None))
+                    how = Method(
+                        rule, statistics.pop(names[0], None) or _given(names, sensitivities)
+                    )
                     module, row = _replace(model, names[0], how, first, on_layer)
                     del how
                     if names[0] in observed:
@@ -179,6 +186,36 @@ class Method:
         elif isinstance(dense, nn.Embedding) and method and "hessian" in keywords(method):
             return quantize(weight, format)
         return quantize(weight, format, method, **given, **self.rule.options)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A sensitivity in the place of what calibration finds."""
+
+    diagonal: Tensor  # (N, K)
+
+    @property
+    def hessian(self) -> Tensor:
+        raise ValueError("a sensitivity of each weight is no Hessian")
+
+
+def _given(names: Names, sensitivities: Mapping[str, Tensor] | None) -> _Given | None:
+    found = [t for name, t in (sensitivities or {}).items() if name in names]
+    return _Given(found[0]) if found else None
+
+
+def _check_sensitivities(
+    plan: Mapping[Names, tuple[Rule, int]], sensitivities: Mapping[str, Tensor], calibrated: bool
+) -> None:
+    if sensitivities and calibrated:
+        raise ValueError("give calibration or sensitivities, not both")
+    methods = {name: rule.method for names, (rule, _) in plan.items() for name in names}
+    for name in sensitivities:
+        if name not in methods:
+            raise ValueError(f"sensitivities names {name!r}, which is not a layer to quantize")
+        method = methods[name]
+        if method is None or "weights" not in keywords(method):
+            raise ValueError(f"{name}: method {method!r} takes no sensitivities: use 'kmeans'")
 
 
 def _observers(

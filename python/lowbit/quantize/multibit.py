@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format, as_format
-from lowbit.quantize import kmeans, rtn
+from lowbit.quantize import rtn, scopes
 from lowbit.tensor import QuantTensor
 
 MAX_BITS = 4
@@ -55,13 +55,13 @@ def quantize(
     if iterations < 0:
         raise ValueError(f"iterations must be at least 0, got {iterations}")
     rtn.check_weight(weight, format)
-    importance = kmeans.check_importance(weights, weight)
+    importance = scopes.check_importance(weights, weight)
     qt = rtn.start(weight, format)
 
-    def solve(points: Tensor, count: Tensor | None, entries: int) -> Tensor:
-        return _tables(points, count, entries.bit_length() - 1, iterations)
+    def solve(problems: scopes.Problems, entries: int) -> Tensor:
+        return _tables(*problems.sorted_points(), entries.bit_length() - 1, iterations)
 
-    kmeans.fit_tables(qt, weight, importance, solve)
+    scopes.fit_tables(qt, weight, importance, solve)
     rtn.fill_codes(qt, weight)
     return qt
 
@@ -70,9 +70,6 @@ def _tables(points: Tensor, count: Tensor | None, bits: int, iterations: int) ->
     """The signed sums for every row of points (R, C), which count (R, C) or 1: (R, 2^bits) fp32."""
     x = points.double()
     weight = torch.ones_like(x) if count is None else count
-    total = weight.sum(1, keepdim=True)
-    # A row whose points all count 0 is fitted as if each counted 1.
-    weight = torch.where(total > 0, weight, 1.0)
     weight = weight / weight.sum(1, keepdim=True)
     entries = torch.arange(2**bits, device=x.device)
     signs = ((entries[:, None] >> torch.arange(bits, device=x.device) & 1) * 2 - 1).double()

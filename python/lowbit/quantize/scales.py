@@ -31,11 +31,11 @@ def store(
     if format.scale_rule == "minmax":
         if format.zero != "min":
             low, high = low.clamp(max=0), high.clamp(min=0)
-        _store_scales(qt, (high - low) / (2**format.bits - 1))
+        store_scales(qt, (high - low) / (2**format.bits - 1))
         _store_zeros(qt, _range_zeros(qt, low, high))
         return
     absmax = format.scale_rule == "absmax"
-    _store_scales(qt, high / _unit(format, symmetric_range) if absmax else high)
+    store_scales(qt, high / _unit(format, symmetric_range) if absmax else high)
     middle = 2 ** (format.bits - 1)
     if format.zero == "min":
         _store_zeros(qt, -middle * _effective(qt))
@@ -57,10 +57,24 @@ def _unit(format: Format, symmetric_range: str) -> float:
     return 2.0 ** (math.frexp(unit)[1] - 1) if format.scale == "e8m0" else unit
 
 
-def _store_scales(qt: QuantTensor, scale: Tensor) -> None:  # (N, groups) fp64, not negative
+def store_scales(
+    qt: QuantTensor,
+    scale: Tensor,  # (N, groups) fp64, not negative
+    power: str | None = None,
+) -> None:
+    """Stores given scales in the format's dtype.
+
+    Args:
+        power: how an "e8m0" scale becomes a power of two, "down", "up" or "nearest"; by default as
+            the format's scale rule wants it.
+
+    Raises:
+        ValueError: a scale does not fit the dtype.
+    """
     kind = qt.format.scale or ""
     if kind == "e8m0":
-        _store_e8m0(qt, scale)
+        rule = {"absmax": "down", "minmax": "up"}.get(qt.format.scale_rule, "nearest")
+        _store_e8m0(qt, scale, power or rule)
         return
     single = _round_up_tiny(scale, torch.float32)
     if kind == "e4m3":
@@ -73,13 +87,13 @@ def _store_scales(qt: QuantTensor, scale: Tensor) -> None:  # (N, groups) fp64, 
         qt.tensors["scales"].copy_(stored)
 
 
-def _store_e8m0(qt: QuantTensor, scale: Tensor) -> None:
+def _store_e8m0(qt: QuantTensor, scale: Tensor, rounding: str) -> None:
     # scale = mantissa * 2^exponent with mantissa in [0.5, 1): floor(log2 scale) = exponent - 1.
     mantissa, exponent = torch.frexp(scale)
     power = exponent - 1
-    if qt.format.scale_rule == "minmax":
+    if rounding == "up":
         power = torch.where(mantissa == 0.5, power, exponent)
-    elif qt.format.scale_rule != "absmax":
+    elif rounding == "nearest":
         power = torch.where(mantissa < math.sqrt(0.5), power, exponent)
     code = torch.where(scale > 0, power + 127, 0).clamp(0, 254)
     qt.tensors["scales"].copy_(code)
