@@ -20,12 +20,11 @@ namespace py = pybind11;
 
 namespace lowbit {
 
-void bind_activations(py::module_& m);  // bindings_activations.cpp
-void bind_decoder(py::module_& m);      // bindings_decoder.cpp
-void bind_fp8(py::module_& m);          // bindings_fp8.cpp
-void bind_fp8_matmul(py::module_& m);   // bindings_fp8_mm.cpp
-void bind_optim(py::module_& m);        // bindings_optim.cpp
-
+void bind_activations(py::module_& m);           // bindings_activations.cpp
+void bind_decoder(py::module_& m);               // bindings_decoder.cpp
+void bind_fp8(py::module_& m);                   // bindings_fp8.cpp
+void bind_fp8_matmul(py::module_& m);            // bindings_fp8_mm.cpp
+void bind_optim(py::module_& m);                 // bindings_optim.cpp
 void append_fp8_matmul_kernels(py::list& rows);  // bindings_fp8_mm.cpp
 
 namespace {
@@ -305,9 +304,8 @@ void linear_many(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, const py:
 CanonicalCodes canonical(int64_t n, int64_t k, int bits, int base) {
   if (n < 0 || k < 0) fail("shape must not be negative");
   if (bits < 1 || bits > 8) fail("bits must be 1 to 8, got " + std::to_string(bits));
-  if (base != 0 && (base < 2 || base > 1 << bits)) {
-    fail("base must be 0 or from 2 to 2^bits, got " + std::to_string(base));
-  }
+  const bool fits = base == 0 || (base >= 2 && base <= 1 << bits);
+  if (!fits) fail("base must be 0 or from 2 to 2^bits, got " + std::to_string(base));
   return {n, k, base ? ceil_div(k, digits_per_byte(base)) : ceil_div(k * bits, 8), bits, base};
 }
 
@@ -454,10 +452,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack", &py_pack, py::arg("codes"), py::arg("bits"), py::arg("base") = 0, py::arg("threads") = 1);
   m.def("unpack", &py_unpack, py::arg("packed"), py::arg("k"), py::arg("bits"), py::arg("base") = 0,
         py::arg("threads") = 1);
-  m.def("prepack", &py_prepack, py::arg("packed"), py::arg("n"), py::arg("k"), py::arg("bits"),
-        py::arg("base") = 0, py::arg("threads") = 1);
-  m.def("unprepack", &py_unprepack, py::arg("codes"), py::arg("n"), py::arg("k"), py::arg("bits"),
-        py::arg("base") = 0, py::arg("threads") = 1);
+  m.def("prepack", &py_prepack, py::arg("packed"), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("base") = 0,
+        py::arg("threads") = 1);
+  m.def("unprepack", &py_unprepack, py::arg("codes"), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("base") = 0,
+        py::arg("threads") = 1);
   m.def("kmeans_1d", &py_kmeans_1d, py::arg("values"), py::arg("weights"), py::arg("k"));
   m.def("kmeans_rows", &py_kmeans_rows, py::arg("values"), py::arg("weights"), py::arg("k"), py::arg("threads") = 1);
   bind_activations(m);

@@ -36,11 +36,11 @@ class PACT(ActivationQuantizer):
     """Parameterized clipping (Choi et al. 2018, arXiv 1805.06085).
 
     y = clamp(x, 0, a) is rounded to a / (2^bits - 1) * integer. dy/dx = 1 for 0 <= x < a, else 0; dy/da = 1 for
-    x >= a, else 0. The paper adds an L2 penalty on a: give `clip` weight decay. It names no start; ours is `clip`.
+    x >= a, else 0. The paper adds an L2 penalty on a: give `clip` weight decay.
 
     Args:
         bits: 1 to 8.
-        clip: what a starts at, positive.
+        clip: what a starts at, positive; the default is our choice.
 
     Attributes:
         clip: Parameter () fp32.

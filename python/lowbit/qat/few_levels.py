@@ -82,7 +82,7 @@ class TTQ(WeightQuantizer):
     """Trained ternary quantization (Zhu et al. 2017, arXiv 1612.01064): -wn, 0, wp with learned wn and wp.
 
     delta = threshold * max |w|. Gradients: dL/dwp = sum of dL/dw^ over w > delta; dL/dwn = -sum over w < -delta (the
-    paper prints no sign; this is the derivative of -wn); dL/dw = dL/dw^ times wp, 1 and wn above, between and below.
+    sign is our reading: the derivative of -wn); dL/dw = dL/dw^ times wp, 1 and wn above, between and below.
 
     Args:
         weight: (N, K). wp and wn start at the mean magnitude of their weights (our reading), 0 if there are none.

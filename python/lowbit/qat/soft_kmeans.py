@@ -240,7 +240,7 @@ class SoftKMeans(WeightQuantizer):
             ends.
         bits: log2 k, 1, 2, 3, 4, 5, 6 or 8.
         dim: d; it divides N * K. Vectors are consecutive weights of the flattened matrix.
-        tau: in units of the distance between weights; IDKM's experiments have 5e-4 [from memory].
+        tau: in units of the distance between weights; the default is our choice.
         mode, distance, iterations, solver: as in `cluster`.
         seed: of scikit-learn's k-means.
 
