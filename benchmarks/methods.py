@@ -144,6 +144,7 @@ METHODS = [
     Method("AWQ, int", awq(INT)),
     Method("AWQ, int with zero", awq(UINT)),
     Method("GPTQ, int", each(INT, "gptq", given=hessian)),
+    Method("GPTQ, int, act_order", each(INT, "gptq", given=hessian, act_order=True)),
     Method("GPTQ, int with zero", each(UINT, "gptq", given=hessian)),
     Method("GPTQ, NF", each(nf, "gptq", given=hessian)),
     Method("GPTQ, k-means", each(KMEANS, "gptq", given=hessian)),
@@ -198,7 +199,7 @@ def run(subject: Subject, methods: list[Method], bits: list[int]) -> list[dict[s
     rows = []
     for method in methods:
         for b in method.bits:
-            if b in bits:
+            if b in bits and method.name not in subject.left_out:
                 rows.append(measure(subject, method, b))
                 print(json.dumps(rows[-1]), flush=True)
     return rows
@@ -214,13 +215,12 @@ def main() -> None:
     wanted = arguments.method or [""]
     methods = [m for m in METHODS if any(part in m.name for part in wanted)]
     path = RESULTS / "methods.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
     for name in arguments.model or SUBJECTS:
         about = machine(("lowbit", "torch", "transformers"))
         start = time.perf_counter()
         subject = SUBJECTS[name]()
         rows = run(subject, methods, arguments.bits or [2, 3, 4])
-        report[name] = {
+        result = {
             "machine": about,
             "title": subject.title,
             "note": subject.note,
@@ -230,6 +230,9 @@ def main() -> None:
             "seconds": time.perf_counter() - start,
         }
         if not arguments.method and not arguments.bits:
+            report = json.loads(path.read_text()) if path.exists() else {}
+            report = {key: report.get(key) for key in SUBJECTS} | {name: result}
+            report = {key: found for key, found in report.items() if found}
             path.write_text(json.dumps(report, indent=1) + "\n")
 
 
