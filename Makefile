@@ -86,6 +86,7 @@ bench: $(PEERS)/.built
 	$(PEERS)/bin/python benchmarks/record.py
 	$(PEERS)/bin/python benchmarks/peers_model.py
 	$(PEERS)/bin/python benchmarks/peers.py
+	$(PEERS)/bin/python benchmarks/methods.py
 	$(PEERS)/bin/python benchmarks/report.py
 
 clean:

@@ -1,4 +1,4 @@
-"""Plots of benchmarks/results/peers.json, beside it."""
+"""Plots of benchmarks/results/{peers,methods}.json, beside them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,25 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
         figure.savefig(made[-1], dpi=80, metadata={"Software": None})
         plt.close(figure)
     return made
+
+
+def draw_methods(data: dict[str, Any], folder: Path) -> Path:
+    """Error of outputs over bits per weight of every method, one panel per model."""
+    figure, axes = plt.subplots(1, len(data), figsize=(15, 5), layout="constrained", sharey=True)
+    for ax, model in zip(axes, data.values(), strict=True):
+        methods = dict.fromkeys(r["method"] for r in model["rows"])
+        for i, name in enumerate(methods):
+            some = [r for r in model["rows"] if r["method"] == name]
+            x, y = ([r[key] for r in some] for key in ("bits_per_weight", "output_error"))
+            style = "s--" if name.startswith("GPTQ") else "x:" if "per row" in name else "o-"
+            ax.plot(x, y, style, color=f"C{i % 10}", label=name, markersize=4)
+        ax.set(yscale="log", xlabel="bits per weight", title=model["title"].partition(" (")[0])
+    axes[0].set(ylabel="relative squared error of outputs")
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    path = folder / "methods.png"
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+    plt.close(figure)
+    return path
 
 
 def _time(data: dict[str, Any], threads: int, ax: Any) -> None:

@@ -287,6 +287,56 @@ def digits_table(data: dict[str, Any]) -> str:
     return "\n".join([head, "", *lines, "", tail])
 
 
+SCORES = {
+    "cosine": ("cosine", "{:.4f}"),
+    "spearman": ("Spearman", "{:.4f}"),
+    "perplexity": ("perplexity", "{:.4g}"),
+    "kl": ("KL", "{:.3g}"),
+    "agreement": ("first class as fp32", "{:.1%}"),
+}
+
+
+def methods_tables(data: dict[str, Any]) -> str:
+    """Every quantization method on one model after the other."""
+    parts = [
+        "Quantization methods on real models ([error over bits](benchmarks/results/methods.png)). Groups of 64 with "
+        "fp16 scales, or a table per row. Errors are squared and relative, mean over layers, of the weights and of the "
+        "outputs on the text or images of the test; every tensor has run through `lowbit.linear` on a fast kernel with "
+        "rows of the identity as x, bit for bit. AWQ divides the inputs by its scales outside of the layer."
+    ]
+    for model in data.values():
+        dense = ", ".join(
+            f"{SCORES[s][0]} {SCORES[s][1].format(model['dense'][s])}" for s in model["scores"]
+        )
+        caption = f"{model['title']}; {model['note']}. In fp32: {dense}. {about(model)}"
+        parts += [caption, methods_table(model)]
+    return "\n\n".join(parts)
+
+
+def methods_table(model: dict[str, Any]) -> str:
+    """One line per method: size, and by bits the errors and what the model says."""
+    rows = {(r["method"], r["bits"]): r for r in model["rows"]}
+    widths = sorted({bits for _, bits in rows}, reverse=True)
+    score = " / ".join(SCORES[s][0] for s in model["scores"])
+    heads = [
+        "bits per weight",
+        *(h for b in widths for h in (f"{b} bits: weights, %", "outputs, %", score)),
+    ]
+    lines = [row("method", heads), "|---|" + "---|" * len(heads)]
+    for method in dict.fromkeys(m for m, _ in rows):
+        found = [rows.get((method, b)) for b in widths]
+        cells = [" / ".join(f"{r['bits_per_weight']:.2f}" for r in found if r)]
+        for r in found:
+            cells += (
+                [f"{100 * r[e]:.3g}" for e in ("weight_error", "output_error")] if r else 2 * [""]
+            )
+            cells.append(
+                " / ".join(SCORES[s][1].format(r[s]) for s in model["scores"]) if r else ""
+            )
+        lines.append(row(method, cells))
+    return "\n".join(lines)
+
+
 def peers_tables(data: dict[str, Any]) -> tuple[str, str]:
     """The summary for README.md, and the table of every format and M for a file beside the results."""
     found = ratios(data)
@@ -317,6 +367,8 @@ def main() -> None:
     _, _, tail = rest.partition(END)
     peers = load("peers")
     summary, every = peers_tables(peers)
+    # Without the file, methods.py has not been run.
+    methods = [load("methods")] if (full.parent / "methods.json").exists() else []
     parts = (
         model_table(load("model")),
         peers_model_table(load("peers_model")),
@@ -326,6 +378,7 @@ def main() -> None:
         training_table(load("fp8_training")),
         digits_table(load("digits")),
         quantizers_table(load("quantizers")),
+        *(methods_tables(data) for data in methods),
         gpu_table(),
     )
     new = head + BEGIN + "\n\n".join(parts) + "\n" + END + tail
@@ -338,9 +391,11 @@ def main() -> None:
         return
     readme.write_text(new)
     full.write_text(every)
-    from plots import draw  # matplotlib is in the peers' environment alone
+    from plots import draw, draw_methods  # matplotlib is in the peers' environment alone
 
     draw(peers, full.parent)
+    for data in methods:
+        draw_methods(data, full.parent)
 
 
 if __name__ == "__main__":
