@@ -17,6 +17,7 @@ from methods_data import CALIBRATION_IMAGES, TEST_IMAGES, crops, docstrings
 from torch import Tensor, nn
 
 from lowbit.quantize import InputStatistics, collect
+from lowbit.quantize.calibrate import attach
 
 Weights = dict[str, Tensor]
 
@@ -280,20 +281,21 @@ def _is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+class _Pixels:
+    """Takes the pixels of x (B, K, ...) as rows."""
+
+    def __init__(self, statistics: InputStatistics) -> None:
+        self.statistics = statistics
+
+    def update(self, x: Tensor, /) -> None:
+        self.statistics.update(x.movedim(1, -1))
+
+
 @contextlib.contextmanager
 def _collect_pixels(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, InputStatistics]]:
-    """`collect` for linears and 1x1 convolutions, whose rows are the pixels."""
-    statistics = {}
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            module = model.get_submodule(name)
-            statistics[name] = InputStatistics(module.weight.shape[1])
-
-            def update(
-                module: nn.Module, args: tuple[Tensor], into: InputStatistics = statistics[name]
-            ) -> None:
-                (x,) = args
-                into.update(x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x)
-
-            stack.callback(module.register_forward_pre_hook(update).remove)
+    """`collect` for linears of a vector and 1x1 convolutions."""
+    statistics = {
+        name: InputStatistics(model.get_submodule(name).weight.shape[1]) for name in names
+    }
+    with attach(model, {name: _Pixels(found) for name, found in statistics.items()}):
         yield statistics

@@ -44,7 +44,11 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
 
 def draw_methods(data: dict[str, Any], folder: Path) -> Path:
     """Error of outputs over bits per weight of every method, one panel per model."""
-    figure, axes = plt.subplots(1, len(data), figsize=(15, 5), layout="constrained", sharey=True)
+    size = (5 * len(data), 5)
+    figure, grid = plt.subplots(
+        1, len(data), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    axes = grid[0]
     for ax, model in zip(axes, data.values(), strict=True):
         methods = dict.fromkeys(r["method"] for r in model["rows"])
         for i, name in enumerate(methods):

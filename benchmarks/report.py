@@ -305,10 +305,9 @@ def methods_tables(data: dict[str, Any]) -> str:
         "rows of the identity as x, bit for bit. AWQ divides the inputs by its scales outside of the layer."
     ]
     for model in data.values():
-        dense = ", ".join(
-            f"{SCORES[s][0]} {SCORES[s][1].format(model['dense'][s])}" for s in model["scores"]
-        )
-        caption = f"{model['title']}; {model['note']}. In fp32: {dense}. {about(model)}"
+        dense = model["dense"].get("perplexity")
+        own = "" if dense is None else f" Perplexity of the dense model: {dense:.4g}."
+        caption = f"{model['title']}; {model['note']}.{own} {about(model)}"
         parts += [caption, methods_table(model)]
     return "\n\n".join(parts)
 
