@@ -1,22 +1,18 @@
 // The Python module `lowbit._C`: the kernel table, packing, and one call per op. Raw pointers for torch (this file and
 // the module know nothing of it), numpy arrays for everybody else. Work runs without the GIL.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include <limits>
 #include <optional>
-#include <stdexcept>
 
 #include "address.h"
 #include "decoder.h"
 #include "dispatch.h"
 #include "kmeans.h"
 #include "layout.h"
-#include "pack.h"
 #include "tensor_call.h"
-
-namespace py = pybind11;
 
 namespace lowbit {
 
@@ -25,20 +21,11 @@ void bind_decoder(py::module_& m);               // bindings_decoder.cpp
 void bind_fp8(py::module_& m);                   // bindings_fp8.cpp
 void bind_fp8_matmul(py::module_& m);            // bindings_fp8_mm.cpp
 void bind_optim(py::module_& m);                 // bindings_optim.cpp
+void bind_outliers(py::module_& m);              // bindings_outliers.cpp
+void bind_pack(py::module_& m);                  // bindings_pack.cpp
 void append_fp8_matmul_kernels(py::list& rows);  // bindings_fp8_mm.cpp
 
 namespace {
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-
-[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
-
-std::string shape_string(const py::array& a) {
-  std::string s = "(";
-  for (py::ssize_t i = 0; i < a.ndim(); ++i) s += (i ? ", " : "") + std::to_string(a.shape(i));
-  return s + ")";
-}
 
 Dtype dtype_of(const std::string& name) {
   if (name == "fp32") return Dtype::kF32;
@@ -174,16 +161,18 @@ struct Weight {
     run_many({&c, 1}, threads);
   }
 
-  // `linear` with what follows it; gate and residual have the dtype of x.
+  // `linear` with what follows it, stored as `out_dtype`.
   void linear_epilogue(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales,
-                       uint64_t zeros, uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int threads,
-                       int row, int activation, uint64_t gate, int64_t gate_stride, uint64_t residual,
-                       int64_t residual_stride) const {
+                       uint64_t zeros, uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int out_dtype,
+                       int threads, int row, int activation, uint64_t gate, int64_t gate_stride, uint64_t residual,
+                       int64_t residual_stride, int epilogue_dtype) const {
     if (activation < 0 || activation > static_cast<int>(Activation::kGeluTanh)) fail("activation is out of range");
     Call c = call(x, x_dtype, m, x_stride, codes, scales, zeros, table, bias, bias_dtype, out, threads, row);
-    const Epilogue epilogue{static_cast<Activation>(activation), pointer<const void>(gate), gate_stride,
-                            pointer<const void>(residual),       residual_stride,           c.launch.out_dtype};
+    const Epilogue epilogue{
+        static_cast<Activation>(activation), pointer<const void>(gate), gate_stride,
+        pointer<const void>(residual),       residual_stride,           static_cast<Dtype>(epilogue_dtype)};
     c.launch.epilogue = &epilogue;
+    c.launch.out_dtype = static_cast<Dtype>(out_dtype);
     py::gil_scoped_release unlocked;
     run_many({&c, 1}, threads);
   }
@@ -301,69 +290,6 @@ void linear_many(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, const py:
   run_many(calls, threads);
 }
 
-CanonicalCodes canonical(int64_t n, int64_t k, int bits, int base) {
-  if (n < 0 || k < 0) fail("shape must not be negative");
-  if (bits < 1 || bits > 8) fail("bits must be 1 to 8, got " + std::to_string(bits));
-  const bool fits = base == 0 || (base >= 2 && base <= 1 << bits);
-  if (!fits) fail("base must be 0 or from 2 to 2^bits, got " + std::to_string(base));
-  return {n, k, base ? ceil_div(k, digits_per_byte(base)) : ceil_div(k * bits, 8), bits, base};
-}
-
-void want_shape(const char* name, const py::array& a, int64_t rows, int64_t columns) {
-  if (a.ndim() != 2 || a.shape(0) != rows || a.shape(1) != columns) {
-    fail(std::string(name) + " must have shape (" + std::to_string(rows) + ", " + std::to_string(columns) + "), got " +
-         shape_string(a));
-  }
-}
-
-using Bytes = Array<uint8_t>;
-
-Bytes py_pack(const Bytes& codes, int bits, int base, int threads) {
-  if (codes.ndim() != 2) fail("codes must be 2-D, got shape " + shape_string(codes));
-  const CanonicalCodes s = canonical(codes.shape(0), codes.shape(1), bits, base);
-  Bytes out({s.n, s.row_bytes});
-  const uint8_t* in = codes.data();
-  uint8_t* to = out.mutable_data();
-  py::gil_scoped_release unlocked;
-  pack_rows(in, s, to, threads);
-  return out;
-}
-
-Bytes py_unpack(const Bytes& packed, int64_t k, int bits, int base, int threads) {
-  const CanonicalCodes s = canonical(packed.ndim() ? packed.shape(0) : 0, k, bits, base);
-  want_shape("packed", packed, s.n, s.row_bytes);
-  Bytes out({s.n, s.k});
-  const uint8_t* in = packed.data();
-  uint8_t* to = out.mutable_data();
-  py::gil_scoped_release unlocked;
-  unpack_rows(in, s, to, threads);
-  return out;
-}
-
-Bytes py_prepack(const Bytes& packed, int64_t n, int64_t k, int bits, int base, int threads) {
-  const CanonicalCodes s = canonical(n, k, bits, base);
-  want_shape("packed", packed, s.n, s.row_bytes);
-  Bytes out(static_cast<py::ssize_t>(packed_bytes(n, k, bits)));
-  const uint8_t* in = packed.data();
-  uint8_t* to = out.mutable_data();
-  py::gil_scoped_release unlocked;
-  prepack(in, s, to, threads);
-  return out;
-}
-
-Bytes py_unprepack(const Bytes& n16, int64_t n, int64_t k, int bits, int base, int threads) {
-  const CanonicalCodes s = canonical(n, k, bits, base);
-  if (n16.size() != packed_bytes(n, k, bits)) {
-    fail("codes must have " + std::to_string(packed_bytes(n, k, bits)) + " bytes, got " + std::to_string(n16.size()));
-  }
-  Bytes out({s.n, s.row_bytes});
-  const uint8_t* in = n16.data();
-  uint8_t* to = out.mutable_data();
-  py::gil_scoped_release unlocked;
-  unprepack(in, s, to, threads);
-  return out;
-}
-
 py::list py_kernels() {
   py::list rows;
   for (const Kernel* k : kernels()) {
@@ -449,13 +375,6 @@ PYBIND11_MODULE(_C, m) {
     }
     return isa_names(cap_isa(mask, value.c_str()));
   });
-  m.def("pack", &py_pack, py::arg("codes"), py::arg("bits"), py::arg("base") = 0, py::arg("threads") = 1);
-  m.def("unpack", &py_unpack, py::arg("packed"), py::arg("k"), py::arg("bits"), py::arg("base") = 0,
-        py::arg("threads") = 1);
-  m.def("prepack", &py_prepack, py::arg("packed"), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("base") = 0,
-        py::arg("threads") = 1);
-  m.def("unprepack", &py_unprepack, py::arg("codes"), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("base") = 0,
-        py::arg("threads") = 1);
   m.def("kmeans_1d", &py_kmeans_1d, py::arg("values"), py::arg("weights"), py::arg("k"));
   m.def("kmeans_rows", &py_kmeans_rows, py::arg("values"), py::arg("weights"), py::arg("k"), py::arg("threads") = 1);
   bind_activations(m);
@@ -466,6 +385,8 @@ PYBIND11_MODULE(_C, m) {
 
   bind_decoder(m);
   bind_optim(m);
+  bind_outliers(m);
+  bind_pack(m);
   py::class_<Weight>(m, "Weight", "What a weight in n16 layout is, apart from its bytes (csrc/kernel.h).")
       .def(py::init<int64_t, int64_t, int, int64_t, bool, bool, int64_t, const std::string&, std::optional<std::string>,
                     std::optional<std::string>, bool, float, bool>(),

@@ -28,6 +28,8 @@ LAYERS = (
     ("layouts",),
     ("backends", "checks", "gradients"),
     ("fused",),
+    ("outliers",),
+    ("autograd",),
     ("ops",),
     ("fp8",),
     ("binary", "int8"),

@@ -46,9 +46,12 @@ def random_weight(format: Format, n: int, k: int, seed: int = 0) -> QuantTensor:
             tensors[name] = torch.randint(0, 2**format.bits, shape, generator=g, dtype=dtype)
         elif format.scale == "e8m0" and name == "scales":
             tensors[name] = torch.randint(110, 140, shape, generator=g, dtype=dtype)
+        elif name == "outlier_columns":
+            scores = torch.rand(n, k, generator=g)
+            tensors[name] = scores.argsort(1)[:, : shape[1]].sort(1).values.to(dtype)
         elif dtype == torch.uint8:
             tensors[name] = torch.randint(0, 256, shape, generator=g, dtype=dtype)
-        elif name in ("zeros", "table"):
+        elif name in ("zeros", "table", "outlier_values"):
             tensors[name] = (torch.randn(shape, generator=g) * 3).to(dtype)
         else:
             tensors[name] = (torch.rand(shape, generator=g) + 0.05).to(dtype)

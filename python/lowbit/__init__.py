@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lowbit.backends import explain
     from lowbit.io.safetensors import load, save
     from lowbit.ops import dequantize, linear, linear_many
-    from lowbit.quantize import quantize, quantize_model
+    from lowbit.quantize import quantize, quantize_llm_int8, quantize_model
     from lowbit.tensor import QuantTensor
 
 # Where each name lives; None for a module.
@@ -33,13 +33,13 @@ _HOMES = {
     "fp8": None, "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops",
     "linear_many": "lowbit.ops",
     "load": "lowbit.io.safetensors", "nn": None, "optim": None, "qat": None,
-    "quantize": "lowbit.quantize",
+    "quantize": "lowbit.quantize", "quantize_llm_int8": "lowbit.quantize",
     "quantize_model": "lowbit.quantize", "save": "lowbit.io.safetensors",
 }  # fmt: skip
 __all__ = [
     "Format", "QuantTensor", "__version__", "binary", "codebooks", "dequantize", "explain", "formats", "fp8", "int8",
-    "integrations", "kernels", "linear", "linear_many", "load", "nn", "optim", "qat", "quantize", "quantize_model",
-    "save",
+    "integrations", "kernels", "linear", "linear_many", "load", "nn", "optim", "qat", "quantize", "quantize_llm_int8",
+    "quantize_model", "save",
 ]  # fmt: skip
 
 

@@ -122,18 +122,19 @@ def _rotation(w: Operands) -> list[Operands]:
 
 def _terms(w: Operands) -> dict[str, Any]:
     terms = {"scales": w.scales, "zeros": w.zeros, "table": w.table}
+    terms |= {"outlier_columns": w.outlier_columns, "outlier_values": w.outlier_values}
     return {name: t.clone() for name, t in terms.items() if t is not None}
 
 
 def _nbytes(w: Operands) -> int:
-    tensors = (w.codes, w.scales, w.zeros, w.table)
+    tensors = (w.codes, w.scales, w.zeros, w.table, w.outlier_columns, w.outlier_values)
     return sum(t.nbytes for t in tensors if t is not None)
 
 
 def _check(x: Tensor, qt: QuantTensor, w: Operands, kernel: str) -> None:
     """Raises RuntimeError if the kernel is wrong by more than rounding."""
     in_bf16 = any(row["name"] == kernel and row["compute"] == "bf16" for row in _C.kernels())
-    if qt.format.activation is not None:
+    if qt.format.activation is not None and not qt.format.outliers:
         if not torch.equal(ops.linear(x, w), reference.linear(x, qt)):
             raise RuntimeError(f"{kernel} is not exact on {qt}")
         return

@@ -16,6 +16,7 @@ from lowbit.formats import Format, parse
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32)
+OUTLIER_DTYPES = (torch.float16, torch.float32)
 ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh")
 _OPERANDS = ("codes", "scales", "zeros", "table")
 
@@ -49,6 +50,11 @@ def _expected(
     if k < 1 or n < 0:
         raise ValueError(f"weight must have n >= 0 and k >= 1, got ({n}, {k})")
     format = parse(spec)
+    if format.outliers:
+        raise ValueError(
+            f"format {format.name!r} has outliers: this product does not take them; "
+            "lowbit.linear and lowbit::linear_outliers do"
+        )
     specs = layouts.operand_specs(format, layout, n, k)
     return format, tuple(
         _Expected(name, *specs[name], specs[name][1].is_floating_point) if name in specs else None
@@ -144,6 +150,27 @@ def check_linear(
     # The dispatcher calls a CPU kernel only if every tensor is on the CPU.
     device = None if x.is_cpu else x.device
     return check_weight(spec, layout, n, k, device, codes, scales, zeros, table)
+
+
+def check_outliers(columns: Tensor, values: Tensor, n: int, k: int, device: torch.device) -> None:
+    """Checks dtypes, shapes and devices of outliers; their columns are looked at where operands are made."""
+    if columns.dtype != torch.int32 or values.dtype not in OUTLIER_DTYPES:
+        raise TypeError(
+            f"outlier_columns must be int32 and outlier_values one of {OUTLIER_DTYPES}, got "
+            f"{columns.dtype} and {values.dtype}"
+        )
+    shape = columns.shape
+    if len(shape) != 2 or shape[0] != n or shape[1] > k or values.shape != shape:
+        raise ValueError(
+            f"outlier_columns and outlier_values must have the shape ({n}, P) with P at most {k}, "
+            f"got {tuple(shape)} and {tuple(values.shape)}"
+        )
+    for name, t in (("outlier_columns", columns), ("outlier_values", values)):
+        if t.device != device or not t.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous on {device}, got strides {t.stride()} on {t.device}"
+            )
+    refuse_grad("linear_outliers", values)
 
 
 def check_epilogue(

@@ -5,6 +5,7 @@ Words: N = out features, K = in features, G = group (weights along K that share 
     W[n, k] = scale[n, k // G] * (code - zero)                   codec "affine", zero None | "int" | "float"
     W[n, k] = scale[n, k // G] * code + zero[n, k // G]          codec "affine", zero "min"
 A symmetric affine format (zero None) has the constant zero 2^(bits - 1). A format without a scale has scale 1.
+With outliers, W is this plus a sparse matrix that has the same number of entries in every row.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ DIGIT_BASES = {
 }  # the bases whose digits take less than whole bits
 PACKINGS = ("bits", *DIGIT_BASES)
 ACTIVATIONS = (None, "int8", "int8_table")
+OUTLIER_DTYPES = ("fp16", "fp32")
 DQ_BLOCK = 256  # scales that share one second-level fp32 factor in "dq8" (QLoRA section 3)
 
 
@@ -60,6 +62,10 @@ class Format:
         activation: None takes activations as given. "int8" quantizes each row of x to int8 (absmax / 127) and
             sums exactly in int32; the table must be exact in int8 up to one factor. "int8_table" does so with
             the table itself rounded to int8: an entry moves by at most max |table| / 254.
+        outliers: weights of each row, at most K, whose rest W - W^ is stored beside the codes and added in fp32: the
+            sparse part of SqueezeLLM's dense-and-sparse decomposition (arXiv 2306.07629). Our reading: a fixed number
+            in each row instead of one threshold for the matrix, so that shapes follow from the format.
+        outlier_dtype: how that rest is stored, "fp16" or "fp32".
     """
 
     name: str
@@ -73,6 +79,8 @@ class Format:
     table_scope: str = "tensor"
     packing: str = "bits"
     activation: str | None = None
+    outliers: int = 0
+    outlier_dtype: str = "fp16"
 
     def __hash__(self) -> int:
         # Equal formats have equal names; hashing a table of 256 values takes longer than a small product.
@@ -141,6 +149,12 @@ class Format:
             self._check_exact_in_int8()
         if self.activation == "int8_table":
             check(self.codec != "affine", "activation", "'int8' with integers: they are exact")
+        check(
+            _is_int(self.outliers) and 0 <= self.outliers < 2**31,
+            "outliers",
+            "an integer from 0 to 2^31 - 1",
+        )
+        check(self.outlier_dtype in OUTLIER_DTYPES, "outlier_dtype", f"one of {OUTLIER_DTYPES}")
 
     def _check_exact_in_int8(self) -> None:
         if self.int8_step is None:
@@ -160,6 +174,7 @@ class Format:
         scale_rule: str = "absmax",
         table_scope: str = "tensor",
         activation: str | None = None,
+        outliers: int = 0,
         name: str | None = None,
     ) -> Format:
         """Makes a codebook format of one's own.
@@ -168,8 +183,8 @@ class Format:
             bits: bits of one code.
             table: 2 .. 2^bits finite values (any sequence, array or 1-D tensor), or None to fit the table to
                 each weight (`method="kmeans"`).
-            group, scale, scale_rule, table_scope, activation: as in `Format`.
-            name: a name for reports; by default one that says bits and group.
+            group, scale, scale_rule, table_scope, activation, outliers: as in `Format`.
+            name: a name for reports; by default one that says bits, group and outliers.
         """
         if table is not None:
             values = table.tolist() if hasattr(table, "tolist") else table
@@ -179,6 +194,7 @@ class Format:
                 raise TypeError(f"table must be a flat sequence of numbers, got {table!r}")
             table = tuple(_to_fp32(v) for v in values)
         suffix = "row" if group is None else f"g{group}"
+        suffix += f"_o{outliers}" if outliers else ""
         kind = "lut" if table is not None else "kmeans"
         return cls(
             name=name or f"{kind}{bits}_{suffix}",
@@ -190,6 +206,7 @@ class Format:
             table=table,
             table_scope=table_scope,
             activation=activation,
+            outliers=outliers,
         )
 
     @property
@@ -240,6 +257,15 @@ class Format:
         """Groups in a row of k weights; the last may be short."""
         return 1 if self.group is None else -(-k // self.group)
 
+    def num_outliers(self, k: int) -> int:
+        """Outliers in a row of k weights."""
+        return min(self.outliers, k)
+
+    @property
+    def without_outliers(self) -> Format:
+        """The format of the codes, scales, zeros and table alone; this one if it has no outliers."""
+        return _without_outliers(self) if self.outliers else self
+
     def row_bytes(self, k: int) -> int:
         """Bytes of one canonical row of k codes (layout: `packing.py`)."""
         if self.base:
@@ -255,6 +281,12 @@ class Format:
 def digits_per_byte(base: int) -> int:
     """How many digits of a base fit a byte: the largest d with base^d <= 256."""
     return next(d for d in range(8, 0, -1) if base**d <= 256)
+
+
+@functools.lru_cache(maxsize=4096)
+def _without_outliers(f: Format) -> Format:
+    name = re.sub(r"_o\d+(fp32)?(?=_|$)", "", f.name) or f.name
+    return dataclasses.replace(f, name=name, outliers=0, outlier_dtype="fp16")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -353,49 +385,21 @@ NF4_TABLE = (
 )  # fmt: skip
 # OCP MX specification 1.0, table 5; code bit 3 is the sign.
 E2M1_TABLE = (
-    0.0,
-    0.5,
-    1.0,
-    1.5,
-    2.0,
-    3.0,
-    4.0,
-    6.0,
-    -0.0,
-    -0.5,
-    -1.0,
-    -1.5,
-    -2.0,
-    -3.0,
-    -4.0,
-    -6.0,
-)
-# ggml's IQ4_NL codebook.
-IQ4_NL_TABLE = tuple(
-    float(v) for v in (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-)
+    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
+    -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
+)  # fmt: skip
 
 
 def _builtin() -> dict[str, Format]:
+    affine = functools.partial(Format, codec="affine")
     formats = []
     for b in (2, 3, 4, 5, 6, 8):
-        formats.append(Format(name=f"int{b}", codec="affine", bits=b, group=128))
-        formats.append(
-            Format(
-                name=f"uint{b}", codec="affine", bits=b, group=128, zero="int", scale_rule="minmax"
-            )
-        )
-    for b in (2, 3, 4, 5, 6, 8):
-        formats.append(
-            Format(
-                name=f"uint{b}_zfloat",
-                codec="affine",
-                bits=b,
-                group=64,
-                zero="float",
-                scale_rule="minmax",
-            )
-        )
+        uint = functools.partial(affine, bits=b, scale_rule="minmax")
+        formats += [
+            affine(name=f"int{b}", bits=b, group=128),
+            uint(name=f"uint{b}", group=128, zero="int"),
+            uint(name=f"uint{b}_zfloat", group=64, zero="float"),
+        ]
     lut = functools.partial(Format, codec="lut")
     formats += [
         lut(name="nf4", bits=4, group=64, table=NF4_TABLE),
@@ -431,7 +435,7 @@ def _builtin() -> dict[str, Format]:
 FORMATS: dict[str, Format] = _builtin()
 
 _SUFFIX = re.compile(
-    r"_(?:g(?P<group>\d+)|(?P<row>row)|(?P<scale>fp32|fp16|bf16|e8m0|e4m3|dq8)|(?P<activation>a8t?))$"
+    r"_(?:g(?P<group>\d+)|(?P<row>row)|(?P<scale>fp32|fp16|bf16|e8m0|e4m3|dq8)|(?P<activation>a8t?)|o(?P<outliers>\d+)(?P<wide>fp32)?)$"
 )
 
 
@@ -439,8 +443,9 @@ _SUFFIX = re.compile(
 def parse(spec: str) -> Format:
     """Turns a name or a spec into a Format.
 
-    A name is one of `FORMATS`, optionally followed by `_gN` or `_row` (group), a scale dtype, and `_a8` (activation
-    "int8") or `_a8t` ("int8_table"): "nf4", "int3_g64", "uint4_g32_bf16", "nf4_g64_dq8", "int4_g32_a8".
+    A name is one of `FORMATS`, optionally followed by `_gN` or `_row` (group), a scale dtype, `_a8` (activation
+    "int8") or `_a8t` ("int8_table"), and `_oP` or `_oPfp32` (P outliers a row): "nf4", "int3_g64", "uint4_g32_bf16",
+    "nf4_g64_dq8", "int4_g32_a8", "int3_g64_o16".
     A spec that starts with "{" is the JSON of `Format.spec`.
 
     Raises:
@@ -458,17 +463,21 @@ def parse(spec: str) -> Format:
         base = base[: match.start()]
         key = "group" if match["group"] or match["row"] else "scale"
         key = "activation" if match["activation"] else key
+        key = "outliers" if match["outliers"] else key
         if key in changes:
             raise ValueError(f"format {spec!r} gives its {key} twice")
         if key == "group":
             changes["group"] = int(match["group"]) if match["group"] else None
         elif key == "activation":
             changes["activation"] = "int8" if match["activation"] == "a8" else "int8_table"
+        elif key == "outliers":
+            changes["outliers"] = int(match["outliers"])
+            changes["outlier_dtype"] = match["wide"] or "fp16"
         else:
             changes["scale"] = match["scale"]
     if base not in FORMATS:
-        raise ValueError(f"unknown format {spec!r}; expected one of {', '.join(sorted(FORMATS))}, "
-                         "optionally followed by _gN or _row, a scale dtype, _a8 or _a8t: 'int3_g64_bf16'")  # fmt: skip
+        raise ValueError(f"unknown format {spec!r}; expected one of {', '.join(sorted(FORMATS))}, optionally "
+                         "followed by _gN or _row, a scale dtype, _a8 or _a8t, _oP: 'int3_g64_bf16'")  # fmt: skip
     return dataclasses.replace(FORMATS[base], name=spec, **changes)
 
 

@@ -1,7 +1,7 @@
 """Operands: the tensors that an op takes, in a named layout, made from a QuantTensor and turned back into one.
 
 "canonical": codes as in `packing.py`; scales (N, groups) with the second level applied; zeros (N, groups);
-    table: the fitted table, or None if the format carries it. Read by the plain-torch backend.
+    table: the fitted table, or None if the format carries it. Outliers lie so in every layout, (N, P).
 "n16": the CPU kernels' layout, N in the lanes, padded to whole blocks of 64 columns and 32 weights along K.
     codes: flat uint8, described in csrc/layout.h; scales (N/64, groups, 64) fp32, fp16 or bf16; zeros
     (N/64, groups, 64): int8 holding zero - 2^(bits-1), or a float dtype; table: fp32 (2^bits,), padded with zeros,
@@ -65,11 +65,15 @@ class Operands:
     zeros: Tensor | None
     table: Tensor | None
     second: dict[str, Tensor]
-    # format.spec, kept: making it takes longer than a small product.
+    outlier_columns: Tensor | None = None
+    outlier_values: Tensor | None = None
+    # Of the format, with and without outliers, kept: making one takes longer than a small product.
     spec: str = field(init=False, repr=False)
+    spec_without_outliers: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", self.format.spec)
+        object.__setattr__(self, "spec_without_outliers", self.format.without_outliers.spec)
 
 
 def kernel_layout(device: torch.device, format: Format) -> str:
@@ -111,8 +115,14 @@ def has_triton() -> bool:
 
 
 def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
-    """Converts to `layout`, by default that of the kernels of the weight's device."""
+    """Converts to `layout`, by default that of the kernels of the weight's device.
+
+    Raises:
+        ValueError: the columns of outliers are not ascending or not in the row.
+    """
+    qt.check_columns()
     layout = layout or kernel_layout(qt.device, qt.format)
+    outliers = (qt.outlier_columns, qt.outlier_values)
     scales = qt.scales
     second: dict[str, Tensor] = {}
     if qt.format.scale in ("dq8", "e4m3"):
@@ -123,7 +133,15 @@ def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
         scales = reference.e8m0_values(qt.tensors["scales"]).to(torch.bfloat16)
     if layout == CANONICAL:
         return Operands(
-            qt.format, qt.shape, layout, qt.tensors["codes"], scales, qt.zeros, qt.table, second
+            qt.format,
+            qt.shape,
+            layout,
+            qt.tensors["codes"],
+            scales,
+            qt.zeros,
+            qt.table,
+            second,
+            *outliers,
         )
     if layout == K16:
         return Operands(
@@ -135,6 +153,7 @@ def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
             None if qt.zeros is None else from_rows(qt.zeros, layout),
             _plain_table(qt.format, qt.table, qt.device),
             second,
+            *outliers,
         )
     _check_layout(layout)
     n, k = qt.shape
@@ -155,6 +174,7 @@ def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
         None if qt.zeros is None else from_rows(_centre_zeros(qt.zeros, qt.format), layout),
         kernel_table(qt.format, qt.table).to(qt.device),
         second,
+        *outliers,
     )
 
 
@@ -173,6 +193,8 @@ def from_operands(op: Operands) -> QuantTensor:
         tensors["zeros"] = zeros
     if table is not None:
         tensors["table"] = table
+    if op.outlier_columns is not None and op.outlier_values is not None:
+        tensors |= {"outlier_columns": op.outlier_columns, "outlier_values": op.outlier_values}
     specs = tensor_specs(f, n, k)
     return QuantTensor(f, op.shape, {name: tensors[name].contiguous() for name in specs})
 
@@ -219,7 +241,7 @@ def operand_specs(
     specs = {
         name: spec
         for name, spec in tensor_specs(format, n, k).items()
-        if name in ("codes", "scales", "zeros", "table")
+        if name not in ("scales2", "scales2_offset")
     }
     if format.scale is not None:
         specs["scales"] = ((n, groups), _PRODUCT_DTYPES[format.scale])

@@ -3,34 +3,41 @@
 Operands (codes, scales, zeros, table) of an (n, k) weight lie as `layouts.py` says for `layout`;
 `format` is `Format.spec`. `linear`, `dequantize` and `embedding` refuse inputs that require grad; a
 separate `linear_trainable` has gradients for x, bias, scales, float zeros and table, because
-autograd adds 2.7 us to a call.
+autograd adds 2.7 us to a call. `linear_outliers` and `linear_outliers_trainable` take the outliers
+of a weight beside the operands of its format without them; the other ops refuse such formats.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit import backends, checks, fused, gradients, layouts, reference
+from lowbit import autograd, backends, checks, fused, gradients, layouts, outliers, reference
 from lowbit.layouts import Operands
 from lowbit.tensor import QuantTensor
 
 _WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table"
 _MEANING = "str format, str layout, SymInt n, SymInt k"
 _LINEAR = f"(Tensor x, {_WEIGHT}, Tensor? bias, {_MEANING}) -> Tensor"
+_OUTLIERS = "Tensor outlier_columns, Tensor outlier_values"
 _SCHEMAS = {
     "linear": _LINEAR,
     "linear_trainable": _LINEAR,
     "linear_epilogue": (
         f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? gate, Tensor? residual, {_MEANING}, "
         "str? activation) -> Tensor"
+    ),
+    "linear_outliers": (
+        f"(Tensor x, {_WEIGHT}, Tensor? bias, {_MEANING}, {_OUTLIERS}, Tensor? gate, "
+        "Tensor? residual, str? activation) -> Tensor"
+    ),
+    "linear_outliers_trainable": (
+        f"(Tensor x, {_WEIGHT}, Tensor? bias, {_MEANING}, {_OUTLIERS}) -> Tensor"
     ),
     "linear_siblings": "(Tensor x, int group) -> Tensor[]",
     "linear_many": (
@@ -84,16 +91,22 @@ def linear(
         ValueError: a shape, device, layout or the activation does not fit.
     """
     w = operands(weight)
-    spec, (n, k) = w.spec, w.shape
+    spec, (n, k) = w.spec_without_outliers, w.shape
+    sparse = () if w.outlier_columns is None else (w.outlier_columns, w.outlier_values)
     if activation is None and gate is None and residual is None:
-        return call_linear(x, w.codes, w.scales, w.zeros, w.table, bias, spec, w.layout, n, k)
+        return call_linear(
+            x, w.codes, w.scales, w.zeros, w.table, bias, spec, w.layout, n, k, *sparse
+        )
     x = autocast(x)
     gate, residual = (None if t is None else autocast(t) for t in (gate, residual))
     checks.check_epilogue(x, n, activation, gate, residual)
     tensors = (w.codes, w.scales, w.zeros, w.table, bias)
     if torch.is_grad_enabled() and checks.requires_grad(x, gate, residual, *tensors[1:]):
-        y = _linear_trainable(x, *tensors, spec, w.layout, n, k)
+        y = call_linear(x, *tensors, spec, w.layout, n, k, *sparse)
         return reference.apply_epilogue(y, activation, gate, residual)
+    if sparse:
+        meaning = (spec, w.layout, n, k)
+        return _linear_outliers(x, *tensors, *meaning, *sparse, gate, residual, activation)
     return _linear_epilogue(x, *tensors, gate, residual, spec, w.layout, n, k, activation)
 
 
@@ -104,7 +117,8 @@ def linear_many(
 ) -> list[Tensor]:
     """[x W^T + bias for each weight]: one conversion of x and one parallel region.
 
-    Each result is bit for bit that of `linear`. If a gradient is needed they are separate calls.
+    Each result is bit for bit that of `linear`. They are separate calls if a gradient is needed or
+    a weight has outliers.
 
     Args:
         x: (..., K), as in `linear`.
@@ -131,7 +145,8 @@ def call_linear_many(
         x, *biases, *(t for w in weights for t in (w.scales, w.zeros, w.table))
     )
     layouts_given = {w.layout for w in weights}
-    if needs_grad or len(layouts_given) != 1:  # also no weights at all
+    apart = needs_grad or any(w.outlier_columns is not None for w in weights)
+    if apart or len(layouts_given) != 1:  # also no weights at all
         return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     return _linear_many(
         x,
@@ -158,13 +173,22 @@ def call_linear(
     layout: str,
     n: int,
     k: int,
+    columns: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> Tensor:
-    """`linear` on loose operands: applies autocast, takes the trainable op where grad is needed."""
+    """`linear` on loose operands: applies autocast, takes the trainable op where grad is needed.
+
+    `spec` is that of the format without outliers, which `columns` and `values` are.
+    """
     x = autocast(x)
-    op = _linear
-    if torch.is_grad_enabled() and checks.requires_grad(x, scales, zeros, table, bias):
-        op = _linear_trainable
-    return op(x, codes, scales, zeros, table, bias, spec, layout, n, k)
+    needs_grad = torch.is_grad_enabled() and checks.requires_grad(x, scales, zeros, table, bias)
+    if columns is None:
+        op = _linear_trainable if needs_grad else _linear
+        return op(x, codes, scales, zeros, table, bias, spec, layout, n, k)
+    product = (x, codes, scales, zeros, table, bias, spec, layout, n, k, columns, values)
+    if needs_grad:
+        return _linear_outliers_trainable(*product)
+    return _linear_outliers(*product, None, None, None)
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -188,8 +212,9 @@ def dequantize(weight: QuantTensor | Operands, dtype: torch.dtype = torch.float3
         w = layouts.to_operands(weight, layouts.CANONICAL)
     else:
         w = operands(weight)
-    spec, (n, k) = w.spec, w.shape
-    return _dequantize(w.codes, w.scales, w.zeros, w.table, spec, w.layout, n, k, dtype)
+    tensors, sparse = (w.codes, w.scales, w.zeros, w.table), (w.outlier_columns, w.outlier_values)
+    meaning = (w.spec_without_outliers, w.layout, *w.shape)
+    return outliers.dequantize(tensors, meaning, dtype, *sparse)
 
 
 def embedding(
@@ -202,8 +227,11 @@ def embedding(
         IndexError: an index is outside [0, N).
     """
     w = operands(weight)
-    spec, (n, k) = w.spec, w.shape
-    return _embedding(indices, w.codes, w.scales, w.zeros, w.table, spec, w.layout, n, k, dtype)
+    spec, (n, k) = w.spec_without_outliers, w.shape
+    sparse = (w.outlier_columns, w.outlier_values)
+    return call_embedding(
+        indices, w.codes, w.scales, w.zeros, w.table, spec, w.layout, n, k, dtype, *sparse
+    )
 
 
 def call_embedding(
@@ -217,9 +245,14 @@ def call_embedding(
     n: int,
     k: int,
     dtype: torch.dtype,
+    columns: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> Tensor:
-    """`embedding` on loose operands."""
-    return _embedding(indices, codes, scales, zeros, table, spec, layout, n, k, dtype)
+    """`embedding` on loose operands; `spec` as for `call_linear`."""
+    weight = (codes, scales, zeros, table, spec, layout, n, k)
+    if columns is None or values is None:
+        return _embedding(indices, *weight, dtype)
+    return outliers.embedding(indices, weight, dtype, columns, values)
 
 
 def operands(weight: QuantTensor | Operands) -> Operands:
@@ -419,6 +452,11 @@ _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (_inference_linear_impl, _inference_linear_fake),
     "linear_trainable": (_linear_impl, _linear_fake),
     "linear_epilogue": (fused.linear_epilogue_impl, fused.linear_epilogue_fake),
+    "linear_outliers": (outliers.linear_outliers_impl, outliers.linear_outliers_fake),
+    "linear_outliers_trainable": (
+        outliers.linear_outliers_trainable_impl,
+        outliers.linear_outliers_trainable_fake,
+    ),
     "linear_siblings": (fused.linear_siblings_impl, fused.linear_siblings_fake),
     "linear_many": (fused.linear_many_impl, fused.linear_many_fake),
     "dequantize": (_dequantize_impl, _dequantize_fake),
@@ -433,50 +471,16 @@ for _name, (_impl, _fake) in _IMPLS.items():
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scales, zeros, table, bias, *ctx.meaning = inputs
-    wants_weight = any(ctx.needs_input_grad[2:5])
-    ctx.save_for_backward(x if wants_weight else None, codes, scales, zeros, table)
-    ctx.x_dtype = x.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """As in a dense layer of the dtype of x: dx is computed with the weight rounded to it."""
-    x, *weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    n, k = ctx.meaning[2:]
-    grad_x = grad_bias = None
-    if needs[0]:
-        grad_x = grad @ _dequantize(*weight, *ctx.meaning, ctx.x_dtype)
-    if needs[5]:
-        grad_bias = grad.reshape(-1, n).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    terms: tuple[Tensor | None, ...] = (None, None, None)
-    wanted = list(needs[2:5])
-    if any(wanted):
-        rows, x_rows = grad.reshape(-1, n).float(), x.reshape(-1, k).float()
-        with _no_autocast(grad.device.type):
-            grad_weight = rows.t() @ x_rows
-        made = _codebook_grad(grad_weight, *weight, *ctx.meaning, wanted)
-        terms = tuple(g if want else None for g, want in zip(made, wanted, strict=True))
-    return grad_x, None, *terms, grad_bias, None, None, None, None
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
-torch.library.register_autograd(
-    "lowbit::linear_trainable", _backward, setup_context=_setup_context, lib=_library
-)
+for _name in ("linear_trainable", "linear_outliers_trainable"):
+    torch.library.register_autograd(
+        f"lowbit::{_name}", autograd.backward, setup_context=autograd.setup_context, lib=_library
+    )
 # Looking an overload up costs as much as a small call.
 _linear = torch.ops.lowbit.linear.default
 _linear_trainable = torch.ops.lowbit.linear_trainable.default
 _linear_epilogue = torch.ops.lowbit.linear_epilogue.default
+_linear_outliers = torch.ops.lowbit.linear_outliers.default
+_linear_outliers_trainable = torch.ops.lowbit.linear_outliers_trainable.default
 linear_siblings = torch.ops.lowbit.linear_siblings.default
 _linear_many = torch.ops.lowbit.linear_many.default
-_dequantize = torch.ops.lowbit.dequantize.default
 _embedding = torch.ops.lowbit.embedding.default
-_codebook_grad = torch.ops.lowbit.codebook_grad.default

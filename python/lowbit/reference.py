@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit import packing
 from lowbit.formats import DQ_BLOCK, Format
 from lowbit.tensor import QuantTensor
 
@@ -85,8 +86,48 @@ def code_values(
 
 def dequantize(qt: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:  # (N, K)
     """The weight in fp32, rounded once to `dtype`."""
-    values = code_values(qt.unpack(), qt.format, qt.table)
-    return apply_scales(values, qt.format, effective_scales(qt), qt.zeros).to(dtype)
+    return dequantize_rows(qt, slice(None), effective_scales(qt)).to(dtype)
+
+
+def dequantize_rows(
+    qt: QuantTensor,
+    rows: slice,
+    scales: Tensor | None,  # (N, groups) fp32, of all rows
+) -> Tensor:  # (R, K) fp32
+    """Some rows of the weight."""
+    table = qt.table
+    if table is not None and qt.format.table_scope != "tensor":
+        table = table[rows]
+    codes = packing.unpack_codes(qt.tensors["codes"][rows], qt.format, qt.shape[1])
+    weight = apply_scales(
+        code_values(codes, qt.format, table),
+        qt.format,
+        None if scales is None else scales[rows],
+        None if qt.zeros is None else qt.zeros[rows],
+    )
+    if qt.outlier_columns is None or qt.outlier_values is None:
+        return weight
+    return add_outliers(weight, qt.outlier_columns[rows], qt.outlier_values[rows])
+
+
+def add_outliers(
+    weight: Tensor,  # (N, K) fp32
+    columns: Tensor,  # (N, P) int32
+    values: Tensor,  # (N, P)
+) -> Tensor:  # (N, K) fp32
+    """weight + S, where S[n, columns[n, i]] = values[n, i] and 0 elsewhere."""
+    return weight.scatter_add(1, columns.long(), values.to(weight.dtype))
+
+
+def outlier_product(
+    x: Tensor,  # (M, K)
+    columns: Tensor,  # (N, P) int32
+    values: Tensor,  # (N, P)
+) -> Tensor:  # (M, N), dtype of x
+    """x S^T in the dtype of x."""
+    return F.embedding_bag(
+        columns, x.t().contiguous(), mode="sum", per_sample_weights=values.to(x.dtype)
+    ).t()
 
 
 def apply_scales(
@@ -228,15 +269,22 @@ def linear(
 
     `round_table_to=torch.bfloat16` states what a kernel that multiplies in bf16 computes: the table entry, never
     the product with the scale, is rounded to bf16. Integers of up to 8 bits, fp4, fp8 and bf16 tables are unaffected.
+    Outliers multiply x as it is given, never as int8.
     """
+    columns, outliers = qt.outlier_columns, qt.outlier_values
     if qt.format.activation is not None:
         q, x_scales = quantize_int8(x.reshape(-1, x.shape[-1]))
         weight = (qt.unpack(), qt.format, effective_scales(qt), qt.zeros, qt.table)
-        return int8_linear(q, x_scales, *weight, bias).to(x.dtype).view(*x.shape[:-1], -1)
+        y = int8_linear(q, x_scales, *weight, bias)
+        if columns is not None and outliers is not None:
+            y = y + outlier_product(x.reshape(-1, x.shape[-1]).double(), columns, outliers).float()
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
     values = code_values(qt.unpack(), qt.format, qt.table)
     if round_table_to is not None:
         values = values.to(round_table_to).to(torch.float32)
     w = apply_scales(values, qt.format, effective_scales(qt), qt.zeros)
+    if columns is not None and outliers is not None:
+        w = add_outliers(w, columns, outliers)
     y = F.linear(x.double(), w.double(), None if bias is None else bias.double())
     return y.to(x.dtype)
 

@@ -20,7 +20,9 @@ SCALE_DTYPES = {
     "dq8": torch.uint8,  # index into `reference.dynamic_map()`
 }
 _FLOAT8 = torch.float8_e4m3fn
-TENSOR_NAMES = ("codes", "scales", "scales2", "scales2_offset", "zeros", "table")
+TENSOR_NAMES = (
+    "codes", "scales", "scales2", "scales2_offset", "zeros", "table", "outlier_columns", "outlier_values",
+)  # fmt: skip
 
 
 def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -28,7 +30,9 @@ def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, .
 
     codes (N, row bytes) uint8; scales (N, groups); scales2: the second level, fp32, (ceil(N*groups/256),) for
     "dq8" over the flattened scales and (1,) for "e4m3"; scales2_offset () fp32 for "dq8"; zeros (N, groups), uint8
-    for integer zeros, else the scales' dtype; table fp32 (E,), (N, E) or (N, groups, E), only if it is fitted.
+    for integer zeros, else the scales' dtype; table fp32 (E,), (N, E) or (N, groups, E), only if it is fitted;
+    outlier_columns (N, P) int32, ascending in each row, and outlier_values (N, P) fp16 or fp32, the rest of the
+    weights there, only with outliers.
     """
     groups = format.num_groups(k)
     specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -48,11 +52,15 @@ def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, .
     if format.fitted:
         lead = {"tensor": (), "row": (n,), "group": (n, groups)}[format.table_scope]
         specs["table"] = ((*lead, 2**format.bits), torch.float32)
+    if format.outliers:
+        shape = (n, format.num_outliers(k))
+        specs["outlier_columns"] = (shape, torch.int32)
+        specs["outlier_values"] = (shape, SCALE_DTYPES[format.outlier_dtype])
     return specs
 
 
 def stored_bytes(format: Format, n: int, k: int) -> int:
-    """Bytes of all canonical tensors of an (n, k) weight: codes, scales, zeros and tables."""
+    """Bytes of all canonical tensors of an (n, k) weight: codes, scales, zeros, tables and outliers."""
     specs = tensor_specs(format, n, k).values()
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
 
@@ -108,7 +116,7 @@ class QuantTensor:
 
     @property
     def bits_per_weight(self) -> float:
-        """Average stored bits of a weight: codes, scales, zeros and tables."""
+        """Average stored bits of a weight: codes, scales, zeros, tables and outliers."""
         n, k = self.shape
         return 8 * self.nbytes / max(1, n * k)
 
@@ -131,7 +139,8 @@ class QuantTensor:
         return self.map(lambda t: t.to(device))
 
     def validate(self) -> QuantTensor:
-        """Checks the values: codes within the table, finite scales, zeros and tables.
+        """Checks the values: codes within the table, finite scales, zeros, tables and outliers, outliers' columns
+        within the row and ascending.
 
         Raises:
             ValueError: naming the tensor and what is wrong with it.
@@ -146,7 +155,31 @@ class QuantTensor:
             (self.tensors["zeros"].int() >= 2**self.format.bits).any()
         ):
             raise ValueError(f"zeros must be below {2**self.format.bits} in {self.format.name!r}")
+        self.check_columns()
         return self
+
+    def check_columns(self) -> None:
+        """Raises ValueError unless the columns of outliers are ascending in each row and below K."""
+        if not self.format.outliers or self.device.type == "meta":
+            return
+        columns, k = self.tensors["outlier_columns"], self.shape[1]
+        bad = (columns < 0) | (columns >= k)
+        bad[:, 1:] |= columns[:, 1:] <= columns[:, :-1]
+        if bool(bad.any()):
+            row, i = (int(v) for v in bad.nonzero()[0])
+            raise ValueError(
+                f"outlier_columns must be ascending in each row and in [0, {k}), "
+                f"got {int(columns[row, i])} at [{row}, {i}]"
+            )
+
+    @property
+    def without_outliers(self) -> QuantTensor:
+        """The weight without its sparse part, on the same tensors; itself if it has none."""
+        format = self.format.without_outliers
+        if format is self.format:
+            return self
+        names = tensor_specs(format, *self.shape)
+        return QuantTensor(format, self.shape, {name: self.tensors[name] for name in names})
 
     def __reduce__(self) -> tuple[object, ...]:
         # As bytes: torch can write float8 tensors with pickle but not read them.

@@ -1,8 +1,8 @@
 """Which backend serves a device and a layout, and why a row of the kernel table was chosen.
 
-A backend is a module with `linear`, `linear_epilogue`, `linear_many`, `int8_linear`, `binary_linear`,
-`dequantize` and `embedding`: glue, no maths, no checks. What depends on no layout (`int8_quantize`,
-`binary_quantize`, `pack`, `unpack`) is in `cpu` and `reference` alone.
+A backend is a module with `linear`, `linear_epilogue`, `linear_added`, `linear_many`, `outlier_product`,
+`int8_linear`, `binary_linear`, `dequantize` and `embedding`: glue, no maths, no checks. What depends on no layout
+(`int8_quantize`, `binary_quantize`, `pack`, `unpack`) is in `cpu` and `reference` alone.
 """
 
 from __future__ import annotations
@@ -69,14 +69,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The row that runs a request and the fate of the others; `str()` is a table."""
+    """The row that runs a request and the fate of the others; `str()` is a table.
+
+    `outliers` names what multiplies the outliers of the weight, if it has any.
+    """
 
     request: str
     selected: str
     rows: tuple[Row, ...]
+    outliers: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.request}: {self.selected}"]
+        if self.outliers is not None:
+            lines.append(f"  outliers: {self.outliers}")
         width = max((len(row.name) for row in self.rows), default=0)
         for row in self.rows:
             verdict = ["runs"] if row.name == self.selected else []
@@ -132,14 +138,17 @@ def explain_request(
         f"linear {name} {format.name} M={m} N={n} K={k} on {device_type}, at most {threads} threads"
     )
     backend = find(device_type, layout)
+    sparse = None
+    if format.outliers:
+        how = backend.outliers_row()
+        sparse = f"{format.num_outliers(k)} a row in {format.outlier_dtype}, {how}"
     if backend is reference:
-        return Explanation(request, REFERENCE_ROW, ())
+        return Explanation(request, REFERENCE_ROW, (), sparse)
     if backend is triton or backend is cuda:
-        return Explanation(
-            request, backend.describe(format, n, k, m, torch.device(device_type)), ()
-        )
+        name = backend.describe(format, n, k, m, torch.device(device_type))
+        return Explanation(request, name, (), sparse)
     specs = layouts.operand_specs(format, layout, n, k)
     scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
     w = cpu.weight(format, n, k, scales, zeros)
     rows = tuple(Row(*row) for row in w.explain("linear", name, m, threads))
-    return Explanation(request, w.select("linear", name, m, threads), rows)
+    return Explanation(request, w.select("linear", name, m, threads), rows, sparse)

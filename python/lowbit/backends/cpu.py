@@ -80,7 +80,7 @@ def plan(spec: str, n: int, k: int) -> object | None:
     return None, for a shape that no kernel takes.
     """
     format = parse(spec)
-    if not (0 < n < 2**31 and 0 < k < 2**31):
+    if format.outliers or not (0 < n < 2**31 and 0 < k < 2**31):
         return None
     specs = operand_specs(format, N16, n, k)
     scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
@@ -151,12 +151,14 @@ def linear_epilogue(
     n: int,
     k: int,
     activation: str | None,
-    gate: Tensor | None,  # (M, N), unit stride along N, dtype of x
-    residual: Tensor | None,  # (M, N), unit stride along N, dtype of x
-) -> Tensor:  # (M, N), dtype of x
+    gate: Tensor | None,  # (M, N), unit stride along N
+    residual: Tensor | None,  # (M, N), unit stride along N, dtype of the gate if there is one
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # (M, N) in `dtype`, by default that of x
     """activation(x W^T + bias) + residual, or activation(gate) * (x W^T + bias) + residual, rounded once."""
     m = x.shape[0]
-    out = torch.empty((m, n), dtype=x.dtype)
+    out = torch.empty((m, n), dtype=dtype or x.dtype)
+    others = next((t.dtype for t in (gate, residual) if t is not None), x.dtype)
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
     w.linear_epilogue_ptr(
         x.data_ptr(),
@@ -167,6 +169,7 @@ def linear_epilogue(
         _address(bias),
         0 if bias is None else CODES[bias.dtype],
         out.data_ptr(),
+        CODES[out.dtype],
         torch.get_num_threads(),
         -1,
         ACTIVATIONS[activation],
@@ -174,6 +177,52 @@ def linear_epilogue(
         0 if gate is None else gate.stride(0),
         _address(residual),
         0 if residual is None else residual.stride(0),
+        CODES[others],
+    )
+    return out
+
+
+def linear_added(
+    x: Tensor,  # (M, K), unit stride along K
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,  # (N,) contiguous
+    format: Format,
+    n: int,
+    k: int,
+    added: Tensor,  # (M, N) fp32, unit stride along N
+    dtype: torch.dtype,
+) -> Tensor:  # (M, N) in `dtype`
+    """x W^T + bias + added, rounded once."""
+    operands = (codes, scales, zeros, table)
+    return linear_epilogue(x, *operands, bias, format, n, k, None, None, added, dtype)
+
+
+def outlier_product(
+    x: Tensor,  # (M, K), unit stride along K
+    columns: Tensor,  # (N, P) int32 contiguous
+    values: Tensor,  # (N, P) fp16 or fp32 contiguous
+    isa: str = "",
+) -> Tensor:  # (M, N) fp32
+    """`reference.outlier_product` of x in fp32; `isa` caps the instruction set as LOWBIT_ISA does."""
+    (m, k), (n, count) = x.shape, columns.shape
+    out = torch.empty((m, n), dtype=torch.float32)
+    _C.multiply_outliers_ptr(
+        x.data_ptr(),
+        CODES[x.dtype],
+        m,
+        k,
+        x.stride(0),
+        columns.data_ptr(),
+        values.data_ptr(),
+        CODES[values.dtype],
+        n,
+        count,
+        out.data_ptr(),
+        torch.get_num_threads(),
+        isa,
     )
     return out
 
@@ -271,6 +320,12 @@ def binary_linear(
     """`reference.binary_linear`, rounded once to `dtype`."""
     operands = (codes, scales, zeros, table)
     return _linear_quantized(bits, x_scales, operands, bias, format, n, k, dtype, None, row)
+
+
+def outliers_row() -> str:
+    """What `explain` calls `outlier_product`."""
+    active = _C.isa_active()
+    return f"outliers_{next(isa for isa in ('avx512', 'avx2', 'scalar') if isa in active)}"
 
 
 def int8_quantize(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit.backends import reference as plain
 from lowbit.backends import triton
 from lowbit.backends.packed import Derived
 from lowbit.backends.reference import ROW as REFERENCE_ROW
@@ -180,8 +181,11 @@ def _rows(
 
 _derived = Derived(M16, linear, _rows)
 linear_epilogue = _derived.linear_epilogue
+linear_added = _derived.linear_added
 linear_many = _derived.linear_many
 dequantize = _derived.dequantize
 embedding = _derived.embedding
 int8_linear = _derived.int8_linear
 binary_linear = _derived.binary_linear
+outlier_product = plain.outlier_product
+outliers_row = plain.outliers_row

@@ -37,6 +37,11 @@ class Derived:
         y = self._linear(x, *product, torch.float32)
         return reference.apply_epilogue(y, activation, gate, residual).to(x.dtype)
 
+    def linear_added(self, x: Tensor, *args: Any) -> Tensor:
+        """`backends.reference.linear_added`."""
+        *product, added, dtype = args
+        return (self._linear(x, *product, torch.float32) + added).to(dtype)
+
     def linear_many(
         self,
         x: Tensor,  # (M, K)
@@ -59,8 +64,8 @@ class Derived:
         return self._rows(indices.contiguous(), *args)
 
     def activation_linear(self, x: Tensor, *args: Any) -> Tensor:
-        """`linear` of a format with int8 activations, which has no kernel."""
-        return self._plain(plain.linear, x, *args)
+        """`linear` in fp32 of a format with int8 activations, which has no kernel."""
+        return self._plain(plain.linear, x.float(), *args)
 
     def int8_linear(self, q: Tensor, x_scales: Tensor, *args: Any) -> Tensor:
         """`backends.reference.int8_linear`."""

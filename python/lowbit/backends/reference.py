@@ -62,6 +62,39 @@ def linear_epilogue(
     return reference.apply_epilogue(y, activation, gate, residual).to(x.dtype)
 
 
+def linear_added(
+    x: Tensor,  # (M, K)
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,  # (N,)
+    format: Format,
+    n: int,
+    k: int,
+    added: Tensor,  # (M, N) fp32
+    dtype: torch.dtype,
+) -> Tensor:  # (M, N) in `dtype`
+    """x W^T + bias + added, rounded once."""
+    y = linear(x.float(), codes, scales, zeros, table, bias, format, n, k)
+    return (y + added).to(dtype)
+
+
+def outlier_product(
+    x: Tensor,  # (M, K)
+    columns: Tensor,  # (N, P) int32
+    values: Tensor,  # (N, P)
+) -> Tensor:  # (M, N) fp32
+    """`reference.outlier_product` of x in fp32."""
+    _log_outliers_once(x.device.type)
+    return reference.outlier_product(x.float(), columns, values)
+
+
+def outliers_row() -> str:
+    """What `explain` calls `outlier_product`."""
+    return "torch"
+
+
 def linear_many(
     x: Tensor,  # (M, K)
     weights: list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]],
@@ -177,6 +210,11 @@ def pack(codes: Tensor, format: Format) -> Tensor:
 def unpack(packed: Tensor, format: Format, k: int) -> Tensor:
     """Inverse of `pack`."""
     return packing.unpack_codes(packed, format, k)
+
+
+@functools.cache
+def _log_outliers_once(device_type: str) -> None:
+    _logger.info("plain torch multiplies the outliers of weights on %s", device_type)
 
 
 @functools.cache

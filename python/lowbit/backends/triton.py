@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.backends import reference as plain
 from lowbit.backends.packed import Derived
 from lowbit.backends.reference import ROW as REFERENCE_ROW
 from lowbit.formats import Format
@@ -216,8 +217,11 @@ def _rows(
 
 _derived = Derived(K16, linear, _rows)
 linear_epilogue = _derived.linear_epilogue
+linear_added = _derived.linear_added
 linear_many = _derived.linear_many
 dequantize = _derived.dequantize
 embedding = _derived.embedding
 int8_linear = _derived.int8_linear
 binary_linear = _derived.binary_linear
+outlier_product = plain.outlier_product
+outliers_row = plain.outliers_row

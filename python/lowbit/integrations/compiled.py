@@ -69,14 +69,14 @@ class CompiledDecoder:
 
     @staticmethod
     def serves(model: LlamaForCausalLM) -> bool:
-        """Whether all linears of the layers are packed for the CPU, and all else has one dtype."""
+        """Whether all linears of the layers are packed for the CPU without outliers, and all else has one dtype."""
         inner = model.model
         dtype = inner.norm.weight.dtype
         norms = (n for m in inner.layers for n in (m.input_layernorm, m.post_attention_layernorm))
         linears = (layer.get_submodule(name) for layer in inner.layers for name in _LINEARS)
         return (
             all(n.weight.dtype == dtype for n in norms)
-            and all(isinstance(m, QuantLinear) and m.layout == N16 for m in linears)
+            and all(isinstance(m, QuantLinear) and _reads(m) for m in linears)
             and _serves(inner.embed_tokens, QuantEmbedding, nn.Embedding, dtype)
             and _serves(model.lm_head, QuantLinear, nn.Linear, dtype)
         )
@@ -131,12 +131,16 @@ class CompiledDecoder:
         return made.decoder_linear(*map(self._address, tensors), bias_dtype)
 
 
+def _reads(module: PackedModule) -> bool:
+    return module.layout == N16 and not module.format.outliers
+
+
 def _serves(
     module: nn.Module, packed: type[PackedModule], dense: type[nn.Module], dtype: torch.dtype
 ) -> bool:
     if isinstance(module, packed):
         own = module.dtype if isinstance(module, QuantEmbedding) else dtype
-        return module.layout == N16 and own == dtype
+        return _reads(module) and own == dtype
     weight = getattr(module, "weight", None)
     if type(module) is not dense or not isinstance(weight, Tensor):
         return False

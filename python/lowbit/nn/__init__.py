@@ -1,4 +1,4 @@
-"""Modules with quantized weights, and with FP8 products and activations."""
+"""Modules with quantized weights, with outlier features apart, and with FP8 products and activations."""
 
 from lowbit.nn.binary import BinaryLinear
 from lowbit.nn.conv import QuantConv2d
@@ -16,10 +16,11 @@ from lowbit.nn.fp8_activations import (
 )
 from lowbit.nn.fused import fuse, unfuse
 from lowbit.nn.linear import QuantLinear
+from lowbit.nn.llm_int8 import LLMInt8Linear
 from lowbit.nn.packed import PackedModule
 
 __all__ = [
-    "BinaryLinear", "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "PackedModule", "QuantConv2d", "QuantEmbedding",
-    "QuantLinear",
+    "BinaryLinear", "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "LLMInt8Linear", "PackedModule", "QuantConv2d",
+    "QuantEmbedding", "QuantLinear",
     "fp8_add", "fp8_gelu", "fp8_layer_norm", "fp8_mul", "fp8_rms_norm", "fp8_silu", "fuse", "unfuse",
 ]  # fmt: skip

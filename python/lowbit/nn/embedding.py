@@ -100,10 +100,12 @@ class QuantEmbedding(PackedModule):
             b["scales"],
             b["zeros"],
             b["table"],
-            self._spec,
+            self._spec_without_outliers,
             layouts.kernel_layout(codes.device, self.format),
             *self.shape,
             self.dtype,
+            b["outlier_columns"],
+            b["outlier_values"],
         )
 
     def _apply(self: E, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> E:

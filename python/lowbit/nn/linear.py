@@ -25,6 +25,16 @@ TRAINABLE = ("bias", "scales", "zeros", "table")
 _FLOAT_SCALES = ("fp32", "fp16", "bf16")
 
 
+def check_dense(linear: nn.Linear) -> None:
+    """Raises TypeError unless `linear` is an nn.Linear, and NotImplementedError if it has another forward."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+    if type(linear).forward is not nn.Linear.forward:
+        raise NotImplementedError(
+            f"linear is a {type(linear).__name__}, whose forward is not that of nn.Linear"
+        )
+
+
 class QuantLinear(PackedModule):
     """A linear layer whose weight is quantized.
 
@@ -87,7 +97,8 @@ class QuantLinear(PackedModule):
             scale: one positive and finite number; None goes back to absmax / 127 of each row of x.
 
         Raises:
-            ValueError: the number is not that, or the format takes activations as they are.
+            ValueError: the number is not that, or the format takes activations as they are or has
+                outliers.
         """
         if scale is None:
             self.input_scale = None
@@ -96,6 +107,10 @@ class QuantLinear(PackedModule):
             raise ValueError(
                 f"format {self.format.name!r} does not quantize activations: use one with the "
                 "suffix _a8 or _a8t"
+            )
+        if self.format.outliers:
+            raise ValueError(
+                f"format {self.format.name!r} has outliers, which multiply activations as they are"
             )
         value = torch.as_tensor(scale, dtype=torch.float32).detach()
         if value.numel() != 1 or not bool((value > 0) & value.isfinite()):
@@ -115,12 +130,7 @@ class QuantLinear(PackedModule):
             TypeError: `linear` is not an nn.Linear.
             NotImplementedError: it is a subclass that computes something else.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
-        if type(linear).forward is not nn.Linear.forward:
-            raise NotImplementedError(
-                f"linear is a {type(linear).__name__}, whose forward is not that of nn.Linear"
-            )
+        check_dense(linear)
         weight = lowbit.quantize(linear.weight.detach(), format, method)
         layer = cls.from_quant_tensor(weight, linear.bias)
         return layer.train(linear.training)
@@ -176,7 +186,7 @@ class QuantLinear(PackedModule):
             w["zeros"],
             w["table"],
             self._parameters["bias"],
-            self._spec,
+            self._spec_without_outliers,
             layouts.kernel_layout(codes.device, self.format),
             n,
             k,
@@ -184,7 +194,7 @@ class QuantLinear(PackedModule):
         x_scale = self._parameters["input_scale"]
         if x_scale is not None:
             return int8.call_static_linear(x, x_scale, *weight)
-        return ops.call_linear(x, *weight)
+        return ops.call_linear(x, *weight, w["outlier_columns"], w["outlier_values"])
 
     def train_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Makes the named tensors learnable, and every other one not; () freezes the layer again.

@@ -21,7 +21,7 @@ from lowbit.layouts import Operands
 from lowbit.tensor import TENSOR_NAMES, QuantTensor, tensor_specs
 
 STATE_VERSION = 1
-_OPERANDS = ("codes", "scales", "zeros", "table")
+_OPERANDS = ("codes", "scales", "zeros", "table", "outlier_columns", "outlier_values")
 # Canonical tensors that the operands alone do not give back (`Operands.second`), and their buffers.
 _SECOND = {name: f"second_{name}" for name in ("scales", "scales2", "scales2_offset")}
 _BUFFERS = (*_OPERANDS, *_SECOND.values())
@@ -36,7 +36,7 @@ Self = TypeVar("Self", bound="PackedModule")
 def zero_weight(
     format: Format | str, n: int, k: int, device: torch.device | str | None
 ) -> QuantTensor:
-    """A weight of the right shapes whose canonical tensors are all zero.
+    """A weight of the right shapes whose canonical tensors are all zero; outliers are the first columns.
 
     Raises:
         ValueError: n or k is below 1.
@@ -47,6 +47,9 @@ def zero_weight(
     device = torch.get_default_device() if device is None else device
     specs = tensor_specs(f, n, k).items()
     tensors = {name: torch.zeros(s, dtype=dtype, device=device) for name, (s, dtype) in specs}
+    if "outlier_columns" in tensors:
+        columns = tensors["outlier_columns"]
+        columns += torch.arange(columns.shape[1], dtype=columns.dtype, device=device)
     return QuantTensor(f, (n, k), tensors)
 
 
@@ -68,10 +71,14 @@ class PackedModule(nn.Module):
             raise TypeError(f"weight must be a QuantTensor, got {type(weight).__name__}")
         self.format = weight.format
         self.shape = weight.shape
-        self._spec = weight.format.spec
+        self._set_specs(weight.format)
         for name in _BUFFERS:
             self.register_buffer(name, None)
         self._set_operands(layouts.to_operands(weight))
+
+    def _set_specs(self, format: Format) -> None:
+        # Kept: making one takes longer than a small product.
+        self._spec, self._spec_without_outliers = format.spec, format.without_outliers.spec
 
     @property
     def layout(self) -> str:
@@ -99,7 +106,8 @@ class PackedModule(nn.Module):
         """Makes this module hold the weight of `other`, also when that is moved or loaded."""
         if learned := sorted(other._parameters.keys() & set(TENSOR_NAMES)):
             raise ValueError(f"the weight of other must not be learnable, but {learned} are")
-        self.format, self.shape, self._spec = other.format, other.shape, other._spec
+        self.format, self.shape = other.format, other.shape
+        self._set_specs(other.format)
         # One dict, not two with the same tensors: whichever module is moved or loaded, both see the
         # result, and deepcopy and pickle keep it one.
         self._buffers = other._buffers

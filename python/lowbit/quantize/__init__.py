@@ -6,6 +6,7 @@ from lowbit.quantize.allocate import allocate
 from lowbit.quantize.allocation import Allocation
 from lowbit.quantize.calibrate import InputStatistics, attach, collect
 from lowbit.quantize.fisher import output_gradients
+from lowbit.quantize.llm_int8 import quantize_llm_int8
 from lowbit.quantize.methods import METHODS, quantize
 from lowbit.quantize.model import quantize_model
 from lowbit.quantize.names import Rule, Selection
@@ -32,5 +33,6 @@ __all__ = [
     "fisher_diagonal",
     "output_gradients",
     "quantize",
+    "quantize_llm_int8",
     "quantize_model",
 ]

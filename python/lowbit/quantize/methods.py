@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.formats import Format, as_format
@@ -20,7 +21,9 @@ from lowbit.quantize import (
     lloyd,
     multibit,
     nuuq,
+    outliers,
     rtn,
+    scopes,
     twn,
 )
 from lowbit.tensor import QuantTensor
@@ -62,16 +65,19 @@ def quantize(
             algorithm), "kde" (from a sample), "distq" (quantiles), "multibit" (sums of signs) or
             "nuuq" (integers; the result has another format); by default "rtn" or "kmeans", as the
             format wants.
-        weights: (N, K) or (K,), the importance of each weight; only for "kmeans", "lloyd" and
-            "multibit".
+        weights: (N, K) or (K,), the importance of each weight; only for "kmeans", "lloyd",
+            "multibit" and the choice of outliers.
         table: the values of a fitted format, fp32 in the shape that its `table_scope` asks for;
             only for "rtn" and "gptq".
         hessian: (K, K), the second moment of the inputs; only for "gptq", which needs it.
         options: further keywords of the method's own function, as `act_order` of "gptq".
 
+    With outliers in the format, every method quantizes the rest of the weight as if they were not
+    there: they take the mean of the others in their group, and k-means gives them no importance.
+
     Raises:
-        TypeError, ValueError: an argument is not what is said above, or a scale does not fit the
-            format's dtype.
+        TypeError, ValueError: an argument is not what is said above, or a scale or an outlier does
+            not fit the format's dtype.
     """
     format = as_format(format)
     name = method
@@ -81,12 +87,28 @@ def quantize(
     tensors = {"weights": weights, "table": table, "hessian": hessian}
     given = {key: value for key, value in tensors.items() if value is not None} | options
     known = keywords(name)
+    if format.outliers:
+        return _with_outliers(weight, format, name, given)
     if unused := sorted(given.keys() - known.keys()):
         raise ValueError(f"method {name!r} takes no {unused[0]}")
     missing = sorted(key for key, p in known.items() if p.default is p.empty and key not in given)
     if missing:
         raise ValueError(f"method {name!r} needs {missing[0]}")
     return METHODS[name](weight, format, **given)
+
+
+def _with_outliers(
+    weight: Tensor, format: Format, method: str, given: dict[str, Any]
+) -> QuantTensor:
+    rtn.check_weight(weight, format.without_outliers)
+    importance = scopes.check_importance(given.pop("weights", None), weight)
+    columns = outliers.find(weight, format, importance)
+    if "weights" in keywords(method):
+        ones = torch.ones(1, device=weight.device).expand(weight.shape)
+        given["weights"] = outliers.without(ones if importance is None else importance, columns)
+    rest = outliers.fill(weight, format, columns)
+    qt = quantize(rest, format.without_outliers, method, **given)
+    return outliers.add(qt, format, weight, columns)
 
 
 def default_method(format: Format) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowbit import packing, reference
+from lowbit import reference
 from lowbit.quantize import rtn
 from lowbit.tensor import QuantTensor
 
@@ -116,17 +116,7 @@ def errors(weight: Tensor, qt: QuantTensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Slices of rows of a weight, fp32, and of what quantization took from them, W - W^, fp64."""
     scales = reference.effective_scales(qt)
     for rows, w in rtn.slices(weight):
-        table = qt.table
-        if table is not None and qt.format.table_scope != "tensor":
-            table = table[rows]
-        codes = packing.unpack_codes(qt.tensors["codes"][rows], qt.format, qt.shape[1])
-        values = reference.apply_scales(
-            reference.code_values(codes, qt.format, table),
-            qt.format,
-            None if scales is None else scales[rows],
-            None if qt.zeros is None else qt.zeros[rows],
-        )
-        yield w, (w - values).double()
+        yield w, (w - reference.dequantize_rows(qt, rows, scales)).double()
 
 
 def measure(name: str, weight: Tensor, qt: QuantTensor) -> LayerReport:

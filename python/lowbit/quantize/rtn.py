@@ -205,6 +205,10 @@ def check_weight(weight: Tensor, format: Format) -> None:
         )
     if weight.is_meta:
         raise ValueError("weight must hold values, got a meta tensor")
+    if format.outliers:
+        raise ValueError(
+            f"format {format.name!r} has outliers: lowbit.quantize finds them, for every method"
+        )
     if format.scale_rule == "minmax" and format.zero is None:
         raise ValueError(
             f"scale_rule 'minmax' needs an affine format with a zero, {format.name!r} has none"

@@ -1,0 +1,31 @@
+// What the bindings have in common: arrays of numpy, and errors that become ValueError.
+#pragma once
+
+#include <pybind11/numpy.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace lowbit {
+
+namespace py = pybind11;
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+[[noreturn]] inline void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+inline std::string shape_string(const py::array& a) {
+  std::string s = "(";
+  for (py::ssize_t i = 0; i < a.ndim(); ++i) s += (i ? ", " : "") + std::to_string(a.shape(i));
+  return s + ")";
+}
+
+inline void want_shape(const char* name, const py::array& a, int64_t rows, int64_t columns) {
+  if (a.ndim() != 2 || a.shape(0) != rows || a.shape(1) != columns) {
+    fail(std::string(name) + " must have shape (" + std::to_string(rows) + ", " + std::to_string(columns) + "), got " +
+         shape_string(a));
+  }
+}
+
+}  // namespace lowbit

@@ -1,0 +1,101 @@
+"""quantize_llm_int8: swaps the linears of a model for `lowbit.nn.LLMInt8Linear`, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.nn import LLMInt8Linear
+from lowbit.nn.llm_int8 import THRESHOLD
+from lowbit.quantize.calibrate import as_batches, collect, run
+from lowbit.quantize.model import plan_layers
+from lowbit.quantize.names import Rules, Selection
+from lowbit.quantize.progress import bar
+from lowbit.quantize.report import LayerReport, Report, measure
+
+
+def quantize_llm_int8(
+    model: nn.Module,
+    format: Rules = "int8_row_a8",
+    *,
+    threshold: float = THRESHOLD,
+    skip: Iterable[str] = ("lm_head",),
+    progress: bool = True,
+    calibration: Iterable[Any] | None = None,
+) -> Report:
+    """Makes every linear of a model compute as LLM.int8() does (arXiv 2208.07339), in place.
+
+    Args:
+        model: any module. Its `nn.Linear` layers become `lowbit.nn.LLMInt8Linear`, each with a
+            weight of its own.
+        format: a Format with int8 activations or its name, or rules, as in `quantize_model`;
+            without options of a method.
+        threshold: features of x with |x| above it are not quantized.
+        skip, progress: as in `quantize_model`.
+        calibration: inputs of the model, as in `quantize_model`: the features that are above the
+            threshold there are fixed. None finds them in every call.
+
+    Returns:
+        Bytes and error per layer, and the reason for every weight that was left. The bytes count
+        the columns of outlier features, which have no error.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or a weight cannot be quantized (the message
+            starts with the layer's name; the layers before it are quantized then); no input
+            reaches a layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    report = Report()
+    plan = {}
+    for names, (rule, _) in plan_layers(model, Selection(format, skip), report).items():
+        if rule.options:
+            raise ValueError(f"{names[0]}: options must be empty, got {dict(rule.options)}")
+        if isinstance(model.get_submodule(names[0]), nn.Linear):
+            plan[names] = rule
+        else:
+            report.left[names[0]] = "only linears have outlier features"
+    batches = () if calibration is None else as_batches(calibration)
+    absmax: dict[str, Tensor] = {}
+    with bar(len(plan) + len(batches), "quantizing", progress) as advance:
+        if batches:
+            with collect(model, [names[0] for names in plan], hessian=False) as statistics:
+                run(model, batches, advance)
+            for name, inputs in statistics.items():
+                if not inputs.samples:
+                    raise ValueError(
+                        f"{name}: calibration is empty: no input has reached this layer"
+                    )
+                absmax[name] = inputs.absmax
+        for names, rule in plan.items():
+            dense: Any = model.get_submodule(names[0])
+            assert rule.format is not None
+            try:
+                made = LLMInt8Linear.from_linear(
+                    dense,
+                    rule.format,
+                    threshold=threshold,
+                    absmax=absmax.get(names[0]),
+                    method=rule.method,
+                )
+            except (TypeError, ValueError) as e:
+                raise type(e)(f"{names[0]}: {e}") from e
+            report.layers.append(_row(names[0], dense.weight.detach(), made))
+            for name in names:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, made)
+            advance()
+    return report
+
+
+@torch.no_grad()
+def _row(name: str, weight: Tensor, made: LLMInt8Linear) -> LayerReport:
+    qt = made.quantized.quant_tensor()
+    if made.features is None or made.columns is None:
+        return measure(name, weight, qt)
+    row = measure(name, weight.index_fill(1, made.features, 0), qt)
+    return dataclasses.replace(row, nbytes=row.nbytes + made.features.nbytes + made.columns.nbytes)
