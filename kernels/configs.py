@@ -107,20 +107,20 @@ def choose_fp8(
     native = multiplies_fp8(capability, group)
     block_k = min(group or 128, 128 if native else 64)
     narrow = by_column or quantized or not native  # scales of columns, too, stand in registers
-    if m <= 64:
+    wide = m > 64 and not narrow and -(-m // 128) * -(-n // 128) >= sms
+    odd = native and not tma  # rows that may have to be loaded byte by byte
+    if m <= 64 or (odd and not wide):
         # Tensor cores of Hopper take 64 rows at least. With many rows of a, which every tile of y reads again, wider
         # tiles read L2 less.
         block_m = 64 if native else next(b for b in (16, 32, 64) if m <= b)
-        block_n = 128 if m > 32 and not narrow else 64
+        block_n = 128 if 32 < m <= 64 and not narrow and not odd else 64
         warps, stages = 4, 4
-        programs = 2 if block_n == 128 else 3
+        programs = 2 if block_n == 128 or odd else 3
     else:
-        block_m = 128
-        wide = not narrow and -(-m // 128) * -(-n // 128) >= sms
-        block_n = 128 if wide else 64
-        warps, stages = 8, 4 if capability[0] in _LARGE_SHARED else 3
-        programs = 2 if not wide and tma and block_k == 128 else 1
-    if block_k <= 32:
+        block_m, block_n = 128, 128 if wide else 64
+        warps, stages = 8, 4 if tma and capability[0] in _LARGE_SHARED else 3
+        programs = 2 if tma and not wide and block_k == 128 else 1
+    if block_k <= 32 and not odd:
         stages = 8  # of few bytes each
     tiles = -(-m // block_m) * -(-n // block_n)
     # Sums of a part of K are written and read again: at least twice as many bytes of b are read for them.

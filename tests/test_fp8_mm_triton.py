@@ -123,6 +123,7 @@ CASES = [
     ("tensor", "tensor", False, 1, 90, True),
     ("row", "row", False, 4096, 90, True),
     ("row", "row", False, 4096, 90, False),
+    ("row", "row", True, 4096, 90, False),
     ("1x128", "128x128", False, 4096, 90, True),
     ("1x128", "128x128", False, 64, 90, True),
     ("mx", "mx", False, 4096, 90, True),
