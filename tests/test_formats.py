@@ -15,17 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.formats import (
-    E2M1_TABLE,
     FORMATS,
-    IQ4_NL_TABLE,
-    NF4_TABLE,
     Format,
     as_format,
-    float8_values,
-    normal_float,
     parse,
 )
 from lowbit.reference import e8m0_values
+from lowbit.tables import E2M1_TABLE, IQ4_NL_TABLE, NF4_TABLE, float8_values, normal_float
 from weights import ALL_FORMATS
 
 BYTES = np.arange(256, dtype=np.uint8)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from lowbit.codebooks.distributions import Distribution, StudentT
-from lowbit.formats import NF4_TABLE, normal_float
+from lowbit.tables import NF4_TABLE, normal_float
 
 Table = tuple[float, ...]
 
