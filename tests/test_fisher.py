@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.quantize import allocate, output_gradients, quantize
+from lowbit.quantize import Rule, allocate, output_fisher, quantize, quantize_model
 
 WIDTH, CLASSES = 32, 20
 
@@ -36,38 +36,45 @@ NAMES = ["layers.0", "layers.1", "head"]
 
 
 def test_of_logits_it_is_the_closed_form():
-    """For z itself g = onehot(y) - p, so that g_n^2 is (1 - p_n)^2 where y = n and else p_n^2."""
+    """For the head g = onehot(y) - p, and its input is what its hook sees."""
     model = Classifier().eval()
-    found = output_gradients(model, ["head"], BATCHES, seed=7)["head"]
-    total = torch.zeros(CLASSES, dtype=torch.float64)
-    expected = torch.zeros(CLASSES, dtype=torch.float64)
+    found = output_fisher(model, ["head"], BATCHES, seed=7)["head"]
+    rows: list[torch.Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, args: rows.append(args[0].detach()))
+    inputs = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+    outputs = torch.zeros(CLASSES, dtype=torch.float64)
+    mean = 0.0
     for i, batch in enumerate((BATCHES[0], BATCHES[1][0])):
         p = model(batch).detach().flatten(0, -2).softmax(-1)
         y = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(7 + i))
-        onehot = torch.nn.functional.one_hot(y[:, 0], CLASSES)
-        total += (onehot - p).double().square().sum(0)
-        expected += (p * (1 - p)).double().sum(0)
-    torch.testing.assert_close(found, total / (2 * 90), rtol=1e-5, atol=1e-9)
-    # Over the draws its mean is p (1 - p): 90 of them scatter by about a tenth of the sum.
-    assert math.isclose(float(found.sum()), float(expected.sum()) / 180, rel_tol=0.3)
+        square = (nn.functional.one_hot(y[:, 0], CLASSES) - p).double().square()
+        x = rows[i].flatten(0, -2).double()
+        inputs += x.T @ (square.sum(1, keepdim=True) * x)
+        outputs += square.sum(0)
+        mean += float((p * (1 - p)).sum())
+    torch.testing.assert_close(found.inputs.double(), inputs / 180, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.outputs, outputs / outputs.sum(), rtol=1e-5, atol=1e-9)
+    # Over the draws the mean of g_n^2 is p_n (1 - p_n): 90 of them scatter by about a tenth.
+    assert math.isclose(float(outputs.sum()), mean, rel_tol=0.3)
 
 
 def test_nothing_of_the_model_changes():
     model = Classifier().train()
     model.embed.weight.requires_grad_(False)
     wanting = [p.requires_grad for p in model.parameters()]
-    first = output_gradients(model, NAMES, BATCHES)
+    first = output_fisher(model, NAMES, BATCHES)
     assert all(module.training for module in model.modules())
     assert [p.requires_grad for p in model.parameters()] == wanting
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
-    again = output_gradients(model, NAMES, BATCHES)
-    other = output_gradients(model, NAMES, BATCHES, seed=1)
-    assert all(torch.equal(first[n], again[n]) for n in NAMES)
-    assert not any(torch.equal(first[n], other[n]) for n in NAMES)
-    assert {n: tuple(t.shape) for n, t in first.items()} == {
-        "layers.0": (WIDTH,), "layers.1": (WIDTH,), "head": (CLASSES,),
-    }  # fmt: skip
+    again = output_fisher(model, NAMES, BATCHES)
+    other = output_fisher(model, NAMES, BATCHES, seed=1)
+    for name in NAMES:
+        assert torch.equal(first[name].inputs, again[name].inputs)
+        assert torch.equal(first[name].outputs, again[name].outputs)
+        assert not torch.equal(first[name].inputs, other[name].inputs)
+        assert first[name].inputs.shape == (WIDTH, WIDTH)
+        assert float(first[name].outputs.sum()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,6 +112,34 @@ def test_bits_go_where_the_output_looks():
     assert chosen == {"kl": candidates[::-1], "output": candidates}
 
 
+def test_gptq_candidates_learn_from_the_inputs():
+    """Their Hessian is not that of the errors: candidates are those of `quantize_model`."""
+    model = Classifier().eval()
+    rules = [Rule("int2_g32", "gptq"), Rule("int4_g32", "gptq")]
+    found = allocate(model, rules, 3.5, skip=(), calibration=BATCHES, progress=False)
+    fisher = output_fisher(model, NAMES, BATCHES)
+    dense = {name: model.get_submodule(name).weight.detach().clone() for name in NAMES}
+    quantize_model(model, {"layers|head": rules[0]}, skip=(), calibration=BATCHES, progress=False)
+    for c in found.choices:
+        name = c.names[0]
+        e = model.get_submodule(name).quant_tensor().dequantize().double() - dense[name].double()
+        f = fisher[name]
+        exact = float((((e @ f.inputs.double()) * e).sum(1) * f.outputs).sum())
+        # W - W^ is rounded to fp32 there.
+        assert math.isclose(c.options[0].error, exact, rel_tol=1e-6)
+
+
+def test_a_layer_whose_output_does_not_matter():
+    model = Classifier(gains=(1.0, 0.0)).eval()
+    found = output_fisher(model, NAMES, BATCHES)["layers.1"]
+    assert not found.inputs.any()
+    assert not found.outputs.any()
+    choices = allocate(
+        model, ["int2_g32", "int8_g32"], 8.5, skip=("head",), calibration=BATCHES, progress=False
+    ).choices
+    assert [c.option.rule.format.name for c in choices] == ["int8_g32", "int2_g32"]
+
+
 class Unused(Classifier):
     def __init__(self) -> None:
         super().__init__()
@@ -118,12 +153,20 @@ def test_bad_outputs():
 
     x = torch.randn(4, WIDTH)
     with pytest.raises(TypeError, match="must give logits for objective 'kl', got tuple"):
-        output_gradients(Pair(nn.Linear(WIDTH, 2)), ["0"], [x])
+        output_fisher(Pair(nn.Linear(WIDTH, 2)), ["0"], [x])
     model = nn.Sequential(nn.Linear(WIDTH, 2))
     with pytest.raises(ValueError, match="hold NaN or inf"):
-        output_gradients(model, ["0"], [x * math.inf])
+        output_fisher(model, ["0"], [x * math.inf])
     with pytest.raises(ValueError, match=r"logits of shape \(0, 2\) are empty"):
-        output_gradients(model, ["0"], [x[:0]])
+        output_fisher(model, ["0"], [x[:0]])
     with pytest.raises(ValueError, match="extra: no gradient has reached this layer"):
-        output_gradients(Unused(), ["head", "extra"], BATCHES)
+        output_fisher(Unused(), ["head", "extra"], BATCHES)
+
+    class InPlace(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x + 1
+            return self[0](y) + y.mul_(2)
+
+    with pytest.raises(ValueError, match="0: the model changes the input of this layer in place"):
+        output_fisher(InPlace(nn.Linear(WIDTH, WIDTH)), ["0"], [x])
     assert not any(module._forward_hooks for module in model.modules())

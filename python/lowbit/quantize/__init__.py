@@ -5,7 +5,7 @@ them on a model.
 from lowbit.quantize.allocate import allocate
 from lowbit.quantize.allocation import Allocation
 from lowbit.quantize.calibrate import InputStatistics, attach, collect
-from lowbit.quantize.fisher import output_gradients
+from lowbit.quantize.fisher import Fisher, output_fisher
 from lowbit.quantize.llm_int8 import quantize_llm_int8
 from lowbit.quantize.methods import METHODS, quantize
 from lowbit.quantize.model import quantize_model
@@ -19,6 +19,7 @@ __all__ = [
     "METHODS",
     "OBSERVERS",
     "Allocation",
+    "Fisher",
     "Grid",
     "InputStatistics",
     "LayerReport",
@@ -31,7 +32,7 @@ __all__ = [
     "attach",
     "collect",
     "fisher_diagonal",
-    "output_gradients",
+    "output_fisher",
     "quantize",
     "quantize_llm_int8",
     "quantize_model",

@@ -2,9 +2,8 @@
 
 As in HAWQ-V2 (Dong et al., arXiv 1911.03852) the error of a model is the sum over its layers of a
 sensitivity times the squared error of the weight, and as in HAWQ-V3 (Yao et al., arXiv 2011.10680)
-the choice is the integer program's optimum. Our reading: the sensitivity is the second moment of a
-layer's inputs times the Fisher information of its outputs (`fisher.py`), and the error of every
-candidate is measured, not modelled.
+the choice is the integer program's optimum. Our reading: the sensitivity is the Fisher information
+of the model's outputs (`fisher.py`), and the error of every candidate is measured, not modelled.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ from lowbit.formats import Format
 from lowbit.quantize import knapsack
 from lowbit.quantize.allocation import Allocation, Choice, Option
 from lowbit.quantize.calibrate import as_batches, calibrate
-from lowbit.quantize.fisher import output_gradients
-from lowbit.quantize.model import Method, check_rules, chunks, plan_layers
+from lowbit.quantize.fisher import output_fisher
+from lowbit.quantize.methods import calibrates
+from lowbit.quantize.model import Inputs, Method, check_rules, chunks, plan_layers
 from lowbit.quantize.names import Rule, Selection, as_rule
 from lowbit.quantize.progress import bar
 from lowbit.quantize.report import Report, errors
@@ -52,14 +52,13 @@ def allocate(
 ) -> Allocation:
     """Chooses a format for every weight: the least sum of errors that fits the budget.
 
-    The error of a weight is tr(G (W - W^) H (W - W^)^T). With `calibration` H is the mean x x^T of
-    the layer's inputs in the dense model, and G is the diagonal matrix of `output_gradients`: the
-    error is an estimate of the KL divergence between the outputs of the dense and the quantized
-    model, in nats. With objective "output" G = I: the mean squared error of the layer's outputs,
-    which does not tell layers whose outputs matter from others, and in deep models is worse than
-    one format for all. Without calibration H = G = I: the squared error of the weights. Every
-    candidate is made and measured; with a method that looks at one weight at a time the errors of
-    weights are those that `quantize_model` will make.
+    With `calibration` the error of a weight is the KL divergence, in nats, that its quantization
+    makes between the outputs of the dense and the quantized model, estimated by `output_fisher`.
+    With objective "output" it is the mean squared error of the layer's own outputs, tr((W - W^) H
+    (W - W^)^T) with H the mean x x^T of its inputs: that does not tell layers whose outputs matter
+    from others, and in a deep model can be worse than one format for all weights. Without
+    calibration it is the squared error of the weight, H = 1. Every candidate is made and measured;
+    with a method that looks at one weight at a time it is what `quantize_model` will make.
 
     Args:
         weights: a model, whose `nn.Linear` layers are meant, or names with matrices (N, K). A
@@ -107,7 +106,7 @@ def allocate(
         if not isinstance(weights, nn.Module):
             raise ValueError("calibration needs a model: give sensitivities for a mapping")
         batches = as_batches(calibration)
-        measured = _calibrated(layers, rules, weights, batches, objective == "kl", progress)
+        measured = _calibrated(layers, rules, weights, batches, objective, progress)
     else:
         measured = _given(layers, rules, weights, sensitivities, progress)
     sizes = [[option.nbytes for option in options] for options in measured]
@@ -134,8 +133,8 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Sensitivity:
-    """H and G of one use of a weight; H is a factor, a diagonal, or all of it. What `Method` takes
-    as inputs.
+    """What one use of a weight says of its errors: H as a factor, a diagonal, or all of it, and the
+    diagonal of G. What `Method` takes as inputs, where it was given.
     """
 
     value: float | Tensor
@@ -235,24 +234,32 @@ def _calibrated(
     rules: Sequence[Rule],
     model: nn.Module,
     batches: Sequence[Any],
-    gradients: bool,
+    objective: str,
     progress: bool,
 ) -> list[list[Option]]:
-    """The options of every layer, in order, by the inputs that the dense model gives them."""
-    by_names = {layer.names: layer for layer in layers}
-    every = [name for layer in layers for name in layer.names]
-    parts = list(chunks(model, by_names, {layer.names[0] for layer in layers}))
-    steps = len(layers) * len(rules) + (len(parts) + gradients) * len(batches)
+    """The options of every layer, in order, by what the dense model says."""
+    kl = objective == "kl"
+    # Methods learn from the inputs alone, whatever the objective.
+    learning = not kl or any(calibrates(rule.method) for rule in rules)
+    firsts = {layer.names[0] for layer in layers}
+    parts = list(chunks(model, (layer.names for layer in layers), firsts, copies=kl + learning))
+    steps = len(layers) * len(rules) + len(parts) * (kl + learning) * len(batches)
     measured = []
     with bar(steps, "measuring", progress) as advance:
-        rows = output_gradients(model, every, batches, advance) if gradients else {}
         for part in parts:
-            names = [name for some in part for name in some]
-            found = calibrate(model, names, set(names), batches, advance)
-            for some in part:
-                with _naming(some[0]):
-                    uses = [_Sensitivity(found.pop(n).hessian, rows.get(n)) for n in some]
-                    measured.append(_measure(_weight(model, some[0]), rules, uses, advance))
+            every = [name for names in part for name in names]
+            fisher, inputs = {}, {}
+            if kl:
+                fisher = output_fisher(model, every, batches, advance)
+            if learning:
+                inputs = calibrate(model, every, set(every), batches, advance)
+            for names in part:
+                own = [inputs.pop(name) for name in names if learning]
+                uses = [_Sensitivity(x.hessian) for x in own if not kl]
+                uses += [_Sensitivity(fisher[n].inputs, fisher.pop(n).outputs) for n in names if kl]
+                with _naming(names[0]):
+                    weight = _weight(model, names[0])
+                    measured.append(_measure(weight, rules, own[0] if own else None, uses, advance))
     return measured
 
 
@@ -274,7 +281,9 @@ def _given(
     with bar(len(layers) * len(rules), "measuring", progress) as advance:
         for layer, own in zip(layers, uses, strict=True):
             with _naming(layer.names[0]):
-                measured.append(_measure(_weight(weights, layer.names[0]), rules, own, advance))
+                inputs = own[0] if isinstance(own[0].value, Tensor) else None
+                weight = _weight(weights, layer.names[0])
+                measured.append(_measure(weight, rules, inputs, own, advance))
     return measured
 
 
@@ -297,13 +306,16 @@ def _weight(weights: nn.Module | Mapping[str, Tensor], name: str) -> Tensor:
 def _measure(
     weight: Tensor,
     rules: Sequence[Rule],
+    inputs: Inputs | None,
     uses: Sequence[_Sensitivity],
     advance: Callable[[], object],
 ) -> list[Option]:
-    """Makes every candidate; methods learn from the first use, as in `quantize_model`."""
+    """Makes every candidate; `inputs`, what methods learn from, are those of the first use, as in
+    `quantize_model`.
+    """
     options = []
     for rule in rules:
-        qt = Method(rule, uses[0] if isinstance(uses[0].value, Tensor) else None)(None, weight)
+        qt = Method(rule, inputs)(None, weight)
         options.append(Option(rule, qt.nbytes, sum(use.error(weight, qt) for use in uses)))
         advance()
     return options

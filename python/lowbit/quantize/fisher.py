@@ -1,15 +1,17 @@
-"""How much the output of a model minds an error in the output of each of its linears.
+"""How much the output of a model minds an error in the weight of each of its linears.
 
-With p the distribution that the logits z mean, an error d in what a linear gives changes p by about
-KL = 1/2 E (g . d)^2, g being the gradient of -log p(y) for a y that is drawn from p: the Fisher
-information. Our reading: squares of g are summed per output feature, as if features and inputs were
-independent (the diagonal of K-FAC, Martens and Grosse, arXiv 1503.05671).
+With p the distribution that the logits mean and y drawn from p, an error E of a weight (N, K)
+changes p by about KL = 1/2 mean (sum_n g_n e_n x)^2: x is the layer's input, g the gradient of log
+p(y) at its output, e_n a row of E. Our reading, after K-FAC (Martens and Grosse, arXiv 1503.05671):
+products of two features are dropped, and each feature has the share of |g|^2 that it has on
+average, but |g|^2 and x stay together, token by token.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,39 +20,64 @@ from torch import Tensor, nn
 from lowbit.quantize.calibrate import evaluating, forward
 
 
-def output_gradients(
+@dataclass(frozen=True)
+class Fisher:
+    """Factors of one linear's Fisher information: sum_n outputs_n e_n inputs e_n^T is the KL
+    divergence, in nats per prediction, that an error of its weight with rows e_n makes.
+
+    Attributes:
+        inputs: the sum of |g|^2 x x^T over all rows, halved and per prediction, (K, K) fp32.
+        outputs: the share of the sum of |g|^2 that each feature has, (N,) fp64.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+def output_fisher(
     model: nn.Module,
     names: Sequence[str],
     batches: Iterable[Any],
     advance: Callable[[], object] = lambda: None,
     seed: int = 0,
-) -> dict[str, Tensor]:
-    """Sums of g^2 over all rows of the inputs, per prediction and halved: (N,) fp64 for each name.
+) -> dict[str, Fisher]:
+    """Runs a model forward and backward once for each batch, in evaluation mode.
 
-    Times the mean of the squared error of that feature this is a KL divergence in nats per
-    prediction. The model runs forward and backward once for each batch, in evaluation mode; no
-    parameter gets a gradient.
+    No parameter gets a gradient. Besides what the backward pass needs, memory is 4 K^2 bytes for
+    each linear.
 
     Args:
         model: its output, or the `logits` of its output, are logits (..., classes).
         names: linears that take part in it.
         batches: as in `quantize_model`.
         advance: called after every batch.
-        seed: of the draws.
+        seed: of the draws of y.
 
     Raises:
         TypeError: the output is neither a floating tensor nor something with such `logits`.
-        ValueError: logits hold NaN or inf, there are none, or a linear has no part in them.
+        ValueError: logits hold NaN or inf, there are none, or a linear has no part in them; the
+            model changes the input of a linear in place.
     """
-    sums: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     predictions = 0
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def add(gradient: Tensor) -> None:
-            square = gradient.detach().flatten(0, -2).double().square().sum(0)
-            sums[name] = sums[name] + square if name in sums else square
-
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            x, version = args[0].detach(), args[0]._version
+
+            def add(gradient: Tensor) -> None:
+                if x._version != version:
+                    raise ValueError(f"{name}: the model changes the input of this layer in place")
+                square = gradient.detach().flatten(0, -2).double().square()
+                rows = x.flatten(0, -2).float()
+                if name not in inputs:
+                    inputs[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+                    outputs[name] = square.new_zeros(square.shape[1])
+                weighted = rows * square.sum(1, keepdim=True).float()
+                inputs[name].addmm_(weighted.T, rows)
+                outputs[name] += square.sum(0)
+
             # The first ones have no parameter before them that wants a gradient. A clone, unlike a
             # view, keeps its hook when the model changes it in place.
             output = (output if output.requires_grad else output.detach().requires_grad_()).clone()
@@ -70,10 +97,14 @@ def output_gradients(
             z.log_softmax(-1).gather(1, y).sum().backward()
             predictions += len(z)
             advance()
+    found = {}
     for name in names:
-        if name not in sums:
+        if name not in inputs:
             raise ValueError(f"{name}: no gradient has reached this layer: use objective 'output'")
-    return {name: sums[name] / (2 * predictions) for name in names}
+        # Without any gradient there are no shares, and nothing to share.
+        total = float(outputs[name].sum()) or 1.0
+        found[name] = Fisher(inputs.pop(name) / (2 * predictions), outputs[name] / total)
+    return found
 
 
 def _logits(output: Any) -> Tensor:  # (predictions, classes) fp32

@@ -261,14 +261,16 @@ def check_rules(rules: Iterable[Rule], calibrated: bool) -> None:
 
 
 def chunks(
-    model: nn.Module, plan: Iterable[Names], hessians: Collection[str]
+    model: nn.Module, plan: Iterable[Names], hessians: Collection[str], copies: int = 1
 ) -> Iterator[list[Names]]:
-    """Runs of layers whose Hessians, if they are among `hessians`, fit in memory together."""
+    """Runs of layers whose Hessians fit in memory together: so many copies for each layer of which
+    the first name is among `hessians`.
+    """
     chunk: list[Names] = []
     used = 0
     for names in plan:
         features: Any = getattr(model.get_submodule(names[0]), "in_features", 0)
-        size = 4 * features**2 if names[0] in hessians else 0
+        size = 4 * copies * features**2 if names[0] in hessians else 0
         if chunk and used + size > _HESSIAN_BYTES:
             yield chunk
             chunk, used = [], 0
