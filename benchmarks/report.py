@@ -164,8 +164,8 @@ def quantizers_table(data: dict[str, Any]) -> str:
     rows = data["rows"]
     beside = [
         f"k-means of a row of {rows['weights']}, {rows['levels']} entries: {1e3 * rows['seconds']:.2f} ms, "
-        f"{rows['scikit_learn_seconds'] / rows['seconds']:.0f} times faster than scikit-learn's best of ten starts, and "
-        "never worse (target 20)."
+        f"{rows['scikit_learn_seconds'] / rows['seconds']:.0f} times faster than scikit-learn's best of ten starts, "
+        "and never worse (target 20)."
     ]
     for d in data["densities"]:
         worst = max(max(found) for found in d["error_ratios"].values())
