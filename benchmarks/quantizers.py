@@ -26,8 +26,8 @@ ROWS, COLUMNS = 1024, 1024
 ROW = 4096  # weights of a row beside scikit-learn
 LEVELS = 16
 SEEDS = 4
-# What published comparisons of density-based fits take for k-means: scikit-learn on all points.
-KMEANS_TARGET, KDE_TARGET, KDE_ERROR = 20, 20, 1.05
+# The most of the error of k-means that a density of a sample may have.
+KDE_ERROR = 1.05
 # Where a table of 16 entries per weight, row or group of 64 ends, and 16 levels of N(0, 1) at best.
 LLOYD_MAX = 0.009501
 
