@@ -377,6 +377,9 @@ def test_bad_input_of_the_ops() -> None:
         torch.ops.lowbit.linear(x, *whole)
     with pytest.raises(ValueError, match="has outliers"):
         int8.linear(*int8.quantize(x), qt)
+    layer = QuantLinear.from_linear(nn.Linear(96, 64), "int8_a8_o2")
+    with pytest.raises(ValueError, match="outliers, which multiply activations as they are"):
+        layer.set_input_scale(0.1)
     rest = (*whole[:5], w.spec_without_outliers, *whole[6:])
 
     def call(columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

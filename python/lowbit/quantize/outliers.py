@@ -49,7 +49,8 @@ def fill(
 ) -> Tensor:  # (N, K) fp32
     """The weight with the mean of the others of its group in the place of each outlier, 0 if there are no others.
 
-    No scale, zero or range of a group depends on its outliers then.
+    No scale, zero or range of a group depends on its outliers then. What GPTQ makes up for in later columns includes
+    the error of that mean, which S takes away.
     """
     filled = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for rows, w in rtn.slices(weight):
