@@ -37,8 +37,8 @@ class Made:
     scales: Tensor | None = None
 
 
-Layers = dict[str, Layer]
-Make = Callable[[Layers, int], dict[str, Made]]
+Make = Callable[[Subject, int], dict[str, Made]]
+Given = Callable[[Layer], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def each(
     format: str | Callable[[int], Format],
     method: str | None = None,
     *,
-    given: Callable[[Layer], dict[str, Tensor]] = lambda layer: {},
+    given: Given = lambda layer: {},
     **options: Any,
 ) -> Make:
     """Every layer by itself: `lowbit.quantize` with what `given` takes from the layer.
@@ -62,11 +62,11 @@ def each(
     `format` may be a name with {} in place of the bits.
     """
 
-    def make(layers: Layers, bits: int) -> dict[str, Made]:
+    def make(subject: Subject, bits: int) -> dict[str, Made]:
         chosen = format.format(bits) if isinstance(format, str) else format(bits)
         return {
             name: Made(quantize(layer.weight, chosen, method, **given(layer), **options))
-            for name, layer in layers.items()
+            for name, layer in subject.layers.items()
         }
 
     return make
@@ -75,8 +75,8 @@ def each(
 def awq(format: str) -> Make:
     """Round to nearest behind the scales of AWQ, which linears that read the same input share."""
 
-    def make(layers: Layers, bits: int) -> dict[str, Made]:
-        chosen, made = format.format(bits), {}
+    def make(subject: Subject, bits: int) -> dict[str, Made]:
+        layers, chosen, made = subject.layers, format.format(bits), {}
         for names in readers(layers):
             inputs = layers[names[0]].inputs
             weights = [layers[name].weight for name in names]
@@ -88,7 +88,23 @@ def awq(format: str) -> Make:
     return make
 
 
-def readers(layers: Layers) -> list[list[str]]:
+def allocated(method: str, given: Given = lambda layer: {}) -> Make:
+    """The formats that `allocate` chooses within the size of INT."""
+
+    def make(subject: Subject, bits: int) -> dict[str, Made]:
+        size, _ = subject.allocation.uniform[INT.format(bits)]
+        best = subject.allocation.at(size)
+        return {
+            name: Made(quantize(layer.weight, c.option.rule.format, method, **given(layer)))
+            for c in best.choices
+            for name, layer in subject.layers.items()
+            if name in c.names
+        }
+
+    return make
+
+
+def readers(layers: dict[str, Layer]) -> list[list[str]]:
     """The layers that read the same input, by the sums of what they were given."""
     found: dict[bytes, list[str]] = {}
     for name, layer in layers.items():
@@ -104,6 +120,11 @@ def hessian(layer: Layer) -> dict[str, Tensor]:
 def diagonal(layer: Layer) -> dict[str, Tensor]:
     """Importance: the mean square of a column's input."""
     return {"weights": layer.inputs.diagonal}
+
+
+def fisher(layer: Layer) -> dict[str, Tensor]:
+    """Importance: the mean square of a weight's gradient."""
+    return {"weights": layer.fisher}
 
 
 @cache
@@ -129,6 +150,7 @@ def sf(bits: int) -> Format:
 
 
 INT, UINT, KMEANS, KMEANS_ROW = "int{}_g64", "uint{}_g64", "kmeans{}", "kmeans{}_pr"
+OUTLIERS = "_o4"
 METHODS = [
     Method("int", each(INT)),
     Method("int with zero", each(UINT)),
@@ -140,10 +162,22 @@ METHODS = [
     Method("k-means, weighted", each(KMEANS, "kmeans", given=diagonal)),
     Method("k-means per row", each(KMEANS_ROW)),
     Method("k-means per row, weighted", each(KMEANS_ROW, "kmeans", given=diagonal)),
+    Method("k-means per row, Fisher", each(KMEANS_ROW, "kmeans", given=fisher)),
+    Method("k-means per row, Fisher, outliers", each(KMEANS_ROW + OUTLIERS, "kmeans", given=fisher)),
+    Method("int, outliers", each(INT + OUTLIERS)),
+    Method("int, allocated", allocated("rtn"), (4, 3)),
+    Method("KDE", each(KMEANS_ROW, "kde", sample=0.1)),
+    Method("Lloyd", each(KMEANS_ROW, "lloyd")),
+    Method("DistQ, Student's t", each(KMEANS_ROW, "distq", distribution="student_t", tail="absmax")),
+    Method("NUUQ", each(KMEANS, "nuuq")),
+    Method("multi-bit binary", each(KMEANS_ROW, "multibit")),
+    Method("TWN", each("ternary_g64", "twn"), (2,)),
+    Method("BitNet b1.58", each("ternary_g64", "bitnet"), (2,)),
     Method("HQQ", each("uint{}_zfloat", "hqq")),
     Method("AWQ, int", awq(INT)),
     Method("AWQ, int with zero", awq(UINT)),
     Method("GPTQ, int", each(INT, "gptq", given=hessian)),
+    Method("GPTQ, int, allocated", allocated("gptq", hessian), (4, 3)),
     Method("GPTQ, int, act_order", each(INT, "gptq", given=hessian, act_order=True)),
     Method("GPTQ, int with zero", each(UINT, "gptq", given=hessian)),
     Method("GPTQ, NF", each(nf, "gptq", given=hessian)),
@@ -171,7 +205,7 @@ def measure(subject: Subject, method: Method, bits: int) -> dict[str, Any]:
     time that quantization took.
     """
     start = time.process_time()
-    made = method.make(subject.layers, bits)
+    made = method.make(subject, bits)
     seconds = time.process_time() - start
     weights, weight_error, outputs_error, size, count = {}, 0.0, 0.0, 0, 0
     for name, layer in subject.layers.items():

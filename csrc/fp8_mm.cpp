@@ -16,6 +16,7 @@ namespace {
 // Below this many products, and this many elements of a to convert, a second thread costs more than it saves.
 constexpr double kLeastProducts = 256 * 1024;
 constexpr int64_t kLeastElements = 64 * 1024;
+constexpr int kLeastGroup = 4;  // logarithm of it
 
 }  // namespace
 
@@ -36,13 +37,14 @@ void fp8_matmul(const Fp8MatmulKernel& kernel, Fp8Matmul request, int threads) {
   const int64_t m = request.out.m, n = request.out.n, k = request.out.k;
   if (m == 0 || n == 0) return;
   const int k_shift = request.a.scales.k_shift;
-  const bool few = m <= kFp8FewRows, by_group = !few && k_shift != kWholeRow;
+  const bool few = m <= kFp8FewRows;
   const int64_t codes_bytes = m * ceil_div(k, kFp8PadK) * kFp8PadK * kernel.element_bytes;
-  const int64_t groups = by_group ? ((k - 1) >> k_shift) + 1 : 0;
+  // Of few rows, a zero ends them.
+  const int64_t groups = few ? ((k - 1) >> kLeastGroup) + 2 : k_shift != kWholeRow ? ((k - 1) >> k_shift) + 1 : 0;
   thread_local Scratch scratch;
   char* memory = static_cast<char*>(scratch.get(static_cast<size_t>(codes_bytes + groups * m * 4)));
   request.prepared = memory;
-  request.a_scales = by_group ? reinterpret_cast<float*>(memory + codes_bytes) : nullptr;
+  request.a_scales = groups ? reinterpret_cast<float*>(memory + codes_bytes) : nullptr;
 
   parallel(m, m * k < kLeastElements ? 1 : threads, [&](int64_t b, int64_t e) { kernel.prepare(request, b, e); });
   const int64_t tasks =

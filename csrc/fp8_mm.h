@@ -31,7 +31,7 @@ struct Fp8Matmul {
   Launch out;       // m, n, k, bias and out; no epilogue, not int8
   Fp8Operand a, b;  // (m, k), (n, k)
   void* prepared;   // rows of a as `run` reads them
-  float* a_scales;  // by group: [k >> k_shift][m]; only with many rows
+  float* a_scales;  // as `run` reads them
 };
 
 // What an instruction set gives. A task of `run` is a block of columns times a block of rows.

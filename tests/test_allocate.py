@@ -156,6 +156,8 @@ def test_budgets():
     assert in_bytes == again
     everything = allocate(model, CANDIDATES, 100, progress=False)
     assert {c.chosen for c in everything.choices} == {2}
+    assert everything.at(uniform.bits_per_weight) == again
+    assert again.at(budget_bytes=everything.nbytes) == everything.at(100)
     least = 4 * 64 * 64 * 2.5 / 8
     assert allocate(model, CANDIDATES, 2.5, progress=False).nbytes == least
     message = (
@@ -164,6 +166,10 @@ def test_budgets():
     )
     with pytest.raises(ValueError, match=message):
         allocate(model, CANDIDATES, 2.4, progress=False)
+    with pytest.raises(ValueError, match=message):
+        again.at(2.4)
+    with pytest.raises(ValueError, match="give budget or budget_bytes, one of the two, got None"):
+        again.at()
     errors = [
         allocate(model, CANDIDATES, b, progress=False).error for b in (2.5, 2.75, 3, 3.5, 4, 4.5)
     ]

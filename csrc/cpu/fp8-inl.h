@@ -114,15 +114,19 @@ inline void store_scales(void* scales, ScaleType type, int64_t at, F values, int
   if (count < kVecLanes) __builtin_memcpy(out, bytes, count * size);
 }
 
-inline float load_scale(const void* scales, ScaleType type, int64_t i) {
-  uint32_t bits;
-  if (type == ScaleType::kF32) return static_cast<const float*>(scales)[i];
-  if (type == ScaleType::kBf16) {
-    bits = uint32_t{static_cast<const uint16_t*>(scales)[i]} << 16;
-  } else {
-    const uint32_t code = static_cast<const uint8_t*>(scales)[i];
-    bits = code == 255 ? kNanBits : code ? code << 23 : 1u << 22;
+// Bits in fp32 of the powers of two of E8M0; 0 is 2^-127, a subnormal, and 255 is NaN.
+struct E8m0Bits {
+  uint32_t of[256] = {};
+  constexpr E8m0Bits() {
+    for (uint32_t code = 0; code < 256; ++code) of[code] = code == 255 ? kNanBits : code ? code << 23 : 1u << 22;
   }
+};
+constexpr E8m0Bits kE8m0Bits;
+
+inline float load_scale(const void* scales, ScaleType type, int64_t i) {
+  if (type == ScaleType::kF32) return static_cast<const float*>(scales)[i];
+  const uint32_t bits = type == ScaleType::kBf16 ? uint32_t{static_cast<const uint16_t*>(scales)[i]} << 16
+                                                 : kE8m0Bits.of[static_cast<const uint8_t*>(scales)[i]];
   float value;
   __builtin_memcpy(&value, &bits, 4);
   return value;

@@ -5,8 +5,9 @@
 // read in order; lanes are added at the end. Many rows (fp8_many_run): 128 x kColumns values of b are decoded into a
 // panel in L1, columns in the lanes, and meet every row of a task.
 //
-// P has Element and decode / dot for K in the lanes (kStep values at a time), decode_panel / broadcast / dot_columns
-// for columns in the lanes (kPair values of a column in a lane), and `scales`, those of kStep values in the lanes.
+// P has Element and prepare_lanes / decode / dot for K in the lanes (kStep values at a time, and kChains sums that a
+// tile shares out), decode_panel / broadcast / dot_columns for columns in the lanes (kPair values of a column in a
+// lane), and `scales`, those of kStep values in the lanes.
 #pragma once
 
 #include "cpu/fp8-inl.h"
@@ -43,25 +44,39 @@ inline void store_scaled(const Fp8Matmul& q, int64_t row, int64_t n0, int64_t co
   store_columns(q.out, row, n0, count, y);
 }
 
-// y[row][column] of kRows rows from `row0` and kCols columns from n0; indices beyond the last repeat it.
+// Where the operands of the first kRows rows and kCols columns from n0 lie; indices beyond the last repeat it.
 template <class P, int kRows, int kCols>
-inline void few_tile(const Fp8Matmul& q, const P& p, int64_t row0, int64_t n0, float (*y)[kFp8FewRowsColumns]) {
-  using Element = typename P::Element;
-  constexpr int kStep = P::kStep;
-  const int64_t k_size = q.out.k, stride = ceil_div(k_size, kFp8PadK) * kFp8PadK;
+struct FewTile {
+  int64_t rows[kRows], columns[kCols];
+  const typename P::Element* a[kRows];
+  const uint8_t* b[kCols];
+  FewTile(const Fp8Matmul& q, int64_t n0) {
+    const int64_t stride = ceil_div(q.out.k, kFp8PadK) * kFp8PadK;
+    for (int r = 0; r < kRows; ++r) {
+      rows[r] = r < q.out.m ? r : q.out.m - 1;
+      a[r] = static_cast<const typename P::Element*>(q.prepared) + rows[r] * stride;
+    }
+    for (int c = 0; c < kCols; ++c) {
+      columns[c] = n0 + c < q.out.n ? n0 + c : q.out.n - 1;
+      b[c] = q.b.codes + columns[c] * q.b.stride;
+    }
+  }
+};
+template <int kRows, int kCols>
+LOWBIT_INLINE inline void store_sums(const F (*total)[kCols], int64_t n0, float (*y)[kFp8FewRowsColumns]) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCols; ++c) y[r][n0 % kFp8FewRowsColumns + c] = sum(total[r][c]);
+  }
+}
+
+// y[row][column] of a tile.
+template <class P, int kRows, int kCols>
+inline void few_tile(const Fp8Matmul& q, const P& p, int64_t n0, float (*y)[kFp8FewRowsColumns]) {
+  constexpr int kStep = P::kStep, kChains = P::kChains > kRows * kCols ? P::kChains / (kRows * kCols) : 1;
+  const FewTile<P, kRows, kCols> at(q, n0);
+  const int64_t k_size = q.out.k;
   const bool scaled = by_group(q.a.scales) || by_group(q.b.scales);
   const int64_t group = int64_t{1} << shift_of(q), span = !scaled ? kFp8Piece : group < kStep ? kStep : group;
-  int64_t rows[kRows], columns[kCols];
-  const Element* a[kRows];
-  const uint8_t* b[kCols];
-  for (int r = 0; r < kRows; ++r) {
-    rows[r] = row0 + r < q.out.m ? row0 + r : q.out.m - 1;
-    a[r] = static_cast<const Element*>(q.prepared) + rows[r] * stride;
-  }
-  for (int c = 0; c < kCols; ++c) {
-    columns[c] = n0 + c < q.out.n ? n0 + c : q.out.n - 1;
-    b[c] = q.b.codes + columns[c] * q.b.stride;
-  }
   F total[kRows][kCols];
   const auto each = [&](const auto& fn) LOWBIT_INLINE {
     unroll<kRows>([&](auto r) LOWBIT_INLINE { unroll<kCols>([&](auto c) LOWBIT_INLINE { fn(r, c); }); });
@@ -69,38 +84,47 @@ inline void few_tile(const Fp8Matmul& q, const P& p, int64_t row0, int64_t n0, f
   each([&](auto r, auto c) LOWBIT_INLINE { total[r][c] = zero(); });
   for (int64_t k = 0; k < k_size;) {
     const int64_t first = k, end = k + span < k_size ? k + span : k_size;
-    F acc[kRows][kCols];
-    each([&](auto r, auto c) LOWBIT_INLINE { acc[r][c] = zero(); });
+    F acc[kRows][kCols][kChains];
+    each([&](auto r, auto c) LOWBIT_INLINE { unroll<kChains>([&](auto i) LOWBIT_INLINE { acc[r][c][i] = zero(); }); });
+    const auto multiply = [&](const uint8_t* codes, auto c) LOWBIT_INLINE {
+      const auto w = p.decode(codes);
+      unroll<kRows>([&](auto r) LOWBIT_INLINE { P::template dot<kChains>(acc[r][c], at.a[r] + k, w); });
+    };
     for (; k + kStep <= end; k += kStep) {
       unroll<kCols>([&](auto c) LOWBIT_INLINE {
-        const auto w = p.decode(b[c] + k);
-        unroll<kRows>([&](auto r) LOWBIT_INLINE { acc[r][c] = P::dot(acc[r][c], a[r] + k, w); });
+        P::fetch(at.b[c] + k);
+        multiply(at.b[c] + k, c);
       });
     }
     if (k < end) {
       unroll<kCols>([&](auto c) LOWBIT_INLINE {
         alignas(64) uint8_t last[kStep] = {};
-        __builtin_memcpy(last, b[c] + k, end - k);
-        const auto w = p.decode(last);
-        unroll<kRows>([&](auto r) LOWBIT_INLINE { acc[r][c] = P::dot(acc[r][c], a[r] + k, w); });
+        __builtin_memcpy(last, at.b[c] + k, end - k);
+        multiply(last, c);
       });
       k = end;
     }
+    each([&](auto r, auto c) LOWBIT_INLINE {
+      unroll<kChains - 1>([&](auto i) LOWBIT_INLINE { acc[r][c][0] = add(acc[r][c][0], acc[r][c][i + 1]); });
+    });
     if (!scaled) {
-      each([&](auto r, auto c) LOWBIT_INLINE { total[r][c] = add(total[r][c], acc[r][c]); });
+      each([&](auto r, auto c) LOWBIT_INLINE { total[r][c] = add(total[r][c], acc[r][c][0]); });
       continue;
     }
     F sb[kCols];
-    unroll<kCols>([&](auto c) LOWBIT_INLINE { sb[c] = p.scales(q.b.scales, columns[c], first, k_size); });
+    unroll<kCols>([&](auto c) LOWBIT_INLINE { sb[c] = p.scales(q.b.scales, at.columns[c], first, k_size); });
     unroll<kRows>([&](auto r) LOWBIT_INLINE {
-      const F sa = p.scales(q.a.scales, rows[r], first, k_size);
-      unroll<kCols>([&](auto c) LOWBIT_INLINE { total[r][c] = fma(mul(acc[r][c], sa), sb[c], total[r][c]); });
+      const F sa = p.scales(q.a.scales, at.rows[r], first, k_size);
+      unroll<kCols>([&](auto c) LOWBIT_INLINE { total[r][c] = fma(mul(acc[r][c][0], sa), sb[c], total[r][c]); });
     });
   }
-  const int64_t at = n0 % kFp8FewRowsColumns;
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kCols; ++c) y[r][at + c] = sum(total[r][c]);
-  }
+  store_sums<kRows, kCols>(total, n0, y);
+}
+
+// Groups so short that their scales take longer to find than to multiply by.
+template <class P>
+inline bool short_groups(const Fp8Matmul& q) {
+  return P::kShortTiles && shift_of(q) <= 5;
 }
 
 // Tasks are blocks of kFp8FewRowsColumns columns.
@@ -112,12 +136,23 @@ void fp8_few_run(const Fp8Matmul& q, const P& p, int64_t begin, int64_t end) {
     const int64_t n0 = task * kFp8FewRowsColumns, left = q.out.n - n0;
     const int64_t n_end = n0 + (left < kFp8FewRowsColumns ? left : kFp8FewRowsColumns);
     __builtin_memset(y, 0, sizeof y);
+    const auto tiles = [&](auto rows, auto columns) LOWBIT_INLINE {
+      for (int64_t n = n0; n < n_end; n += columns) {
+        if constexpr (P::kShortTiles) {
+          if (short_groups<P>(q)) {
+            P::template short_tile<rows, columns>(q, n, y);
+            continue;
+          }
+        }
+        few_tile<P, rows, columns>(q, p, n, y);
+      }
+    };
     if (q.out.m == 1) {
-      for (int64_t n = n0; n < n_end; ++n) few_tile<P, 1, 1>(q, p, 0, n, y);
+      tiles(std::integral_constant<int, 1>(), std::integral_constant<int, 1>());
     } else if (q.out.m == 2) {
-      for (int64_t n = n0; n < n_end; n += 2) few_tile<P, 2, 2>(q, p, 0, n, y);
+      tiles(std::integral_constant<int, 2>(), std::integral_constant<int, 2>());
     } else {
-      for (int64_t n = n0; n < n_end; n += 2) few_tile<P, 4, 2>(q, p, 0, n, y);
+      tiles(std::integral_constant<int, 4>(), std::integral_constant<int, 2>());
     }
     column_scales(q, n0, kFp8FewRowsColumns, !scaled, b_scales);
     for (int64_t r = 0; r < q.out.m; ++r) {
@@ -286,7 +321,15 @@ void fp8_run(const Fp8Matmul& q, int64_t begin, int64_t end) {
   });
 }
 
-// Row of a: with few rows [row][k], padded to kFp8PadK, else [k / 32][row][32]; and its scales of groups.
+// Of few rows: [row][group] in the groups of short_tile, and a zero, as its last step may have one group of 16.
+inline void row_scales(const Fp8Matmul& q, int64_t row) {
+  const int shift = shift_of(q);
+  float* out = q.a_scales + row * (((q.out.k - 1) >> shift) + 2);
+  for (int64_t k = 0; k < q.out.k; k += int64_t{1} << shift) *out++ = scale_of(q.a.scales, row, k);
+  *out = 0;
+}
+
+// Row of a: with few rows [row][k], padded to kFp8PadK, else [k / 32][row][32]; and its scales of groups, [group][row].
 template <class P>
 inline void prepare_row(const Fp8Matmul& q, const P& p, int64_t row) {
   using Element = typename P::Element;
@@ -297,11 +340,16 @@ inline void prepare_row(const Fp8Matmul& q, const P& p, int64_t row) {
     if (!whole) __builtin_memcpy(last, in + k, q.out.k - k);
     const uint8_t* codes = whole ? in + k : last;
     if (q.out.m <= kFp8FewRows) {
-      p.prepare_lanes(codes, static_cast<Element*>(q.prepared) + row * ceil_div(q.out.k, kFp8PadK) * kFp8PadK + k);
+      Element* out = static_cast<Element*>(q.prepared) + row * ceil_div(q.out.k, kFp8PadK) * kFp8PadK + k;
+      p.prepare_lanes(q, codes, out);
     } else {
       Element* out = static_cast<Element*>(q.prepared) + (k / kChunkK * q.out.m + row) * kChunkK;
       p.prepare_chunks(codes, out, out + q.out.m * kChunkK);
     }
+  }
+  if (q.out.m <= kFp8FewRows) {
+    if (short_groups<P>(q)) row_scales(q, row);
+    return;
   }
   if (!q.a_scales) return;
   for (int64_t k = 0; k < q.out.k; k += int64_t{1} << q.a.scales.k_shift) {

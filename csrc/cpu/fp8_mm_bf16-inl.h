@@ -29,6 +29,9 @@ struct Fp8Bf16 {
   using Element = uint16_t;
   using Pairs = __m512i;
   static constexpr int kStep = 64;
+  static constexpr int kChains = 1;
+  static constexpr bool kShortTiles = false;
+  LOWBIT_INLINE static void fetch(const uint8_t*) {}
   static constexpr int kPair = 2;
   static constexpr int kVecs = 4;
   static constexpr int kRows = 6;
@@ -62,9 +65,10 @@ struct Fp8Bf16 {
   LOWBIT_INLINE static F dot_columns(F acc, __m512i x, __m512i w) {
     return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)w);
   }
-  LOWBIT_INLINE static F dot(F acc, const uint16_t* x, Words w) {
-    acc = dot_columns(acc, load_i(x), w.low);
-    return dot_columns(acc, load_i(x + 32), w.high);
+  template <int>
+  LOWBIT_INLINE static void dot(F* acc, const uint16_t* x, Words w) {
+    *acc = dot_columns(*acc, load_i(x), w.low);
+    *acc = dot_columns(*acc, load_i(x + 32), w.high);
   }
   // Lanes 4 i .. 4 i + 3 of a sum hold products of values 16 i .. 16 i + 15.
   LOWBIT_INLINE F scales(const Fp8Scales& s, int64_t row, int64_t k, int64_t k_size) const {
@@ -154,7 +158,7 @@ struct Fp8Bf16 {
     });
   }
 
-  void prepare_lanes(const uint8_t* codes, uint16_t* out) const {
+  void prepare_lanes(const Fp8Matmul&, const uint8_t* codes, uint16_t* out) const {
     const Words w = decode(codes);
     _mm512_storeu_si512(out, w.low);
     _mm512_storeu_si512(out + 32, w.high);

@@ -12,13 +12,19 @@ struct Fp8F32 {
   using Element = float;
   using Pairs = F;
   static constexpr int kStep = kVecLanes;
+  static constexpr int kChains = 1;
+  static constexpr bool kShortTiles = false;
+  LOWBIT_INLINE static void fetch(const uint8_t*) {}
   static constexpr int kPair = 1;
   static constexpr int kVecs = kPanelVecs;
   static constexpr int kRows = kPanelRows;
   static constexpr int kColumns = kVecs * kVecLanes;
 
   LOWBIT_INLINE static F decode(const uint8_t* codes) { return LOWBIT_ISA::decode<T>(load_u8(codes)); }
-  LOWBIT_INLINE static F dot(F acc, const float* x, F w) { return fma(load(x), w, acc); }
+  template <int>
+  LOWBIT_INLINE static void dot(F* acc, const float* x, F w) {
+    *acc = fma(load(x), w, *acc);
+  }
   LOWBIT_INLINE static F scales(const Fp8Scales& s, int64_t row, int64_t k, int64_t) {
     return set1(scale_of(s, row, k));
   }
@@ -41,7 +47,7 @@ struct Fp8F32 {
     }
   }
 
-  static void prepare_lanes(const uint8_t* codes, float* out) {
+  static void prepare_lanes(const Fp8Matmul&, const uint8_t* codes, float* out) {
     for (int64_t k = 0; k < kFp8PadK; k += kVecLanes) store(out + k, decode(codes + k));
   }
   static void prepare_chunks(const uint8_t* codes, float* first, float* second) {

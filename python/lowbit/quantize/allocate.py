@@ -20,8 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.formats import Format
-from lowbit.quantize import knapsack
-from lowbit.quantize.allocation import Allocation, Choice, Option
+from lowbit.quantize.allocation import (
+    Allocation,
+    Choice,
+    Option,
+    as_bytes,
+    check_capacity,
+    choose,
+)
 from lowbit.quantize.calibrate import as_batches, calibrate
 from lowbit.quantize.fisher import output_fisher
 from lowbit.quantize.methods import calibrates
@@ -32,8 +38,6 @@ from lowbit.quantize.report import Report, errors
 from lowbit.tensor import QuantTensor, stored_bytes
 
 OBJECTIVES = ("kl", "output")
-# The budget of a size that was computed in floating point still admits that size.
-_SLACK = 1 + 2.0**-50
 
 
 def allocate(
@@ -96,10 +100,10 @@ def allocate(
     if not layers:
         raise ValueError("weights must hold at least one linear that is not skipped")
     numel = sum(math.prod(layer.shape) for layer in layers)
-    capacity = _capacity(budget, budget_bytes, numel)
+    capacity = as_bytes(budget, budget_bytes, numel)
     formats = [rule.format for rule in rules if rule.format is not None]
     # Before hours of measuring.
-    _check_capacity(
+    check_capacity(
         [[stored_bytes(f, *la.shape) for f in formats] for la in layers], capacity, numel
     )
     if calibration is not None:
@@ -109,18 +113,11 @@ def allocate(
         measured = _calibrated(layers, rules, weights, batches, objective, progress)
     else:
         measured = _given(layers, rules, weights, sensitivities, progress)
-    sizes = [[option.nbytes for option in options] for options in measured]
-    _check_capacity(sizes, capacity, numel)
-    found = knapsack.solve(sizes, [[o.error for o in options] for options in measured], capacity)
-    return Allocation(
-        tuple(
-            Choice(layer.names, layer.shape, tuple(options), chosen)
-            for layer, options, chosen in zip(layers, measured, found.choices, strict=True)
-        ),
-        left,
-        found.resolution,
-        tuple((8 * size / numel, error) for size, error in found.frontier),
-    )
+    found = [
+        Choice(layer.names, layer.shape, tuple(options), 0)
+        for layer, options in zip(layers, measured, strict=True)
+    ]
+    return choose(found, left, capacity)
 
 
 @dataclass(frozen=True)
@@ -204,29 +201,6 @@ def _layers(
             layers.append((names, (weight.shape[0], weight.shape[1])))
         names.append(name)
     return [_Layer(tuple(names), shape) for names, shape in layers], report.left
-
-
-def _capacity(budget: float | None, budget_bytes: int | None, numel: int) -> int:
-    """The budget in bytes."""
-    if (budget is None) == (budget_bytes is None):
-        raise ValueError(
-            f"give budget or budget_bytes, one of the two, got {budget} and {budget_bytes}"
-        )
-    value = budget if budget_bytes is None else budget_bytes
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"a budget must be a number, got {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"a budget must be positive and finite, got {value}")
-    return int(value) if budget is None else math.floor(budget * numel / 8 * _SLACK)
-
-
-def _check_capacity(sizes: Sequence[Sequence[int]], capacity: int, numel: int) -> None:
-    least = knapsack.smallest(sizes)
-    if capacity < least:
-        raise ValueError(
-            f"budget of {8 * capacity / numel:.4g} bits per weight ({capacity} bytes) cannot be met: "
-            f"the smallest possible is {8 * least / numel:.4f} bits per weight ({least} bytes)"
-        )
 
 
 def _calibrated(

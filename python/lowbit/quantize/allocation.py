@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lowbit.quantize import knapsack
 from lowbit.quantize.names import Rule
 from lowbit.quantize.recipe import Recipe
 from lowbit.quantize.report import text_table
+
+# The budget of a size that was computed in floating point still admits that size.
+_SLACK = 1 + 2.0**-50
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,14 @@ class Allocation:
             for j, first in enumerate(self.choices[0].options)
         }
 
+    def at(self, budget: float | None = None, *, budget_bytes: int | None = None) -> Allocation:
+        """The best choices at another budget, given as for `allocate`, from the same measurements.
+
+        Raises:
+            TypeError, ValueError: a budget is wrong, or below what the smallest candidates need.
+        """
+        return choose(self.choices, self.left, as_bytes(budget, budget_bytes, self.weights))
+
     def to_dict(self) -> dict[str, object]:
         """Everything as plain data for JSON."""
         return {
@@ -137,6 +151,51 @@ class Allocation:
         for name, (bits, error) in self.uniform.items():
             rows.append((f"all {name}", "", "", f"{bits:.3f}", f"{error:.4g}", ""))
         return text_table(rows, left=3)
+
+
+def choose(choices: Sequence[Choice], left: Mapping[str, str], capacity: int) -> Allocation:
+    """The options of least error that fit `capacity` bytes, whatever was chosen before.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    sizes = [[option.nbytes for option in c.options] for c in choices]
+    numel = sum(math.prod(c.shape) for c in choices)
+    check_capacity(sizes, capacity, numel)
+    found = knapsack.solve(sizes, [[o.error for o in c.options] for c in choices], capacity)
+    return Allocation(
+        tuple(
+            dataclasses.replace(c, chosen=chosen)
+            for c, chosen in zip(choices, found.choices, strict=True)
+        ),
+        left,
+        found.resolution,
+        tuple((8 * size / numel, error) for size, error in found.frontier),
+    )
+
+
+def as_bytes(budget: float | None, budget_bytes: int | None, numel: int) -> int:
+    """A budget of `numel` weights, in stored bits of a weight or in bytes, as bytes."""
+    if (budget is None) == (budget_bytes is None):
+        raise ValueError(
+            f"give budget or budget_bytes, one of the two, got {budget} and {budget_bytes}"
+        )
+    value = budget if budget_bytes is None else budget_bytes
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"a budget must be a number, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"a budget must be positive and finite, got {value}")
+    return int(value) if budget is None else math.floor(budget * numel / 8 * _SLACK)
+
+
+def check_capacity(sizes: Sequence[Sequence[int]], capacity: int, numel: int) -> None:
+    """Raises a ValueError where the smallest options of `numel` weights take more bytes."""
+    least = knapsack.smallest(sizes)
+    if capacity < least:
+        raise ValueError(
+            f"budget of {8 * capacity / numel:.4g} bits per weight ({capacity} bytes) cannot be met: "
+            f"the smallest possible is {8 * least / numel:.4f} bits per weight ({least} bytes)"
+        )
 
 
 def label(rule: Rule) -> str:
