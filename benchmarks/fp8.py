@@ -1,4 +1,5 @@
-"""Times `fp8.scaled_mm` beside torch's dense bf16 F.linear and torch._scaled_mm; writes benchmarks/results/fp8.json.
+"""Times `fp8.scaled_mm` beside torch's dense bf16 F.linear and torch._scaled_mm; writes
+benchmarks/results/fp8_<instruction set>.json.
 
 Operands are quantized beforehand: the product alone is timed. Weights rotate through more than twice the last-level
 cache, candidates take turns, every result is checked against float64 first. Run it on an idle machine.
@@ -20,7 +21,7 @@ from record import RESULTS, machine
 from timing import interleave
 from torch import Tensor
 
-from lowbit import fp8
+from lowbit import _C, fp8
 from lowbit.fp8 import reference
 
 SHAPES = ((4096, 4096),)
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--threads", action="append", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.05)
-    parser.add_argument("--out", type=Path, default=RESULTS / "fp8.json")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     about = machine(("torch",))
     shapes = [tuple(map(int, s.split(","))) for s in arguments.shape or ()] or list(SHAPES)
@@ -141,7 +142,9 @@ def main() -> None:
         for m in arguments.m or ROWS
     ]
     data = {"machine": about, "cases": cases}
-    arguments.out.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+    isa = _C.fp8_matmul_name().rpartition("_")[2]
+    out = arguments.out or RESULTS / f"fp8_{isa}.json"
+    out.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
     print(table(cases))
 
 

@@ -163,12 +163,16 @@ METHODS = [
     Method("k-means per row", each(KMEANS_ROW)),
     Method("k-means per row, weighted", each(KMEANS_ROW, "kmeans", given=diagonal)),
     Method("k-means per row, Fisher", each(KMEANS_ROW, "kmeans", given=fisher)),
-    Method("k-means per row, Fisher, outliers", each(KMEANS_ROW + OUTLIERS, "kmeans", given=fisher)),
+    Method(
+        "k-means per row, Fisher, outliers", each(KMEANS_ROW + OUTLIERS, "kmeans", given=fisher)
+    ),
     Method("int, outliers", each(INT + OUTLIERS)),
     Method("int, allocated", allocated("rtn"), (4, 3)),
     Method("KDE", each(KMEANS_ROW, "kde", sample=0.1)),
     Method("Lloyd", each(KMEANS_ROW, "lloyd")),
-    Method("DistQ, Student's t", each(KMEANS_ROW, "distq", distribution="student_t", tail="absmax")),
+    Method(
+        "DistQ, Student's t", each(KMEANS_ROW, "distq", distribution="student_t", tail="absmax")
+    ),
     Method("NUUQ", each(KMEANS, "nuuq")),
     Method("multi-bit binary", each(KMEANS_ROW, "multibit")),
     Method("TWN", each("ternary_g64", "twn"), (2,)),

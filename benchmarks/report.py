@@ -139,8 +139,9 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
-def fp8_table(data: dict[str, Any]) -> str:
+def fp8_table(isa: str) -> str:
     """Ratio of `fp8.scaled_mm` to torch's dense bf16, by pair of granularities, M and threads."""
+    data = load(f"fp8_{isa}")
     cases = {(c["m"], c["threads"]): c["results"] for c in data["cases"]}
     n, k = data["cases"][0]["n"], data["cases"][0]["k"]
     names = [r["name"] for r in data["cases"][0]["results"]][1:]
@@ -150,9 +151,9 @@ def fp8_table(data: dict[str, Any]) -> str:
         found = [next(r for r in cases[key] if r["name"] == name) for key in sorted(cases)]
         lines.append(row(name.removeprefix("lowbit "), [f"{r['speedup']:.2f}x" for r in found]))
     caption = (
-        f"`fp8.scaled_mm` of M x {k} and {n} x {k}: time of torch's dense bf16 over that of the FP8 product in the "
-        f"same run (below 1: slower). {about(data)} Operands are quantized beforehand, weights rotate through more "
-        "than twice the last-level cache, each result is checked against float64 first."
+        f"`fp8.scaled_mm` of M x {k} and {n} x {k} with {isa}: time of torch's dense bf16 over that of the FP8 "
+        f"product in the same run (below 1: slower). {about(data)} Operands are quantized beforehand, weights rotate "
+        "through more than twice the last-level cache, each result is checked against float64 first."
     )
     return "\n".join([caption, "", *lines])
 
@@ -375,7 +376,7 @@ def main() -> None:
         peers_model_table(load("peers_model")),
         kernel_table(load("kernels")),
         summary,
-        fp8_table(load("fp8")),
+        *(fp8_table(isa) for isa in ("avx512bf16", "avx2")),
         training_table(load("fp8_training")),
         digits_table(load("digits")),
         quantizers_table(load("quantizers")),

@@ -46,6 +46,15 @@ Op op_of(const std::string& name) {
   fail("op must be linear or dequantize, got '" + name + "'");
 }
 
+// By Codec.
+constexpr const char* kCodecNames[] = {"lut", "int", "e4m3", "e5m2"};
+Codec codec_of(const std::string& name) {
+  for (int i = 0; i < 4; ++i) {
+    if (name == kCodecNames[i]) return static_cast<Codec>(i);
+  }
+  fail("codec must be lut, int, e4m3 or e5m2, got '" + name + "'");
+}
+
 // What an n16 weight is, apart from its bytes.
 struct Weight {
   int64_t n, k, group, table_groups;
@@ -58,9 +67,9 @@ struct Weight {
   float table_step;  // of the table as int8 (int8.h)
   bool bf16_table;
 
-  Weight(int64_t n_, int64_t k_, int bits_, int64_t group_, bool integer, bool column_table, int64_t table_groups_,
-         const std::string& zero_mode, std::optional<std::string> scale, std::optional<std::string> zero_type,
-         bool int8_x_, float table_step_, bool bf16_table_)
+  Weight(int64_t n_, int64_t k_, int bits_, int64_t group_, const std::string& codec_name, bool column_table,
+         int64_t table_groups_, const std::string& zero_mode, std::optional<std::string> scale,
+         std::optional<std::string> zero_type, bool int8_x_, float table_step_, bool bf16_table_)
       : n(n_),
         k(k_),
         group(group_),
@@ -68,7 +77,7 @@ struct Weight {
         bits(bits_),
         int8_x(int8_x_),
         table_step(table_step_),
-        bf16_table(bf16_table_ || integer) {
+        bf16_table(bf16_table_) {
     if (n < 0 || k < 1 || n > INT32_MAX || k > INT32_MAX) {
       fail("shape must be (n >= 0, k >= 1) and below 2^31, got (" + std::to_string(n) + ", " + std::to_string(k) + ")");
     }
@@ -78,7 +87,11 @@ struct Weight {
     if (table_groups != 1 && (!column_table || table_groups != groups())) {
       fail("table_groups must be 1 or the number of groups, got " + std::to_string(table_groups));
     }
-    codec = integer ? Codec::kInt : Codec::kLut;
+    codec = codec_of(codec_name);
+    if (codec == Codec::kInt) bf16_table = true;
+    if ((codec == Codec::kE4m3 || codec == Codec::kE5m2) && (bits != 8 || column_table)) {
+      fail("codec " + codec_name + " has 8 bits and one table");
+    }
     scope = column_table ? Scope::kColumn : Scope::kShared;
     if (zero_mode != "none" && zero_mode != "subtract" && zero_mode != "add") {
       fail("zero must be none, subtract or add, got '" + zero_mode + "'");
@@ -298,7 +311,7 @@ py::list py_kernels() {
     row["name"] = k->name;
     row["op"] = k->op == Op::kLinear ? "linear" : "dequantize";
     row["compute"] = dtype_name(k->compute);
-    row["codec"] = k->codec == Codec::kInt ? "int" : "lut";
+    row["codec"] = kCodecNames[static_cast<int>(k->codec)];
     row["bits"] = k->bits;
     row["scope"] = k->scope == Scope::kShared ? "shared" : "column";
     row["isa"] = isa_name(k->isa);
@@ -388,9 +401,9 @@ PYBIND11_MODULE(_C, m) {
   bind_outliers(m);
   bind_pack(m);
   py::class_<Weight>(m, "Weight", "What a weight in n16 layout is, apart from its bytes (csrc/kernel.h).")
-      .def(py::init<int64_t, int64_t, int, int64_t, bool, bool, int64_t, const std::string&, std::optional<std::string>,
-                    std::optional<std::string>, bool, float, bool>(),
-           py::kw_only(), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group"), py::arg("integer") = false,
+      .def(py::init<int64_t, int64_t, int, int64_t, const std::string&, bool, int64_t, const std::string&,
+                    std::optional<std::string>, std::optional<std::string>, bool, float, bool>(),
+           py::kw_only(), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group"), py::arg("codec") = "lut",
            py::arg("column_table") = false, py::arg("table_groups") = 1, py::arg("zero") = "none",
            py::arg("scale_dtype") = py::none(), py::arg("zero_dtype") = py::none(), py::arg("int8_x") = false,
            py::arg("table_step") = 0.0f, py::arg("bf16_table") = false)

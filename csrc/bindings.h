@@ -17,8 +17,12 @@ using Array = py::array_t<T, py::array::c_style>;
 
 inline std::string shape_string(const py::array& a) {
   std::string s = "(";
-  for (py::ssize_t i = 0; i < a.ndim(); ++i) s += (i ? ", " : "") + std::to_string(a.shape(i));
-  return s + ")";
+  for (py::ssize_t i = 0; i < a.ndim(); ++i) {
+    if (i) s += ", ";
+    s += std::to_string(a.shape(i));
+  }
+  s += ")";
+  return s;
 }
 
 inline void want_shape(const char* name, const py::array& a, int64_t rows, int64_t columns) {

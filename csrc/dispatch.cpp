@@ -16,7 +16,7 @@ namespace lowbit {
 // clang-format off: it cannot settle on a form
 #define LOWBIT_FOREACH_UNIT(X) \
   X(scalar) X(scalar_int8) X(scalar_xnor) \
-  X(avx2) X(avx2_int8) X(avx2_nibbles) X(avx2_xnor) \
+  X(avx2) X(avx2_float8) X(avx2_int8) X(avx2_nibbles) X(avx2_xnor) \
   X(avx512) X(avx512bf16) X(avx512bf16_f16) X(avx512vnni) X(avx512vpopcntdq)
 // clang-format on
 #define LOWBIT_DECLARE(unit) const Kernel* kernels_##unit(int* count);
@@ -189,8 +189,11 @@ std::span<const Kernel* const> kernels() {
 const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
   if (k.op != d.op) return "another op";
   if (k.bits != d.bits) return "another bit width";
-  if (k.codec == Codec::kInt && d.codec != Codec::kInt) return "integers only";
-  if (k.compute == Dtype::kI8 && k.codec != d.codec) return "codebooks only";
+  // A table serves every codec.
+  if (k.codec != Codec::kLut && k.codec != d.codec) {
+    return k.codec == Codec::kInt ? "integers only" : k.codec == Codec::kE4m3 ? "E4M3 only" : "E5M2 only";
+  }
+  if (k.compute == Dtype::kI8 && k.codec == Codec::kLut && d.codec == Codec::kInt) return "codebooks only";
   if (k.scope != d.scope) return "another table scope";
   const bool takes_zeros = k.compute != Dtype::kB1 && (k.scope != Scope::kColumn || k.compute != Dtype::kBf16);
   if (!takes_zeros && d.zero != ZeroMode::kNone) return "no zero points";

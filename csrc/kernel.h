@@ -11,7 +11,7 @@ enum class Op : int32_t { kLinear, kDequantize };
 enum class Dtype : int32_t { kF32, kBf16, kF16, kI8, kB1 };
 constexpr int kDtypes = 5;
 // kInt: the table is code + table[0], so arithmetic may replace the lookup.
-enum class Codec : int32_t { kLut, kInt };
+enum class Codec : int32_t { kLut, kInt, kE4m3, kE5m2 };
 // One table for the weight, or one per column (and possibly per group).
 enum class Scope : int32_t { kShared, kColumn };
 // gelu with erf, as torch's default, and its approximation with tanh.

@@ -73,7 +73,7 @@ def test_fp16_is_never_rounded_to_bf16() -> None:
 
 @pytest.mark.skipif("avx512bf16" not in _C.isa_active(), reason="this CPU has no avx512bf16")
 def test_fp16_is_split_where_the_table_is_exact_in_bf16() -> None:
-    for exact in (int4(integer=True), int4(bf16_table=True)):
+    for exact in (int4(codec="int"), int4(bf16_table=True)):
         assert exact.select("linear", "fp16", 1) == "gemv_f16_lut4_n16_avx512bf16"
         assert "_f32_" in exact.select("linear", "fp32", 1)
         assert "_bf16_" in exact.select("linear", "bf16", 1)

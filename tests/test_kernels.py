@@ -31,7 +31,7 @@ def legal(format: Format, kernel: dict, op: str) -> bool:
         kernel["op"] == op
         and kernel["bits"] == format.bits
         and (kernel["scope"] == "shared") == (format.table_scope == "tensor")
-        and (kernel["codec"] == "lut" or format.codec == "affine")
+        and kernel["codec"] in ("lut", "int" if format.codec == "affine" else format.codec)
         and (format.exact_in_bf16 or not kernel["bf16_table"])
         and not (kernel["x"] == ["fp16"] and kernel["bits"] == 8 and format.codec == "affine")
     )

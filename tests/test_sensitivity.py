@@ -102,7 +102,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[b[2] for b in BAD])
 def test_bad_arguments(arguments, error, message):
     given = {"batches": SAMPLES, "names": ["up"], **arguments}
     model = Net()
@@ -127,7 +127,9 @@ BAD_SENSITIVITY = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD_SENSITIVITY, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD_SENSITIVITY, ids=[b[1] for b in BAD_SENSITIVITY]
+)
 def test_bad_sensitivity(arguments, message):
     given = {"sensitivities": {"up": torch.ones(16, 12)}, **arguments}
     with pytest.raises(ValueError, match=message):

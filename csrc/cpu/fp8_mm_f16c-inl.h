@@ -1,11 +1,11 @@
-// FP8 as fp16, which F16C converts to fp32: of few rows, that K in the lanes reads once, decoding is most of the time.
-// An E5M2 is the upper byte of an fp16; an E4M3 has the bits of the fp16 that is 2^-8 of it, subnormals included, and a
-// is prepared with the factor. 32 codes take 16 (E4M3) or 4 operations and 4 conversions of two.
+// FP8 of few rows decoded by way of fp16 (fp8_f16c-inl.h): K in the lanes reads b once, and decoding is most of the
+// time. a is prepared with the factor. 32 codes take 16 (E4M3) or 4 operations and 4 conversions of two.
 //
 // Where groups of 16 end in a sum, its lanes 0 .. 3 hold products of the first 16 of 32 values and lanes 4 .. 7 those
 // of the others: a step takes 4 values of either half into a vector. That permutation costs a quarter of the speed.
 #pragma once
 
+#include "cpu/fp8_f16c-inl.h"
 #include "cpu/fp8_mm_f32-inl.h"
 
 namespace lowbit {
@@ -40,8 +40,6 @@ struct Fp8F16c : Fp8F32<T> {
   static constexpr int kStep = 32;
   static constexpr int kChains = 4;
   static constexpr bool kShortTiles = true;
-  static constexpr bool kE4 = T == Float8::kE4m3;
-  static constexpr float factor_of(Float8 type) { return type == Float8::kE4m3 ? 0x1p8f : 1.0f; }
 
   struct Vectors {
     F of[4];
@@ -52,10 +50,9 @@ struct Fp8F16c : Fp8F32<T> {
   LOWBIT_INLINE static Vectors decode(const uint8_t* codes) {
     I bytes = load_i(codes);
     if constexpr (kHalves) bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    const I low = words(_mm256_unpacklo_epi8(_mm256_setzero_si256(), bytes));
-    const I high = words(_mm256_unpackhi_epi8(_mm256_setzero_si256(), bytes));
-    return {{_mm256_cvtph_ps(_mm256_castsi256_si128(low)), _mm256_cvtph_ps(_mm256_castsi256_si128(high)),
-             _mm256_cvtph_ps(_mm256_extracti128_si256(low, 1)), _mm256_cvtph_ps(_mm256_extracti128_si256(high, 1))}};
+    const I low = words_of<T>(_mm256_unpacklo_epi8(_mm256_setzero_si256(), bytes));
+    const I high = words_of<T>(_mm256_unpackhi_epi8(_mm256_setzero_si256(), bytes));
+    return {{low_halves(low), low_halves(high), high_halves(low), high_halves(high)}};
   }
   template <int kChains>
   LOWBIT_INLINE static void dot(F* acc, const float* x, const Vectors& w) {
@@ -76,7 +73,8 @@ struct Fp8F16c : Fp8F32<T> {
     }
   }
   static void prepare_lanes(const Fp8Matmul& q, const uint8_t* codes, float* out) {
-    const F factor = set1(factor_of(T) * factor_of(q.b.type));
+    const float other = q.b.type == Float8::kE4m3 ? kWordFactor<Float8::kE4m3> : kWordFactor<Float8::kE5m2>;
+    const F factor = set1(kWordFactor<T> * other);
     for (int64_t k = 0; k < kFp8PadK; k += kStep) {
       const Vectors v = shift_of(q) == 4 ? decode<true>(codes + k) : decode(codes + k);
       for (int64_t i = 0; i < 4; ++i) store(out + k + i * kVecLanes, mul(v.of[i], factor));
@@ -141,14 +139,6 @@ struct Fp8F16c : Fp8F32<T> {
   LOWBIT_INLINE static F spread(const float* scales) {
     if constexpr (kShift == 5) return set1(*scales);
     return _mm256_blend_ps(set1(scales[0]), set1(scales[1]), 0xF0);
-  }
-  // Bytes in the upper halves of words, as fp16.
-  LOWBIT_INLINE static I words(I w) {
-    if constexpr (!kE4) return w;
-    // The sign is shifted into the top exponent bit as well, and NaN, the largest magnitude, carries into it.
-    const I bits = _mm256_and_si256(_mm256_srai_epi16(w, 1), _mm256_set1_epi16(static_cast<int16_t>(0xBFFF)));
-    const I nan = _mm256_and_si256(_mm256_add_epi16(bits, _mm256_set1_epi16(0x80)), _mm256_set1_epi16(0x4000));
-    return _mm256_or_si256(bits, nan);
   }
 };
 

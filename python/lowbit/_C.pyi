@@ -118,7 +118,7 @@ class Weight:
         k: int,
         bits: int,
         group: int,
-        integer: bool = False,
+        codec: str = "lut",
         column_table: bool = False,
         table_groups: int = 1,
         zero: str = "none",

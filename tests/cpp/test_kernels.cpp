@@ -41,6 +41,16 @@ uint16_t half_of(float v) {
   return static_cast<uint16_t>(v == 0 ? sign : sign + ((exponent + 13) << 10) + static_cast<int>(fraction * 2048));
 }
 
+// The value of a code of E4M3 or E5M2, by the formats' definition; infinite where the code is that or NaN.
+float float8_value(Codec codec, int code) {
+  const int mantissa = codec == Codec::kE4m3 ? 3 : 2, bias = codec == Codec::kE4m3 ? 7 : 15;
+  const int magnitude = code & 0x7F, exponent = magnitude >> mantissa, fraction = magnitude & ((1 << mantissa) - 1);
+  if (codec == Codec::kE4m3 ? magnitude == 0x7F : magnitude >= 0x7C) return INFINITY;
+  const int significand = exponent ? fraction + (1 << mantissa) : fraction;
+  return std::ldexp(static_cast<float>(code & 0x80 ? -significand : significand),
+                    (exponent ? exponent : 1) - bias - mantissa);
+}
+
 struct Case {
   int64_t m, n, k, group;
   ZeroMode zero;
@@ -62,7 +72,11 @@ struct Problem {
     const int entries = 1 << bits;
     const CanonicalCodes shape{c.n, c.k, ceil_div(c.k * bits, 8), bits, false};
     codes.resize(c.n * c.k);
-    for (uint8_t& code : codes) code = static_cast<uint8_t>(rng() % entries);
+    const bool float8 = kernel.codec == Codec::kE4m3 || kernel.codec == Codec::kE5m2;
+    for (uint8_t& code : codes) {
+      code = static_cast<uint8_t>(rng() % entries);
+      if (float8 && !std::isfinite(float8_value(kernel.codec, code))) code = 0;
+    }
     packed.resize(c.n * shape.row_bytes);
     pack_rows(codes.data(), shape, packed.data(), 1);
     std::vector<uint8_t> again(codes.size());
@@ -85,7 +99,7 @@ struct Problem {
                       : symmetric && i >= 128 ? -table[i - 128]
                       : symmetric             ? std::abs(normal(rng))
                                               : normal(rng);
-      table[i] = bf16_table ? round_bf16(v) : v;
+      table[i] = float8 ? float8_value(kernel.codec, static_cast<int>(i)) : bf16_table ? round_bf16(v) : v;
     }
     scales.resize(blocks * groups * kBlockN);
     zeros.resize(scales.size());

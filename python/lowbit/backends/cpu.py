@@ -48,7 +48,7 @@ def weight(
         k=k,
         bits=format.bits,
         group=group,
-        integer=format.codec == "affine",
+        codec="int" if format.codec == "affine" else format.codec,
         column_table=format.table_scope != "tensor",
         table_groups=format.num_groups(k) if format.table_scope == "group" else 1,
         zero=_ZERO_MODES[format.zero],
