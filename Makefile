@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= .venv-peers
 PEERS_JOBS ?= 2
+TEST_JOBS ?= 2
 BIN := $(VENV)/bin
 BUILD := build/module
 SOURCES := $(shell find csrc cmake python tests/cpp $(wildcard kernels) -type f -not -name '*.so' -not -name '*.pyc') CMakeLists.txt pyproject.toml
@@ -39,8 +40,9 @@ lint: $(VENV)/.ready
 types: $(VENV)/.built
 	$(BIN)/mypy python/lowbit
 
+# Most tests run on one thread. Those of libgomp must not spin while another process works.
 unit: $(VENV)/.built
-	$(BIN)/pytest -q
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n $(TEST_JOBS) --dist worksteal
 
 # The C++ tests, which are built with the module: every kernel row, for each instruction set that the CPU has, and the CUDA
 # kernels' data movement.
