@@ -114,11 +114,14 @@ inline void store_scales(void* scales, ScaleType type, int64_t at, F values, int
   if (count < kVecLanes) __builtin_memcpy(out, bytes, count * size);
 }
 
-// Bits in fp32 of the powers of two of E8M0; 0 is 2^-127, a subnormal, and 255 is NaN.
+// Bits in fp32 of a power of two of E8M0; 0 is 2^-127, a subnormal, and 255 is NaN.
+LOWBIT_INLINE constexpr uint32_t e8m0_bits(uint32_t code) {
+  return code == 255 ? uint32_t{kNanBits} : code == 0 ? 1u << 22 : code << 23;
+}
 struct E8m0Bits {
   uint32_t of[256] = {};
   constexpr E8m0Bits() {
-    for (uint32_t code = 0; code < 256; ++code) of[code] = code == 255 ? kNanBits : code ? code << 23 : 1u << 22;
+    for (uint32_t code = 0; code < 256; ++code) of[code] = e8m0_bits(code);
   }
 };
 constexpr E8m0Bits kE8m0Bits;

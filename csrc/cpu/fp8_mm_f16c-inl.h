@@ -28,10 +28,7 @@ inline void load_scales(const Fp8Scales& s, int64_t i, int64_t count, float* out
     fill([words = static_cast<const uint16_t*>(s.values)](int64_t j)
              LOWBIT_INLINE { return uint32_t{words[j]} << 16; });
   } else {
-    fill([codes = static_cast<const uint8_t*>(s.values)](int64_t j) LOWBIT_INLINE {
-      const uint32_t code = codes[j];
-      return code == 255 ? uint32_t{kNanBits} : code == 0 ? 1u << 22 : code << 23;
-    });
+    fill([codes = static_cast<const uint8_t*>(s.values)](int64_t j) LOWBIT_INLINE { return e8m0_bits(codes[j]); });
   }
 }
 
