@@ -139,16 +139,7 @@ struct Fp8F16c : Fp8F32<T> {
   }
 };
 
-struct Fp8F16cFamily : Fp8F16c<Float8::kE4m3> {
-  template <class Fn>
-  static void with(Float8 type, const Fn& fn) {
-    if (type == Float8::kE4m3) {
-      fn(Fp8F16c<Float8::kE4m3>());
-    } else {
-      fn(Fp8F16c<Float8::kE5m2>());
-    }
-  }
-};
+using Fp8F16cFamily = Fp8TypedFamily<Fp8F16c>;
 
 }  // namespace
 }  // namespace LOWBIT_ISA

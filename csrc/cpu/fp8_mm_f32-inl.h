@@ -58,16 +58,19 @@ struct Fp8F32 {
   }
 };
 
-struct Fp8F32Family : Fp8F32<Float8::kE4m3> {
+// Policies that are classes of the type.
+template <template <Float8> class P>
+struct Fp8TypedFamily : P<Float8::kE4m3> {
   template <class Fn>
   static void with(Float8 type, const Fn& fn) {
     if (type == Float8::kE4m3) {
-      fn(Fp8F32<Float8::kE4m3>());
+      fn(P<Float8::kE4m3>());
     } else {
-      fn(Fp8F32<Float8::kE5m2>());
+      fn(P<Float8::kE5m2>());
     }
   }
 };
+using Fp8F32Family = Fp8TypedFamily<Fp8F32>;
 
 }  // namespace
 }  // namespace LOWBIT_ISA
