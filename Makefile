@@ -59,8 +59,10 @@ emulate: $(VENV)/.built
 	      { cat $(BUILD)/qemu.log; exit 1; }; done; done; \
 	else echo "SKIPPED: qemu-x86_64 not found (Debian package qemu-user): rows not run on emulated CPUs"; fi
 
+# With the compiler that builds the module: a compiler cache then has what both compile alike.
 sanitize: $(VENV)/.ready
-	$(CMAKE) -S . -B build/sanitize -DLOWBIT_CPP_TESTS=ON -DLOWBIT_SANITIZE=ON
+	CXX=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("CXX").split()[0])') \
+	  $(CMAKE) -S . -B build/sanitize -DLOWBIT_CPP_TESTS=ON -DLOWBIT_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	set -e; for test in $(CPP_TESTS) test_cuda; do build/sanitize/$$test; done
 
