@@ -44,21 +44,25 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
 
 def draw_methods(data: dict[str, Any], folder: Path) -> Path:
     """Error of outputs over bits per weight of every method, one panel per model."""
-    size = (5 * len(data), 5)
+    size = (5 * len(data) + 2, 6)
     figure, grid = plt.subplots(
         1, len(data), figsize=size, layout="constrained", sharey=True, squeeze=False
     )
     axes = grid[0]
+    methods = dict.fromkeys(r["method"] for model in data.values() for r in model["rows"])
+    lines: dict[str, Any] = {}
     for ax, model in zip(axes, data.values(), strict=True):
-        methods = dict.fromkeys(r["method"] for r in model["rows"])
         for i, name in enumerate(methods):
             some = [r for r in model["rows"] if r["method"] == name]
             x, y = ([r[key] for r in some] for key in ("bits_per_weight", "output_error"))
             style = "s--" if name.startswith("GPTQ") else "x:" if "per row" in name else "o-"
-            ax.plot(x, y, style, color=f"C{i % 10}", label=name, markersize=4)
+            color = plt.get_cmap("tab20")(i % 20)
+            if some:
+                (lines[name],) = ax.plot(x, y, style, color=color, label=name, markersize=4)
         ax.set(yscale="log", xlabel="bits per weight", title=model["title"].partition(" (")[0])
     axes[0].set(ylabel="relative squared error of outputs")
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    handles = [lines[name] for name in methods]
+    axes[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     path = folder / "methods.png"
     figure.savefig(path, dpi=80, metadata={"Software": None})
     plt.close(figure)
