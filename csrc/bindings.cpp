@@ -90,7 +90,8 @@ struct Weight {
     codec = codec_of(codec_name);
     if (codec == Codec::kInt) bf16_table = true;
     if ((codec == Codec::kE4m3 || codec == Codec::kE5m2) && (bits != 8 || column_table)) {
-      fail("codec " + codec_name + " has 8 bits and one table");
+      fail("codec " + codec_name + " needs bits 8 and no column table, got bits " + std::to_string(bits) +
+           (column_table ? " and a column table" : ""));
     }
     scope = column_table ? Scope::kColumn : Scope::kShared;
     if (zero_mode != "none" && zero_mode != "subtract" && zero_mode != "add") {
