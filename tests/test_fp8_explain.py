@@ -115,12 +115,12 @@ def test_what_keeps_the_cuda_kernel_away(
     cuda, row, mx = torch.device("cuda"), find("row"), find("mx")
     monkeypatch.setattr(layouts, "has_triton", lambda: True)
     monkeypatch.setattr(layouts, "cuda_obstacle", lambda: "it is not built")
-    cached = matmul_cuda.obstacle, matmul._log_triton
+    cached = matmul_cuda._obstacle, matmul._log_triton
     for f in cached:
         f.cache_clear()
     with caplog.at_level(logging.INFO, "lowbit"):
-        assert matmul.backend_of(cuda, row, row) is matmul_triton
-        assert matmul.backend_of(cuda, row, row) is matmul_triton
+        assert matmul.backend_of(cuda, row, row, 5) is matmul_triton
+        assert matmul.backend_of(cuda, row, row, 5) is matmul_triton
     assert [r.getMessage() for r in caplog.records] == [
         "the Triton kernel computes FP8 products, not the CUDA kernel: it is not built"
     ]
@@ -131,10 +131,11 @@ def test_what_keeps_the_cuda_kernel_away(
     ):
         monkeypatch.setattr(layouts, "cuda_obstacle", lambda: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        matmul_cuda.obstacle.cache_clear()
-        assert matmul_cuda.obstacle(cuda, row, scales) == why
+        matmul_cuda._obstacle.cache_clear()
+        assert matmul_cuda.obstacle(cuda, row, scales, 16) == why
         chosen = matmul_cuda if why is None else matmul_triton
-        assert matmul.backend_of(cuda, row, scales) is chosen
+        assert matmul.backend_of(cuda, row, scales, 16) is chosen
+        assert matmul.backend_of(cuda, row, scales, 17) is matmul_triton
     for f in cached:
         f.cache_clear()
 

@@ -377,6 +377,6 @@ def test_plain_torch_says_that_it_stands_in(
         assert not caplog.messages
         assert quantization._backend("cuda", 5) is reference
         row = find("row")
-        assert matmul.backend_of(torch.device("cuda"), row, row) is reference
+        assert matmul.backend_of(torch.device("cuda"), row, row, 5) is reference
     assert len(caplog.messages) == 1
     assert "on cuda: triton" in caplog.messages[0]

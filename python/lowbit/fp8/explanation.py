@@ -46,12 +46,12 @@ def explain(
         f"fp8_scaled_mm {both[0].name} {both[1].name} M={m} N={n} K={k} on {device.type}"
         + f", y quantized by {requantize}" * (requantize is not None)
     )
-    backend = matmul.backend_of(device, *both)
+    backend = matmul.backend_of(device, *both, m)
     if backend is matmul_cpu:
         return Explanation(request, _C.fp8_matmul_name(), _cpu_rows())
     if backend is matmul_cuda:
         return Explanation(request, matmul_cuda.NAME, (Row(matmul_cuda.NAME, None, None, None),))
-    cuda = Row(matmul_cuda.NAME, None, None, matmul_cuda.obstacle(device, *both))
+    cuda = Row(matmul_cuda.NAME, None, None, matmul_cuda.obstacle(device, *both, m))
     if backend is not matmul_triton:
         triton = Row("triton_fp8_mm", None, None, "triton is not installed")
         return Explanation(request, REFERENCE_ROW, (cuda, triton))

@@ -107,11 +107,11 @@ def check(operands: Sequence[Any], out_dtype: torch.dtype) -> tuple[Granularity,
     )
 
 
-def backend_of(device: torch.device, a: Granularity, b: Granularity) -> ModuleType:
-    """What computes a product with these scales on a device."""
+def backend_of(device: torch.device, a: Granularity, b: Granularity, m: int) -> ModuleType:
+    """What computes a product of m rows of a with these scales on a device."""
     if device.type == "cpu":
         return matmul_cpu
-    obstacle = matmul_cuda.obstacle(device, a, b)
+    obstacle = matmul_cuda.obstacle(device, a, b, m)
     if obstacle is None:
         return matmul_cuda
     if layouts.has_triton():
@@ -141,7 +141,7 @@ def ready(tensors: Sequence[Any]) -> list[Any]:
 def _impl(*args: Any) -> Tensor:
     *tensors, out_dtype = args
     both = check(tensors, out_dtype)
-    backend = backend_of(tensors[0].device, *both)
+    backend = backend_of(tensors[0].device, *both, len(tensors[0]))
     if backend is reference:
         return reference.scaled_mm(*tensors).to(out_dtype)
     *operands, bias = ready(tensors)
@@ -152,7 +152,7 @@ def _impl(*args: Any) -> Tensor:
 def _quantized_impl(*args: Any) -> tuple[Tensor, ...]:
     *tensors, out_dtype, granularity = args
     both = check(tensors, torch.float32)
-    backend = backend_of(tensors[0].device, *both)
+    backend = backend_of(tensors[0].device, *both, len(tensors[0]))
     if fuses_quantize(backend, granularity):
         *operands, bias = ready(tensors)
         q, scale = backend.scaled_mm_quantized(*operands, *both, bias, out_dtype)

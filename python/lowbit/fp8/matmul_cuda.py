@@ -13,17 +13,25 @@ from lowbit.fp8.granularity import Granularity
 
 _GRANULARITIES = ("tensor", "row", "1x128", "128x128")
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_MOST_ROWS = 16  # on an H100; results/gpu.json
 _ALIGNMENT = 16  # bytes: rows of a and b, which are as many elements
 
 
 NAME = "cuda_fp8_mm_wgmma"  # what `explain` calls the kernel
 
 
-@functools.cache
-def obstacle(device: torch.device, a: Granularity, b: Granularity) -> str | None:
-    """Why the kernel does not run on a GPU: it is not built or asked for, the GPU lacks its instructions, or it does
-    not know these scales. None if it runs.
+def obstacle(device: torch.device, a: Granularity, b: Granularity, m: int) -> str | None:
+    """Why the kernel does not run for m rows of a on a GPU: it is not built or not wanted, the GPU lacks its
+    instructions, it does not know these scales, or Triton's is faster. None if it runs.
     """
+    why = _obstacle(device, a, b)
+    if why is None and m > _MOST_ROWS and layouts.has_triton():
+        why = f"Triton's is faster for more than {_MOST_ROWS} rows of a"
+    return why
+
+
+@functools.cache
+def _obstacle(device: torch.device, a: Granularity, b: Granularity) -> str | None:
     if layouts.cuda_obstacle() is not None:
         return layouts.cuda_obstacle()
     capability = torch.cuda.get_device_capability(device)
