@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from gpu_kernels import cloned
 from gpu_timing import replay_microseconds
 from torch import Tensor
 
@@ -61,8 +62,8 @@ def make_linears(
     if format is None:
         return [functools.partial(F.linear, weight=weight.bfloat16()) for _ in range(count)]
     qt = lowbit.quantize(weight, format)
-    operands = [layouts.to_operands(qt, layout) for _ in range(count)]
-    return [functools.partial(ops.linear, weight=w) for w in operands]
+    first = layouts.to_operands(qt, layout)
+    return [functools.partial(ops.linear, weight=cloned(first)) for _ in range(count)]
 
 
 def milliseconds_per_token(shape: Shape, format: str | None, layout: str | None) -> float:

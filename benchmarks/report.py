@@ -8,8 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import report_gpu
 from cases import MODEL_TARGETS
 from evaluate import full_table, ratios, summary_table
+from report_gpu import row
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
@@ -108,35 +110,11 @@ def perplexity(column: dict[str, Any], run: dict[str, Any] | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def row(name: str, cells: list[str]) -> str:
-    """One line of a table."""
-    return f"| {name} | {' | '.join(cells)} |"
-
-
 def about(data: dict[str, Any]) -> str:
     """The machine in one sentence."""
     m = data["machine"]
     versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items())
     return f"{m['cpu']}, {versions}, commit {m['commit']}."
-
-
-GPU_FAMILIES = {
-    "triton": "Triton, sm_80 and later: every format and M",
-    "cuda": "CUDA (`LOWBIT_CUDA=1`), mma for M up to 64 on sm_80 and later, wgmma for M up to 1023 on sm_90a: "
-    "one table per weight, groups of 16, 32, multiples of 64 or rows",
-}
-
-
-def gpu_table() -> str:
-    """Which families of GPU kernels have run on a device, by the checks in the result file."""
-    path = ROOT / "benchmarks" / "results" / "gpu.json"
-    data = json.loads(path.read_text()) if path.exists() else {"checks": [], "machine": {}}
-    lines = [row("GPU kernels", ["run on a device"]), "|---|---|"]
-    for family, what in GPU_FAMILIES.items():
-        checks = [c["ok"] for c in data["checks"] if c["family"] == family]
-        ran = f"{data['machine'].get('gpu')}: {sum(checks)} of {len(checks)} checks passed"
-        lines.append(row(what, [ran if checks else "not yet run on a device"]))
-    return "\n".join(lines)
 
 
 def fp8_table(isa: str) -> str:
@@ -381,7 +359,7 @@ def main() -> None:
         digits_table(load("digits")),
         quantizers_table(load("quantizers")),
         *(methods_tables(data) for data in methods),
-        gpu_table(),
+        *report_gpu.tables(load("gpu") if report_gpu.result_file(full.parent).exists() else None),
     )
     new = head + BEGIN + "\n\n".join(parts) + "\n" + END + tail
     if "--check" in sys.argv[1:]:
