@@ -45,7 +45,7 @@ def choose(m: int, n: int, k: int, group: int, sms: int) -> Config:
     splits = max(1, min(wanted, steps // _LEAST_SPLIT_STEPS, 16))
     steps_per_split = -(-steps // splits)
     splits = -(-steps // steps_per_split)
-    warps = 4 if block_m <= 64 else 8
+    warps = 2 if block_m == 16 else 4
     return Config(
         block_m, _BLOCK_N, chunks, splits, steps_per_split * chunks, apart, warps, _STAGES
     )
@@ -110,16 +110,19 @@ def choose_fp8(
     wide = m > 64 and not narrow and -(-m // 128) * -(-n // 128) >= sms
     odd = native and not tma  # rows that may have to be loaded byte by byte
     if m <= 64 or (odd and not wide):
-        # Tensor cores of Hopper take 64 rows at least. With many rows of a, which every tile of y reads again, wider
-        # tiles read L2 less.
+        # Tensor cores of Hopper take 64 rows at least. Wider tiles read a, which every tile of y reads again, less
+        # often, where enough of them are left.
         block_m = 64 if native else next(b for b in (16, 32, 64) if m <= b)
-        block_n = 128 if 32 < m <= 64 and not narrow and not odd else 64
+        block_n = 128 if (m > 32 or n >= 128 * sms) and not narrow and not odd else 64
         warps, stages = 4, 4
         programs = 2 if block_n == 128 or odd else 3
     else:
         block_m, block_n = 128, 128 if wide else 64
         warps, stages = 8, 4 if tma and capability[0] in _LARGE_SHARED else 3
         programs = 2 if tma and not wide and block_k == 128 else 1
+        if tma and wide and group == 0 and capability[0] in _LARGE_SHARED:
+            # Two programs of four warps: one multiplies while the other stores its tile.
+            warps, stages, programs = 4, 3, 2
     if block_k <= 32 and not odd:
         stages = 8  # of few bytes each
     tiles = -(-m // block_m) * -(-n // block_n)

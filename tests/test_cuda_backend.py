@@ -30,8 +30,10 @@ class Launch:
         self.family, self.splits, self.float_zero, self.x = family, splits, float_zero, x
         self.given: dict[str, Any] = {}
 
-    def choose(self, m: int, architecture: int, sms: int) -> tuple[str, int, int, int, int]:
-        return self.family, 1, self.splits, 1, 0
+    def choose(
+        self, m: int, architecture: int, sms: int
+    ) -> tuple[str, int, int, int, int, int, bool]:
+        return self.family, 1, self.splits, 1, 0, 4, True
 
     def linear(self, device: int, stream: int, config: Any, type: str, m: int, x: int, x_stride: int, codes: int,
                scales: int, zeros: int, table: int, x_sums: int, bias: int, bias_type: str, out: int, out_type: str,
@@ -41,8 +43,13 @@ class Launch:
         assert m == 1 or x_stride % 8 == 0
         size = self.x.element_size()
         for row in range(m):
-            got = ctypes.string_at(x + row * x_stride * size, self.x.shape[1] * size)
-            assert got == self.x[row].contiguous().view(torch.uint8).numpy().tobytes()
+            columns = self.x.shape[1]
+            got = ctypes.string_at(x + row * x_stride * size, -(-columns // 64) * 64 * size)
+            assert (
+                got[: columns * size]
+                == self.x[row].contiguous().view(torch.uint8).numpy().tobytes()
+            )
+            assert not any(got[columns * size :])
 
 
 @pytest.fixture(autouse=True)

@@ -65,13 +65,14 @@ struct Weight {
   int64_t num_groups() const { return k ? ceil_div(k, group) : 1; }
   bool float_zero() const { return zero == Zero::kSubtract || zero == Zero::kAdd; }
 
-  // (family, tiles_m, splits, stages_per_split, shared)
+  // (family, tiles_m, splits, stages_per_split, shared, depth, bulk)
   py::tuple choose(int64_t m, int architecture, int sms) const {
     if (m < 1 || sms < 1) throw std::invalid_argument("m and sms must be positive");
     const Config c = cuda::choose(Request{m, n, k, group, bits, has_scale ? type_bytes(scale_type) : 0,
                                           zero == Zero::kInt ? 1 : 0, architecture, sms});
     const char* const families[] = {"mma", "wgmma", "decode"};
-    return py::make_tuple(families[static_cast<int>(c.family)], c.tiles_m, c.splits, c.stages_per_split, c.shared);
+    return py::make_tuple(families[static_cast<int>(c.family)], c.tiles_m, c.splits, c.stages_per_split, c.shared,
+                          c.depth, c.bulk);
   }
 
   void linear(int device, uint64_t stream, const py::tuple& config, const std::string& type, int64_t m, uint64_t x,
@@ -79,8 +80,13 @@ struct Weight {
               uint64_t bias, const std::string& bias_type, uint64_t out, const std::string& out_type,
               uint64_t parts) const {
     const std::string family = py::cast<std::string>(config[0]);
-    const Config c{family == "mma" ? Family::kMma : Family::kWgmma, py::cast<int32_t>(config[1]),
-                   py::cast<int32_t>(config[2]), py::cast<int64_t>(config[3]), py::cast<int32_t>(config[4])};
+    const Config c{family == "mma" ? Family::kMma : Family::kWgmma,
+                   py::cast<int32_t>(config[1]),
+                   py::cast<int32_t>(config[2]),
+                   py::cast<int64_t>(config[3]),
+                   py::cast<int32_t>(config[4]),
+                   py::cast<int32_t>(config[5]),
+                   py::cast<bool>(config[6])};
     const Type t = type_of(type);
     if (family == "decode" || (t != Type::kBf16 && t != Type::kF16))
       throw std::invalid_argument("no kernel of family " + family + " for " + type);

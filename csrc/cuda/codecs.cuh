@@ -51,11 +51,13 @@ __device__ __forceinline__ float load_float(const void* p, Type type, int64_t i)
   }
   return 0;
 }
-// The same of a scale, without branches.
-__device__ __forceinline__ float load_scale(const void* p, Type type, int i) {
-  if (type == Type::kF32) return static_cast<const float*>(p)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(p)[i];
-  return type == Type::kBf16 ? __uint_as_float(uint32_t{bits} << 16) : __half2float(__ushort_as_half(bits));
+// A scale as it lies in memory, to be converted when it is used and not while it loads.
+__device__ __forceinline__ uint32_t load_raw_scale(const void* p, Type type, int64_t i) {
+  return type == Type::kF32 ? __ldg(static_cast<const uint32_t*>(p) + i) : __ldg(static_cast<const uint16_t*>(p) + i);
+}
+__device__ __forceinline__ float scale_value(uint32_t raw, Type type) {
+  if (type == Type::kF32) return __uint_as_float(raw);
+  return type == Type::kBf16 ? __uint_as_float(raw << 16) : __half2float(__ushort_as_half(raw));
 }
 __device__ __forceinline__ void store_float(void* p, Type type, int64_t i, float v) {
   if (type == Type::kF32)
@@ -64,6 +66,46 @@ __device__ __forceinline__ void store_float(void* p, Type type, int64_t i, float
     static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(v);
   else
     static_cast<__half*>(p)[i] = __float2half_rn(v);
+}
+
+// Two that lie side by side, at an even place.
+__device__ __forceinline__ void store_floats(void* p, Type type, int64_t i, float v0, float v1) {
+  if (type == Type::kF32)
+    *reinterpret_cast<float2*>(static_cast<float*>(p) + i) = make_float2(v0, v1);
+  else if (type == Type::kBf16)
+    *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p) + i) = __floats2bfloat162_rn(v0, v1);
+  else
+    *reinterpret_cast<__half2*>(static_cast<__half*>(p) + i) = __floats2half2_rn(v0, v1);
+}
+
+// Where the scales of a lane's rows l / 4 and l / 4 + 8 stand among 16, and how to read them without a branch: a word,
+// whose bytes are put in the place of those of a float, or of fp16 to be converted.
+struct ScaleReader {
+  int first, second;
+  uint32_t bytes;
+  bool is_half;
+
+  __device__ ScaleReader(Type type, int lane) {
+    const int row = lane / 4, size = type_bytes(type), odd = type == Type::kF32 ? 0 : row % 2;
+    first = row * size - 2 * odd, second = first + 8 * size;
+    is_half = type == Type::kF16;
+    bytes = type == Type::kF32 ? 0x3210 : (is_half ? 0x4410 : 0x1044) + odd * (is_half ? 0x0022 : 0x2200);
+  }
+  __device__ float operator()(const uint8_t* at) const {
+    const uint32_t bits = __byte_perm(*reinterpret_cast<const uint32_t*>(at), 0, bytes);
+    const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+    return is_half ? half : __uint_as_float(bits);
+  }
+};
+
+// An integer zero of rows `row` and `row` + 8, twice each.
+template <class T>
+__device__ __forceinline__ void load_zeros(const void* zeros, int64_t row, uint32_t (&pairs)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const T v = Half<T>::from(static_cast<const int8_t*>(zeros)[row + 8 * h]);
+    pairs[h] = pair_bits<T>(v, v);
+  }
 }
 
 // What float zeros add to y[m, n]: -scale * zero or zero, times the sum of x, of every group.
@@ -80,17 +122,22 @@ __device__ __forceinline__ float float_zero_term(const Linear& p, int64_t n, int
   return sum;
 }
 
-// The whole block writes the table of entries.
+// `threads` threads, of which this is number `thread`, write the table of entries. The 16-byte pieces of an entry's row
+// are all alike; threads begin at different ones, so that they do not meet in a bank.
 template <class T, int kBits>
-__device__ __forceinline__ void fill_table(uint8_t* shared, const float* table) {
-  for (int piece = threadIdx.x; piece < table_bytes(kBits) / 16; piece += blockDim.x) {
-    const int entry = piece * 16 / kEntryPitch, byte = piece * 16 % kEntryPitch;
+__device__ __forceinline__ void fill_table(uint8_t* shared, const float* table, int thread, int threads) {
+  constexpr int kPieces = kEntryPitch / 16;
+#pragma unroll 1
+  for (int entry = thread; entry < table_bytes(kBits) / kEntryPitch; entry += threads) {
     uint32_t words[4];
 #pragma unroll
     for (int w = 0; w < 4; ++w)
-      words[w] = pair_bits<T>(Half<T>::from(__ldg(table + entry_code(kBits, entry, byte + 4 * w))),
-                              Half<T>::from(__ldg(table + entry_code(kBits, entry, byte + 4 * w + 2))));
-    reinterpret_cast<uint4*>(shared)[piece] = make_uint4(words[0], words[1], words[2], words[3]);
+      words[w] = pair_bits<T>(Half<T>::from(__ldg(table + entry_code(kBits, entry, 4 * w))),
+                              Half<T>::from(__ldg(table + entry_code(kBits, entry, 4 * w + 2))));
+    const uint4 piece = make_uint4(words[0], words[1], words[2], words[3]);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      reinterpret_cast<uint4*>(shared)[entry * kPieces + (i + thread) % kPieces] = piece;
   }
 }
 

@@ -1,12 +1,37 @@
+#include <algorithm>
+
 #include "dequantize.cuh"
 #include "launch.cuh"
+#include "sums.cuh"
 
 namespace lowbit::cuda {
 
+namespace {
+
+template <class T>
+void dequantize_to(const Dequantize& p, cudaStream_t stream) {
+  if (p.indices) {
+    const int64_t blocks_k = std::min<int64_t>(ceil_div(p.k, 2 * kGatherThreads), 65535);
+    const dim3 blocks(static_cast<unsigned>(p.rows), static_cast<unsigned>(blocks_k));
+    gather_kernel<T><<<blocks, kGatherThreads, 0, stream>>>(p);
+    return;
+  }
+  using Tile = DequantizeTile<sizeof(T)>;
+  const DequantizePlan plan = Tile::plan(p.k, p.group, reinterpret_cast<uint64_t>(p.out));
+  const unsigned blocks = static_cast<unsigned>(ceil_div(p.rows, kTileN) * plan.blocks_k);
+  for_bits(p.bits, [&]<int kBits>() { dequantize_kernel<kBits, T><<<blocks, Tile::kThreads, 0, stream>>>(p, plan); });
+}
+
+}  // namespace
+
 void dequantize(const Dequantize& p, cudaStream_t stream) {
-  const int64_t threads = p.rows * ceil_div(p.k, 2);
-  if (threads == 0) return;
-  dequantize_kernel<<<static_cast<unsigned>(ceil_div(threads, 256)), 256, 0, stream>>>(p);
+  if (p.rows == 0 || p.k == 0) return;
+  if (p.out_type == Type::kF32)
+    dequantize_to<float>(p, stream);
+  else if (p.out_type == Type::kBf16)
+    dequantize_to<__nv_bfloat16>(p, stream);
+  else
+    dequantize_to<__half>(p, stream);
   check(cudaGetLastError(), "dequantize kernel");
 }
 

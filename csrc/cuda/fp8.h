@@ -34,6 +34,16 @@ LOWBIT_HD constexpr int64_t scale_index(Scales kind, int64_t rows, int64_t row, 
   return (kind == Scales::kBlock1x128 ? row : row / 128) * blocks + block;
 }
 
+LOWBIT_HD constexpr bool by_block(Scales s) { return s == Scales::kBlock1x128 || s == Scales::kBlock128x128; }
+
+// Scales that the kernel applies to the sums of every block of K: none, those of rows of P and one for all rows of Q in
+// a tile, or those of rows of P and of Q.
+enum class BlockScales : int32_t { kNone, kRows, kRowsAndColumns };
+LOWBIT_HD constexpr BlockScales block_scales(Scales p, Scales q) {
+  if (q == Scales::kBlock1x128) return BlockScales::kRowsAndColumns;
+  return by_block(p) || by_block(q) ? BlockScales::kRows : BlockScales::kNone;
+}
+
 // Whether P is b, and rows of Q in a block.
 struct Fp8Config {
   bool transposed;
@@ -41,10 +51,11 @@ struct Fp8Config {
 };
 
 // Few rows of a waste least as the columns of a block. Else P is the operand whose rows have scales of their own along
-// K: each thread has two rows of P and many columns.
+// K: each thread has two rows of P and many columns, fewer where those have such scales, too.
 constexpr Fp8Config choose_fp8(int64_t m, Scales a, Scales b) {
   if (m <= 64) return {true, m <= 16 ? 16 : 64};
-  return {b == Scales::kBlock1x128 && a != Scales::kBlock1x128, 128};
+  const bool transposed = b == Scales::kBlock1x128 && a != Scales::kBlock1x128;
+  return {transposed, (transposed ? a : b) == Scales::kBlock1x128 ? 64 : 128};
 }
 
 }  // namespace lowbit::cuda

@@ -48,7 +48,7 @@ __device__ __forceinline__ float scale_of(const Fp8Operand& o, int64_t row, int 
   return __ldg(o.scales + scale_index(o.kind, o.rows, row, block, blocks));
 }
 
-template <bool kPE5m2, bool kQE5m2, int kCols, bool kBlocks>
+template <bool kPE5m2, bool kQE5m2, int kCols, BlockScales kBlocks>
 __global__ void __launch_bounds__(Fp8Tile<kCols>::kThreads, 1)
     fp8_kernel(__grid_constant__ const CUtensorMap p_map, __grid_constant__ const CUtensorMap q_map,
                const Fp8Product x) {
@@ -57,7 +57,9 @@ __global__ void __launch_bounds__(Fp8Tile<kCols>::kThreads, 1)
   uint8_t* const ring = fp8_stages;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int blocks = static_cast<int>(ceil_div(x.k, Tile::kK));
-  const int64_t p0 = blockIdx.x * int64_t{Tile::kRows}, q0 = blockIdx.y * int64_t{kCols};
+  const Place place = place_of(blockIdx.x, static_cast<int>(ceil_div(x.p.rows, Tile::kRows)),
+                               static_cast<int>(ceil_div(x.q.rows, kCols)), Tile::kBand);
+  const int64_t p0 = place.row * int64_t{Tile::kRows}, q0 = place.column * int64_t{kCols};
   uint64_t* const full = reinterpret_cast<uint64_t*>(ring + Tile::kStages * Tile::kStageBytes);
   uint64_t* const empty = full + Tile::kStages;
   if (threadIdx.x == 0) {
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(Fp8Tile<kCols>::kThreads, 1)
   __syncthreads();
 
   if (threadIdx.x >= Tile::kConsumers) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x != Tile::kConsumers) return;
     for (int i = 0; i < blocks; ++i) {
       const int slot = i % Tile::kStages;
@@ -80,49 +82,116 @@ __global__ void __launch_bounds__(Fp8Tile<kCols>::kThreads, 1)
     return;
   }
 
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-  float acc[kCols / 2], total[kCols / 2] = {};
-  for (int i = 0; i < blocks; ++i) {
-    const int slot = i % Tile::kStages;
-    const uint32_t stage = address_of(ring + slot * Tile::kStageBytes);
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  // While the sums of one block of K are scaled and added, the products of the next are on their way.
+  float acc[2][kCols / 2], total[kCols / 2] = {};
+  // Scales of blocks multiply here, those of rows at the end; they are loaded two blocks ahead.
+  const bool p_scaled = kBlocks != BlockScales::kNone && by_block(x.p.kind);
+  const bool q_scaled = kBlocks == BlockScales::kRows && by_block(x.q.kind);
+  float scales[2][3] = {{1, 1, 1}, {1, 1, 1}};
+  const auto load_scales = [&](int i, float (&to)[3]) {
+    if (p_scaled && i < blocks)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) to[h] = scale_of(x.p, p0 + Tile::sum_row(warp, lane, 2 * h), i, blocks);
+    if (q_scaled && i < blocks) to[2] = scale_of(x.q, q0, i, blocks);
+  };
+  load_scales(0, scales[0]), load_scales(1, scales[1]);
+  int begun_slot = 0, begun_parity = 0, slot = 0;
+  const auto begin = [&](float (&c)[kCols / 2]) {
+    const uint32_t stage = address_of(ring + begun_slot * Tile::kStageBytes);
     const uint64_t p = tile_descriptor(stage + Tile::p_offset(warp / 4)), q = tile_descriptor(stage + Tile::q_offset());
-    float scale[2] = {1, 1};
-    if constexpr (kBlocks)
+    barrier_wait(full + begun_slot, begun_parity);
+    multiply_begin(c);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) scale[h] = scale_of(x.p, p0 + Tile::sum_row(warp, lane, 2 * h), i, blocks);
-    const bool same = kBlocks && x.q.kind != Scales::kBlock1x128 && x.q.kind != Scales::kRow;
-    const float q_scale = same ? scale_of(x.q, q0, i, blocks) : 1.0f;
-    barrier_wait(full + slot, i / Tile::kStages & 1);
-    multiply_begin(acc);
-#pragma unroll
-    for (int s = 0; s < Tile::kSteps; ++s) multiply_fp8<kPE5m2, kQE5m2, kCols>(acc, p + 2 * s, q + 2 * s, s > 0);
+    for (int s = 0; s < Tile::kSteps; ++s) multiply_fp8<kPE5m2, kQE5m2, kCols>(c, p + 2 * s, q + 2 * s, s > 0);
     multiply_commit();
-    multiply_wait(acc);
+    if (++begun_slot == Tile::kStages) begun_slot = 0, begun_parity ^= 1;
+  };
+  const auto step = [&]<bool kMore>(int i, float (&c)[kCols / 2], float (&next)[kCols / 2], float (&s)[3]) {
+    if constexpr (kMore) begin(next);
+    multiply_wait<kMore ? 1 : 0>(c);
     if (lane == 0) barrier_arrive(empty + slot);
+    if (++slot == Tile::kStages) slot = 0;
+    if constexpr (kBlocks == BlockScales::kNone) {
 #pragma unroll
-    for (int j = 0; j < kCols / 2; ++j) {
-      float factor = 1;
-      if constexpr (kBlocks)
-        factor = scale[j / 2 % 2] * (same ? q_scale : scale_of(x.q, q0 + Tile::sum_col(lane, j), i, blocks));
-      total[j] += kBlocks ? factor * acc[j] : acc[j];
+      for (int j = 0; j < kCols / 2; ++j) total[j] += c[j];
+    } else if constexpr (kBlocks == BlockScales::kRows) {
+#pragma unroll
+      for (int j = 0; j < kCols / 2; ++j) total[j] = fmaf(s[j / 2 % 2] * s[2], c[j], total[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCols / 2; ++j) {
+        const int column_at = min(static_cast<int>(q0) + Tile::sum_col(lane, j), static_cast<int>(x.q.rows) - 1);
+        const float column = __ldg(x.q.scales + static_cast<uint32_t>(column_at) * blocks + i);
+        total[j] = fmaf(s[j / 2 % 2] * column, c[j], total[j]);
+      }
     }
+    if constexpr (kBlocks != BlockScales::kNone && kMore) load_scales(i + 2, s);
+  };
+  begin(acc[0]);
+  int i = 0;
+#pragma unroll 1
+  for (; i + 2 < blocks; i += 2) {
+    step.template operator()<true>(i, acc[0], acc[1], scales[0]);
+    step.template operator()<true>(i + 1, acc[1], acc[0], scales[1]);
+  }
+  if (i + 1 < blocks) {
+    step.template operator()<true>(i, acc[0], acc[1], scales[0]);
+    step.template operator()<false>(i + 1, acc[1], acc[0], scales[1]);
+  } else {
+    step.template operator()<false>(i, acc[0], acc[1], scales[0]);
   }
 
+  if (!x.transposed) {
+    // Lanes of four have eight columns of a row side by side.
+    const bool pairs = x.q.rows % 2 == 0, p_whole = !by_block(x.p.kind), q_whole = !by_block(x.q.kind);
+    float of_row[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      of_row[h] = p_whole ? scale_of(x.p, p0 + Tile::sum_row(warp, lane, 2 * h), 0, blocks) : 1.0f;
+#pragma unroll
+    for (int j = 0; j < kCols / 2; j += 4) {
+      const int64_t q = q0 + Tile::sum_col(lane, j);
+      if (q >= x.q.rows) continue;
+      float of_column[2], bias[2] = {};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        of_column[e] = q_whole ? scale_of(x.q, q + e, 0, blocks) : 1.0f;
+        if (x.bias) bias[e] = load_float(x.bias, x.bias_type, min(q + e, x.q.rows - 1));
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int64_t p = p0 + Tile::sum_row(warp, lane, 2 * h), at = p * x.q.rows + q;
+        if (p >= x.p.rows) continue;
+        float v[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) v[e] = total[j + 2 * h + e] * of_row[h] * of_column[e] + bias[e];
+        if (pairs) {
+          store_floats(x.out, x.out_type, at, v[0], v[1]);
+        } else {
+          store_float(x.out, x.out_type, at, v[0]);
+          if (q + 1 < x.q.rows) store_float(x.out, x.out_type, at + 1, v[1]);
+        }
+      }
+    }
+    return;
+  }
   asm volatile("bar.sync 1, %0;" ::"n"(Tile::kConsumers) : "memory");
   float* const sums = reinterpret_cast<float*>(ring);
 #pragma unroll
   for (int j = 0; j < kCols / 2; ++j)
     sums[Tile::sum_col(lane, j) * Tile::kPitchSum + Tile::sum_row(warp, lane, j)] = total[j];
   asm volatile("bar.sync 1, %0;" ::"n"(Tile::kConsumers) : "memory");
-  for (int i = threadIdx.x; i < kCols * Tile::kRows; i += Tile::kConsumers) {
-    // Columns of y side by side: rows of P where P is b.
-    const int row = x.transposed ? i % Tile::kRows : i / kCols, col = x.transposed ? i / Tile::kRows : i % kCols;
-    const int64_t p = p0 + row, q = q0 + col, m = x.transposed ? q : p, n = x.transposed ? p : q;
+  for (int e = threadIdx.x; e < kCols * Tile::kRows; e += Tile::kConsumers) {
+    // Rows of P, which is b, are columns of y.
+    const int row = e % Tile::kRows, col = e / Tile::kRows;
+    const int64_t p = p0 + row, q = q0 + col;
     if (p >= x.p.rows || q >= x.q.rows) continue;
     float v = sums[col * Tile::kPitchSum + row];
-    if constexpr (!kBlocks) v *= scale_of(x.p, p, 0, blocks) * scale_of(x.q, q, 0, blocks);
-    if (x.bias) v += load_float(x.bias, x.bias_type, n);
-    store_float(x.out, x.out_type, m * (x.transposed ? x.p.rows : x.q.rows) + n, v);
+    if (!by_block(x.p.kind)) v *= scale_of(x.p, p, 0, blocks);
+    if (!by_block(x.q.kind)) v *= scale_of(x.q, q, 0, blocks);
+    if (x.bias) v += load_float(x.bias, x.bias_type, p);
+    store_float(x.out, x.out_type, q * x.p.rows + p, v);
   }
 }
 

@@ -1,10 +1,12 @@
 // y = x W^T + bias with mma.sync m16n8k16 (sm_80 and newer), for few rows of x: the weight is the A operand, whose
-// lanes find their own bytes and decode them in registers, x is B. Codes, x and scales come through a ring of stages
-// that cp.async fills; sums of a group are scaled once, in fp32. Where K is split over blocks, a second kernel adds the
-// parts in order.
+// lanes find their own bytes and decode them in registers, x is B. Codes, x and scales come through a ring of stages:
+// from sm_90 on a thread of its own fills it with the tensor memory accelerator, one copy for each operand, before that
+// all threads do with cp.async. Sums of a group are scaled once, in fp32. Where K is split over blocks, a second kernel
+// adds the parts in order.
 #pragma once
 
 #include "codecs.cuh"
+#include "hopper.cuh"
 #include "tile.h"
 
 namespace lowbit::cuda {
@@ -12,21 +14,8 @@ namespace lowbit::cuda {
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
-// 16 bytes, of which the first `valid` are read and the others are zero.
-__device__ __forceinline__ void copy_async(void* to, const void* from, int valid = 16) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
-               : "memory");
-}
-__device__ __forceinline__ uint64_t evict_first() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-// Weights pass through the L2 cache once and leave it to x.
-__device__ __forceinline__ void copy_async_once(void* to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "l"(policy)
-               : "memory");
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&r)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -36,193 +25,269 @@ __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&r)[4]
 }
 template <class T>
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define LOWBIT_MMA(TYPE)                                                                                        \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                           \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                       \
+               : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])                                                 \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), \
+                 "f"(c[3]))
   if constexpr (Half<T>::kType == Type::kF16)
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    LOWBIT_MMA("f16");
   else
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    LOWBIT_MMA("bf16");
+#undef LOWBIT_MMA
 }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasBulk = true;
+#else
+constexpr bool kHasBulk = false;
+#endif
 
 // What a block knows of its problem, in 32 bits where that is enough.
 struct Block {
-  int tile_n0, tiles_n, tiles_k, k, rows, groups, group_tiles, num_groups, scale_size, zero_size;
+  int m0, tile_n0, tiles_n, tiles_k, rows, num_groups;
+  int groups;            // that meet in a tile, 0 if there is one for all
+  int stage_groups;      // that a stage has room for
+  uint32_t group_tiles;  // reciprocal of the tiles that a group covers
+  int scale_size, zero_size;
 };
 
-// Copies what stage `stage` of a block reads to `slot`; x begins at the block's first row.
+// The ring of stages [first, last) of a block. With the accelerator one thread calls `produce`; without, all threads
+// call `load_next` for each stage.
 template <class Tile>
-__device__ __forceinline__ void load_stage(const Linear& p, const Block& b, const uint8_t* x, uint8_t* slot,
-                                           const StageBytes& bytes, int stage, uint64_t policy) {
-  constexpr int kPieces = Tile::kCodeBytes / 16, kTiles = Tile::kWarpsN * Tile::kRowTiles * Tile::kStageTiles;
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(ceil_div(kPieces, Tile::kThreads)); ++i) {
-    const Copy c = copy_codes<Tile>(i * Tile::kThreads + threadIdx.x, stage, b.tile_n0, b.tiles_n, b.tiles_k);
-    if (c.valid > 0) copy_async_once(slot + c.to, reinterpret_cast<const uint8_t*>(p.codes) + c.from, policy);
+struct Ring {
+  const Linear& p;
+  const Block& b;
+  uint8_t* slots;
+  const StageBytes bytes;
+  uint64_t *full, *empty;
+  const int depth, first, last;
+  int stage, slot;
+
+  __device__ void initialize() const {
+    for (int i = 0; i < depth; ++i) barrier_init(full + i, 1), barrier_init(empty + i, Tile::kWarps);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  slot += bytes.codes;
-#pragma unroll 1
-  for (int piece = threadIdx.x; piece < b.rows * (Tile::kStageK / 8); piece += Tile::kThreads) {
-    const Copy c = copy_x<Tile>(piece, stage, b.k, p.x_stride);
-    copy_async(slot + c.to, x + c.from, c.valid);
-  }
-  slot += bytes.x;
-  const auto load = [&](const void* values, int size, uint8_t* to) {
-#pragma unroll 1
-    for (int piece = threadIdx.x; piece < kTiles * b.groups * size; piece += Tile::kThreads) {
-      const Copy c =
-          copy_scales<Tile>(piece, stage, b.tile_n0, b.tiles_n, b.tiles_k, b.group_tiles, b.num_groups, b.groups, size);
-      if (c.valid > 0) copy_async(to + c.to, static_cast<const uint8_t*>(values) + c.from);
+  __device__ void produce(const Maps& maps) const {
+    const uint64_t policy = evict_first();
+    const bool scales = b.groups && b.scale_size, zeros = b.groups && b.zero_size;
+    const uint32_t expected = bytes.codes + bytes.x + bytes.scales + bytes.zeros;
+    int index = 0, parity = 1;
+    for (int i = first; i < last; ++i) {
+      barrier_wait(empty + index, parity);
+      uint8_t* const to = slots + index * bytes.total();
+      const int group = first_group<Tile>(i, b.group_tiles, b.groups);
+      barrier_expect(full + index, expected);
+      copy_box_once(to, &maps.codes, 0, i * Tile::kStageTiles, b.tile_n0, full + index, policy);
+      copy_box(to + bytes.x_at(), &maps.x, 0, b.m0, i * Tile::kStageTiles, full + index);
+      if (scales) copy_box(to + bytes.scales_at(), &maps.scales, 0, group, b.tile_n0, full + index);
+      if (zeros) copy_box(to + bytes.zeros_at(), &maps.zeros, 0, group, b.tile_n0, full + index);
+      if (++index == depth) index = 0, parity ^= 1;
     }
-  };
-  if (b.scale_size) load(p.scales, b.scale_size, slot);
-  if (b.zero_size) load(p.zeros, b.zero_size, slot + bytes.scales);
-}
-
-// An integer zero of rows `row` and `row` + 8, twice each.
-template <class T>
-__device__ __forceinline__ void load_zeros(const void* zeros, int64_t row, uint32_t (&pairs)[2]) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const T v = Half<T>::from(static_cast<const int8_t*>(zeros)[row + 8 * h]);
-    pairs[h] = pair_bits<T>(v, v);
   }
-}
 
-template <class T, int kBits, int kTilesM>
-__global__ void __launch_bounds__(MmaTile<kBits, kTilesM>::kThreads, MmaTile<kBits, kTilesM>::kBlocksPerSm)
-    mma_kernel(const Linear p, const int64_t stages_per_split) {
+  __device__ void load_next() {
+    if (stage < last) {
+      const uint32_t to = shared_address(slots) + slot * bytes.total();
+      const int thread = threadIdx.x;
+      const auto load = [&](const void* from, uint32_t part, const Piece& piece) {
+        if (piece.valid) copy_async(part + piece.to, static_cast<const uint8_t*>(from) + piece.from);
+      };
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(ceil_div(Tile::kCodeBytes / 16, Tile::kThreads)); ++i)
+        load(p.codes, to, code_piece<Tile>(i * Tile::kThreads + thread, stage, b.tile_n0, b.tiles_n, b.tiles_k));
+      const uint8_t* const x = static_cast<const uint8_t*>(p.x) + b.m0 * p.x_stride * 2;
+      const int valid_rows = static_cast<int>(min(p.m - b.m0, int64_t{b.rows}));
+#pragma unroll 1
+      for (int i = thread; i < bytes.x / 16; i += Tile::kThreads)
+        load(x, to + bytes.x_at(), x_piece<Tile>(i, stage, b.rows, valid_rows, b.tiles_k, p.x_stride));
+      const int group = first_group<Tile>(stage, b.group_tiles, b.groups);
+      const auto load_values = [&](const void* from, uint32_t part, int size) {
+#pragma unroll 1
+        for (int i = thread; i < Tile::kRowTilesOfBlock * b.stage_groups * size; i += Tile::kThreads)
+          load(from, part, scale_piece<Tile>(i, group, b.stage_groups, b.tile_n0, b.tiles_n, b.num_groups, size));
+      };
+      if (b.scale_size) load_values(p.scales, to + bytes.scales_at(), b.scale_size);
+      if (b.zero_size) load_values(p.zeros, to + bytes.zeros_at(), b.zero_size);
+      ++stage;
+      if (++slot == depth) slot = 0;
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+};
+
+// kFine: groups of 16 or 32, several in a tile.
+template <class T, int kBits, int kTilesM, bool kFine>
+__global__ void __launch_bounds__(MmaTile<kBits, kTilesM>::kMostThreads, MmaTile<kBits, kTilesM>::kBlocksPerSm)
+    mma_kernel(__grid_constant__ const Maps maps, const Linear p, const MmaRun run) {
   using Tile = MmaTile<kBits, kTilesM>;
-  extern __shared__ __align__(128) uint8_t shared[];
+  extern __shared__ __align__(1024) uint8_t shared[];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int64_t m0 = blockIdx.z * int64_t{Tile::kCols};
   const int tiles_k = static_cast<int>(ceil_div(p.k, kTileK)), groups = groups_per_tile(p.group, p.k);
-  const Block block{static_cast<int>(blockIdx.x * (Tile::kRows / kTileN)),
+  const Block block{static_cast<int>(m0),
+                    static_cast<int>(blockIdx.x * Tile::kRowTilesOfBlock),
                     static_cast<int>(ceil_div(p.n, kTileN)),
                     tiles_k,
-                    static_cast<int>(p.k),
-                    static_cast<int>(min(p.m - m0, int64_t{Tile::kCols})),
-                    groups,
-                    tiles_per_group(p.group),
+                    static_cast<int>(min(p.m, int64_t{Tile::kCols})),
                     static_cast<int>(p.num_groups),
+                    groups,
+                    stage_groups<Tile>(groups, tiles_per_group(p.group)),
+                    run.group_tiles,
                     p.scales ? type_bytes(p.scale_type) : 0,
                     p.zero == Zero::kInt ? 1 : 0};
-  const int first = static_cast<int>(blockIdx.y * stages_per_split);
-  const int last =
-      min(first + static_cast<int>(stages_per_split), static_cast<int>(ceil_div(tiles_k, Tile::kStageTiles)));
-  const uint32_t ends = group_ends(p.group, p.k);
-  const int scale_bytes = groups * kTileN * block.scale_size, zero_bytes = groups * kTileN * block.zero_size;
-  const StageBytes bytes = stage_bytes<Tile>(block.rows, scale_bytes, zero_bytes);
-  uint8_t* const ring = shared + table_bytes(kBits);
-  const uint8_t* const copy = shared + copy_offset(kBits, lane);
-  const uint8_t* const x = static_cast<const uint8_t*>(p.x) + m0 * p.x_stride * 2;
-  const uint64_t policy = evict_first();
-  const auto slot_of = [&](int stage) {
-    return ring + static_cast<unsigned>(stage - first) % Tile::kStages * bytes.total();
-  };
-  const auto load = [&](int stage) {
-    if (stage < last) load_stage<Tile>(p, block, x, slot_of(stage), bytes, stage, policy);
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  };
+  const int first = static_cast<int>(blockIdx.y) * run.stages_per_split;
+  const int last = min(first + run.stages_per_split, static_cast<int>(ceil_div(tiles_k, Tile::kStageTiles)));
+  const StageBytes bytes = stage_bytes<Tile>(block.rows, block.stage_groups, block.scale_size, block.zero_size);
+  // The barriers stand last, so that 64 bytes beyond any stage can be read.
+  uint8_t* const slots = shared + table_bytes(kBits);
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(slots + ring_bytes<Tile>(run.depth, bytes));
+  Ring<Tile> ring{p, block, slots, bytes, barriers, barriers + Tile::kMostStages, run.depth, first, last, first, 0};
+  constexpr bool kBulk = kHasBulk && Tile::kBulk;
+  if constexpr (kBulk) {
+    if (threadIdx.x == 0) ring.initialize();
+    __syncthreads();
+    if (warp == Tile::kWarps) {
+      if (lane == 0) ring.produce(maps);
+      return;
+    }
+  } else {
 #pragma unroll 1
-  for (int i = 0; i < Tile::kStages - 1; ++i) load(first + i);
-  fill_table<T, kBits>(shared, p.table);
+    for (int i = 0; i < run.depth - 1; ++i) ring.load_next();
+  }
+  // All threads but the copying warp.
+  const auto synchronize = [] { asm volatile("bar.sync 1, %0;" ::"n"(Tile::kThreads) : "memory"); };
+  fill_table<T, kBits>(shared, p.table, threadIdx.x, Tile::kThreads);
+  if constexpr (kBulk) synchronize();
 
-  float acc[Tile::kRowTiles][kTilesM][4] = {}, total[Tile::kRowTiles][kTilesM][4] = {};
+  const uint8_t* const copy = shared + copy_offset(kBits, lane);
+  const ScaleReader read_scale(p.scale_type, lane);
+  const bool scaled = p.scales && groups, subtracts = p.zero == Zero::kInt;
+  // Bytes from a group to the next one, and from a row tile to the next one; all groups are the first if there is one.
+  const int scale_step = scaled ? kTileN * block.scale_size : 0, zero_step = groups ? kTileN * block.zero_size : 0;
+  const int scale_pitch = block.stage_groups * scale_step, zero_pitch = block.stage_groups * zero_step;
+  float total[Tile::kRowTiles][kTilesM][4] = {};
   uint32_t zero[Tile::kRowTiles][2] = {};
-  // Adds the sums of a group, multiplied by the scales that stand at `scales` for each row tile.
-  const auto flush = [&](const void* const(&scales)[Tile::kRowTiles]) {
+  // Scales of a lane's rows. Where none stand there, what does is not used.
+  const auto load_scales = [&](const uint8_t* at, float (&scale)[Tile::kRowTiles][2]) {
 #pragma unroll
     for (int r = 0; r < Tile::kRowTiles; ++r) {
+      const float first = read_scale(at + r * scale_pitch + read_scale.first);
+      const float second = read_scale(at + r * scale_pitch + read_scale.second);
+      scale[r][0] = scaled ? first : 1.0f, scale[r][1] = scaled ? second : 1.0f;
+    }
+  };
+  const auto whole_row = [&](int r) {
+    return min(block.tile_n0 + Tile::row_tile(warp, r), block.tiles_n - 1) * kTileN;
+  };
+  if (subtracts && groups == 0)
+    for (int r = 0; r < Tile::kRowTiles; ++r) load_zeros<T>(p.zeros, whole_row(r) + lane / 4, zero[r]);
+  const uint32_t ends = kFine ? group_ends(p.group, p.k) : 1u << (kSteps - 1);  // of groups, or of the tile
+
+  // Products of a tile of the stage at `slot`, with integer zeros if `kSubtracts`; `more` groups follow the first one's
+  // scales, of which the last stands for those that K does not reach.
+  const auto multiply_tile = [&]<bool kSubtracts>(const uint8_t* slot, int in_stage, const uint8_t* scales,
+                                                  const uint8_t* zeros, int more) {
+    const uint32_t slot_x = shared_address(slot + bytes.x_at());
+    // Where a warp has few sums, those of odd steps stand apart: products that follow each other wait less.
+    constexpr int kChains = kTilesM == 1 && !kFine ? 2 : 1;
+    float acc[kChains][Tile::kRowTiles][kTilesM][4] = {}, scale[Tile::kRowTiles][2];
+    uint32_t words[Tile::kRowTiles][kBits];
+    load_scales(scales, scale);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float scale = p.scales ? load_scale(scales[r], p.scale_type, lane / 4 + 8 * h) : 1.0f;
+    for (int r = 0; r < Tile::kRowTiles; ++r) {
+      load_words<kBits>(slot + Tile::slot(Tile::row_tile(warp, r), in_stage) * tile_bytes(kBits), lane, words[r]);
+      if (kSubtracts && groups) load_zeros<T>(zeros + r * zero_pitch, lane / 4, zero[r]);
+    }
 #pragma unroll
-        for (int t = 0; t < kTilesM; ++t) {
+    for (int s = 0; s < kSteps; s += 2) {
+      uint32_t b[kTilesM][4];
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            total[r][t][2 * h + e] += __fmul_rn(scale, acc[r][t][2 * h + e]);
-            acc[r][t][2 * h + e] = 0;
-          }
+      for (int t = 0; t < kTilesM; ++t) load_matrices(slot_x + Tile::x_address(lane, t, in_stage, s, block.rows), b[t]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int r = 0; r < Tile::kRowTiles; ++r) {
+          uint32_t a[4];
+          decode<kBits>(words[r], s + half, copy, a);
+          if (kSubtracts)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[i] = subtract<T>(a[i], zero[r][i % 2]);
+#pragma unroll
+          for (int t = 0; t < kTilesM; ++t)
+            multiply<T>(acc[half % kChains][r][t], a, b[t][2 * half], b[t][2 * half + 1]);
+        }
+        if (kFine ? ends >> (s + half) & 1 : s + half + 1 == kSteps) {
+#pragma unroll
+          for (int r = 0; r < Tile::kRowTiles; ++r)
+#pragma unroll
+            for (int t = 0; t < kTilesM; ++t)
+#pragma unroll
+              for (int c = 0; c < 4; ++c) {
+                const float sum = kChains == 2 ? acc[0][r][t][c] + acc[kChains - 1][r][t][c] : acc[0][r][t][c];
+                total[r][t][c] = fmaf(scale[r][c / 2], sum, total[r][t][c]);
+                acc[0][r][t][c] = 0;
+              }
+          if (s + half + 1 == kSteps) continue;
+          if (more-- > 0) scales += scale_step, zeros += zero_step;
+          load_scales(scales, scale);
+          if (kSubtracts)
+            for (int r = 0; r < Tile::kRowTiles; ++r) load_zeros<T>(zeros + r * zero_pitch, lane / 4, zero[r]);
         }
       }
     }
   };
-  if (p.zero == Zero::kInt && groups == 0)
-    for (int r = 0; r < Tile::kRowTiles; ++r)
-      load_zeros<T>(p.zeros, min(block.tile_n0 + Tile::row_tile(warp, r), block.tiles_n - 1) * kTileN + lane / 4,
-                    zero[r]);
 
+  int slot_index = 0, parity = 0;
   for (int stage = first; stage < last; ++stage) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(Tile::kStages - 2) : "memory");
-    __syncthreads();
-    load(stage + Tile::kStages - 1);
-    const uint8_t* const slot = slot_of(stage);
-    const uint32_t slot_x = shared_address(slot + bytes.codes);
+    if constexpr (kBulk) {
+      barrier_wait(ring.full + slot_index, parity);
+    } else {
+      if (run.depth == 4)
+        asm volatile("cp.async.wait_group 2;" ::: "memory");
+      else if (run.depth == 3)
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+      else
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+      synchronize();
+      ring.load_next();
+    }
+    const uint8_t* const slot = slots + slot_index * bytes.total();
+    const int group0 = first_group<Tile>(stage, run.group_tiles, kFine ? groups : 1);
+    const int last_group = block.num_groups - 1 - group0;  // of those from the first on
 #pragma unroll
     for (int j = 0; j < Tile::kTilesK; ++j) {
-      const int in_stage = Tile::k_tile(warp, j);
-      const int tile_k = stage * Tile::kStageTiles + in_stage;
+      const int in_stage = Tile::k_tile(warp, j), tile_k = stage * Tile::kStageTiles + in_stage;
       if (tile_k >= tiles_k) break;
-      uint32_t words[Tile::kRowTiles][kBits];
-      const uint8_t *scales[Tile::kRowTiles], *zeros[Tile::kRowTiles];
-#pragma unroll
-      for (int r = 0; r < Tile::kRowTiles; ++r) {
-        const int tile = Tile::slot(Tile::row_tile(warp, r), in_stage);
-        load_words<kBits>(slot + tile * tile_bytes(kBits), lane, words[r]);
-        scales[r] = slot + bytes.codes + bytes.x + tile * scale_bytes;
-        zeros[r] = slot + bytes.codes + bytes.x + bytes.scales + tile * zero_bytes;
-        if (p.zero == Zero::kInt && groups) load_zeros<T>(zeros[r], lane / 4, zero[r]);
-      }
-#pragma unroll
-      for (int s = 0; s < kSteps; s += 2) {
-        uint32_t b[kTilesM][4];
-#pragma unroll
-        for (int t = 0; t < kTilesM; ++t)
-          load_matrices(slot_x + Tile::x_address(lane, t, in_stage, s, block.rows), b[t]);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int r = 0; r < Tile::kRowTiles; ++r) {
-            uint32_t a[4];
-            decode<kBits>(words[r], s + half, copy, a);
-            if (p.zero == Zero::kInt)
-#pragma unroll
-              for (int i = 0; i < 4; ++i) a[i] = subtract<T>(a[i], zero[r][i % 2]);
-#pragma unroll
-            for (int t = 0; t < kTilesM; ++t) multiply<T>(acc[r][t], a, b[t][2 * half], b[t][2 * half + 1]);
-          }
-          if (ends >> (s + half) & 1) {
-            flush({scales[0], scales[1]});
-            if (s + half + 1 == kSteps) continue;
-#pragma unroll
-            for (int r = 0; r < Tile::kRowTiles; ++r) {
-              scales[r] += kTileN * type_bytes(p.scale_type);
-              zeros[r] += kTileN * type_bytes(p.zero_type);
-              if (p.zero == Zero::kInt) load_zeros<T>(zeros[r], lane / 4, zero[r]);
-            }
-          }
-        }
-      }
+      const int group = min(kFine ? in_stage * groups : group_of(tile_k, run.group_tiles) - group0, last_group);
+      const uint8_t* const scales =
+          slot + bytes.scales_at() + Tile::row_tile(warp, 0) * scale_pitch + group * scale_step;
+      const uint8_t* const zeros = slot + bytes.zeros_at() + Tile::row_tile(warp, 0) * zero_pitch + group * zero_step;
+      if (subtracts)
+        multiply_tile.template operator()<true>(slot, in_stage, scales, zeros, last_group - group);
+      else
+        multiply_tile.template operator()<false>(slot, in_stage, scales, zeros, last_group - group);
     }
+    if constexpr (kBulk) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(ring.empty + slot_index);
+    }
+    if (++slot_index == run.depth) slot_index = 0, parity ^= 1;
   }
-  if (groups == 0) {
-    const void* scales[Tile::kRowTiles];
+  if (groups == 0 && p.scales)
+#pragma unroll
     for (int r = 0; r < Tile::kRowTiles; ++r)
-      scales[r] = static_cast<const uint8_t*>(p.scales) +
-                  min(block.tile_n0 + Tile::row_tile(warp, r), block.tiles_n - 1) * kTileN * type_bytes(p.scale_type);
-    flush({scales[0], scales[1]});
-  }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const float scale = load_float(p.scales, p.scale_type, whole_row(r) + lane / 4 + c / 2 * 8);
+#pragma unroll
+        for (int t = 0; t < kTilesM; ++t) total[r][t][c] *= scale;
+      }
 
   // The warps that share rows add up, in order.
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  __syncthreads();
-  float* const sums = reinterpret_cast<float*>(ring);
+  synchronize();
+  float* const sums = reinterpret_cast<float*>(slots);
 #pragma unroll
   for (int r = 0; r < Tile::kRowTiles; ++r)
 #pragma unroll
@@ -231,11 +296,11 @@ __global__ void __launch_bounds__(MmaTile<kBits, kTilesM>::kThreads, MmaTile<kBi
       for (int c = 0; c < 4; ++c)
         sums[(Tile::warp_k(warp) * Tile::kCols + Tile::sum_col(lane, t, c)) * Tile::kPitchSum +
              Tile::sum_row(warp, lane, r, c)] = total[r][t][c];
-  __syncthreads();
+  synchronize();
   for (int i = threadIdx.x; i < block.rows * Tile::kRows; i += Tile::kThreads) {
     const int row = i % Tile::kRows, col = i / Tile::kRows;
     const int64_t n = int64_t{block.tile_n0} * kTileN + row, m = m0 + col;
-    if (n >= p.n) continue;
+    if (n >= p.n || m >= p.m) continue;
     float v = 0;
 #pragma unroll
     for (int w = 0; w < Tile::kWarpsK; ++w) v += sums[(w * Tile::kCols + col) * Tile::kPitchSum + row];

@@ -7,6 +7,11 @@
 
 namespace lowbit::cuda {
 
+// Operands as the tensor memory accelerator knows them: boxes of a stage.
+struct Maps {
+  CUtensorMap x, codes, scales, zeros;
+};
+
 __device__ __forceinline__ uint32_t address_of(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -26,17 +31,33 @@ __device__ __forceinline__ void barrier_wait(uint64_t* b, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
-__device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address_of(to)),
-      "l"(from), "r"(bytes), "r"(address_of(barrier))
-      : "memory");
-}
 __device__ __forceinline__ void copy_tile(void* to, const CUtensorMap* map, int k, int m, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           address_of(to)),
       "l"(map), "r"(k), "r"(m), "r"(address_of(barrier))
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, int i, int j, int k, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+          "r"(address_of(to)),
+      "l"(map), "r"(i), "r"(j), "r"(k), "r"(address_of(barrier))
+      : "memory");
+}
+// What is read once leaves the L2 cache to other data.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void copy_box_once(void* to, const CUtensorMap* map, int i, int j, int k, uint64_t* barrier,
+                                              uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, "
+      "%4}], [%5], %6;" ::"r"(address_of(to)),
+      "l"(map), "r"(i), "r"(j), "r"(k), "r"(address_of(barrier)), "l"(policy)
       : "memory");
 }
 
@@ -52,9 +73,10 @@ __device__ __forceinline__ void multiply_begin(float (&c)[kSize]) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void multiply_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kSize>
+// Until at most `kLeft` of the groups that were committed last are on their way.
+template <int kLeft = 0, int kSize>
 __device__ __forceinline__ void multiply_wait(float (&c)[kSize]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
   hold(c);
 }
 

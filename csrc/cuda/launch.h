@@ -17,7 +17,7 @@ struct Linear {
   int64_t m, n, k, group, num_groups;
   int32_t bits;
   Type type;      // of x and of the table where it meets x; kBf16 or kF16
-  const void* x;  // 16-byte aligned rows of x_stride elements, x_stride a multiple of 8
+  const void* x;  // 16-byte aligned rows of x_stride elements, a multiple of 8, with zeros to the next multiple of 64
   int64_t x_stride;
   const uint32_t* codes;
   const void* scales;  // null: 1
@@ -54,10 +54,12 @@ struct Dequantize {
 enum class Family : int32_t { kMma, kWgmma, kDecode };
 struct Config {
   Family family;
-  int32_t tiles_m;           // kMma: x tiles of 8 rows that a block takes
-  int32_t splits;            // kMma: parts of K
-  int64_t stages_per_split;  // kMma
+  int32_t tiles_m;           // x tiles of 8 rows that a block takes
+  int32_t splits;            // parts of K
+  int64_t stages_per_split;  // of MmaTile; tiles of 64 weights for kWgmma
   int32_t shared;            // bytes of dynamic shared memory
+  int32_t depth;             // kMma: stages in the ring
+  bool bulk;                 // kMma: a warp of its own fills it, as the code for sm_90 and later does
 };
 
 }  // namespace lowbit::cuda

@@ -68,12 +68,13 @@ LOWBIT_HD constexpr int entry_code(int bits, int entry, int byte) {
   const int c = field_codes(bits) == 1 ? 0 : byte % entry_bytes(bits) / 2;
   return entry >> (c * bits) & ((1 << bits) - 1);
 }
-// Bytes from the start of the table to the entry of field f: bits [f * F, (f + 1) * F) of a lane's words, times 128.
-template <int kBits>
-LOWBIT_HD uint32_t entry_offset(const uint32_t (&words)[kBits], int f) {
-  constexpr int kWidth = field_bits(kBits), kShift = 7;
-  static_assert(1 << kShift == kEntryPitch);
+// Field f of a lane's words, bits [f * kWidth, (f + 1) * kWidth), times 2^kShift.
+template <int kWidth, int kShift, int kBits>
+LOWBIT_HD uint32_t shifted_field(const uint32_t (&words)[kBits], int f) {
   const int word = f * kWidth / 32, bit = f * kWidth % 32;
+#ifdef __CUDA_ARCH__
+  if constexpr (kWidth == 8) return __byte_perm(words[word], 0, 0x4440 + bit / 8) << kShift;
+#endif
   uint32_t v;
   if (bit + kWidth > 32) {
 #ifdef __CUDA_ARCH__
@@ -85,6 +86,13 @@ LOWBIT_HD uint32_t entry_offset(const uint32_t (&words)[kBits], int f) {
     v = bit >= kShift ? words[word] >> (bit - kShift) : words[word] << (kShift - bit);
   }
   return v & (((1u << kWidth) - 1) << kShift);
+}
+// Bytes from the start of the table to the entry of field f.
+template <int kBits>
+LOWBIT_HD uint32_t entry_offset(const uint32_t (&words)[kBits], int f) {
+  constexpr int kShift = 7;
+  static_assert(1 << kShift == kEntryPitch);
+  return shifted_field<field_bits(kBits), kShift>(words, f);
 }
 
 // Scales and zeros lie [n / 16][group][16].

@@ -7,10 +7,7 @@
 
 namespace lowbit::cuda {
 
-// A (rows, columns) matrix in tiles of `box_rows` rows of 128 bytes, swizzled; zero beyond its edges. `stride`: bytes
-// between rows.
-inline CUtensorMap tensor_map(CUtensorMapDataType type, const void* data, int64_t columns, int64_t rows, int64_t stride,
-                              int box_columns, int box_rows) {
+inline auto encode_tiled() {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -19,17 +16,43 @@ inline CUtensorMap tensor_map(CUtensorMapDataType type, const void* data, int64_
     if (result != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
   }();
+  return encode;
+}
+
+// An array of `kRank` dimensions, the first without gaps, in boxes; zero beyond its edges. `strides`: bytes between
+// elements of the others.
+template <int kRank>
+CUtensorMap tensor_map(CUtensorMapDataType type, const void* data, const int64_t (&sizes)[kRank],
+                       const int64_t (&strides)[kRank - 1], const int (&box)[kRank], bool swizzled) {
   CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
+  cuuint64_t size[kRank], stride[kRank - 1];
+  cuuint32_t boxes[kRank], steps[kRank];
+  for (int i = 0; i < kRank; ++i)
+    size[i] = static_cast<cuuint64_t>(sizes[i]), boxes[i] = static_cast<cuuint32_t>(box[i]), steps[i] = 1;
+  for (int i = 0; i + 1 < kRank; ++i) stride[i] = static_cast<cuuint64_t>(strides[i]);
   const CUresult result =
-      encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode_tiled()(&map, type, kRank, const_cast<void*>(data), size, stride, boxes, steps,
+                     CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
   return map;
+}
+
+// The codes of a weight in boxes of `row_tiles` by `k_tiles`, and scales or zeros in boxes of `row_tiles` by `groups`.
+inline CUtensorMap codes_map(const Linear& p, int row_tiles, int k_tiles) {
+  const int64_t tiles_k = ceil_div(p.k, kTileK);
+  return tensor_map<3>(
+      CU_TENSOR_MAP_DATA_TYPE_UINT32, p.codes, {tile_bytes(p.bits) / 4, tiles_k, ceil_div(p.n, kTileN)},
+      {tile_bytes(p.bits), tiles_k * tile_bytes(p.bits)}, {tile_bytes(p.bits) / 4, k_tiles, row_tiles}, false);
+}
+inline CUtensorMap values_map(const Linear& p, const void* values, Type type, int row_tiles, int groups) {
+  const int size = type_bytes(type);
+  return tensor_map<3>(size == 4   ? CU_TENSOR_MAP_DATA_TYPE_UINT32
+                       : size == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16
+                                   : CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                       values, {kTileN, p.num_groups, ceil_div(p.n, kTileN)},
+                       {kTileN * size, p.num_groups * kTileN * size}, {kTileN, groups, row_tiles}, false);
 }
 
 }  // namespace lowbit::cuda

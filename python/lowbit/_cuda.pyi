@@ -13,12 +13,12 @@ class Weight:
         scale_type: str | None,
         zero_type: str | None,
     ) -> None: ...
-    def choose(self, m: int, architecture: int, sms: int) -> tuple[str, int, int, int, int]: ...
+    def choose(self, m: int, architecture: int, sms: int) -> tuple[str, int, int, int, int, int, bool]: ...
     def linear(
         self,
         device: int,
         stream: int,
-        config: tuple[str, int, int, int, int],
+        config: tuple[str, int, int, int, int, int, bool],
         type: str,
         m: int,
         x: int,

@@ -87,19 +87,26 @@ def kernel_layout(device: torch.device, format: Format) -> str:
     return K16 if has_triton() else CANONICAL
 
 
-@functools.cache
-def cuda_obstacle() -> str | None:
-    """Why the CUDA kernels do not run; None if they are built and asked for: until a GPU has run them they wait for
-    LOWBIT_CUDA=1.
-    """
-    reason = None
+def _find_cuda_obstacle() -> str | None:
     if importlib.util.find_spec("lowbit._cuda") is None:
-        reason = "the package was built without nvcc"
-    elif os.environ.get("LOWBIT_CUDA") != "1":
-        reason = "LOWBIT_CUDA=1 is not set"
-    if reason is not None:
-        _logger.info("the CUDA kernels do not run: %s; the Triton kernels do", reason)
-    return reason
+        return "the package was built without nvcc"
+    return "LOWBIT_CUDA=0 is set" if os.environ.get("LOWBIT_CUDA") == "0" else None
+
+
+# Found once: torch.compile cannot look for modules.
+_CUDA_OBSTACLE = _find_cuda_obstacle()
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def cuda_obstacle() -> str | None:
+    """Why the CUDA kernels do not run; None if they are built and LOWBIT_CUDA=0 was not set at import."""
+    return _CUDA_OBSTACLE
+
+
+@functools.cache
+def _log_layout(layout: str) -> None:
+    why = "" if layout == M16 else f": {cuda_obstacle() or 'the CUDA kernels do not know the format'}"
+    _logger.info("weights on the GPU take the layout %s%s", layout, why)
 
 
 def fits_m16(format: Format) -> bool:
@@ -108,10 +115,9 @@ def fits_m16(format: Format) -> bool:
     return format.table_scope == "tensor" and whole_tiles
 
 
-@functools.cache
 def has_triton() -> bool:
     """Whether the Triton kernels can run."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
@@ -121,7 +127,10 @@ def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
         ValueError: the columns of outliers are not ascending or not in the row.
     """
     qt.check_columns()
-    layout = layout or kernel_layout(qt.device, qt.format)
+    if layout is None:
+        layout = kernel_layout(qt.device, qt.format)
+        if qt.device.type == "cuda":
+            _log_layout(layout)
     outliers = (qt.outlier_columns, qt.outlier_values)
     scales = qt.scales
     second: dict[str, Tensor] = {}

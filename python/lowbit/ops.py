@@ -195,7 +195,8 @@ def autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast asks for, if it is on for its device."""
     device_type = "cpu" if x.is_cpu else x.device.type
     if (
-        (device_type == "cpu" or torch.amp.is_autocast_available(device_type))
+        # torch.compile cannot ask whether a device type has autocast.
+        (device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type))
         and torch.is_autocast_enabled(device_type)
         and x.dtype in checks.FLOAT_DTYPES
     ):

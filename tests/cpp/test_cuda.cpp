@@ -9,85 +9,11 @@
 
 #include "cuda/fp8.h"
 #include "cuda/heuristics.h"
+#include "cuda_weight.h"
 
 using namespace lowbit::cuda;
 
 namespace {
-
-int checks = 0, failures = 0;
-
-void expect(bool ok, const char* what, int64_t i, double got, double want) {
-  ++checks;
-  if (!ok && ++failures <= 20) std::printf("FAIL %s at %lld: %g, expected %g\n", what, (long long)i, got, want);
-}
-
-struct Case {
-  int64_t m, n, k, group;
-  Zero zero;
-  int64_t splits;
-};
-
-// One weight in m16 layout: fp32 scales, int8 or fp32 zeros; codes stand for small integers.
-struct Problem {
-  Case c;
-  int bits;
-  int64_t groups, tiles_n, tiles_k;
-  std::vector<uint8_t> codes;
-  std::vector<uint32_t> packed;
-  std::vector<float> scales, zeros, table, x, y;
-  std::vector<int8_t> int_zeros;
-
-  Problem(const Case& c_, int bits_, std::mt19937& rng)
-      : c(c_),
-        bits(bits_),
-        groups(ceil_div(c.k, c.group)),
-        tiles_n(ceil_div(c.n, kTileN)),
-        tiles_k(ceil_div(c.k, kTileK)) {
-    const auto draw = [&](int low, int high) {
-      return static_cast<float>(low + static_cast<int>(rng() % (high - low + 1)));
-    };
-    for (int e = 0; e < 1 << bits; ++e) table.push_back(draw(-7, 7));
-    for (int64_t i = 0; i < c.n * c.k; ++i) codes.push_back(rng() & ((1 << bits) - 1));
-    for (int64_t i = 0; i < c.m * c.k; ++i) x.push_back(draw(-3, 3));
-    scales.assign(tiles_n * groups * kTileN, 0);
-    zeros = scales;
-    packed.assign(tiles_n * tiles_k * tile_bytes(bits) / 4, 0);
-    const auto at = [&](int64_t n, int64_t k) { return scale_at(n / kTileN, k / c.group, groups) + n % kTileN; };
-    for (int64_t n = 0; n < c.n; ++n)
-      for (int64_t g = 0; g < groups; ++g)
-        scales[at(n, g * c.group)] = draw(1, 4) / 2, zeros[at(n, g * c.group)] = draw(-3, 3);
-    for (float z : zeros) int_zeros.push_back(static_cast<int8_t>(z));
-    for (int64_t n = 0; n < c.n; ++n)
-      for (int64_t k = 0; k < c.k; ++k) {
-        uint32_t* tile = &packed[(n / kTileN * tiles_k + k / kTileK) * tile_bytes(bits) / 4];
-        const int r = n % kTileN, col = k % kTileK;
-        for (int b = 0; b < bits; ++b) {
-          const int bit = code_of(r, col) * bits + b;
-          tile[word_at(bits, lane_of(r, col), bit / 32)] |= uint32_t{codes[n * c.k + k]} >> b << 31 >> (31 - bit % 32);
-        }
-        expect(code_at(packed.data(), bits, n, k, tiles_k) == codes[n * c.k + k], "code_at", n * c.k + k, 0, 0);
-      }
-    for (int64_t m = 0; m < c.m; ++m)
-      for (int64_t n = 0; n < c.n; ++n) {
-        double sum = 0;
-        for (int64_t k = 0; k < c.k; ++k) {
-          const double t = table[codes[n * c.k + k]], s = scales[at(n, k)], z = zeros[at(n, k)];
-          sum += x[m * c.k + k] * (c.zero == Zero::kAdd ? s * t + z : c.zero == Zero::kNone ? s * t : s * (t - z));
-        }
-        y.push_back(static_cast<float>(sum));
-      }
-  }
-
-  // What the kernels add at the end for zeros that are floats.
-  double float_zero_term(int64_t n, int64_t m) const {
-    double sum = 0;
-    for (int64_t k = 0; k < c.k && (c.zero == Zero::kSubtract || c.zero == Zero::kAdd); ++k) {
-      const int64_t at = scale_at(n / kTileN, k / c.group, groups) + n % kTileN;
-      sum += (c.zero == Zero::kAdd ? 1.0 : -scales[at]) * zeros[at] * x[m * c.k + k];
-    }
-    return sum;
-  }
-};
 
 // The table as fill_table writes it, with the code itself for its value.
 std::vector<uint16_t> shared_table(int bits) {
@@ -127,39 +53,76 @@ void check_fragments(const Problem& p, const uint8_t* tile_bytes_at, int64_t til
   }
 }
 
-// The stages of a block in shared memory, filled by the copies of every thread; what none of them wrote is poison.
+// A stage of a block in shared memory, filled by the pieces of cp.async; what none of them wrote is poison. What the
+// tensor memory accelerator writes is checked to be the same: boxes in the order of their dimensions.
 template <class Tile>
 struct Stage {
   std::vector<uint8_t> codes, scales, zeros;
   std::vector<float> x;  // by element
+  int room, first;
 
-  Stage(const Problem& p, int64_t stage, int64_t tile_n0, int64_t m0, int rows, int scale_bytes, int zero_bytes)
-      : codes(Tile::kCodeBytes, 0xFF), x(rows * Tile::kPitchX / 2, 1e30f) {
-    const int tiles = Tile::kWarpsN * Tile::kRowTiles * Tile::kStageTiles;
-    for (int piece = 0; piece < static_cast<int>(ceil_div(Tile::kCodeBytes / 16, Tile::kThreads)) * Tile::kThreads;
-         ++piece) {
-      const Copy c = copy_codes<Tile>(piece, stage, tile_n0, p.tiles_n, p.tiles_k);
-      if (c.valid > 0) copy(codes, c, p.packed.data(), p.packed.size() * 4);
-    }
-    for (int piece = 0; piece < rows * Tile::kStageK / 8; ++piece) {
-      const Copy c = copy_x<Tile>(piece, stage, p.c.k, p.c.k);
-      for (int e = 0; e < 8; ++e) x.at(c.to / 2 + e) = 2 * e < c.valid ? p.x.at(m0 * p.c.k + c.from / 2 + e) : 0;
-    }
+  Stage(const Problem& p, int64_t stage, int64_t tile_n0, int64_t m0, int rows, int valid_rows)
+      : codes(Tile::kCodeBytes, 0xFF), x(Tile::kStageTiles * rows * kTileK, 1e30f) {
     const int groups = groups_per_tile(p.c.group, p.c.k);
-    const auto load = [&](std::vector<uint8_t>& to, int bytes, const void* from, size_t size) {
-      to.assign(tiles * bytes, 0xFF);
-      for (int piece = 0; piece < tiles * bytes / 16; ++piece) {
-        const Copy c = copy_scales<Tile>(piece, stage, tile_n0, p.tiles_n, p.tiles_k, tiles_per_group(p.c.group),
-                                         p.groups, groups, groups ? bytes / (groups * kTileN) : 0);
-        if (c.valid > 0) copy(to, c, from, size);
+    const uint32_t group_tiles = reciprocal(tiles_per_group(p.c.group));
+    room = stage_groups<Tile>(groups, tiles_per_group(p.c.group));
+    first = first_group<Tile>(stage, group_tiles, groups);
+    const StageBytes bytes = stage_bytes<Tile>(rows, room, 4, p.c.zero == Zero::kInt);
+    expect(bytes.x_at() % 1024 == 0 && bytes.scales_at() % 128 == 0 && bytes.zeros_at() % 128 == 0 &&
+               bytes.total() % 1024 == 0 && bytes.zeros_at() + bytes.zeros <= bytes.total(),
+           "parts of a stage", stage, bytes.scales_at(), bytes.zeros_at());
+    scales.assign(bytes.scales, 0xFF), zeros.assign(bytes.zeros, 0xFF);
+    const auto load = [&](std::vector<uint8_t>& to, const void* from, size_t size, auto&& piece_of) {
+      for (int i = 0; i < static_cast<int>(to.size()) / 16; ++i) {
+        const Piece piece = piece_of(i);
+        if (piece.valid) copy(to, piece, from, size);
       }
     };
-    load(scales, scale_bytes, p.scales.data(), p.scales.size() * 4);
-    load(zeros, zero_bytes, p.int_zeros.data(), p.int_zeros.size());
+    load(codes, p.packed.data(), p.packed.size() * 4,
+         [&](int i) { return code_piece<Tile>(i, stage, tile_n0, p.tiles_n, p.tiles_k); });
+    const auto value_piece = [&](int size) {
+      return [&, size](int i) { return scale_piece<Tile>(i, first, room, tile_n0, p.tiles_n, p.groups, size); };
+    };
+    load(scales, p.scales.data(), p.scales.size() * 4, value_piece(4));
+    load(zeros, p.int_zeros.data(), p.int_zeros.size(), value_piece(1));
+    // Rows of x go on with zeros to the end of the last tile.
+    const int64_t stride = p.tiles_k * kTileK;
+    for (int i = 0; i < bytes.x / 16; ++i) {
+      const Piece piece = x_piece<Tile>(i, stage, rows, valid_rows, p.tiles_k, stride);
+      if (!piece.valid) continue;
+      for (int e = 0; e < 8; ++e) {
+        const int64_t row = piece.from / 2 / stride, k = piece.from / 2 % stride + e;
+        x.at(piece.to / 2 + e) = k < p.c.k ? p.x.at((m0 + row) * p.c.k + k) : 0;
+      }
+    }
+    check_boxes(p, stage, tile_n0, m0, rows, valid_rows, stride);
   }
 
-  static void copy(std::vector<uint8_t>& to, const Copy& c, const void* from, size_t size) {
-    expect(c.from >= 0 && c.from + 16 <= static_cast<int64_t>(size) && c.to + 16 <= static_cast<int64_t>(to.size()),
+  void check_boxes(const Problem& p, int64_t stage, int64_t tile_n0, int64_t m0, int rows, int valid_rows,
+                   int64_t stride) const {
+    for (int tile = 0; tile < Tile::kStageTiles; ++tile)
+      for (int row = 0; row < valid_rows; ++row)
+        for (int e = 0; e < kTileK; ++e) {
+          const int64_t tile_k = stage * Tile::kStageTiles + tile, k = tile_k * kTileK + e;
+          if (tile_k >= p.tiles_k) continue;
+          const float want = k < p.c.k ? p.x.at((m0 + row) * p.c.k + k) : 0;
+          const uint32_t at = swizzle128(((tile * rows + row) * kTileK + e) * 2) / 2;
+          expect(x.at(at) == want, "box of x", k, x.at(at), want);
+        }
+    for (int r = 0; r < Tile::kRowTilesOfBlock; ++r)
+      for (int g = 0; g < room; ++g)
+        for (int i = 0; i < kTileN && tile_n0 + r < p.tiles_n && first + g < p.groups; ++i) {
+          float got;
+          std::memcpy(&got, &scales.at(((r * room + g) * kTileN + i) * 4), 4);
+          const float want = p.scales.at(((tile_n0 + r) * p.groups + first + g) * kTileN + i);
+          expect(got == want, "box of scales", i, got, want);
+        }
+    expect(stride % kTileK == 0, "stride", stride, 0, 0);
+  }
+
+  static void copy(std::vector<uint8_t>& to, const Piece& c, const void* from, size_t size) {
+    expect(c.from >= 0 && c.from + 16 <= static_cast<int64_t>(size) && c.from % 16 == 0 &&
+               c.to + 16 <= static_cast<int64_t>(to.size()),
            "bounds of a copy", c.to, c.from, size);
     std::memcpy(&to.at(c.to), static_cast<const uint8_t*>(from) + c.from, 16);
   }
@@ -170,12 +133,12 @@ void mma_block(const Problem& p, int64_t block_n, int64_t split, int64_t per_spl
                std::vector<double>& y) {
   const auto table = shared_table(Tile::kBits);
   const int64_t tile_n0 = block_n * (Tile::kRows / kTileN), m0 = block_m * Tile::kCols;
-  const int rows = static_cast<int>(std::min<int64_t>(p.c.m - m0, Tile::kCols));
+  const int rows = static_cast<int>(std::min<int64_t>(p.c.m, Tile::kCols));
+  const int valid_rows = static_cast<int>(std::min<int64_t>(p.c.m - m0, Tile::kCols));
   const int64_t stages = ceil_div(p.tiles_k, Tile::kStageTiles);
   const int64_t first = split * per_split, last = std::min(first + per_split, stages);
   const int groups = groups_per_tile(p.c.group, p.c.k);
-  const uint32_t ends = group_ends(p.c.group, p.c.k);
-  const int scale_bytes = groups * kTileN * 4, zero_bytes = groups * kTileN * (p.c.zero == Zero::kInt);
+  const uint32_t ends = group_ends(p.c.group, p.c.k), group_tiles = reciprocal(tiles_per_group(p.c.group));
   std::vector<float> sums(Tile::kWarpsK * Tile::kCols * Tile::kPitchSum, 0);
 
   for (int warp = 0; warp < Tile::kThreads / kLanes; ++warp) {
@@ -184,19 +147,24 @@ void mma_block(const Problem& p, int64_t block_n, int64_t split, int64_t per_spl
     const auto element = [](int r, int t, int lane, int c) {
       return ((r * Tile::kTilesM + t) * kLanes + lane) * 4 + c;
     };
-    const auto int_zero = [&](const std::vector<uint8_t>* staged, int r, int tile, int at, int row) {
-      if (staged) return static_cast<float>(static_cast<int8_t>(staged->at(tile * zero_bytes + at * kTileN + row)));
+    // Staged scales and zeros of a row tile of the block begin `stride` bytes after those of the one before.
+    const int room = stage_groups<Tile>(groups, tiles_per_group(p.c.group));
+    const int stride = room * kTileN * 4, zero_stride = room * kTileN;
+    const auto int_zero = [&](const std::vector<uint8_t>* staged, int r, int at, int row) {
+      if (staged)
+        return static_cast<float>(
+            static_cast<int8_t>(staged->at(Tile::row_tile(warp, r) * zero_stride + at * kTileN + row)));
       return p.zeros[std::min(tile_n0 + Tile::row_tile(warp, r), p.tiles_n - 1) * kTileN + row];
     };
-    const auto flush = [&](const Stage<Tile>* st, int in_stage, int at) {
+    const auto flush = [&](const Stage<Tile>* st, int at) {
       for (int r = 0; r < Tile::kRowTiles; ++r)
         for (int t = 0; t < Tile::kTilesM; ++t)
           for (int lane = 0; lane < kLanes; ++lane)
             for (int c = 0; c < 4; ++c) {
-              const int row = lane / 4 + c / 2 * 8, tile = Tile::slot(Tile::row_tile(warp, r), in_stage);
+              const int row = lane / 4 + c / 2 * 8;
               float scale;
               if (st)
-                std::memcpy(&scale, &st->scales.at(tile * scale_bytes + (at * kTileN + row) * 4), 4);
+                std::memcpy(&scale, &st->scales.at(Tile::row_tile(warp, r) * stride + (at * kTileN + row) * 4), 4);
               else
                 scale = p.scales[std::min(tile_n0 + Tile::row_tile(warp, r), p.tiles_n - 1) * kTileN + row];
               total[element(r, t, lane, c)] += scale * acc[element(r, t, lane, c)];
@@ -204,7 +172,7 @@ void mma_block(const Problem& p, int64_t block_n, int64_t split, int64_t per_spl
             }
     };
     for (int64_t stage = first; stage < last; ++stage) {
-      const Stage<Tile> st(p, stage, tile_n0, m0, rows, scale_bytes, zero_bytes);
+      const Stage<Tile> st(p, stage, tile_n0, m0, rows, valid_rows);
       for (int j = 0; j < Tile::kTilesK; ++j) {
         const int in_stage = Tile::k_tile(warp, j);
         const int64_t tile_k = stage * Tile::kStageTiles + in_stage;
@@ -215,10 +183,16 @@ void mma_block(const Problem& p, int64_t block_n, int64_t split, int64_t per_spl
             int found[kSteps][8];
             const int64_t tile_n = tile_n0 + Tile::row_tile(warp, r);
             const uint8_t* at = &st.codes[Tile::slot(Tile::row_tile(warp, r), in_stage) * tile_bytes(Tile::kBits)];
-            check_fragments<Tile::kBits>(p, at, std::min(tile_n, p.tiles_n - 1), tile_k, lane, table, found);
+            if (tile_n >= p.tiles_n) continue;  // never stored
+            check_fragments<Tile::kBits>(p, at, tile_n, tile_k, lane, table, found);
             std::memcpy(&code[(r * kLanes + lane) * kSteps * 8], found, sizeof(found));
           }
-        int at = 0;
+        // Of several groups in a tile, and of one. Those that K does not reach any more are the last.
+        const auto staged = [&](int part) {
+          const int found = groups > 1 ? in_stage * groups + part : group_of(tile_k, group_tiles) - st.first;
+          return std::min(found, static_cast<int>(p.groups) - 1 - st.first);
+        };
+        int part = 0;
         for (int s = 0; s < kSteps; ++s) {
           for (int r = 0; r < Tile::kRowTiles; ++r)
             for (int t = 0; t < Tile::kTilesM; ++t) {
@@ -226,7 +200,7 @@ void mma_block(const Problem& p, int64_t block_n, int64_t split, int64_t per_spl
               // next of row l / 4. Then B is (k, n): registers 0 and 1 hold k = 2 (l % 4) + {0, 1} and + 8, n = l / 4.
               const auto b = [&](int k, int n) {
                 const int matrix = s % 2 * 2 + k / 8;
-                const int address = Tile::x_address(matrix * 8 + n, t, in_stage, s / 2 * 2, rows);
+                const uint32_t address = Tile::x_address(matrix * 8 + n, t, in_stage, s / 2 * 2, rows);
                 return st.x.at(address / 2 + k % 8);
               };
               double a[16][16], product[16][8] = {};
@@ -234,9 +208,7 @@ void mma_block(const Problem& p, int64_t block_n, int64_t split, int64_t per_spl
                 for (int i = 0; i < 8; ++i) {
                   const int row = a_row(lane, i / 2);
                   float v = p.table[code[((r * kLanes + lane) * kSteps + s) * 8 + i]];
-                  if (p.c.zero == Zero::kInt)
-                    v -= int_zero(groups ? &st.zeros : nullptr, r, Tile::slot(Tile::row_tile(warp, r), in_stage), at,
-                                  row);
+                  if (p.c.zero == Zero::kInt) v -= int_zero(groups ? &st.zeros : nullptr, r, staged(part), row);
                   a[row][a_col(lane, i / 2, i % 2)] = v;
                 }
               for (int row = 0; row < 16; ++row)
@@ -246,11 +218,12 @@ void mma_block(const Problem& p, int64_t block_n, int64_t split, int64_t per_spl
                 for (int c = 0; c < 4; ++c)
                   acc[element(r, t, lane, c)] += product[lane / 4 + c / 2 * 8][lane % 4 * 2 + c % 2];
             }
-          if (ends >> s & 1) flush(&st, in_stage, at++);
+          if (groups > 1 && ends >> s & 1) flush(&st, staged(part++));
         }
+        if (groups == 1) flush(&st, staged(0));
       }
     }
-    if (groups == 0) flush(nullptr, 0, 0);
+    if (groups == 0) flush(nullptr, 0);
     for (int r = 0; r < Tile::kRowTiles; ++r)
       for (int t = 0; t < Tile::kTilesM; ++t)
         for (int lane = 0; lane < kLanes; ++lane)
@@ -258,7 +231,7 @@ void mma_block(const Problem& p, int64_t block_n, int64_t split, int64_t per_spl
             sums.at((Tile::warp_k(warp) * Tile::kCols + Tile::sum_col(lane, t, c)) * Tile::kPitchSum +
                     Tile::sum_row(warp, lane, r, c)) += total[element(r, t, lane, c)];
   }
-  for (int i = 0; i < rows * Tile::kRows; ++i) {
+  for (int i = 0; i < valid_rows * Tile::kRows; ++i) {
     const int64_t n = tile_n0 * kTileN + i % Tile::kRows, m = m0 + i / Tile::kRows;
     for (int w = 0; w < Tile::kWarpsK && n < p.c.n; ++w)
       y[m * p.c.n + n] += sums[(w * Tile::kCols + i / Tile::kRows) * Tile::kPitchSum + i % Tile::kRows];
@@ -433,6 +406,84 @@ void check_fp8_all(std::mt19937& rng) {
     }
 }
 
+// Blocks of dequantize_kernel that writes numbers of kSize bytes: a code and its scale's place stand for a number.
+template <int kBits, int kSize>
+void check_dequantize(int64_t n, int64_t k, int64_t group, uint64_t address, int width, std::mt19937& rng) {
+  using Tile = DequantizeTile<kSize>;
+  const Problem p({0, n, k, std::min(group, k), Zero::kNone, 1}, kBits, rng);
+  const DequantizePlan plan = Tile::plan(k, p.c.group, address);
+  expect(plan.width == width, "width of a store", k, plan.width, width);
+  expect(plan.tiles_k == p.tiles_k && plan.num_groups == p.groups, "plan", k, plan.tiles_k, p.tiles_k);
+  std::vector<int64_t> out(n * k, -1);
+  for (uint32_t block = 0; block < p.tiles_n * plan.blocks_k; ++block)
+    for (int i = 0; i < Tile::kWarps * Tile::kTiles; ++i) {
+      const uint32_t tile_n = Tile::tile_n(block, plan);
+      const uint32_t tile_k = Tile::tile_k(block, i % Tile::kWarps, plan) + i / Tile::kWarps * Tile::kWarps;
+      if (tile_k >= plan.tiles_k) continue;
+      std::vector<int64_t> scales(Tile::kMaxScales, -1), tile(Tile::kBytes, -1);  // tile: by the first byte of a number
+      const int64_t loaded = plan.groups == 4 ? 2 * kLanes : kLanes, size = p.scales.size();
+      for (int64_t i = 0; i < loaded; ++i) {
+        scales[i] = tile_scale(i, tile_n, tile_k, plan);
+        expect(scales[i] < size, "bounds of a scale", i, scales[i], size);
+      }
+      for (int lane = 0; lane < kLanes; ++lane) {
+        uint32_t words[kBits];
+        for (int w = 0; w < kBits; ++w)
+          words[w] =
+              p.packed[(int64_t{tile_n} * plan.tiles_k + tile_k) * (tile_bytes(kBits) / 4) + word_at(kBits, lane, w)];
+        int first = 0;
+        for (int c = 0; c < kLaneCodes; ++c) {
+          if (starts_group(c / 8, plan.groups)) first = step_scale(c / 8, plan.groups);
+          int64_t& to = tile.at(Tile::code_byte(lane, c & ~1) + c % 2 * kSize);
+          expect(to == -1, "a number written once", c, to, -1);
+          to = scales.at(first + lane / 4 + 8 * (c / 2 % 2)) << kBits | shifted_field<kBits, 2>(words, c) / 4;
+        }
+      }
+      const int64_t rows = std::min<int64_t>(n - int64_t{tile_n} * kTileN, kTileN);
+      const int row_bytes = static_cast<int>(std::min<int64_t>(k - int64_t{tile_k} * kTileK, kTileK)) * kSize;
+      for (int lane = 0; lane < kLanes; ++lane)
+        for (int byte = Tile::store_byte(lane, width); byte < row_bytes; byte += kLanes * width) {
+          for (int row = Tile::store_row(lane, width); row < rows; row += Tile::rows_at_once(width))
+            for (int e = 0; e < width / kSize; ++e) {
+              const int64_t column = int64_t{tile_k} * kTileK + byte / kSize + e;
+              expect(column < k, "a store within its row", column, column, k);
+              if (column >= k) continue;
+              int64_t& to = out.at((int64_t{tile_n} * kTileN + row) * k + column);
+              expect(to == -1, "an output written once", column, to, -1);
+              to = tile.at(row * Tile::kPitch + byte + e * kSize);
+            }
+          if (Tile::row_stores(width) <= kLanes) break;
+        }
+    }
+  for (int64_t i = 0; i < n * k; ++i) {
+    const int64_t row = i / k, at = scale_at(row / kTileN, i % k / p.c.group, p.groups) + row % kTileN;
+    expect(out[i] == (at << kBits | p.codes[i]), "dequantize", i, out[i], at << kBits | p.codes[i]);
+  }
+  // Lanes that one access serves never meet in a bank: pairs of 4 or 8 bytes.
+  for (int c = 0; c < kLaneCodes; c += 2)
+    for (int half = 0; half < kSize / 2; ++half) {
+      uint32_t banks = 0;
+      for (int lane = 0; lane < kLanes * 2 / kSize; ++lane)
+        for (int word = 0; word < kSize / 2; ++word)
+          banks |= 1u << (Tile::code_byte(half * kLanes * 2 / kSize + lane, c) / 4 + word) % 32;
+      expect(banks == ~0u, "banks of a pair", c, banks, ~0u);
+    }
+}
+
+template <int kBits>
+void check_dequantize_all(std::mt19937& rng) {
+  check_dequantize<kBits, 2>(32, 1152, 64, 256, 16, rng);
+  check_dequantize<kBits, 2>(21, 1096, 128, 16, 16, rng);
+  check_dequantize<kBits, 2>(21, 150, 32, 16, 4, rng);
+  check_dequantize<kBits, 2>(17, 129, 16, 16, 2, rng);
+  check_dequantize<kBits, 2>(5, 128, 192, 4, 4, rng);
+  check_dequantize<kBits, 2>(40, 40, 192, 6, 2, rng);
+  check_dequantize<kBits, 4>(33, 2052, 192, 16, 16, rng);
+  check_dequantize<kBits, 4>(18, 131, 32, 16, 4, rng);
+  check_dequantize<kBits, 4>(1, 100, 16, 64, 16, rng);
+  check_dequantize<kBits, 4>(3, 7, 7, 64, 4, rng);
+}
+
 template <int kBits>
 void check_bits(std::mt19937& rng) {
   for (int lane = 0; lane < kLanes; ++lane)
@@ -440,6 +491,7 @@ void check_bits(std::mt19937& rng) {
       const int row = code_row(lane, i), k = code_k(lane, i);
       expect(lane_of(row, k) == lane && code_of(row, k) == i, "inverse of the layout", i, lane, 0);
     }
+  check_dequantize_all<kBits>(rng);
   // Lanes of one access never meet in a bank: the words of their copies are all different.
   const int width = entry_bytes(kBits), at_once = kEntryPitch / width;
   for (int lane = 0; lane < at_once; ++lane)
@@ -447,6 +499,7 @@ void check_bits(std::mt19937& rng) {
   for (const Zero zero : {Zero::kNone, Zero::kInt, Zero::kSubtract, Zero::kAdd}) {
     check_mma<kBits, 1>({1, 33, 600, 128, zero, 1}, rng);
     check_mma<kBits, 1>({7, 16, 1090, 32, zero, 2}, rng);
+    check_mma<kBits, 1>({2, 16, 1500, 192, zero, 1}, rng);
     check_mma<kBits, 2>({13, 70, 300, 300, zero, 2}, rng);
     check_mma<kBits, 4>({29, 40, 130, 16, zero, 1}, rng);
   }
@@ -454,6 +507,26 @@ void check_bits(std::mt19937& rng) {
   check_mma<kBits, 8>({40, 20, 200, 200, Zero::kAdd, 2}, rng);
   check_wgmma<kBits, 64>({70, 40, 130, 64, Zero::kInt, 1}, rng);
   check_wgmma<kBits, 128>({150, 130, 200, 200, Zero::kNone, 1}, rng);
+}
+
+// The multiplication by the reciprocal is a division.
+void check_reciprocal() {
+  for (int d = 1; d < 700; ++d)
+    for (int tile : {0, 1, d - 1, d, d + 1, 2 * d - 1, 5 * d, 4095, 4096, 65535})
+      expect(group_of(tile, reciprocal(d)) == tile / d, "reciprocal", tile, group_of(tile, reciprocal(d)), tile / d);
+}
+
+// Tiles of a product in bands: each once.
+void check_places() {
+  for (const int tall : {1, 5, 8, 19})
+    for (const int wide : {1, 7, 16}) {
+      std::vector<int> seen(tall * wide);
+      for (int i = 0; i < tall * wide; ++i) {
+        const Place at = place_of(i, tall, wide, 8);
+        ++seen.at(at.row * wide + at.column);
+      }
+      for (int i = 0; i < tall * wide; ++i) expect(seen[i] == 1, "a tile of a product", i, seen[i], 1);
+    }
 }
 
 // Every choice covers all of K, fits in shared memory and never leaves a block without work.
@@ -468,8 +541,13 @@ void check_heuristics() {
               const Config c = choose(Request{m, n, k, std::min(group, k), bits, 4, 1, architecture, 132});
               const int limit = architecture == 80 ? 163 << 10 : large ? 227 << 10 : 99 << 10;
               expect(c.shared <= limit, "shared memory", m, c.shared, limit);
-              expect((c.family == Family::kWgmma) <= (architecture == 90 && m > 64), "wgmma", m, architecture, 90);
+              expect((c.family == Family::kWgmma) <= (architecture == 90 && m > 16), "wgmma", m, architecture, 90);
+              if (c.family == Family::kWgmma)
+                expect(c.splits * c.stages_per_split >= ceil_div(k, kTileK) &&
+                           (c.splits - 1) * c.stages_per_split < ceil_div(k, kTileK),
+                       "parts of K for wgmma", k, c.splits, static_cast<double>(c.stages_per_split));
               if (c.family != Family::kMma) continue;
+              expect(c.depth >= 2 && c.depth <= 4, "depth", m, c.depth, 4);
               const int64_t stages = for_bits(bits, [&]<int kBits>() {
                 return c.tiles_m == 1   ? ceil_div(ceil_div(k, kTileK), MmaTile<kBits, 1>::kStageTiles)
                        : c.tiles_m == 2 ? ceil_div(ceil_div(k, kTileK), MmaTile<kBits, 2>::kStageTiles)
@@ -485,6 +563,8 @@ void check_heuristics() {
 
 int main() {
   std::mt19937 rng(0);
+  check_reciprocal();
+  check_places();
   check_heuristics();
   check_fp8_all(rng);
   for_bits(1, [&]<int kBits>() { check_bits<kBits>(rng); });

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit import fragments
 from lowbit.backends import reference as plain
 from lowbit.backends import triton
 from lowbit.backends.packed import Derived
@@ -53,7 +54,7 @@ def weight(
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(w: Weight, m: int, device: torch.device) -> tuple[str, int, int, int, int]:
+def _choose(w: Weight, m: int, device: torch.device) -> tuple[str, int, int, int, int, int, bool]:
     major, minor = torch.cuda.get_device_capability(device)
     return w.choose(m, 10 * major + minor, triton.num_sms(device))
 
@@ -67,10 +68,10 @@ def describe(format: Format, n: int, k: int, m: int, device: torch.device) -> st
     """The name of what `linear` runs for bf16 x."""
     if format.activation is not None:
         return REFERENCE_ROW
-    family, tiles, splits, _, _ = _choose(_weight_of(format, n, k), max(1, m), device)
+    family, tiles, splits, *_ = _choose(_weight_of(format, n, k), max(1, m), device)
     return {
         "mma": f"cuda_mma_{8 * tiles}_split{splits}",
-        "wgmma": f"cuda_wgmma_{8 * tiles}",
+        "wgmma": f"cuda_wgmma_{8 * tiles}_split{splits}",
         "decode": "cuda_dequantize, torch",
     }[family]
 
@@ -109,8 +110,10 @@ def linear(
         decoded = dequantize(codes, scales, zeros, table, format, n, k, compute)
         bias = None if bias is None else bias.to(compute)
         return F.linear(x.to(compute), decoded, bias).to(dtype)
-    if x.stride(1) != 1 or (m > 1 and x.stride(0) % 8) or x.data_ptr() % 16:
-        x = F.pad(x, (0, -k % 8)) if k % 8 else x.clone(memory_format=torch.contiguous_format)
+    if k % fragments.TILE_K:
+        x = F.pad(x, (0, -k % fragments.TILE_K))
+    elif x.stride(1) != 1 or (m > 1 and x.stride(0) % 8) or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     splits = config[2]
     parts = x.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else None
