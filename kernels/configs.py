@@ -11,6 +11,7 @@ _PROGRAMS_PER_SM = 4
 # A part of K that is worth a program of its own and a pass over its sums.
 _LEAST_SPLIT_STEPS = 8
 _BLOCK_N = 64  # sums of a group and of the whole stand in registers side by side: 128 columns spill
+_WARPS = 4
 _STAGES = 3  # with four, codes of two planes spill
 
 _LEAST_FP8_GROUP = 32  # values of K that FP8 tensor cores take
@@ -45,9 +46,8 @@ def choose(m: int, n: int, k: int, group: int, sms: int) -> Config:
     splits = max(1, min(wanted, steps // _LEAST_SPLIT_STEPS, 16))
     steps_per_split = -(-steps // splits)
     splits = -(-steps // steps_per_split)
-    warps = 2 if block_m == 16 else 4
     return Config(
-        block_m, _BLOCK_N, chunks, splits, steps_per_split * chunks, apart, warps, _STAGES
+        block_m, _BLOCK_N, chunks, splits, steps_per_split * chunks, apart, _WARPS, _STAGES
     )
 
 

@@ -144,10 +144,10 @@ KERNELS = {
     "100": [f"mma_kernel<{_BF16}, 4, 1, false>", f"mma_kernel<{_BF16}, 4, 8, false>"],
     "120": [f"mma_kernel<{_BF16}, 4, 1, true>"],
 }
-_MAP = "__grid_constant__ const CUtensorMap"
+_MAP, _MAPS = (f"__grid_constant__ const {t}" for t in ("CUtensorMap", "Maps"))
 PARAMETERS = {
-    "mma_kernel": "const Linear, const MmaRun",
-    "wgmma_kernel": f"{_MAP}, const Linear, const MmaRun",
+    "mma_kernel": f"{_MAPS}, const Linear, const MmaRun",
+    "wgmma_kernel": f"{_MAPS}, const Linear, const MmaRun",
     "fp8_kernel": f"{_MAP}, {_MAP}, const Fp8Product",
     "dequantize_kernel": "const Dequantize, const DequantizePlan",
     "gather_kernel": "const Dequantize",
@@ -232,5 +232,5 @@ def test_machine_code(architecture: str, folder: Path) -> None:
                 assert re.search(r"LDG\.E\.128 ", code), name
         elif "gather" not in name:
             assert re.search(r"\bHMMA\b", code), name
-            bulk = architecture != "80" and re.search(r"Li\d+ELi[12]ELb", name)
-            assert re.search(r"\bUBLKCP\b" if bulk else r"LDGSTS\.\S*128", code), name
+            tma = architecture != "80" and re.search(r"Li\d+ELi[12]ELb", name)
+            assert re.search(r"\bUTMALDG\b" if tma else r"LDGSTS\.\S*128", code), name

@@ -51,14 +51,6 @@ __device__ __forceinline__ float load_float(const void* p, Type type, int64_t i)
   }
   return 0;
 }
-// A scale as it lies in memory, to be converted when it is used and not while it loads.
-__device__ __forceinline__ uint32_t load_raw_scale(const void* p, Type type, int64_t i) {
-  return type == Type::kF32 ? __ldg(static_cast<const uint32_t*>(p) + i) : __ldg(static_cast<const uint16_t*>(p) + i);
-}
-__device__ __forceinline__ float scale_value(uint32_t raw, Type type) {
-  if (type == Type::kF32) return __uint_as_float(raw);
-  return type == Type::kBf16 ? __uint_as_float(raw << 16) : __half2float(__ushort_as_half(raw));
-}
 __device__ __forceinline__ void store_float(void* p, Type type, int64_t i, float v) {
   if (type == Type::kF32)
     static_cast<float*>(p)[i] = v;

@@ -11,9 +11,6 @@
 
 namespace lowbit::cuda {
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -71,7 +68,6 @@ struct Ring {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __device__ void produce(const Maps& maps) const {
-    const uint64_t policy = evict_first();
     const bool scales = b.groups && b.scale_size, zeros = b.groups && b.zero_size;
     const uint32_t expected = bytes.codes + bytes.x + bytes.scales + bytes.zeros;
     int index = 0, parity = 1;
@@ -81,7 +77,7 @@ struct Ring {
       uint8_t* const to = slots + index * bytes.total();
       const int group = first_group<Tile>(i, b.group_tiles, b.groups);
       barrier_expect(full + index, expected);
-      copy_box_once(to, &maps.codes, 0, i * Tile::kStageTiles, b.tile_n0, full + index, policy);
+      copy_box(to, &maps.codes, 0, i * Tile::kStageTiles, b.tile_n0, full + index);
       copy_box(to + bytes.x_at(), &maps.x, 0, b.m0, i * Tile::kStageTiles, full + index);
       if (scales) copy_box(to + bytes.scales_at(), &maps.scales, 0, group, b.tile_n0, full + index);
       if (zeros) copy_box(to + bytes.zeros_at(), &maps.zeros, 0, group, b.tile_n0, full + index);
@@ -91,7 +87,7 @@ struct Ring {
 
   __device__ void load_next() {
     if (stage < last) {
-      const uint32_t to = shared_address(slots) + slot * bytes.total();
+      const uint32_t to = address_of(slots) + slot * bytes.total();
       const int thread = threadIdx.x;
       const auto load = [&](const void* from, uint32_t part, const Piece& piece) {
         if (piece.valid) copy_async(part + piece.to, static_cast<const uint8_t*>(from) + piece.from);
@@ -204,7 +200,7 @@ __global__ void __launch_bounds__(MmaTile<kBits, kTilesM>::kMostThreads, MmaTile
   // scales, of which the last stands for those that K does not reach.
   const auto multiply_tile = [&]<bool kSubtracts>(const uint8_t* slot, int j, const uint8_t* scales,
                                                   const uint8_t* zeros, int more) {
-    const uint32_t slot_x = shared_address(slot);
+    const uint32_t slot_x = address_of(slot);
     // Where a warp has few sums, those of odd steps stand apart: products that follow each other wait less.
     constexpr int kChains = kTilesM == 1 && !kFine ? 2 : 1;
     float acc[kChains][Tile::kRowTiles][kTilesM][4] = {}, scale[Tile::kRowTiles][2];

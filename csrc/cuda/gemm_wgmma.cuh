@@ -51,7 +51,6 @@ __global__ void __launch_bounds__(WgmmaTile<kBits, kCols>::kThreads, 1)
   if (threadIdx.x >= Tile::kConsumers) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x != Tile::kConsumers) return;
-    const uint64_t policy = evict_first();
     const bool zeros = staged && subtracts;
     const int bytes = Tile::kXBytes + Tile::kRowTiles * (tile_bytes(kBits) +
                                                          kTileN * ((scaled ? type_bytes(p.scale_type) : 0) + zeros));
@@ -62,7 +61,7 @@ __global__ void __launch_bounds__(WgmmaTile<kBits, kCols>::kThreads, 1)
       barrier_wait(empty + slot, parity);
       barrier_expect(full + slot, bytes);
       copy_tile(stage, &maps.x, i * kTileK, static_cast<int>(m0), full + slot);
-      copy_box_once(stage + Tile::kXBytes, &maps.codes, 0, i, tile_n0, full + slot, policy);
+      copy_box(stage + Tile::kXBytes, &maps.codes, 0, i, tile_n0, full + slot);
       if (scaled) copy_box(stage + Tile::kScalesAt, &maps.scales, 0, group, tile_n0, full + slot);
       if (zeros) copy_box(stage + Tile::kZerosAt, &maps.zeros, 0, group, tile_n0, full + slot);
       if (++slot == Tile::kStages) slot = 0, parity ^= 1;
@@ -173,20 +172,23 @@ __global__ void __launch_bounds__(WgmmaTile<kBits, kCols>::kThreads, 1)
     const int row = i % (Tile::kRows / 2) * 2, col = i / (Tile::kRows / 2);
     const int64_t n = int64_t{tile_n0} * kTileN + row, m = m0 + col;
     if (n >= p.n || m >= p.m) continue;
-    const int found = n + 1 < p.n ? 2 : 1;
     float v[2];
-    for (int e = 0; e < found; ++e) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
       v[e] = sums[col * Tile::kPitchSum + row + e];
+      if (n + e >= p.n) continue;
       if (blockIdx.z == 0) v[e] += float_zero_term(p, n + e, m);
       if (p.bias && !p.parts) v[e] += load_float(p.bias, p.bias_type, n + e);
     }
     void* const out = p.parts ? p.parts : p.out;
     const Type type = p.parts ? Type::kF32 : p.out_type;
     const int64_t at = ((p.parts ? blockIdx.z * p.m : 0) + m) * p.n + n;
-    if (pairs)
+    if (pairs) {
       store_floats(out, type, at, v[0], v[1]);
-    else
-      for (int e = 0; e < found; ++e) store_float(out, type, at + e, v[e]);
+    } else {
+      store_float(out, type, at, v[0]);
+      if (n + 1 < p.n) store_float(out, type, at + 1, v[1]);
+    }
   }
 }
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t* b, uint32_t parity) {
 }
 __device__ __forceinline__ void copy_tile(void* to, const CUtensorMap* map, int k, int m, uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+      "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           address_of(to)),
       "l"(map), "r"(k), "r"(m), "r"(address_of(barrier))
       : "memory");
@@ -41,26 +41,11 @@ __device__ __forceinline__ void copy_tile(void* to, const CUtensorMap* map, int 
 
 __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, int i, int j, int k, uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
-          "r"(address_of(to)),
+      "cp.async.bulk.tensor.3d.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+          address_of(to)),
       "l"(map), "r"(i), "r"(j), "r"(k), "r"(address_of(barrier))
       : "memory");
 }
-// What is read once leaves the L2 cache to other data.
-__device__ __forceinline__ uint64_t evict_first() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ void copy_box_once(void* to, const CUtensorMap* map, int i, int j, int k, uint64_t* barrier,
-                                              uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, "
-      "%4}], [%5], %6;" ::"r"(address_of(to)),
-      "l"(map), "r"(i), "r"(j), "r"(k), "r"(address_of(barrier)), "l"(policy)
-      : "memory");
-}
-
 // Around asynchronous products into c: nothing else may touch it between the two.
 template <int kSize>
 __device__ __forceinline__ void hold(float (&c)[kSize]) {
