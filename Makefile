@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc cmake python tests/cpp $(wildcard kernels) -type f 
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 
-.PHONY: demo test lint types unit cpp emulate sanitize peers bench clean
+.PHONY: demo test lint types unit cpp emulate sanitize peers bench gpu clean
 
 # libgomp's threads spin while they wait; beside another busy process that costs a hundred times the work. A short spin
 # costs a tenth of the speed on an idle machine.
@@ -92,6 +92,11 @@ bench: $(PEERS)/.built
 	$(PEERS)/bin/python benchmarks/peers.py
 	$(PEERS)/bin/python benchmarks/methods.py
 	$(PEERS)/bin/python benchmarks/report.py
+
+# On a machine with an NVIDIA GPU: checks and times the GPU kernels, and writes the result file and its tables.
+gpu: $(VENV)/.built
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf build $(VENV) $(PEERS)

@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,30 +52,30 @@ def copy_bandwidth() -> float:
 
 def measure(
     shapes: list[tuple[int, int]], names: list[str], families: list[str], rows: list[int]
-) -> list[dict[str, Any]]:
-    """Every kernel on every shape and number of rows."""
-    results = []
+) -> Iterator[list[dict[str, Any]]]:
+    """Every kernel on every shape: its times by number of rows, or what was wrong."""
     for n, k in shapes:
         weight = torch.randn(n, k, device="cuda") * 0.02
         for family, name in kernels(names, families):
             try:
                 kernel = PEERS[name](weight) if family == "peer" else ours(weight, name, family)
-            except (ImportError, RuntimeError, ValueError) as e:
+                yield [{"n": n, "k": k, **times(kernel, m)} for m in rows]
+                del kernel
+            except Exception as e:  # of another library, on a shape that it does not take, say
                 if family != "peer":
                     raise
-                results.append({"name": name, "n": n, "k": k, "failed": str(e)[:300]})
-                continue
-            for m in rows:
-                x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-                about = {"name": kernel.name, "n": n, "k": k, "m": m, "bytes": kernel.nbytes}
-                if not (wrong := error(kernel, x)) <= TOLERANCE:
-                    results.append({**about, "failed": f"relative error {wrong:.3g}"})
-                    continue
-                low, us, high = statistics.quantiles(microseconds(kernel, x), n=4)
-                results.append({**about, "error": wrong, "us": us, "low_us": low, "high_us": high})
-            del kernel
+                yield [{"name": name, "n": n, "k": k, "failed": str(e)[:300]}]
             torch.cuda.empty_cache()
-    return results
+
+
+def times(kernel: Kernel, m: int) -> dict[str, Any]:
+    """Quartiles of the time of a product with m rows of x, if it is right."""
+    x = torch.randn(m, kernel.weight.shape[1], device="cuda", dtype=torch.bfloat16)
+    about = {"name": kernel.name, "m": m, "bytes": kernel.nbytes}
+    if not (wrong := error(kernel, x)) <= TOLERANCE:
+        return {**about, "failed": f"relative error {wrong:.3g}"}
+    low, us, high = statistics.quantiles(microseconds(kernel, x), n=4)
+    return {**about, "error": wrong, "us": us, "low_us": low, "high_us": high}
 
 
 def kernels(names: list[str], families: list[str]) -> list[tuple[str, str]]:
@@ -126,6 +127,11 @@ def summed_up(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def save(data: dict[str, Any], path: Path) -> None:
+    """Writes the result file."""
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+
+
 def main() -> None:
     """Checks, times, writes the file and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -156,29 +162,32 @@ def main() -> None:
     wrong = any(not c["ok"] for c in checked if c["task"][1:2] != ["peer"])
     if arguments.check:
         sys.exit(wrong)
-    bandwidth = copy_bandwidth()
-    results = measure(shapes, names, families, rows)
-    decode = [
-        {"model": shape.name, "family": family, "format": format,
-         "ms": milliseconds_per_token(shape, format, FAMILIES.get(family))}
-        for shape in MODELS
-        for family, format in (("dense", None), *((f, "nf4") for f in families))
-    ]  # fmt: skip
-    fp8 = measure_fp8(families)
     about = {**machine(("lowbit", "torch", "triton")), "gpu": torch.cuda.get_device_name()}
-    data = {
-        "machine": about, "copy_bytes_per_second": bandwidth, "checks": summed_up(checked), "results": results,
-        "decode": decode, "fp8": fp8,
+    data: dict[str, Any] = {
+        "machine": about, "copy_bytes_per_second": copy_bandwidth(), "checks": summed_up(checked),
+        "results": [], "fp8": [], "decode": [],
         "rows": {f"{family} {f}": backends.explain_request(
                      as_format(f), 8192, 8192, 1, torch.bfloat16, "cuda", FAMILIES[family]).selected
                  for f in names for family in families},
     }  # fmt: skip
-    arguments.out.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-    print(table(results, bandwidth, rows))
-    for r in fp8:
+    # Written after every step: time on a GPU may end before the last one.
+    for results in measure(shapes, names, families, rows):
+        data["results"] += results
+        save(data, arguments.out)
+    data["fp8"] = measure_fp8(families)
+    save(data, arguments.out)
+    for shape in MODELS:
+        for family, format in (("dense", None), *((f, "nf4") for f in families)):
+            ms = milliseconds_per_token(shape, format, FAMILIES.get(family))
+            data["decode"].append(
+                {"model": shape.name, "family": family, "format": format, "ms": ms}
+            )
+    save(data, arguments.out)
+    print(table(data["results"], data["copy_bytes_per_second"], rows))
+    for r in data["fp8"]:
         time = f"{r['us']:.1f} us, {r['tflops']:.0f} TFLOP/s" if "us" in r else r["failed"]
         print(f"fp8 {r['m']}x{r['n']}x{r['k']} {r['name']}: {time}")
-    for d in decode:
+    for d in data["decode"]:
         print(f"{d['model']} {d['family']} {d['format']}: {d['ms']:.3f} ms per token")
     sys.exit(wrong)
 

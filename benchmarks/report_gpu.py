@@ -23,10 +23,12 @@ def checks_table(data: dict[str, Any] | None) -> str:
     lines = [row("GPU kernels", ["run on a device"]), "|---|---|"]
     for family, what in FAMILIES.items():
         found = [c for c in data["checks"] if family in c["task"][1:2]] if data else []
-        passed, failed = (sum(c[key] for c in found) for key in ("passed", "failed"))
-        gpu = data["machine"]["gpu"] if data else ""
-        ran = f"{gpu}: {passed} of {passed + failed} checks passed"
-        lines.append(row(what, [ran if found else "not yet run on a device"]))
+        cells = []
+        for gpu in dict.fromkeys(c.get("gpu", data["machine"]["gpu"]) for c in found if data):
+            some = [c for c in found if c.get("gpu", gpu) == gpu]
+            passed, failed = (sum(c[key] for c in some) for key in ("passed", "failed"))
+            cells.append(f"{gpu}: {passed} of {passed + failed} checks passed")
+        lines.append(row(what, ["; ".join(cells) or "not yet run on a device"]))
     return "\n".join(lines)
 
 
@@ -44,17 +46,21 @@ def products_tables(data: dict[str, Any]) -> str:
     parts = [
         "Linears on a GPU, bf16 activations: microseconds, and in brackets the time of torch's dense bf16 over it. "
         f"{about(data)} Medians of replays of a CUDA graph in which the weight rotates through "
-        "more than three times the L2 cache; each result is checked against float64 first."
+        "more than three times the L2 cache; each result is checked against float64 first. "
+        + data.get("note", "")
     ]
     for n, k in dict.fromkeys((r["n"], r["k"]) for r in timed):
-        found = {(r["name"], r["m"]): r for r in timed if (r["n"], r["k"]) == (n, k)}
+        here = [r for r in timed if (r["n"], r["k"]) == (n, k)]
+        found = {(r["name"], r["m"]): r for r in here}
+        dense = {(r["m"], r.get("run")): r["us"] for r in here if r["name"] == DENSE}
         rows = sorted({m for _, m in found})
         lines = [row(f"{n} x {k}", [f"M = {m}" for m in rows]), "|---|" + "---|" * len(rows)]
         for name in dict.fromkeys(name for name, _ in found):
             cells = []
             for m in rows:
-                r, dense = found.get((name, m)), found[DENSE, m]
-                cells.append(f"{r['us']:.1f} ({dense['us'] / r['us']:.2f}x)" if r else "")
+                r = found.get((name, m))
+                ratio = dense[m, r.get("run")] / r["us"] if r else 0
+                cells.append(f"{r['us']:.1f} ({ratio:.2f}x)" if r else "")
             lines.append(row(name, cells))
         parts.append("\n".join(lines))
     failed = dict.fromkeys(
@@ -105,7 +111,8 @@ def tables(data: dict[str, Any] | None) -> list[str]:
     """All tables; without a result file, what has not run."""
     parts = [checks_table(data)]
     if data:
-        parts += [products_tables(data), fp8_table(data), decode_table(data)]
+        parts += [products_tables(data), fp8_table(data)]
+        parts += [decode_table(data)] if data["decode"] else []
     return parts
 
 
