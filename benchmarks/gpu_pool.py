@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -105,10 +106,15 @@ class _Worker:
     def end(self) -> str:
         """Waits for the end, or kills; the last lines that the process wrote as errors."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._reader.join()
+        self._process.stdout.close()
+        self._process.stderr.close()
         return f"exit {self._process.wait()}: " + "".join(self._errors)[-1500:]
