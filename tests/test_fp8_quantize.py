@@ -26,7 +26,7 @@ from fp8_values import (
     special,
 )
 from lowbit import fp8, layouts
-from lowbit.fp8 import cpu, matmul, quantization, reference, triton
+from lowbit.fp8 import cpu, matmul, matmul_cuda, quantization, reference, triton
 from lowbit.fp8.dtypes import E8M0, FLOAT8
 from lowbit.fp8.granularity import GRANULARITIES, Granularity, find, infer
 
@@ -371,6 +371,7 @@ def test_plain_torch_says_that_it_stands_in(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(layouts, "has_triton", lambda: False)
+    monkeypatch.setattr(matmul_cuda, "obstacle", lambda *_: "it is not built")
     reference.log_use.cache_clear()
     with caplog.at_level(logging.WARNING, "lowbit"):
         assert quantization._backend("cuda", 0) is reference
