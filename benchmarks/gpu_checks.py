@@ -146,7 +146,9 @@ def fp8_product(family: str, kind_a: str) -> Iterator[Result]:
 
 
 def adamw(_family: str, sq_dtype: str, expand: bool) -> Iterator[Result]:
-    """Steps of AdamW from equal states: parameters to 1e-5 of a step, codes but where a value lies between two."""
+    """Steps of AdamW from equal states: parameters to 1e-4 of the largest step, since fp32 rounds one between 2 and 4
+    by 1e-7 twice; all codes but those of values that lie between two.
+    """
     dtypes = (torch.float8_e4m3fn, getattr(torch, sq_dtype))
     size = 5000
     groups, terms = optim_reference.num_groups(size), optim_reference.num_terms(expand)
@@ -264,6 +266,7 @@ def tasks(families: list[str]) -> list[list[Any]]:
 def answer(task: list[Any]) -> list[Result]:
     """Results of a task; an exception is a result that is not ok."""
     results: list[Result] = []
+    torch.manual_seed(0)  # what is wrong once is wrong again
     if device() == "cuda":
         torch.cuda.empty_cache()  # other processes want the memory that the last task kept
     try:

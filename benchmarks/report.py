@@ -359,7 +359,7 @@ def main() -> None:
         digits_table(load("digits")),
         quantizers_table(load("quantizers")),
         *(methods_tables(data) for data in methods),
-        *report_gpu.tables(load("gpu") if report_gpu.result_file(full.parent).exists() else None),
+        *report_gpu.tables(load("gpu") if (full.parent / "gpu.json").exists() else None),
     )
     new = head + BEGIN + "\n\n".join(parts) + "\n" + END + tail
     if "--check" in sys.argv[1:]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 FAMILIES = {
@@ -22,12 +21,15 @@ def checks_table(data: dict[str, Any] | None) -> str:
     """Which families of GPU kernels have run on a device, and whether what they computed was right."""
     lines = [row("GPU kernels", ["run on a device"]), "|---|---|"]
     for family, what in FAMILIES.items():
-        found = [c for c in data["checks"] if family in c["task"][1:2]] if data else []
-        cells = []
-        for gpu in dict.fromkeys(c.get("gpu", data["machine"]["gpu"]) for c in found if data):
-            some = [c for c in found if c.get("gpu", gpu) == gpu]
-            passed, failed = (sum(c[key] for c in some) for key in ("passed", "failed"))
-            cells.append(f"{gpu}: {passed} of {passed + failed} checks passed")
+        sums: dict[str, list[int]] = {}
+        for c in data["checks"] if data else ():
+            if data and family in c["task"][1:2]:
+                some = sums.setdefault(c.get("gpu", data["machine"]["gpu"]), [0, 0])
+                some[0] += c["passed"]
+                some[1] += c["passed"] + c["failed"]
+        cells = [
+            f"{gpu}: {passed} of {total} checks passed" for gpu, (passed, total) in sums.items()
+        ]
         lines.append(row(what, ["; ".join(cells) or "not yet run on a device"]))
     return "\n".join(lines)
 
@@ -114,8 +116,3 @@ def tables(data: dict[str, Any] | None) -> list[str]:
         parts += [products_tables(data), fp8_table(data)]
         parts += [decode_table(data)] if data["decode"] else []
     return parts
-
-
-def result_file(folder: Path) -> Path:
-    """Where gpu.py writes."""
-    return folder / "gpu.json"
