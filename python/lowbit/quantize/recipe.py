@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lowbit.files import write_atomically
 from lowbit.formats import Format
 from lowbit.quantize.methods import check_options
 from lowbit.quantize.names import Rule, as_rule, compile_pattern
@@ -87,7 +88,8 @@ class Recipe(Mapping[str, Rule]):
             raise ValueError(f"{file}: {e}") from e
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a file that `load` reads, as TOML if it ends in ".toml", as JSON if in ".json".
+        """Writes a file that `load` reads, as TOML if it ends in ".toml", as JSON if in ".json". An
+        old file stays until the new one is complete.
 
         Raises:
             ValueError: the path ends in something else, or an option is no bool, string or finite
@@ -108,7 +110,7 @@ class Recipe(Mapping[str, Rule]):
         else:
             lines = (f"{_toml(pattern)} = {_toml(entry)}\n" for pattern, entry in rules.items())
             text = f"version = {VERSION}\n\n[rules]\n" + "".join(lines)
-        file.write_text(text, encoding="utf-8")
+        write_atomically(file, lambda f: f.write(text.encode()))
 
 
 def _parser(file: Path) -> Any:
