@@ -48,7 +48,7 @@ UPWARD = {("tensor", "ops"), ("nn", "quantize")}
 # Third-party packages that only these modules may import; torch may be imported anywhere but in
 # `formats`, numpy anywhere.
 RESTRICTED = {
-    "accelerate": {"integrations"},
+    "accelerate": {"integrations", "nn"},
     "gguf": {"io", "integrations"},
     "matplotlib": {"quantize"},
     "rich": {"cli", "run", "quantize"},
