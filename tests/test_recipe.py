@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
+import signal
+import time
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch import nn
 
 from lowbit.formats import FORMATS, Format
 from lowbit.quantize import Recipe, Rule, Selection, quantize, quantize_model
+from lowbit.quantize.names import compile_pattern
 
 MINE = Format.lut(bits=2, table=[-1, -0.25, 0.5, 1], group=32)
 RECIPE = Recipe(
@@ -37,6 +42,73 @@ def test_round_trip(name, tmp_path):
     assert type(loaded["self_attn|mlp"].options["act_order"]) is bool
     if name == "recipe.toml":
         assert "\n'layers\\.0' = \"int8\"\n" in (tmp_path / name).read_text()
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "recipe.json"])
+@pytest.mark.parametrize("at", ["write", "fsync", "replace"])
+def test_a_save_that_fails_leaves_the_old_file(name, at, tmp_path, monkeypatch):
+    """As on a full disk: neither a part of the new rules nor a temporary file is there."""
+    path = tmp_path / name
+    RECIPE.save(path)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if at == "write":
+        large = Recipe({f"layer{i}": "int4" for i in range(9000)})
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                large.save(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            signal.signal(signal.SIGXFSZ, handler)
+    else:
+        monkeypatch.setattr(os, at, full)
+        with pytest.raises(OSError, match="No space left"):
+            Recipe({"a": "int4"}).save(path)
+    assert Recipe.load(path) == RECIPE
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+SLOW = [
+    "(a+)+b", "(a*)*b", "((a+))+b", "(a|a)*b", "(a|aa)+b", "(?:a?){20}b", "(a{1,9}){1,9}b", "(.*)*b", "(a+){2}b",
+    "(?=(a+)+b)a", "x|(a+)+b", "(a+)*?b", "a?" * 30 + "b", "(a|aa)" * 30, ".*" * 8 + "b", "(?P<n>a+)+b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", SLOW, ids=lambda p: p[:20])
+def test_patterns_that_could_take_very_long_are_refused(pattern):
+    with pytest.raises(
+        ValueError, match=f"^pattern '{re.escape(pattern[:60])}.*could take very long"
+    ):
+        Recipe({pattern: "int4"})
+    with pytest.raises(ValueError, match="could take very long"):
+        Selection("int4", [pattern])
+
+
+ALLOWED = [
+    ".*", r"layers\.\d+\.mlp", "(q|k|v|o)_proj", ".*layers.*(self_attn|mlp).*proj.*", "(model\\.)?layers", "[ab]*c",
+    r"layers\.([0-9]|1[0-9]|2[0-7])\.(mlp\.(gate|up|down)_proj|self_attn\.[qkvo]_proj)", r"(?:layers\.\d+\.)?mlp",
+    "a{3,}", "(ab)+c", "(?!lm_head).*", "|".join(f"^layers.{i}.up$" for i in range(2000)), r"(.*)\.\1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ALLOWED, ids=lambda p: p[:20])
+def test_the_others_are_fast(pattern):
+    """Whatever the name: here those that match at the last place, or nowhere."""
+    compiled = compile_pattern(pattern)
+    start = time.process_time()
+    for name in (
+        "a" * 64,
+        "ab" * 32,
+        "layers." * 12 + "proj",
+        "model.layers.10.self_attn.k_proj.x",
+    ):
+        compiled.search(name)
+    assert time.process_time() - start < 0.5
 
 
 @settings(

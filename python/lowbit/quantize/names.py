@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import re
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowbit.formats import Format, as_format
+
+# The parser of `re`, whose tree tells in how many ways a pattern can match.
+_sre: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+
+DEFAULT_SKIP = ("lm_head",)
+# A repetition without an end counts as one of so many times: several share the letters of a name.
+_LENGTH = 32
+_MOST_WAYS = 10**7
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -53,17 +66,17 @@ class Selection:
         skip: patterns of modules that are left as they are.
 
     Raises:
-        TypeError, ValueError: a pattern is not a string or not a regular expression; a format is
-            unknown.
+        TypeError, ValueError: a pattern is not what `compile_pattern` takes; a format is unknown.
     """
 
     def __init__(self, rules: Rules, skip: Iterable[str] = ()) -> None:
         self.by_name = isinstance(rules, Mapping)
-        if isinstance(skip, str):
-            raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}")
-        self._skip = [compile_pattern(pattern) for pattern in skip]
-        given = rules.items() if isinstance(rules, Mapping) else [(".*", rules)]
-        self._rules = [(compile_pattern(pattern), as_rule(rule)) for pattern, rule in given]
+        skipping = compile_patterns(skip)
+        given = rules if isinstance(rules, Mapping) else {".*": rules}
+        compiled = {pattern: compile_pattern(pattern) for pattern in given}
+        self._skip = list(skipping.values())
+        self._rules = [(compiled[pattern], as_rule(rule)) for pattern, rule in given.items()]
+        self._patterns = {"skip": skipping, "the recipe": compiled if self.by_name else {}}
 
     def skipped(self, name: str) -> bool:
         """Whether a module is left as it is, by its name."""
@@ -79,21 +92,97 @@ class Selection:
         """The format of the module `name`; None if it is left as it is."""
         return self.rule(name).format
 
+    def warn_unmatched(self, names: Iterable[str], stacklevel: int = 2) -> None:
+        """Warns of the patterns that match none of these names."""
+        every = list(names)
+        for where, patterns in self._patterns.items():
+            warn_unmatched(where, patterns, every, stacklevel + 1)
+
 
 def as_rule(rule: Rule | Format | str | None) -> Rule:
     """The rule that a format, its name, None or a Rule stands for."""
     return rule if isinstance(rule, Rule) else Rule(None if rule is None else as_format(rule))
 
 
+def compile_patterns(skip: Iterable[str]) -> dict[str, re.Pattern[str]]:
+    """The expressions of a sequence of patterns, by pattern.
+
+    Raises:
+        TypeError, ValueError: as `compile_pattern`, or it is one string.
+    """
+    if isinstance(skip, str):
+        raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}")
+    return {pattern: compile_pattern(pattern) for pattern in skip}
+
+
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """The expression that finds the modules a pattern means, by `search`.
 
     Raises:
-        TypeError, ValueError: as `Selection`.
+        TypeError: the pattern is not a string.
+        ValueError: it is not a regular expression, or one that can take longer than any name is
+            worth: repeated within a repetition, `(a+)+`, or with too many choices in a row.
     """
     if not isinstance(pattern, str):
         raise TypeError(f"a pattern must be a string, got {pattern!r}")
     try:
-        return re.compile(rf"(?:^|(?<=\.))(?:{pattern})(?=\.|$)")
-    except re.error as e:
-        raise ValueError(f"pattern {pattern!r} is not a regular expression: {e}") from None
+        ways = _ways(_sre.parse(pattern))
+        if ways <= _MOST_WAYS:
+            return re.compile(rf"(?:^|(?<=\.))(?:{pattern})(?=\.|$)")
+    except (re.error, OverflowError, RecursionError) as e:
+        raise ValueError(f"pattern {pattern!r:.200} is not a regular expression: {e}") from None
+    what = "one within another" if ways == math.inf else "too many in a row"
+    raise ValueError(
+        f"pattern {pattern!r:.200} could take very long: it has repetitions or choices, {what}"
+    )
+
+
+def _ways(parsed: Any) -> float:
+    """At most in how many ways a pattern can match one text, which bounds the time of a search.
+
+    A repetition of what matches in one way alone has one way for each number of times.
+    """
+    ways = 1.0
+    for operator, argument in parsed:
+        name = str(operator)
+        if name == "BRANCH":
+            ways *= sum(_ways(branch) for branch in argument[1])
+        elif name == "SUBPATTERN":
+            ways *= _ways(argument[-1])
+        elif name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            least, most, body = argument
+            inner = _ways(body)
+            if most > 1 and inner > 1:
+                return math.inf
+            ways *= 1 + inner * min(int(most) - least, _LENGTH) if inner == 1 else 1 + inner
+        elif name in ("ASSERT", "ASSERT_NOT"):
+            ways *= _ways(argument[1])
+        elif name == "ATOMIC_GROUP":
+            ways *= _ways(argument)
+        elif name == "GROUPREF_EXISTS":
+            ways *= sum(_ways(branch) for branch in argument[1:] if branch is not None)
+    return ways
+
+
+def warn_unmatched(
+    where: str, patterns: Mapping[str, re.Pattern[str]], names: Iterable[str], stacklevel: int = 2
+) -> None:
+    """Warns of patterns that match none of the names, but for those of the default `skip`."""
+    rest = {text: p for text, p in patterns.items() if text not in DEFAULT_SKIP}
+    for name in names:
+        for text in [text for text, p in rest.items() if p.search(name)]:
+            del rest[text]
+        if not rest:
+            return
+    if rest:
+        warnings.warn(
+            f"{where} has patterns that match nothing in the model: {listed(map(repr, rest))}",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def listed(texts: Iterable[str]) -> str:
+    """The first few of some texts, and how many more there are."""
+    every = list(texts)
+    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    return ", ".join(every[:_SHOWN]) + more
