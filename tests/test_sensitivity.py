@@ -93,7 +93,7 @@ BAD = [
     ({"batches": []}, ValueError, "calibration is empty"),
     ({"names": ["norm"]}, TypeError, r"norm must have a weight \(N, K\), got LayerNorm"),
     ({"names": ["nothing"]}, AttributeError, "nothing"),
-    ({"names": ["up", "unused"]}, ValueError, "unused: the loss does not depend on its weight"),
+    ({"names": ["unused"]}, ValueError, "one number that depends on the named weights"),
     ({"batches": [SAMPLES[0]["x"]]}, TypeError, "the model returns no loss"),
     ({"loss": lambda out, _: out.y}, ValueError, r"loss must be one number .* shape \(4, 16\)"),
     ({"loss": lambda out, _: 1.0}, TypeError, "loss must be a tensor, got float"),

@@ -1,20 +1,25 @@
 """Calibration: what goes into the linears of a model, as running sums that forward hooks update.
 
 Memory is what the sums take, whatever the amount of data: 4 K^2 bytes for each Hessian of a linear
-with K input features, on the device of the linear.
+with K input features, on the device of the linear. Padding does not count: `padding.Padding`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.quantize.padding import Padding
+
 # Rows of an input that are converted to fp32 at a time hold about this many values.
 _SLICE_VALUES = 1 << 22
+# Inputs up to magnitudes beyond these are divided by a power of two: sums of squares fit fp32 then.
+_PLAIN = 2.0**-40, 2.0**40
 
 
 class InputStatistics:
@@ -30,10 +35,13 @@ class InputStatistics:
     ) -> None:
         """`hessian`: whether the (K, K) sum is kept, too; else only sums per feature."""
         self.samples = 0
-        self.absmax = torch.zeros(features, device=device)
+        self.absmax = torch.zeros(features, dtype=torch.float32, device=device)
+        self._unit = 1.0
         self._abs = torch.zeros(features, dtype=torch.float64, device=device)
         self._square = torch.zeros(features, dtype=torch.float64, device=device)
-        self._outer = torch.zeros(features, features, device=device) if hessian else None
+        self._outer = (  # of x / unit
+            torch.zeros(features, features, dtype=torch.float32, device=device) if hessian else None
+        )
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -58,8 +66,28 @@ class InputStatistics:
             self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
             self._abs += magnitude.sum(0, dtype=torch.float64)
             self._square += single.double().square().sum(0)
+            self._set_unit()
             if self._outer is not None:
+                if self._unit != 1:
+                    single = (single.double() / self._unit).float()
                 self._outer.addmm_(single.T, single)
+
+    def _set_unit(self) -> None:
+        top = float(self.absmax.max())
+        plain = top == 0 or _PLAIN[0] <= top <= _PLAIN[1]
+        unit = 1.0 if plain else 2.0 ** math.frexp(top)[1]
+        # It grows with the inputs; a first one below 1 finds sums of 0.
+        if unit > self._unit and self._outer is not None:
+            # Twice: the square of the ratio might be no fp32 number.
+            self._outer.mul_(self._unit / unit).mul_(self._unit / unit)
+        self._unit = unit
+
+    @property
+    def missing(self) -> str | None:
+        """Why these inputs say nothing of what a layer must do well; None if they do."""
+        if not self.samples:
+            return "no input has reached it in calibration"
+        return None if bool(self.absmax.any()) else "its inputs are all 0 in calibration"
 
     @property
     def absmean(self) -> Tensor:
@@ -68,15 +96,40 @@ class InputStatistics:
 
     @property
     def diagonal(self) -> Tensor:
-        """The mean of x_k^2, (K,) fp32: the diagonal of the Hessian, summed in fp64."""
-        return (self._square / self._count()).float()
+        """The mean of x_k^2, (K,) fp32: the diagonal of the Hessian, summed in fp64.
+
+        Raises:
+            ValueError: squares of such inputs do not fit fp32, or there were none.
+        """
+        return self._fitting((self._square / self._count()).float())
 
     @property
     def hessian(self) -> Tensor:
-        """X^T X / samples, (K, K) fp32."""
+        """X^T X / samples, (K, K) fp32.
+
+        Raises:
+            ValueError: as for `diagonal`; it was not collected.
+        """
+        h = self.relative_hessian
+        return self._fitting(h if self._unit == 1 else h.mul_(self._unit).mul_(self._unit))
+
+    @property
+    def relative_diagonal(self) -> Tensor:
+        """The diagonal up to a factor, which fits fp32 whatever the inputs."""
+        return (self._square / self._count() / self._unit**2).float()
+
+    @property
+    def relative_hessian(self) -> Tensor:
+        """The Hessian up to a factor, which fits fp32 whatever the inputs."""
         if self._outer is None:
             raise ValueError("hessian was not collected: make the statistics with hessian=True")
         return self._outer / self._count()
+
+    def _fitting(self, squares: Tensor) -> Tensor:
+        top = float(self.absmax.max())
+        if not bool(torch.isfinite(squares).all()) or (top > 0 and not bool(squares.any())):
+            raise ValueError(f"squares of inputs up to {top:.3g} do not fit fp32: scale the inputs")
+        return squares
 
     def _count(self) -> int:
         if not self.samples:
@@ -89,6 +142,8 @@ def collect(
     model: nn.Module, names: Iterable[str], *, hessian: bool = True
 ) -> Iterator[dict[str, InputStatistics]]:
     """Collects the inputs of the named linears while the model runs in the body of `with`.
+
+    Tokens that an `attention_mask` hides in a call of the model do not count: `padding.Padding`.
 
     Args:
         model: any module; it is left as it is, and the hooks are removed at the end.
@@ -121,7 +176,7 @@ class Recorder(Protocol):
 @contextlib.contextmanager
 def attach(model: nn.Module, recorders: Mapping[str, Recorder]) -> Iterator[None]:
     """Gives recorders the inputs of the modules they are named for while the model runs in the body
-    of `with`.
+    of `with`, but for rows of padding: `padding.Padding`.
 
     Args:
         model: any module; it is left as it is, and the hooks are removed at the end.
@@ -131,20 +186,22 @@ def attach(model: nn.Module, recorders: Mapping[str, Recorder]) -> Iterator[None
         AttributeError: the model has no module of such a name.
         ValueError: from the model's forward, with the name: what a recorder raises.
     """
-    with contextlib.ExitStack() as stack:
+    with Padding.watch(model) as padding, contextlib.ExitStack() as stack:
         for name, recorder in recorders.items():
             module = model.get_submodule(name)
-            hook = module.register_forward_pre_hook(_hook(name, recorder))
+            hook = module.register_forward_pre_hook(_hook(name, recorder, padding))
             stack.callback(hook.remove)
         yield
 
 
-def _hook(name: str, recorder: Recorder) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _hook(
+    name: str, recorder: Recorder, padding: Padding
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def update(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not args:
             raise TypeError(f"{name}: the input of a linear must be its first positional argument")
         try:
-            recorder.update(args[0])
+            recorder.update(padding.rows(args[0]))
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from e
 

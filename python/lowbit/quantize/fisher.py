@@ -10,6 +10,7 @@ average, but |g|^2 and x stay together, token by token.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.quantize.calibrate import evaluating, forward
+from lowbit.quantize.names import listed
+from lowbit.quantize.padding import Padding
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ def output_fisher(
 ) -> dict[str, Fisher]:
     """Runs a model forward and backward once for each batch, in evaluation mode.
 
-    No parameter gets a gradient. Besides what the backward pass needs, memory is 4 K^2 bytes for
+    No parameter gets a gradient. Padding counts neither as an input nor as a prediction, where a
+    batch has an `attention_mask`. A linear that no gradient reaches, as an expert without tokens,
+    has factors of 0, with a warning. Besides what the backward pass needs, memory is 4 K^2 bytes for
     each linear.
 
     Args:
@@ -55,7 +60,7 @@ def output_fisher(
 
     Raises:
         TypeError: the output is neither a floating tensor nor something with such `logits`.
-        ValueError: logits hold NaN or inf, there are none, or a linear has no part in them; the
+        ValueError: logits hold NaN or inf, there are none, or no linear has a part in them; the
             model changes the input of a linear in place.
     """
     inputs: dict[str, Tensor] = {}
@@ -64,13 +69,15 @@ def output_fisher(
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            x, version = args[0].detach(), args[0]._version
+            x, version, mask = args[0].detach(), args[0]._version, padding.mask(args[0])
 
             def add(gradient: Tensor) -> None:
                 if x._version != version:
                     raise ValueError(f"{name}: the model changes the input of this layer in place")
                 square = gradient.detach().flatten(0, -2).double().square()
                 rows = x.flatten(0, -2).float()
+                if mask is not None:
+                    square, rows = square[mask], rows[mask]
                 if name not in inputs:
                     inputs[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
                     outputs[name] = square.new_zeros(square.shape[1])
@@ -86,35 +93,47 @@ def output_fisher(
 
         return hook
 
-    with evaluating(model), _frozen(model), contextlib.ExitStack() as stack, torch.enable_grad():
+    with (
+        Padding.watch(model) as padding,
+        evaluating(model),
+        _frozen(model),
+        contextlib.ExitStack() as stack,
+        torch.enable_grad(),
+    ):
         for name in names:
             handle = model.get_submodule(name).register_forward_hook(watch(name))
             stack.callback(handle.remove)
         for i, batch in enumerate(batches):
-            z = _logits(forward(model, batch))
+            z = _logits(forward(model, batch), padding)
             generator = torch.Generator(z.device).manual_seed(seed + i)
             y = torch.multinomial(z.detach().softmax(-1), 1, generator=generator)
             z.log_softmax(-1).gather(1, y).sum().backward()
             predictions += len(z)
             advance()
+    if silent := [name for name in names if name not in inputs]:
+        warnings.warn(f"no gradient has reached {listed(silent)}: 0 is assumed", stacklevel=2)
     found = {}
     for name in names:
         if name not in inputs:
-            raise ValueError(f"{name}: no gradient has reached this layer: use objective 'output'")
+            weight = model.get_parameter(f"{name}.weight").detach()
+            n, k = weight.shape
+            inputs[name] = torch.zeros(k, k, dtype=torch.float32, device=weight.device)
+            outputs[name] = torch.zeros(n, dtype=torch.float64, device=weight.device)
         # Without any gradient there are no shares, and nothing to share.
         total = float(outputs[name].sum()) or 1.0
         found[name] = Fisher(inputs.pop(name) / (2 * predictions), outputs[name] / total)
     return found
 
 
-def _logits(output: Any) -> Tensor:  # (predictions, classes) fp32
+def _logits(output: Any, padding: Padding) -> Tensor:  # (predictions, classes) fp32
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() == 0:
         raise TypeError(
             f"the model must give logits for objective 'kl', got {type(output).__name__}: "
             "use objective 'output'"
         )
-    z = logits.flatten(0, -2).float()
+    z, mask = logits.flatten(0, -2).float(), padding.mask_of_result(logits)
+    z = z if mask is None else z[mask]
     if not z.numel() or not bool(torch.isfinite(z).all()) or not z.requires_grad:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} are empty, hold NaN or inf, or do not depend on "

@@ -108,7 +108,7 @@ def _check_hessian(hessian: Tensor, weight: Tensor) -> None:
         )
     top = float(diagonal.max())
     if top == 0:
-        raise ValueError("hessian is zero on its diagonal: no input has reached this layer")
+        raise ValueError("hessian is zero on its diagonal: it is that of no input at all")
     # Sums in fp32 or less, in different orders on the two sides.
     skew = float((hessian - hessian.T).abs().max())
     if skew > 1e-2 * top:

@@ -101,6 +101,13 @@ class Observer(ABC):
             raise ValueError("calibration is empty: no input has reached this layer")
         return Grid.of(*self._range(bits, symmetric), bits, symmetric)
 
+    @property
+    def missing(self) -> str | None:
+        """Why there is no range to make a symmetric grid of 8 bits of; None if there is one."""
+        if not self._seen:
+            return "no input has reached it in calibration"
+        return None if any(self._range(8, True)) else "the range of its inputs is 0 in calibration"
+
     def _update(self, values: Tensor, low: float, high: float) -> None:
         """Takes (count,) values and their range."""
         self._min = min(self._min, low) if self._seen else low

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.quantize.calibrate import as_batches, evaluating, forward
+from lowbit.quantize.names import listed
 
 Loss = Callable[[Any, Any], Tensor]  # what the model returns, its input -> a number
 
@@ -24,7 +26,8 @@ def fisher_diagonal(
     Each input counts as one sample, and the loss of several sequences together averages their
     gradients before they are squared: for the paper's matrix give them one by one. Takes 4 bytes
     for each weight of the named layers besides one gradient at a time; the model runs in evaluation
-    mode and is left as it was, gradients included.
+    mode and is left as it was, gradients included. A weight that the loss does not depend on, as
+    that of an expert without tokens, gets 0, with a warning.
 
     Args:
         model: any module.
@@ -39,8 +42,8 @@ def fisher_diagonal(
     Raises:
         AttributeError: the model has no module of such a name.
         TypeError: a module has no such weight; the loss is not a tensor.
-        ValueError: there are no inputs; the loss is not one number, or does not depend on a weight;
-            a gradient is NaN or inf.
+        ValueError: there are no inputs; the loss is not one number, or depends on none of the
+            weights; a gradient is NaN or inf.
     """
     weights = {name: _weight(model, name) for name in names}
     every = as_batches(batches)
@@ -57,10 +60,17 @@ def fisher_diagonal(
                     f"shape {tuple(value.shape)}, requires_grad {value.requires_grad}"
                 )
             value.sum().backward()
-    for name, weight in weights.items():
-        if weight not in sums:
-            raise ValueError(f"{name}: the loss does not depend on its weight")
-    return {name: sums[weight] / len(every) for name, weight in weights.items()}
+    if silent := [name for name, weight in weights.items() if weight not in sums]:
+        warnings.warn(
+            f"the loss does not depend on the weights of {listed(silent)}: 0 is assumed",
+            stacklevel=2,
+        )
+    return {
+        name: sums[weight] / len(every)
+        if weight in sums
+        else torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
+        for name, weight in weights.items()
+    }
 
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:
