@@ -172,7 +172,7 @@ def test_quantize_model_finds_the_scales():
         ({"format": "int4", "observer": "kl", "calibration": batches}, "the model has none"),
         (
             {"observer": "kl", "calibration": [torch.zeros(0, 64)]},
-            "0: calibration is empty: no input has reached this layer",
+            "calibration is empty or 0, for every layer: 0: no input has reached it",
         ),
     ):
         dense = copy.deepcopy(model)

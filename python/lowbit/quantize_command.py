@@ -180,6 +180,8 @@ def _quantize_model(
         rules = allocation.recipe
     learns = options.recipe is not None or calibrates(options.method)
     inputs = batches if learns else None
+    # An error ends the command, and the model with it.
+    how["atomic"] = False
     report = quantize_model(model, rules, skip=skip, calibration=inputs, on_layer=on_layer, **how)
     pretrained.save_folder(model, options.source, options.target)
     return report, allocation

@@ -156,9 +156,22 @@ def fuse(model: nn.Module) -> int:
     Returns:
         The number of groups made.
     """
+    made: list[tuple[nn.Module, Siblings]] = []
+    try:
+        _fuse(model, made)
+    except BaseException:
+        for module, group in made:
+            group.dissolve()
+            module.__dict__[_GROUPS].remove(group)
+            if not module.__dict__[_GROUPS]:
+                del module.__dict__[_GROUPS]
+        raise
+    return len(made)
+
+
+def _fuse(model: nn.Module, made: list[tuple[nn.Module, Siblings]]) -> None:
     from lowbit.nn.linear import QuantLinear
 
-    made = 0
     for module in model.modules():
         for names in PATTERNS:
             layers = [module._modules.get(name) for name in names]
@@ -170,10 +183,9 @@ def fuse(model: nn.Module) -> int:
                 and len({id(layer) for layer in layers}) == len(layers)
                 and len({layouts.fits_m16(layer.format) for layer in layers}) == 1  # type: ignore[union-attr, arg-type]
             ):
-                groups = module.__dict__.setdefault(_GROUPS, [])
-                groups.append(Siblings(layers))  # type: ignore[arg-type]
-                made += 1
-    return made
+                group = Siblings(layers)  # type: ignore[arg-type]
+                module.__dict__.setdefault(_GROUPS, []).append(group)
+                made.append((module, group))
 
 
 def unfuse(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ that is converted.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 
 from lowbit.formats import Format
 from lowbit.nn import QuantConv2d, QuantLinear
+from lowbit.nn.surgery import obstacle
 from lowbit.qat.activations import ActivationQuantizer, Int8Activation
 from lowbit.qat.base import STE, WeightQuantizer
 from lowbit.qat.few_levels import BitNet
-from lowbit.quantize.model import READS_WEIGHTS
-from lowbit.quantize.names import compile_pattern
+from lowbit.quantize.names import compile_patterns, warn_unmatched
+from lowbit.quantize.plan import READS_WEIGHTS, names_in
+from lowbit.quantize.swap import swapping
 
+_SHAPE = ("in_features", "out_features")
 MakeWeight = Callable[[Tensor], WeightQuantizer]
 MakeActivation = Callable[[], ActivationQuantizer]
 
@@ -150,26 +154,32 @@ def prepare(
     Returns:
         The names of the layers that were replaced.
 
+    Warns:
+        UserWarning: a pattern matches nothing in the model, or a layer that the recipe names is left because
+            something of it would be lost (`lowbit.nn.surgery.obstacle`).
+
     Raises:
         ValueError: nothing was replaced, the model is a layer itself, or a quantizer refuses a weight.
         NotImplementedError: a convolution that the recipe names has groups.
+        Whatever is raised, the model is as it was before.
     """
-    if isinstance(skip, str):
-        raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}")
-    rules = recipe.items() if isinstance(recipe, Mapping) else [(".*", recipe)]
-    compiled: list[tuple[re.Pattern[str], Spec | None]] = [
-        (compile_pattern(pattern), None) for pattern in skip
-    ]
-    compiled += [(compile_pattern(pattern), spec) for pattern, spec in rules]
+    skipping = compile_patterns(skip)
+    rules = recipe if isinstance(recipe, Mapping) else {".*": recipe}
+    chosen = compile_patterns([*rules])
+    known = names_in(model)
+    warn_unmatched("skip", skipping, known)
+    warn_unmatched("recipe", chosen, known)
+    compiled: list[tuple[re.Pattern[str], Spec | None]] = [(p, None) for p in skipping.values()]
+    compiled += [(chosen[text], spec) for text, spec in rules.items()]
     kept = {
         id(child)
         for module in model.modules()
         if isinstance(module, READS_WEIGHTS)
         for child in module.children()
     }
-    made: dict[int, nn.Module] = {}
-    names: list[str] = []
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    # Every name of each module to replace, and what takes its place.
+    made: dict[int, tuple[list[str], nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         spec = next((spec for pattern, spec in compiled if pattern.search(name)), None)
         if spec is None or id(module) in kept or not _replaceable(module):
             continue
@@ -177,16 +187,18 @@ def prepare(
             raise ValueError(
                 f"model must contain the layers to replace, it is one itself ({type(module).__name__})"
             )
-        if id(module) not in made:
+        if id(module) in made:
+            made[id(module)][0].append(name)
+        elif reason := obstacle(module):
+            warnings.warn(f"{name} is left as it is: {reason}", stacklevel=2)
+        else:
             try:
-                made[id(module)] = _fake(module, spec)
+                made[id(module)] = [name], _fake(module, spec)
             except (TypeError, ValueError, NotImplementedError) as e:
                 raise type(e)(f"{name}: {e}") from e
-        _replace(model, name, made[id(module)])
-        names.append(name)
-    if not names:
+    if not made:
         raise ValueError("recipe matches no linear and no convolution of the model")
-    return names
+    return _swap_all(model, made.values())
 
 
 def convert(model: nn.Module) -> list[str]:
@@ -201,28 +213,40 @@ def convert(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: there are none, or the model is one itself: use its method `convert`.
-        NotImplementedError: a quantizer's weights have no packed form; no layer is replaced then.
+        NotImplementedError: a quantizer's weights have no packed form, or something of a layer would be lost
+            (`lowbit.nn.surgery.obstacle`).
+        Whatever is raised, the model is as it was before.
     """
     if isinstance(model, FakeQuantLinear):
         raise ValueError(
             "model must contain the layers to replace, it is one itself: use its convert"
         )
-    made: dict[int, nn.Module] = {}
-    names = []
+    made: dict[int, tuple[list[str], nn.Module]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FakeQuantLinear):
-            names.append(name)
-            if id(module) not in made:
-                try:
-                    made[id(module)] = module.convert()
-                except NotImplementedError as e:
-                    raise NotImplementedError(f"{name}: {e}") from e
-    if not names:
+        if not isinstance(module, FakeQuantLinear):
+            continue
+        if id(module) in made:
+            made[id(module)][0].append(name)
+            continue
+        try:
+            made[id(module)] = [name], module.convert()
+        except NotImplementedError as e:
+            raise NotImplementedError(f"{name}: {e}") from e
+    if not made:
         raise ValueError("model has no FakeQuantLinear")
-    replacements = [(name, made[id(model.get_submodule(name))]) for name in names]
-    for name, module in replacements:
-        _replace(model, name, module)
-    return names
+    return _swap_all(model, made.values(), own=("quantizer", "activation", *_SHAPE))
+
+
+def _swap_all(
+    model: nn.Module, made: Iterable[tuple[list[str], nn.Module]], own: tuple[str, ...] = ()
+) -> list[str]:
+    """Replaces modules, or none of them, and gives all their names in the order of the model."""
+    replaced: set[str] = set()
+    with swapping(model) as swap:
+        for names, module in made:
+            swap(names, module, own)
+            replaced.update(names)
+    return [name for name, _ in model.named_modules(remove_duplicate=False) if name in replaced]
 
 
 def _replaceable(module: nn.Module) -> bool:
@@ -248,8 +272,3 @@ def _fake(module: nn.Module, spec: Spec) -> nn.Module:
 
 def _as_parameter(t: Tensor) -> nn.Parameter:
     return t if isinstance(t, nn.Parameter) else nn.Parameter(t)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

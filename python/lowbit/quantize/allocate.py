@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,12 @@ from lowbit.quantize.allocation import (
     check_capacity,
     choose,
 )
-from lowbit.quantize.calibrate import as_batches, calibrate
+from lowbit.quantize.calibrate import InputStatistics, as_batches, calibrate
 from lowbit.quantize.fisher import output_fisher
 from lowbit.quantize.methods import calibrates
-from lowbit.quantize.model import Inputs, Method, check_rules, chunks, plan_layers
-from lowbit.quantize.names import Rule, Selection, as_rule
+from lowbit.quantize.model import check_rules, chunks, informed
+from lowbit.quantize.names import DEFAULT_SKIP, Rule, Selection, as_rule, listed
+from lowbit.quantize.plan import plan_layers
 from lowbit.quantize.progress import bar
 from lowbit.quantize.report import Report, errors
 from lowbit.tensor import QuantTensor, stored_bytes
@@ -46,7 +48,7 @@ def allocate(
     budget: float | None = None,
     *,
     budget_bytes: int | None = None,
-    skip: Iterable[str] = ("lm_head",),
+    skip: Iterable[str] = DEFAULT_SKIP,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
@@ -61,7 +63,8 @@ def allocate(
     With objective "output" it is the mean squared error of the layer's own outputs, tr((W - W^) H
     (W - W^)^T) with H the mean x x^T of its inputs: that does not tell layers whose outputs matter
     from others, and in a deep model can be worse than one format for all weights. Without
-    calibration it is the squared error of the weight, H = 1. Every candidate is made and measured;
+    calibration it is the squared error of the weight, H = 1. Errors of a layer that calibration says
+    nothing of, as an expert that a router never picks, count 0, with a warning. Every candidate is made and measured;
     with a method that looks at one weight at a time it is what `quantize_model` will make.
 
     Args:
@@ -81,8 +84,12 @@ def allocate(
         progress: show a bar on stderr.
 
     Returns:
-        The choices. `quantize_model(model, allocation.recipe)`, with the same `skip` and, if the
+        The choices and, in `left`, the reason for every parameter of two or more dimensions that is
+        not among them. `quantize_model(model, allocation.recipe)`, with the same `skip` and, if the
         method needs it, `calibration`, makes them.
+
+    Warns:
+        UserWarning: as `quantize_model`.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the budget is below what the smallest
@@ -138,7 +145,7 @@ class _Sensitivity:
     rows: Tensor | None = None  # (N,)
 
     @property
-    def hessian(self) -> Tensor:
+    def relative_hessian(self) -> Tensor:
         assert isinstance(self.value, Tensor)
         if self.value.dim() != 2:
             got = tuple(self.value.shape)
@@ -146,7 +153,7 @@ class _Sensitivity:
         return self.value
 
     @property
-    def diagonal(self) -> Tensor:
+    def relative_diagonal(self) -> Tensor:
         assert isinstance(self.value, Tensor)
         return self.value if self.value.dim() == 1 else self.value.diagonal()
 
@@ -174,7 +181,7 @@ def _layers(
     selection, report = Selection(rule.format, skip), Report()
     if isinstance(weights, nn.Module):
         shared: dict[int, list[str]] = {}
-        for module_names, (_, weight_id) in plan_layers(weights, selection, report).items():
+        for module_names, (_, weight_id) in plan_layers(weights, selection, report, 3).items():
             shared.setdefault(weight_id, []).append(module_names[0])
         found = []
         for names in shared.values():
@@ -186,6 +193,7 @@ def _layers(
     # A mapping may read a new tensor each time: an id is that of an earlier one while that lives.
     alive: dict[int, tuple[weakref.ref[Tensor], list[str]]] = {}
     layers = []
+    selection.warn_unmatched(weights, stacklevel=3)
     for name in weights:
         if selection.skipped(name):
             report.left[name] = "skipped"
@@ -219,6 +227,7 @@ def _calibrated(
     parts = list(chunks(model, (layer.names for layer in layers), firsts, copies=kl + learning))
     steps = len(layers) * len(rules) + len(parts) * (kl + learning) * len(batches)
     measured = []
+    silent: list[str] = []
     with bar(steps, "measuring", progress) as advance:
         for part in parts:
             every = [name for names in part for name in names]
@@ -229,12 +238,25 @@ def _calibrated(
                 inputs = calibrate(model, every, set(every), batches, advance)
             for names in part:
                 own = [inputs.pop(name) for name in names if learning]
-                uses = [_Sensitivity(x.hessian) for x in own if not kl]
-                uses += [_Sensitivity(fisher[n].inputs, fisher.pop(n).outputs) for n in names if kl]
+                silent += [name for name, x in zip(names, own, strict=False) if x.missing]
                 with _naming(names[0]):
+                    uses = [_of_inputs(x) for x in own if not kl]
+                    uses += [
+                        _Sensitivity(fisher[n].inputs, fisher.pop(n).outputs) for n in names if kl
+                    ]
                     weight = _weight(model, names[0])
                     measured.append(_measure(weight, rules, own[0] if own else None, uses, advance))
+    if silent:
+        if len(silent) == sum(len(layer.names) for layer in layers):
+            raise ValueError("calibration is empty or 0: it says nothing of any layer")
+        warnings.warn(
+            f"calibration says nothing of {listed(silent)}: their errors count 0", stacklevel=3
+        )
     return measured
+
+
+def _of_inputs(inputs: InputStatistics) -> _Sensitivity:
+    return _Sensitivity(0.0 if inputs.missing else inputs.hessian)
 
 
 def _given(
@@ -280,7 +302,7 @@ def _weight(weights: nn.Module | Mapping[str, Tensor], name: str) -> Tensor:
 def _measure(
     weight: Tensor,
     rules: Sequence[Rule],
-    inputs: Inputs | None,
+    inputs: InputStatistics | _Sensitivity | None,
     uses: Sequence[_Sensitivity],
     advance: Callable[[], object],
 ) -> list[Option]:
@@ -289,7 +311,7 @@ def _measure(
     """
     options = []
     for rule in rules:
-        qt = Method(rule, inputs)(None, weight)
+        qt = informed(rule, inputs)[0](None, weight)
         options.append(Option(rule, qt.nbytes, sum(use.error(weight, qt) for use in uses)))
         advance()
     return options

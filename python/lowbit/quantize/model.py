@@ -1,14 +1,14 @@
 """quantize_model: swaps the linears (and, by recipe, embeddings) of a model for quantized ones, in
 place.
 
-One layer at a time: its dense weight can be freed before the next one is made, so memory peaks near
-one layer above the result. Modules and weights that were shared stay shared. Calibration runs the
-model once for every chunk of layers whose statistics fit in memory, with the chunks before it
-quantized.
+One layer at a time. Modules and weights that were shared stay shared. Calibration runs the model once
+for every chunk of layers whose statistics fit in memory, with the chunks before it quantized.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -25,24 +25,26 @@ from lowbit.quantize.methods import (
     keywords,
     quantize,
 )
-from lowbit.quantize.names import Rule, Rules, Selection
+from lowbit.quantize.names import DEFAULT_SKIP, Rule, Rules, Selection, listed
 from lowbit.quantize.observers import OBSERVERS, Observer
+from lowbit.quantize.plan import Names, plan_layers
 from lowbit.quantize.progress import bar
 from lowbit.quantize.report import LayerReport, Report, measure
+from lowbit.quantize.rtn import check_weight
+from lowbit.quantize.scopes import check_importance
+from lowbit.quantize.swap import Swap, swapping
 from lowbit.tensor import QuantTensor
 
-# They hand the weights of their children to fused kernels of torch without calling the children.
-READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # The Hessians of one chunk of layers take at most this, or are one.
 _HESSIAN_BYTES = 1 << 31
-Names = tuple[str, ...]  # of one module
+Plan = Mapping[Names, tuple[Rule, int]]  # with the identity of the weight
 
 
 def quantize_model(
     model: nn.Module,
     format: Rules,
     *,
-    skip: Iterable[str] = ("lm_head",),
+    skip: Iterable[str] = DEFAULT_SKIP,
     method: str | None = None,
     progress: bool = True,
     fuse: bool = True,
@@ -51,8 +53,18 @@ def quantize_model(
     observer: str | None = None,
     sensitivities: Mapping[str, Tensor] | None = None,
     on_layer: Callable[[str, Tensor, QuantTensor], object] | None = None,
+    atomic: bool = True,
 ) -> Report:
     """Quantizes a model in place.
+
+    If it raises anything, the model is as it was before. For that the dense layers stay in memory
+    until the end, so that memory peaks at the dense model, which is there at the start, plus the
+    result; `atomic=False` frees each at once.
+
+    A layer that calibration says nothing of (no input has reached it, as an expert that a router
+    never picks, or all of them were 0) is quantized as without calibration, with the default method
+    of its format if its own one needs calibration, and has no static scale of activations. Its row
+    in the report has a note, and there is one warning.
 
     Args:
         model: any module. Its `nn.Linear` layers become `lowbit.nn.QuantLinear`; everything else
@@ -68,10 +80,10 @@ def quantize_model(
             before: `lowbit.nn.fuse`. State dicts stay per layer.
         calibration: inputs of the model, each a tensor, a tuple of arguments or a mapping of
             keywords; for "gptq", which needs it, for "kmeans", "lloyd" and "multibit", where a weight
-            then counts the mean square of its input, and for `observer`, which needs it. Layers are
-            calibrated in the order of `named_modules`, with
-            those before them quantized. Embeddings take no part: they get the default method of
-            their format, and so does a linear that shares the weight of one.
+            then counts the mean square of its input, and for `observer`, which needs it. Tokens that
+            an `attention_mask` (batch, tokens) hides do not count. Layers are calibrated in the order
+            of `named_modules`, with those before them quantized. Embeddings take no part: they get
+            the default method of their format, and so does a linear that shares the weight of one.
         options: further keywords of the method, as `{"act_order": True}`.
         observer: one of `OBSERVERS`, "minmax", "ema", "percentile", "mse" or "kl": layers whose format
             quantizes activations (suffix _a8 or _a8t) then do so by one scale that it finds (static
@@ -81,15 +93,23 @@ def quantize_model(
             Layers without one are quantized as without calibration.
         on_layer: called with the name, the dense weight and what was made of it, once for every
             weight that is quantized.
+        atomic: whether the model is put back if something raises. If not, the layers before are
+            quantized then; a note of the error says up to which.
 
     Returns:
-        Bytes and error per layer, and the reason for every weight that was left.
+        Bytes and error per layer, and the reason for every parameter of two or more dimensions that
+        was left.
+
+    Warns:
+        UserWarning: more than 5 % of the weights stay dense that nobody asked to leave (`Report`
+            says which count), a pattern matches nothing in the model, or calibration says nothing
+            of a layer.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a weight cannot be quantized (the message
-            starts with the layer's name; the layers before it are quantized then); the method
-            needs calibration, or takes none; no input reaches a layer; there is an observer and no
-            format quantizes activations; a layer that `sensitivities` names takes none.
+            starts with the layer's name); the method needs calibration, or takes none; no input
+            reaches any layer; there is an observer and no format quantizes activations; a layer
+            that `sensitivities` names takes none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -99,16 +119,16 @@ def quantize_model(
         names: (rule.completed(method, options or {}), weight_id)
         for names, (rule, weight_id) in plan_layers(model, selection, report).items()
     }
-    made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
     batches = None if calibration is None else as_batches(calibration)
     rules = [rule for rule, _ in plan.values()] or [Rule(None, method)]
     check_rules(rules, batches is not None)
     _check_sensitivities(plan, sensitivities or {}, batches is not None)
+    check_layers(model, plan, sensitivities or {})
     observed = _observers(model, plan, observer, batches is not None)
     methods = dict.fromkeys(rule.method for rule in rules)
     if batches is not None and not observed and not any(map(calibrates, methods)):
-        listed = " and ".join(map(repr, methods))
-        raise ValueError(f"method {listed} takes no calibration: use 'gptq' or 'kmeans'")
+        listing = " and ".join(map(repr, methods))
+        raise ValueError(f"method {listing} takes no calibration: use 'gptq' or 'kmeans'")
     # Linears that learn from calibration, and whether a Hessian.
     learning = {
         names[0]: "hessian" in keywords(rule.method or "")
@@ -118,7 +138,9 @@ def quantize_model(
     hessians = {name for name, wanted in learning.items() if wanted}
     parts = list(chunks(model, plan, hessians)) if batches is not None else [list(plan)]
     steps = len(plan) + len(parts) * len(batches or ())
-    with bar(steps, "quantizing", progress) as advance:
+    made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
+    calibrated = {*learning, *observed}
+    with swapping(model, keep=atomic) as swap, bar(steps, "quantizing", progress) as advance:
         for chunk in parts:
             statistics: dict[str, InputStatistics] = {}
             if batches is not None:
@@ -130,39 +152,55 @@ def quantize_model(
                 rule, weight_id = plan[names]
                 assert rule.format is not None
                 key = weight_id, rule.format.spec
-                first = made.get(key)
                 try:
                     # No name for the statistics: they go when the layer is done.
-                    how = Method(
+                    how, note = informed(
                         rule, statistics.pop(names[0], None) or _given(names, sensitivities)
                     )
-                    module, row = _replace(model, names[0], how, first, on_layer)
+                    first = made.get(key)
+                    module, row = _make(model, names[0], how, first, on_layer)
                     del how
+                    note = None if first else note
                     if names[0] in observed:
-                        assert isinstance(module, QuantLinear)
-                        module.set_input_scale(observed.pop(names[0]).grid().scale)
+                        note = _set_input_scale(module, observed.pop(names[0])) or note
                 except (TypeError, ValueError) as e:
                     raise type(e)(f"{names[0]}: {e}") from e
-                made.setdefault(key, (names[0], module))
-                for name in names:
-                    parent, _, child = name.rpartition(".")
-                    setattr(model.get_submodule(parent), child, module)
-                report.layers.append(row)
+                if swap_or_leave(swap, names, module, replace(row, note=note), report):
+                    made.setdefault(key, (names[0], module))
                 advance()
-    if fuse:
-        fuse_siblings(model)
+        check_notes(report, calibrated, stacklevel=2)
+        if fuse:
+            fuse_siblings(model)
     return report
 
 
+def swap_or_leave(
+    swap: Swap, names: Names, module: nn.Module, row: LayerReport, report: Report
+) -> bool:
+    """Replaces a layer and adds its row to the report; or notes there, with a warning, what hinders
+    that, as an attribute of the layer that has the name of something of the new one.
+    """
+    try:
+        swap(names, module)
+    except NotImplementedError as e:
+        report.leave(names[0], str(e), {f"{names[0]}.weight": math.prod(row.shape)})
+        warnings.warn(f"{names[0]} stays dense: {e}", stacklevel=3)
+        return False
+    report.layers.append(row)
+    return True
+
+
 class Inputs(Protocol):
-    """What a method may ask for: the second moment of a linear's inputs, or its diagonal."""
+    """What a method may ask for, up to a factor: the second moment of a linear's inputs, or its
+    diagonal.
+    """
 
     @property
-    def hessian(self) -> Tensor:
+    def relative_hessian(self) -> Tensor:
         """(K, K)."""
 
     @property
-    def diagonal(self) -> Tensor:
+    def relative_diagonal(self) -> Tensor:
         """(K,)."""
 
 
@@ -179,23 +217,65 @@ class Method:
         assert format is not None
         given = {}
         if self.inputs is not None and calibrates(method):
-            wanted = "hessian" in keywords(method or "")
-            given = (
-                {"hessian": self.inputs.hessian} if wanted else {"weights": self.inputs.diagonal}
-            )
+            if "hessian" in keywords(method or ""):
+                given = {"hessian": self.inputs.relative_hessian}
+            else:
+                given = {"weights": self.inputs.relative_diagonal}
         elif isinstance(dense, nn.Embedding) and method and "hessian" in keywords(method):
             return quantize(weight, format)
         return quantize(weight, format, method, **given, **self.rule.options)
+
+
+def informed(rule: Rule, inputs: Inputs | None) -> tuple[Method, str | None]:
+    """A rule with what calibration says of a layer. If that is nothing, the rule without
+    calibration, and a note of it.
+    """
+    if not isinstance(inputs, InputStatistics) or inputs.missing is None:
+        return Method(rule, inputs), None
+    if rule.method and "hessian" in keywords(rule.method):
+        rule = Rule(rule.format)
+    assert rule.format is not None
+    name = rule.method or default_method(rule.format)
+    return Method(rule, None), f"{inputs.missing}: quantized without calibration, by {name!r}"
+
+
+def _set_input_scale(module: PackedModule, observer: Observer) -> str | None:
+    """Makes the scale of a layer's activations static, or says why it is not."""
+    assert isinstance(module, QuantLinear)
+    if observer.missing is not None:
+        return f"{observer.missing}: its activations have a scale per row of x"
+    module.set_input_scale(observer.grid().scale)
+    return None
+
+
+def check_notes(report: Report, calibrated: Collection[str], stacklevel: int = 2) -> None:
+    """Warns of the layers that calibration says nothing of, by their notes.
+
+    Raises:
+        ValueError: they are all of the calibrated ones.
+    """
+    noted = [row for row in report.layers if row.note is not None]
+    if not noted:
+        return
+    if not set(calibrated) - {row.name for row in noted}:
+        raise ValueError(
+            f"calibration is empty or 0, for every layer: {noted[0].name}: {noted[0].note}"
+        )
+    warnings.warn(
+        f"calibration says nothing of {listed(row.name for row in noted)}: the rows of the report "
+        "have notes of what was done",
+        stacklevel=stacklevel + 1,
+    )
 
 
 @dataclass(frozen=True)
 class _Given:
     """A sensitivity in the place of what calibration finds."""
 
-    diagonal: Tensor  # (N, K)
+    relative_diagonal: Tensor  # (N, K)
 
     @property
-    def hessian(self) -> Tensor:
+    def relative_hessian(self) -> Tensor:
         raise ValueError("a sensitivity of each weight is no Hessian")
 
 
@@ -204,9 +284,22 @@ def _given(names: Names, sensitivities: Mapping[str, Tensor] | None) -> _Given |
     return _Given(found[0]) if found else None
 
 
-def _check_sensitivities(
-    plan: Mapping[Names, tuple[Rule, int]], sensitivities: Mapping[str, Tensor], calibrated: bool
-) -> None:
+def check_layers(model: nn.Module, plan: Plan, sensitivities: Mapping[str, Tensor]) -> None:
+    """Raises what `lowbit.quantize` would of the weight of a layer and its sensitivity, with the
+    layer's name, before anything is quantized.
+    """
+    for names, (rule, _) in plan.items():
+        weight = model.get_parameter(f"{names[0]}.weight").detach()
+        assert rule.format is not None
+        try:
+            check_weight(weight, rule.format.without_outliers)
+            if (given := _given(names, sensitivities)) is not None:
+                check_importance(given.relative_diagonal, weight)
+        except (TypeError, ValueError) as e:
+            raise type(e)(f"{names[0]}: {e}") from e
+
+
+def _check_sensitivities(plan: Plan, sensitivities: Mapping[str, Tensor], calibrated: bool) -> None:
     if sensitivities and calibrated:
         raise ValueError("give calibration or sensitivities, not both")
     methods = {name: rule.method for names, (rule, _) in plan.items() for name in names}
@@ -220,7 +313,7 @@ def _check_sensitivities(
 
 def _observers(
     model: nn.Module,
-    plan: Mapping[Names, tuple[Rule, int]],
+    plan: Plan,
     observer: str | None,
     calibrated: bool,
 ) -> dict[str, Observer]:
@@ -280,69 +373,7 @@ def chunks(
         yield chunk
 
 
-def plan_layers(
-    model: nn.Module, selection: Selection, report: Report
-) -> dict[Names, tuple[Rule, int]]:
-    """Every name of each module to replace, with its rule and the identity of its weight; what is
-    left is noted in the report.
-
-    It must not keep the modules alive.
-    """
-    names: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    fused: set[int] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-        modules[id(module)] = module
-        if isinstance(module, READS_WEIGHTS):
-            fused.update(id(child) for child in module.children())
-    plan = {}
-    for key, module in modules.items():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, PackedModule) or (
-            isinstance(weight, nn.Parameter) and weight.dim() > 1
-        ):
-            name = names[key][0]
-            rule = selection.rule(name)
-            why = _obstacle(module, name, selection, key in fused)
-            if why or rule.format is None:
-                report.left[name] = why or "not in the recipe"
-            elif not name:
-                raise ValueError(
-                    "model must contain the layers to replace, it is one itself "
-                    f"({type(module).__name__}): use QuantLinear.from_linear or "
-                    "QuantEmbedding.from_embedding"
-                )
-            else:
-                plan[tuple(names[key])] = (rule, id(weight))
-    return plan
-
-
-def _obstacle(module: nn.Module, name: str, selection: Selection, fused: bool) -> str | None:
-    """Why a module cannot be replaced, whatever the recipe says."""
-    kind = type(module).__name__
-    if isinstance(module, PackedModule):
-        return f"already quantized to {module.format.name}"
-    if selection.skipped(name):
-        return "skipped"
-    if isinstance(module, nn.Linear):
-        if type(module).forward is not nn.Linear.forward:
-            return f"{kind} has a forward of its own"
-        if fused:
-            return f"the parent of this {kind} reads its weight directly"
-        return None
-    if isinstance(module, nn.Embedding):
-        if not selection.by_name:
-            return "an embedding is quantized only if a recipe names it"
-        if type(module).forward is not nn.Embedding.forward:
-            return f"{kind} has a forward of its own"
-        if module.max_norm is not None:
-            return "max_norm changes the weight in forward"
-        return None
-    return f"{kind} has no quantized form"
-
-
-def _replace(
+def _make(
     model: nn.Module,
     name: str,
     method: Method,

@@ -8,7 +8,8 @@ quantize better.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -119,8 +120,10 @@ def fold(previous: nn.Module, linears: Sequence[nn.Linear], scales: Tensor) -> N
 
     Raises:
         TypeError: a module is of another kind.
-        ValueError: a shape does not fit, scales are not positive, or a norm with its weight divided
-            does not divide its output (one that multiplies by 1 + weight); nothing is changed then.
+        ValueError: a shape does not fit, scales are not positive, a result is NaN or inf in the
+            dtype of its weight, or a norm with its weight divided does not divide its output (one
+            that multiplies by 1 + weight).
+        Whatever is raised, the weights are as they were before.
     """
     k = len(scales)
     if scales.dim() != 1 or not bool((torch.isfinite(scales) & (scales > 0)).all()):
@@ -141,30 +144,53 @@ def fold(previous: nn.Module, linears: Sequence[nn.Linear], scales: Tensor) -> N
         raise ValueError(
             f"previous must have {k} output features, its weight has shape {tuple(weight.shape)}"
         )
-    if not isinstance(previous, nn.Linear):
-        _check_divides(previous, weight, bias, scales)
-    _divide(weight, bias, scales)
-    for linear in linears:
-        linear.weight.copy_(linear.weight * scales.to(linear.weight))
-
-
-def _divide(weight: Tensor, bias: Tensor | None, scales: Tensor) -> None:
-    by = scales.to(weight)
-    weight.copy_(weight / (by if weight.dim() == 1 else by.unsqueeze(1)))
+    changed: dict[Tensor, Tensor] = {weight: _divided(weight, scales)}
     if bias is not None:
-        bias.copy_(bias / by)
+        changed[bias] = _divided(bias, scales)
+    for linear in linears:
+        changed[linear.weight] = linear.weight * scales.to(linear.weight)
+    if not all(bool(torch.isfinite(t).all()) for t in changed.values()):
+        raise ValueError(
+            f"scales up to {float(scales.max()):g} make weights of {weight.dtype} NaN or inf"
+        )
+    if not isinstance(previous, nn.Linear):
+        _check_divides(previous, weight, bias, k)
+    with _kept(changed):
+        for t, values in changed.items():
+            t.copy_(values)
 
 
-def _check_divides(norm: nn.Module, weight: Tensor, bias: Tensor | None, scales: Tensor) -> None:
+@contextlib.contextmanager
+def _kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Tensors get their values back if the body raises."""
+    before = [(t, t.clone()) for t in tensors]
+    try:
+        yield
+    except BaseException:
+        for t, values in before:
+            t.copy_(values)
+        raise
+
+
+def _divided(t: Tensor, scales: Tensor) -> Tensor:
+    by = scales.to(t)
+    return t / (by if t.dim() == 1 else by.unsqueeze(1))
+
+
+def _check_divides(norm: nn.Module, weight: Tensor, bias: Tensor | None, k: int) -> None:
     """Runs the norm with its weight halved: its output must be half as large."""
-    x = torch.linspace(-1, 2, 2 * len(scales), device=weight.device).sin().view(2, -1)
-    kept = weight.clone(), None if bias is None else bias.clone()
-    before = norm(x.to(weight.dtype))
-    _divide(weight, bias, torch.full_like(scales, 2.0))
-    after = norm(x.to(weight.dtype))
-    weight.copy_(kept[0])
-    if bias is not None and kept[1] is not None:
-        bias.copy_(kept[1])
+    x = torch.linspace(-1, 2, 2 * k, dtype=torch.float32, device=weight.device).sin().view(2, -1)
+    x = x.to(weight.dtype)
+    before = norm(x)
+    halved = [weight] if bias is None else [weight, bias]
+    kept = [t.clone() for t in halved]
+    try:
+        for t in halved:
+            t.copy_(t / 2)
+        after = norm(x)
+    finally:
+        for t, values in zip(halved, kept, strict=True):
+            t.copy_(values)
     bound = 8 * torch.finfo(weight.dtype).eps * before.abs().max()
     if before.shape != x.shape or bool(((after * 2 - before).abs() > bound).any()):
         raise ValueError(
