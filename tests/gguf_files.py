@@ -21,6 +21,14 @@ HALF_FIELDS = {
     GGMLType.IQ4_NL: (0,),
     GGMLType.TQ2_0: (64,),
     GGMLType.MXFP4: (),
+    # Not kept as they are.
+    GGMLType.TQ1_0: (52,),
+    GGMLType.Q2_K: (80, 82),
+    GGMLType.Q3_K: (108,),
+    GGMLType.Q4_K: (0, 2),
+    GGMLType.Q5_K: (0, 2),
+    GGMLType.Q6_K: (208,),
+    GGMLType.IQ4_XS: (0,),
 }
 
 

@@ -17,6 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+_KINDS = {
+    b"version https://git-lfs": "a Git LFS pointer; git lfs pull fetches the file itself",
+    b"GGUF": "a GGUF file",
+    b"lmgg": "a GGML file from before GGUF",
+    b"fmgg": "a GGML file from before GGUF",
+    b"tjgg": "a GGML file from before GGUF",
+    b"PK\x03\x04": "a zip archive, as torch.save writes",
+    b"\x1f\x8b": "compressed by gzip",
+}
 _SHOWN = 200  # characters of a name in an error message
 
 
@@ -99,6 +108,17 @@ class InputFile:
         page that is gone.
         """
         return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def kind_of(file: InputFile) -> str:
+    """What a file seems to be that is not what its reader wants, as the end of an error message."""
+    start = bytes(file.read(0, min(file.size, 64)))
+    for magic, kind in _KINDS.items():
+        if start.startswith(magic):
+            return f": it is {kind}"
+    if start.lstrip().startswith(b"<"):
+        return ": it is an HTML page, as a failed download leaves it"
+    return ": it is a safetensors file" if start[8:10] == b'{"' else ""
 
 
 def shown(value: object) -> str:

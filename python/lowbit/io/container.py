@@ -18,7 +18,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from lowbit.files import InputFile, shown, write_atomically
+from lowbit.files import InputFile, kind_of, shown, write_atomically
 
 INDEX_NAME = "model.safetensors.index.json"
 _METADATA = "__metadata__"
@@ -187,7 +187,8 @@ class Reader:
         size = self._file.size
         length = int.from_bytes(self._file.read(0, 8), "little")
         if length > min(_MAX_HEADER, size - 8):
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
+            kind = kind_of(self._file)
+            raise ValueError(f"a header of {length} bytes in a file of {size}{kind}")
         text = self._file.read(8, length).decode()
         header = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
         if not isinstance(header, dict):
