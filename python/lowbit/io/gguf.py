@@ -39,6 +39,7 @@ class GGUFFile(Mapping[str, "QuantTensor | Tensor"]):
         files: the paths of the file, or of all parts of a split one.
         metadata: the key-value pairs; an array is a numpy array, or a list of strings or arrays.
         tensors: a `TensorInfo` for every tensor, in file order.
+        plain: whether all strings are UTF-8 and no array holds arrays, which others cannot read.
 
     Raises:
         FileNotFoundError, PermissionError: the file cannot be opened.
@@ -52,6 +53,7 @@ class GGUFFile(Mapping[str, "QuantTensor | Tensor"]):
         self.files = [file.path for file in header.files]
         self.metadata = header.metadata
         self.tensors = header.tensors
+        self.plain = header.plain
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -75,6 +77,25 @@ class GGUFFile(Mapping[str, "QuantTensor | Tensor"]):
             f"{self.files[info.part]}: tensor {shown(name)} has type {info.type.name}; "
             f"expected one of {supported}"
         )
+
+    def dequantized(self, name: str) -> Tensor:
+        """The fp32 values of a tensor of any type that package `gguf` knows; errors as a look-up."""
+        info = self.tensors[name]
+        data = np.frombuffer(self._bytes(info, 0, info.nbytes), np.uint8)
+        try:
+            values = gguf.dequantize(data.reshape(*info.shape[:-1], -1), info.type)
+        except (NotImplementedError, KeyError) as e:
+            raise NotImplementedError(
+                f"{self.files[info.part]}: package gguf cannot dequantize tensor {shown(name)} of "
+                f"type {info.type.name}"
+            ) from e
+        out = torch.from_numpy(np.asarray(values, np.float32))
+        if not bool(torch.isfinite(out).all()):
+            raise ValueError(
+                f"{self.files[info.part]}: tensor {shown(name)} ({info.type.name}): the values "
+                "hold NaN or inf"
+            )
+        return out
 
     def _read_dense(self, info: TensorInfo) -> Tensor:
         data = torch.frombuffer(self._bytes(info, 0, info.nbytes), dtype=torch.uint8)

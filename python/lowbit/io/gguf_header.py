@@ -66,11 +66,13 @@ class Header:
         metadata: the key-value pairs, of the first part; an array is a numpy array, or a list of
             strings or arrays. In strings, bytes that are not UTF-8 become escapes such as \\xff.
         tensors: by name, in file order.
+        plain: whether all strings are UTF-8 and no array holds arrays, which others cannot read.
     """
 
     files: list[InputFile]
     metadata: dict[str, object]
     tensors: dict[str, TensorInfo]
+    plain: bool
 
 
 def read_header(path: Path) -> Header:
@@ -87,7 +89,7 @@ def read_header(path: Path) -> Header:
         return header
     paths = _part_paths(path, header.metadata)
     parts = [_read_part(p, i) for i, p in enumerate(paths)]
-    merged = Header([f for p in parts for f in p.files], parts[0].metadata, {})
+    merged = Header([f for p in parts for f in p.files], parts[0].metadata, {}, parts[0].plain)
     for i, (part, part_path) in enumerate(zip(parts, paths, strict=True)):
         said = part.metadata.get("split.no"), part.metadata.get("split.count")
         if said != (i, count):
@@ -140,6 +142,7 @@ class _Parser:
     def __init__(self, file: InputFile, part: int) -> None:
         self._file, self._at = file, 0
         self._chunk, self._start = bytearray(), 0
+        self._plain = True
         version = self._version()
         tensors, fields = (self._count(f"GGUF.{name}_count") for name in ("tensor", "kv"))
         metadata: dict[str, object] = {
@@ -168,7 +171,7 @@ class _Parser:
                     f"{info.offset + info.nbytes}, outside the file of {file.size} bytes"
                 )
             infos[name] = info
-        self.header = Header([file], metadata, infos)
+        self.header = Header([file], metadata, infos, self._plain)
 
     def _version(self) -> int:
         if self._file.size == 0:
@@ -213,8 +216,13 @@ class _Parser:
 
     def _value(self, kind: GGUFValueType) -> object:
         if kind == GGUFValueType.STRING:
-            # Vocabularies hold pieces of characters.
-            return self._string().decode(errors="backslashreplace")
+            text = self._string()
+            try:
+                return text.decode()
+            except UnicodeDecodeError:
+                # Vocabularies hold pieces of characters.
+                self._plain = False
+                return text.decode(errors="backslashreplace")
         if kind != GGUFValueType.ARRAY:
             number = f"<{_SCALARS[kind]}"
             return struct.unpack(number, self._take(struct.calcsize(number)))[0]
@@ -223,6 +231,7 @@ class _Parser:
         if item in _SCALARS:
             dtype = np.dtype(f"<{_SCALARS[item]}")
             return np.frombuffer(self._take(count * dtype.itemsize), dtype)
+        self._plain &= item != GGUFValueType.ARRAY
         # Each takes some bytes of the file: no count outlasts it.
         return [self._value(item) for _ in range(count)]
 
