@@ -29,6 +29,7 @@ from gguf_files import (  # noqa: E402
     write,
     write_llama,
 )
+from lowbit.integrations import dense  # noqa: E402
 from lowbit.integrations import transformers as integration  # noqa: E402
 from lowbit.integrations.runner import LlamaRunner  # noqa: E402
 from lowbit.integrations.transformers import load_gguf, load_tokenizer, packed_modules  # noqa: E402
@@ -122,6 +123,30 @@ def test_scaling_and_factors_together(tmp_path):
     torch.testing.assert_close(
         got, FREQUENCIES / 2 / torch.from_numpy(factors).double(), rtol=1e-6, atol=0
     )
+
+
+def test_the_dense_side_of_a_comparison_has_the_files_frequencies(tmp_path):
+    path = changed(
+        tmp_path / "a.gguf", {"rope_freqs.weight": (FACTORS["growing"], None)},
+        **{"llama.rope.scaling.factor": 2.0},
+    )  # fmt: skip
+    request = dense.Request(
+        str(path), [1, 2], TOKENS.tolist(), 2, torch.get_num_threads(), str(tmp_path)
+    )
+    dense.run(request)
+    got = torch.cat(torch.load(tmp_path / dense.LOGITS)).float()
+    oracle = dense_model(path)
+    with torch.inference_mode():
+        without = oracle(TOKENS[None]).logits[0]
+        expected = load_gguf(path, dtype=torch.float32)(TOKENS[None]).logits[0]
+    assert (got - expected[: len(got)]).norm() < 0.1 * (got - without[: len(got)]).norm()
+
+
+def test_what_transformers_cannot_load_is_not_compared(tmp_path):
+    bias = {f"blk.{i}.attn_q.bias": (np.ones(SPEC.hidden, np.float32), None) for i in range(2)}
+    path = changed(tmp_path / "a.gguf", bias)
+    with pytest.raises(NotImplementedError, match="no dense model to compare with"):
+        dense.run(dense.Request(str(path), [1], [1, 2], 1, torch.get_num_threads(), str(tmp_path)))
 
 
 def test_the_base_of_a_file_that_names_none(tmp_path):
@@ -398,3 +423,28 @@ def test_any_type_can_be_requantized(tmp_path):
     got = load_gguf(path, format="int8").model.layers[0].mlp.up_proj.quant_tensor().dequantize()
     expected = torch.from_numpy(gguf.dequantize(blocks, GGMLType.IQ2_XXS))
     assert (got - expected).abs().max() <= expected.abs().max() / 127
+
+
+SCALED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {**SCALED, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def scaled_llama(kind: str):
+    rope = {"rope_type": kind, **(LLAMA3 if kind == "llama3" else SCALED)}
+    config = transformers.LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, rope_parameters=rope,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_the_runner_takes_any_fixed_rotary_embedding(kind):
+    oracle = scaled_llama(kind)
+    assert_same_logits(oracle, oracle)
+
+
+def test_the_runner_refuses_one_that_follows_the_length():
+    with pytest.raises(NotImplementedError, match="a rope type of .* got 'silu' and 'dynamic'"):
+        LlamaRunner(scaled_llama("dynamic"), 8)

@@ -5,7 +5,7 @@ made.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ def llama_config(file: GGUFFile) -> LlamaConfig:
             f"{file.path}: {rotated} of {head_dim} dimensions of a head are rotated; "
             "expected all, and an even number"
         )
-    arguments = {
+    arguments: dict[str, Any] = {
         "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": _of_all_layers(file, "llama.feed_forward_length", layers),
@@ -116,6 +116,8 @@ def check_tensors(file: GGUFFile, config: LlamaConfig) -> dict[str, dict[str, st
         NotImplementedError: the file has tensors that the model has not.
     """
     hidden, mlp, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    assert dim is not None
+    assert config.num_key_value_heads is not None
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd": (config.vocab_size, hidden),
@@ -170,9 +172,9 @@ def rotary_embedding(file: GGUFFile, config: LlamaConfig) -> LlamaRotaryEmbeddin
         raise ValueError(f"{file.path}: tensor {_ROPE_FACTORS!r} must hold positive numbers")
     if not bool((factors == 1).all()):
         scaled = rotary.inv_freq / factors.to(torch.float32)
-        del rotary.inv_freq
+        del rotary.inv_freq, rotary.original_inv_freq
         rotary.register_buffer("inv_freq", scaled)
-        rotary.original_inv_freq = scaled.clone()
+        rotary.register_buffer("original_inv_freq", scaled.clone(), persistent=False)
     return rotary
 
 

@@ -74,7 +74,8 @@ def load_gguf(
         requantized = target if "layers." in name and name.endswith("_proj") else None
         tensors = {leaf: _read(file, key, requantized) for leaf, key in leaves.items()}
         if name.endswith(("q_proj", "k_proj")):
-            tensors = {leaf: _unpermute(t, config.head_dim) for leaf, t in tensors.items()}
+            dim = model.model.layers[0].self_attn.head_dim
+            tensors = {leaf: _unpermute(t, dim) for leaf, t in tensors.items()}
         _fill(model, name, tensors, dtype, requantized)
     if config.tie_word_embeddings:
         _tie_head(model)
