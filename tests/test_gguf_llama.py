@@ -356,6 +356,13 @@ def test_a_vocabulary_with_bytes_that_are_not_utf8(tmp_path, case):
         assert odd.convert_ids_to_tokens(number) == r"\xf0\x9f\xffused7>"
 
 
+def test_a_tokenizer_beside_an_array_of_arrays(tmp_path):
+    plain = load_tokenizer(changed(tmp_path / "plain.gguf"))
+    tokenizer = load_tokenizer(changed(tmp_path / "a.gguf", **{"general.nested": [[1, 2], [3]]}))
+    assert tokenizer("the other")["input_ids"] == plain("the other")["input_ids"]
+    assert tokenizer.get_vocab() == plain.get_vocab()
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -221,6 +221,31 @@ def test_indexes_name_files_that_no_folder_can_hold(name: str, tmp_path: Path):
         load_tensors(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("offsets", "size"),
+    [
+        ([[0, 4], [8, 12]], 12),
+        ([[0, 4], [0, 4]], 4),
+        ([[4, 8], [8, 12]], 12),
+        ([[0, 4], [4, 8]], 12),
+    ],
+    ids=["a hole", "twice the same", "a hole first", "bytes left"],
+)
+def test_tensors_fill_the_file_without_overlap(offsets, size: int, tmp_path: Path):
+    """Bytes of nobody, or of two, are what a polyglot file is made of; the library says no too."""
+    header = {
+        name: {"dtype": "F32", "shape": [1], "data_offsets": place}
+        for name, place in zip("ab", offsets, strict=True)
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    with pytest.raises(SafetensorError):
+        safe_open(path, "pt")
+    with pytest.raises(ValueError, match=r"must take 4 bytes from|bytes are declared"):
+        Reader(path)
+
+
 def test_an_index_that_is_a_folder(tmp_path: Path):
     (tmp_path / "model.safetensors.index.json").mkdir()
     with pytest.raises(ValueError, match="must be a file, it is something else"):
