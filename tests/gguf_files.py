@@ -21,17 +21,31 @@ HALF_FIELDS = {
     GGMLType.IQ4_NL: (0,),
     GGMLType.TQ2_0: (64,),
     GGMLType.MXFP4: (),
+    # Not kept as they are.
+    GGMLType.TQ1_0: (52,),
+    GGMLType.Q2_K: (80, 82),
+    GGMLType.Q3_K: (108,),
+    GGMLType.Q4_K: (0, 2),
+    GGMLType.Q5_K: (0, 2),
+    GGMLType.Q6_K: (208,),
+    GGMLType.IQ4_XS: (0,),
 }
 
 
-def random_blocks(kind: GGMLType, n: int, blocks: int, rng: np.random.Generator) -> np.ndarray:
-    """(n, blocks * block bytes) of random bytes with finite scales and no code beyond the table."""
+def random_blocks(
+    kind: GGMLType, n: int, blocks: int, rng: np.random.Generator, scale: float | None = None
+) -> np.ndarray:
+    """(n, blocks * block bytes) of random bytes with finite scales, or with this one, and no code
+    beyond the table.
+    """
     size = gguf.GGML_QUANT_SIZES[kind][1]
     data = rng.integers(0, 256, (n * blocks, size), dtype=np.uint8)
     for start in HALF_FIELDS[kind]:
         half = data[:, start : start + 2].copy().view(np.uint16)
         # The top exponent is inf and NaN.
         half[(half & 0x7C00) == 0x7C00] ^= 0x4000
+        if scale is not None:
+            half[:] = np.float16(scale).view(np.uint16)
         data[:, start : start + 2] = half.view(np.uint8)
     if kind == GGMLType.MXFP4:
         # 255 is NaN, and from 253 on the largest value overflows fp32.
@@ -49,6 +63,8 @@ def write(path: Path, tensors: dict[str, tuple[np.ndarray, GGMLType | None]], **
     for key, value in fields.items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         elif isinstance(value, list):
             writer.add_array(key, value)
         elif isinstance(value, float):

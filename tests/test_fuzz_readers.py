@@ -17,8 +17,18 @@ from hypothesis import strategies as st
 import lowbit
 
 pytest.importorskip("gguf")
+pytest.importorskip("transformers")
 
-from gguf_files import Llama, llama_tensors, raw_file, string, tensor_entry, write
+from gguf_files import (
+    Llama,
+    llama_fields,
+    llama_tensors,
+    raw_file,
+    string,
+    tensor_entry,
+    write,
+    write_llama,
+)
 from lowbit.io.gguf import GGUFFile
 from lowbit.io.safetensors import load_tensors, save
 from lowbit.tensor import QuantTensor
@@ -121,6 +131,61 @@ def test_overwritten_gguf(edits, header_only):
     data = valid_gguf()
     # Of the bytes, about 1200 are the header with its strings and tensor table.
     read_gguf(overwrite(data, edits, 1200 if header_only else len(data)))
+
+
+@functools.cache
+def valid_llama() -> bytes:
+    spec = Llama(vocab=288, hidden=32, mlp=32, layers=1, heads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        return write_llama(Path(folder) / "a.gguf", spec).read_bytes()
+
+
+def load_llama(data: bytes) -> int:
+    """Loads a model and its tokenizer from these bytes; returns how many of both were valid."""
+    from lowbit.integrations.transformers import load_gguf, load_tokenizer
+
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as f:
+        f.write(data)
+        f.flush()
+        model = outcome(lambda: load_gguf(f.name), f.name)
+        if model is not None:
+            # Damaged weights may be large, but not outside their tables.
+            ids = torch.zeros(1, 2, dtype=torch.int64)
+            with torch.inference_mode():
+                assert model(ids).logits.shape == (1, 2, model.config.vocab_size)
+        tokenizer = outcome(lambda: load_tokenizer(f.name), f.name)
+        return (model is not None) + (tokenizer is not None)
+
+
+def test_the_undamaged_llama_is_loaded():
+    assert load_llama(valid_llama()) == 2
+
+
+@settings(fuzz, max_examples=100)
+@given(edits=edits, header_only=st.booleans())
+def test_overwritten_llama(edits, header_only):
+    """The first 700 bytes are numbers of the model."""
+    data = valid_llama()
+    load_llama(overwrite(data, edits, 700 if header_only else len(data)))
+
+
+@settings(fuzz, max_examples=100)
+@given(
+    changes=st.dictionaries(
+        st.sampled_from(sorted(k for k in llama_fields(Llama()) if k != "tokenizer.ggml.tokens")),
+        st.sampled_from([0, 1, 2, 3, 33, 2**31 - 1, 2**32 - 1, 0.0, -1.0, 1e38, float("nan")])
+        | st.sampled_from(["", "none", "linear", "llama", "gpt2", "x" * 300, True, False])
+        | st.lists(st.integers(0, 3), min_size=1, max_size=3)
+        | st.lists(st.text(max_size=2), min_size=1, max_size=3),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_hostile_llama(changes):
+    spec = Llama(vocab=288, hidden=32, mlp=32, layers=1, heads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_llama(Path(folder) / "a.gguf", spec, **changes).read_bytes()
+    load_llama(data)
 
 
 @fuzz

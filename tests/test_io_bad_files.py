@@ -13,9 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lowbit.formats import FORMATS
+from lowbit.io.container import Reader
 from lowbit.io.safetensors import load_tensors, save
 from lowbit.quantize import quantize
 
@@ -171,6 +173,85 @@ def test_index_of_a_missing_file(tmp_path: Path):
         load_tensors(tmp_path)
 
 
+LONG = "n" * 10**6
+HOSTILE = {
+    "tensor": lambda: {LONG: {"dtype": "F32", "shape": [1], "data_offsets": [0, 3]}},
+    "dtype": lambda: {"a": {"dtype": LONG, "shape": [1], "data_offsets": [0, 4]}},
+    "entry": lambda: {"a": LONG},
+    "shape": lambda: {"a": {"dtype": "F32", "shape": [LONG], "data_offsets": [0, 4]}},
+    "metadata": lambda: {"__metadata__": {LONG: 1}},
+    "version": lambda: {"__metadata__": {"lowbit": json.dumps({"version": LONG})}},
+    **{
+        f"layer {name}": lambda name=name, entry=entry: {
+            "__metadata__": {"lowbit": json.dumps({"version": 1, "layers": {name: entry}})}
+        }
+        for name, entry in {
+            LONG: {"format": "int4", "shape": [4, 100]},
+            "w": {"format": LONG, "shape": [4, 100]},
+            "v": {"format": json.dumps({"name": LONG, "codec": "affine", "bits": 4}), "shape": [4, 4]},
+            "u": {"format": json.dumps({"name": "x", "codec": LONG, "bits": 4}), "shape": [4, 4]},
+            "t": {"format": json.dumps({"name": "x", LONG: 4}), "shape": [4, 4]},
+            "s": {"format": "{" + LONG, "shape": [4, 4]},
+            "r": {"format": "int4", "shape": LONG},
+            "q": LONG,
+        }.items()
+    },
+    "tie": lambda: {"__metadata__": {"lowbit": json.dumps({"version": 1, "layers": {}, "tied": {LONG: LONG}})}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(HOSTILE)))
+def test_long_names_are_cut_in_errors(case: int, tmp_path: Path):
+    text = json.dumps(list(HOSTILE.values())[case]()).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(ValueError, match=r"x\.safetensors") as e:
+        load_tensors(path)
+    assert len(str(e.value)) < 2500
+
+
+@pytest.mark.parametrize("name", ["n" * 256, LONG, "\ud800", "a\0b"], ids=range(4))
+def test_indexes_name_files_that_no_folder_can_hold(name: str, tmp_path: Path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(FileNotFoundError, match="the file 'n*.*is missing") as e:
+        load_tensors(tmp_path)
+    assert len(str(e.value)) < 1000
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        load_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "size"),
+    [
+        ([[0, 4], [8, 12]], 12),
+        ([[0, 4], [0, 4]], 4),
+        ([[4, 8], [8, 12]], 12),
+        ([[0, 4], [4, 8]], 12),
+    ],
+    ids=["a hole", "twice the same", "a hole first", "bytes left"],
+)
+def test_tensors_fill_the_file_without_overlap(offsets, size: int, tmp_path: Path):
+    """Bytes of nobody, or of two, are what a polyglot file is made of; the library says no too."""
+    header = {
+        name: {"dtype": "F32", "shape": [1], "data_offsets": place}
+        for name, place in zip("ab", offsets, strict=True)
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    with pytest.raises(SafetensorError):
+        safe_open(path, "pt")
+    with pytest.raises(ValueError, match=r"must take 4 bytes from|bytes are declared"):
+        Reader(path)
+
+
+def test_an_index_that_is_a_folder(tmp_path: Path):
+    (tmp_path / "model.safetensors.index.json").mkdir()
+    with pytest.raises(ValueError, match="must be a file, it is something else"):
+        load_tensors(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def good_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
@@ -224,6 +305,47 @@ entries = st.fixed_dictionaries(
         "data_offsets": st.lists(numbers, max_size=3),
     }
 )
+
+
+small = st.integers(0, 4)
+likely = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["U8", "F16", "I64"]),
+        "shape": st.lists(small, max_size=2),
+        "data_offsets": st.tuples(small, small).map(lambda p: [2 * p[0], 2 * p[0] + 2 * p[1]]),
+    }
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(
+    header=st.dictionaries(st.sampled_from(["a", "b", ""]), likely | entries, max_size=2),
+    metadata=st.none() | st.just({}) | st.just({"k": "v"}) | st.just({"k": 1}) | st.just([]),
+    lead=st.sampled_from(["", "", "", " ", "["]),
+    tail=st.sampled_from(["", "", "  ", "x", "\0"]),
+    data=st.sampled_from([0, 0, 2, 4, 8, 16]),
+)
+def test_the_library_refuses_what_the_reader_refuses(
+    header, metadata, lead, tail, data, tmp_path_factory
+):
+    """And takes what it takes, but for dtypes that torch has not."""
+    path = tmp_path_factory.getbasetemp() / "differs.safetensors"
+    if metadata is not None:
+        header = {**header, "__metadata__": metadata}
+    text = (lead + json.dumps(header) + tail).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
+    try:
+        with safe_open(path, "pt") as f:
+            theirs = {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118
+    except SafetensorError:
+        theirs = None
+    try:
+        ours = {name: list(shape) for name, (shape, _) in Reader(path).specs.items()}
+    except ValueError as e:
+        if "does not know" in str(e):
+            return
+        ours = None
+    assert ours == theirs
 
 
 @fuzz

@@ -204,7 +204,8 @@ def broken_files():
             r"\(32, 96\), got \(2, 96\)",
         ),
         "unknown": (
-            tensor("rope_freqs.weight", (f32[0], None)), fields, NotImplementedError, "rope_freqs"
+            tensor("blk.0.attn_rot_embd.weight", (f32[0], None)), fields, NotImplementedError,
+            r"no tensors 'blk\.0\.attn_rot_embd\.weight'",
         ),
         "packed_norm": (
             tensor("output_norm.weight", (np.zeros(102, np.uint8), GGMLType.Q8_0)), fields,

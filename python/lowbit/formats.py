@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from lowbit.files import shown
 from lowbit.tables import (
     E2M1_TABLE,
     IQ4_NL_TABLE,
@@ -43,6 +44,7 @@ DIGIT_BASES = {
 PACKINGS = ("bits", *DIGIT_BASES)
 ACTIVATIONS = (None, "int8", "int8_table")
 OUTLIER_DTYPES = ("fp16", "fp32")
+MAX_NAME = 200  # errors repeat the name of a format
 DQ_BLOCK = 256  # scales that share one second-level fp32 factor in "dq8" (QLoRA section 3)
 
 
@@ -97,10 +99,14 @@ class Format:
         def check(ok: bool, field: str, expected: str) -> None:
             if not ok:
                 raise ValueError(
-                    f"format {self.name!r}: {field} must be {expected}, got {getattr(self, field)!r}"
+                    f"format {shown(self.name)}: {field} must be {expected}, got {shown(getattr(self, field))}"
                 )
 
-        check(isinstance(self.name, str) and bool(self.name), "name", "a non-empty string")
+        check(
+            isinstance(self.name, str) and 0 < len(self.name) <= MAX_NAME,
+            "name",
+            f"a non-empty string of at most {MAX_NAME} characters",
+        )
         check(self.codec in CODECS, "codec", f"one of {CODECS}")
         check(_is_int(self.bits) and self.bits in BITS, "bits", f"one of {BITS}")
         check(
@@ -400,7 +406,7 @@ def parse(spec: str) -> Format:
         key = "activation" if match["activation"] else key
         key = "outliers" if match["outliers"] else key
         if key in changes:
-            raise ValueError(f"format {spec!r} gives its {key} twice")
+            raise ValueError(f"format {shown(spec)} gives its {key} twice")
         if key == "group":
             changes["group"] = int(match["group"]) if match["group"] else None
         elif key == "activation":
@@ -411,7 +417,7 @@ def parse(spec: str) -> Format:
         else:
             changes["scale"] = match["scale"]
     if base not in FORMATS:
-        raise ValueError(f"unknown format {spec!r}; expected one of {', '.join(sorted(FORMATS))}, optionally "
+        raise ValueError(f"unknown format {shown(spec)}; expected one of {', '.join(sorted(FORMATS))}, optionally "
                          "followed by _gN or _row, a scale dtype, _a8 or _a8t, _oP: 'int3_g64_bf16'")  # fmt: skip
     return dataclasses.replace(FORMATS[base], name=spec, **changes)
 
@@ -420,18 +426,18 @@ def _parse_json(spec: str) -> Format:
     try:
         fields = json.loads(spec)
     except json.JSONDecodeError as e:
-        raise ValueError(f"format spec is not JSON ({e}): {spec[:200]!r}") from None
+        raise ValueError(f"format spec is not JSON ({e}): {shown(spec)}") from None
     known = {f.name for f in dataclasses.fields(Format)}
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"format spec has unknown fields {unknown}; expected {sorted(known)}")
+        raise ValueError(
+            f"format spec has unknown fields {shown(unknown)}; expected {sorted(known)}"
+        )
     if missing := sorted({"name", "codec", "bits"} - set(fields)):
-        raise ValueError(f"format spec lacks {missing}: {spec[:200]!r}")
+        raise ValueError(f"format spec lacks {missing}: {shown(spec)}")
     table = fields.get("table")
     if table is not None:
         if not isinstance(table, list) or not all(isinstance(v, (int, float)) for v in table):
-            raise ValueError(
-                f"format spec: table must be a list of numbers, got {str(table)[:200]}"
-            )
+            raise ValueError(f"format spec: table must be a list of numbers, got {shown(table)}")
         fields["table"] = tuple(to_fp32(v) for v in table)
     return Format(**fields)
 

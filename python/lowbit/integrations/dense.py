@@ -20,6 +20,8 @@ from transformers import LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from lowbit.integrations import measure
+from lowbit.integrations.gguf_llama import llama_config, rotary_embedding
+from lowbit.io.gguf import GGUFFile
 
 RESULT, LOGITS = "result.json", "logits.pt"
 
@@ -60,10 +62,19 @@ def run(request: Request) -> None:
     """Loads the dense model, answers the prompt, and writes its speeds, memory and logits to `request.out`."""
     torch.set_num_threads(request.threads)
     path, out = Path(request.model), Path(request.out)
+    file = GGUFFile(path)
+    config = llama_config(file)
+    if len(file.files) > 1 or config.attention_bias or config.mlp_bias:
+        raise NotImplementedError(
+            f"{path}: transformers reads neither split files nor biases of a GGUF file, so that it "
+            "has no dense model to compare with"
+        )
     start = time.perf_counter()
     model = LlamaForCausalLM.from_pretrained(
         str(path.parent), gguf_file=path.name, dtype=torch.bfloat16
     )
+    # transformers drops the factors and the scaling of the file.
+    model.model.rotary_emb = rotary_embedding(file, config)
     load_seconds = time.perf_counter() - start
     if not isinstance(model.lm_head.weight, torch.nn.Parameter) or any(
         p.dtype != torch.bfloat16 for p in model.parameters()

@@ -15,6 +15,9 @@ from transformers import LlamaForCausalLM
 from lowbit.integrations.compiled import CompiledDecoder
 from lowbit.integrations.eager import EagerDecoder
 
+# Those whose angles depend on nothing but the position.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
 
 class LlamaRunner:
     """Greedy generation for one sequence.
@@ -30,8 +33,8 @@ class LlamaRunner:
         position: tokens of the sequence so far.
 
     Raises:
-        NotImplementedError: the model has another activation than "silu" or scales its rotary
-            embedding.
+        NotImplementedError: the model has another activation than "silu", or a rotary embedding
+            that depends on the length of the sequence.
     """
 
     def __init__(self, model: LlamaForCausalLM, max_length: int) -> None:
@@ -39,9 +42,9 @@ class LlamaRunner:
             raise TypeError(f"model must be a LlamaForCausalLM, got {type(model).__name__}")
         config = model.config
         rope_type = model.model.rotary_emb.rope_type
-        if config.hidden_act != "silu" or rope_type != "default":
+        if config.hidden_act != "silu" or rope_type not in _ROPE_TYPES:
             raise NotImplementedError(
-                "model must have the activation 'silu' and rope type 'default', got "
+                f"model must have the activation 'silu' and a rope type of {_ROPE_TYPES}, got "
                 f"{config.hidden_act!r} and {rope_type!r}"
             )
         if not 0 < max_length <= config.max_position_embeddings:

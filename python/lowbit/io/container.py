@@ -1,26 +1,28 @@
 """The safetensors container: a reader with clear errors, and a writer that streams and is atomic.
 
 The writer lays a file out before it has the tensors and then asks for one group of them at a time,
-so that a model larger than memory can be converted. A file appears under its name complete or not
-at all: it is written beside its place, flushed to the disk, and renamed.
+so that a model larger than memory can be converted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lowbit.files import InputFile, kind_of, shown, write_atomically
+
 INDEX_NAME = "model.safetensors.index.json"
+_METADATA = "__metadata__"
+_MAX_HEADER = 100_000_000  # of the safetensors library
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 _DTYPES = {
@@ -60,31 +62,17 @@ class Source:
     make: Callable[[], Mapping[str, Tensor]]
 
 
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the name `path` when the block ends, and vanishes if it raises."""
-    # Not tempfile: its files are private to the user whatever the umask says.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with temporary.open("xb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write(path: Path, sources: list[Source], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file.
 
     Raises:
-        TypeError: safetensors has no name for a dtype.
-        ValueError: a name comes twice, or a source makes something else than it announced.
+        TypeError: safetensors has no name for a dtype, or a name is no string.
+        ValueError: a name comes twice, is reserved or cannot be encoded, the header is larger than
+            the safetensors library reads, or a source makes something else than it announced.
     """
     header, offsets = _header(sources, metadata)
-    with atomic(path) as f:
+
+    def write_all(f: BinaryIO) -> None:
         f.write(header)
         for source in sources:
             tensors = source.make()
@@ -102,6 +90,9 @@ def write(path: Path, sources: list[Source], metadata: Mapping[str, str]) -> Non
                 flat = t.detach().cpu().contiguous().view(-1)
                 f.write(flat.view(torch.uint8).numpy().data)
 
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write_all)
+
 
 def _header(sources: list[Source], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The bytes before the data, and where each tensor starts after them."""
@@ -109,11 +100,12 @@ def _header(sources: list[Source], metadata: Mapping[str, str]) -> tuple[bytes, 
     for source in sources:
         for name, spec in source.specs.items():
             if name in specs:
-                raise ValueError(f"tensor {name!r} comes twice")
+                raise ValueError(f"tensor {shown(name)} comes twice")
+            _check_name(name)
             if spec[1] not in _DTYPES:
-                raise TypeError(f"tensor {name!r}: safetensors cannot hold {spec[1]}")
+                raise TypeError(f"tensor {shown(name)}: safetensors cannot hold {spec[1]}")
             specs[name] = spec
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    entries: dict[str, object] = {_METADATA: dict(metadata)}
     offsets = {}
     end = 0
     # Wide dtypes first: every tensor is then aligned to its own element.
@@ -128,11 +120,30 @@ def _header(sources: list[Source], metadata: Mapping[str, str]) -> tuple[bytes, 
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_HEADER:
+        raise ValueError(f"the header must take at most {_MAX_HEADER} bytes, got {len(text)}")
     return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a tensor must be a string, got {shown(name)}")
+    if name == _METADATA:
+        raise ValueError(f"no tensor can be named {name!r}, the entry of the file's metadata")
+    try:
+        name.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(
+            f"tensor {shown(name)}: the name cannot be written in UTF-8: {e.reason}"
+        ) from e
 
 
 class Reader:
     """One open safetensors file. Every error is a ValueError that names the file.
+
+    Args:
+        path: the file.
+        mmap: map the file into memory; else each tensor is a copy.
 
     Attributes:
         path: the file.
@@ -140,32 +151,107 @@ class Reader:
         specs: shape and dtype of every tensor.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mmap: bool = True) -> None:
         self.path = path
-        with self._clear_errors():
-            self._file = safe_open(str(path), framework="pt")
-            self.metadata: dict[str, str] = self._file.metadata() or {}
-            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
         self.specs: Specs = {}
-        for name, s in slices.items():
-            if s.get_dtype() not in _TORCH_DTYPES:
-                raise ValueError(
-                    f"{path}: tensor {name!r} has the dtype {s.get_dtype()}, which lowbit or "
-                    f"torch {torch.__version__} does not know"
-                )
-            self.specs[name] = (tuple(s.get_shape()), _TORCH_DTYPES[s.get_dtype()])
+        self._places: dict[str, tuple[int, int]] = {}
+        self._file = InputFile(path)
+        with self._clear_errors():
+            self.metadata = self._read_header()
+            self._map = self._file.map() if mmap else None
 
     def tensor(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU."""
-        with self._clear_errors(f", tensor {name!r}"):
-            return self._file.get_tensor(name)
+        shape, dtype = self.specs[name]
+        begin, end = self._places[name]
+        with self._clear_errors(f", tensor {shown(name)}"):
+            if begin == end:
+                return torch.empty(shape, dtype=dtype)
+            if self._map is None or begin % dtype.itemsize:
+                data = torch.frombuffer(self._file.read(begin, end - begin), dtype=torch.uint8)
+            else:
+                data = torch.frombuffer(
+                    self._map, dtype=torch.uint8, count=end - begin, offset=begin
+                )
+            return data.view(dtype).view(shape)
 
     @contextlib.contextmanager
     def _clear_errors(self, where: str = "") -> Iterator[None]:
         try:
             yield
-        except (SafetensorError, UnicodeDecodeError, AttributeError, RuntimeError) as e:
+        except (ValueError, RecursionError, RuntimeError) as e:
             raise ValueError(f"{self.path}{where}: not a readable safetensors file: {e}") from e
+
+    def _read_header(self) -> dict[str, str]:
+        """Fills in what tensors there are and returns the metadata."""
+        size = self._file.size
+        length = int.from_bytes(self._file.read(0, 8), "little")
+        if length > min(_MAX_HEADER, size - 8):
+            kind = kind_of(self._file)
+            raise ValueError(f"a header of {length} bytes in a file of {size}{kind}")
+        text = self._file.read(8, length).decode()
+        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        if not isinstance(header, dict):
+            raise ValueError(f"the header must be a JSON object, got {shown(text)}")
+        metadata = header.pop(_METADATA, None)
+        metadata = {} if metadata is None else metadata
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError(f"{_METADATA} must hold strings, got {shown(metadata)}")
+        entries = [(*_offsets(name, entry), name, entry) for name, entry in header.items()]
+        expected = 0
+        for begin, end, name, entry in sorted(entries, key=lambda e: e[:2]):
+            self.specs[name] = spec = _spec(name, entry)
+            nbytes = math.prod(spec[0]) * spec[1].itemsize
+            if begin != expected or end - begin != nbytes:
+                raise ValueError(
+                    f"tensor {shown(name)} must take {nbytes} bytes from {expected} on, "
+                    f"its data_offsets are {[begin, end]}"
+                )
+            self._places[name] = 8 + length + begin, 8 + length + end
+            expected = end
+        self.specs = dict(sorted(self.specs.items()))
+        if 8 + length + expected != size:
+            raise ValueError(f"{8 + length + expected} bytes are declared, the file has {size}")
+        return metadata
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name comes twice in the header")
+    for name in made:
+        name.encode()
+    return made
+
+
+def _refuse(constant: str) -> object:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _sizes(value: object) -> list[int] | None:
+    """The value if it is a list of sizes."""
+    if isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value):
+        return value
+    return None
+
+
+def _offsets(name: str, entry: object) -> tuple[int, int]:
+    offsets = _sizes(entry.get("data_offsets")) if isinstance(entry, dict) else None
+    if offsets is None or len(offsets) != 2:
+        raise ValueError(f"tensor {shown(name)} must have two data_offsets, got {shown(entry)}")
+    return offsets[0], offsets[1]
+
+
+def _spec(name: str, entry: dict[str, object]) -> tuple[tuple[int, ...], torch.dtype]:
+    shape, dtype = _sizes(entry.get("shape")), entry.get("dtype")
+    if shape is None:
+        raise ValueError(f"tensor {shown(name)} must have a shape, got {shown(entry)}")
+    if not isinstance(dtype, str) or dtype not in _TORCH_DTYPES:
+        raise ValueError(
+            f"tensor {shown(name)} has the dtype {shown(dtype)}, which lowbit or "
+            f"torch {torch.__version__} does not know"
+        )
+    return tuple(shape), _TORCH_DTYPES[dtype]
 
 
 def tensor_files(path: Path) -> list[Path]:
@@ -176,9 +262,10 @@ def tensor_files(path: Path) -> list[Path]:
         FileNotFoundError: there is none.
         ValueError: the index is damaged or points outside the folder.
     """
-    if not path.is_dir():
-        if not path.exists():
-            raise FileNotFoundError(f"no file or folder {path}")
+    # Unlike Path's methods, these take names that no file can have.
+    if not os.path.isdir(path):
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no file or folder {shown(str(path))}")
         return [path]
     index = path / INDEX_NAME
     if index.exists():
@@ -193,13 +280,14 @@ def tensor_files(path: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> list[Path]:
+    file = InputFile(index)
     try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        names = set(json.loads(file.read(0, file.size))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{index}: not an index of safetensors files: {e!r}") from e
+        raise ValueError(f"{index}: not an index of safetensors files: {shown(e)}") from e
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index}: {name!r} is not a file name in this folder")
-        if not (index.parent / name).is_file():
-            raise FileNotFoundError(f"{index}: the file {name!r} is missing")
+            raise ValueError(f"{index}: {shown(name)} is not a file name in this folder")
+        if not os.path.isfile(index.parent / name):
+            raise FileNotFoundError(f"{index}: the file {shown(name)} is missing")
     return sorted(index.parent / name for name in names)

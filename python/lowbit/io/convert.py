@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.files import write_atomically
 from lowbit.formats import Format
-from lowbit.io.checkpoint import Header, layer_source
-from lowbit.io.container import INDEX_NAME, Reader, Source, atomic, tensor_files, write
+from lowbit.io.checkpoint import Header, layer_source, write_checkpoint
+from lowbit.io.container import INDEX_NAME, Reader, Source, tensor_files
 from lowbit.quantize import Report, Rule, Selection
 from lowbit.quantize.model import Method, check_rules
 from lowbit.quantize.names import Rules
@@ -95,7 +96,7 @@ def quantize_file(
         for reader, plan, path in zip(readers, plans, paths, strict=True):
             sources = _sources(reader, plan, report, advance, on_layer)
             layers = {name: (_format(rule), _shape(reader, name)) for name, rule in plan.items()}
-            write(path, sources, {**reader.metadata, **Header(layers, {}).metadata()})
+            write_checkpoint(path, sources, Header(layers, {}), reader.metadata)
             for specs in (s.specs for s in sources):
                 weight_map.update(dict.fromkeys(specs, path.name))
                 size += sum(torch.Size(s).numel() * d.itemsize for s, d in specs.values())
@@ -103,8 +104,8 @@ def quantize_file(
         copy_rest(source, target)
         if (source / INDEX_NAME).exists():
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            with atomic(target / INDEX_NAME) as f:
-                f.write(json.dumps(index, indent=2, sort_keys=True).encode())
+            text = json.dumps(index, indent=2, sort_keys=True)
+            write_atomically(target / INDEX_NAME, lambda f: f.write(text.encode()))
     return report
 
 
@@ -234,5 +235,5 @@ def copy_rest(source: Path, target: Path) -> None:
     for file in sorted(source.iterdir()):
         wanted = file.suffix in _COPIED_SUFFIXES or file.stem in _COPIED_NAMES
         if wanted and file.is_file() and file.name != INDEX_NAME:
-            with file.open("rb") as old, atomic(target / file.name) as new:
-                shutil.copyfileobj(old, new)
+            with file.open("rb") as old:
+                write_atomically(target / file.name, functools.partial(shutil.copyfileobj, old))

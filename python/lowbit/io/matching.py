@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lowbit.files import cut, shown
 from lowbit.formats import Format
-from lowbit.io.checkpoint import Checkpoint
+from lowbit.io.checkpoint import Checkpoint, prefix_of
 from lowbit.nn import PackedModule, QuantLinear
 from lowbit.tensor import TENSOR_NAMES
 
@@ -23,11 +24,6 @@ def own_tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     module._save_to_state_dict(state, prefix, keep_vars=True)
     return state
-
-
-def prefix_of(name: str) -> str:
-    """What stands before the names of a module's tensors."""
-    return f"{name}." if name else ""
 
 
 class Match:
@@ -68,14 +64,14 @@ class Match:
                     own.setdefault(static, torch.empty(()))
             elif isinstance(module, PackedModule):
                 problems.append(
-                    f"layer {name!r} is {module.format.name} in the model and not in the file"
+                    f"layer {shown(name)} is {module.format.name} in the model and not in the file"
                 )
             self.wanted.update(own)
         problems += self._dense_problems()
         if problems:
             more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-            shown = "; ".join(problems[:_SHOWN])
-            raise ValueError(f"{checkpoint.path} does not fit the model: {shown}{more}")
+            listed = "; ".join(problems[:_SHOWN])
+            raise ValueError(f"{checkpoint.path} does not fit the model: {listed}{more}")
 
     def _shared_in_model(self) -> dict[str, str]:
         """Layers without tensors in the file that share, in the model, the weight of a stored
@@ -96,21 +92,21 @@ class Match:
     def _layer_problem(self, name: str, format: Format, shape: tuple[int, int]) -> str | None:
         module = self.modules.get(name)
         if module is None:
-            return f"layer {name!r} is not a module of the model"
+            return f"layer {shown(name)} is not a module of the model"
         if isinstance(module, PackedModule):
             if (module.format, module.shape) == (format, shape):
                 return None
             return (
-                f"layer {name!r} is {module.format.name} {module.shape} in the model, "
+                f"layer {shown(name)} is {module.format.name} {module.shape} in the model, "
                 f"{format.name} {shape} in the file"
             )
         if not isinstance(module, nn.Linear | nn.Embedding):
-            return f"layer {name!r} is a {type(module).__name__}, not an nn.Linear or nn.Embedding"
+            return f"layer {shown(name)} is a {type(module).__name__}, not an nn.Linear or nn.Embedding"
         if not name:
             return f"the model is itself the layer, a {type(module).__name__}: put it in a module"
         if tuple(module.weight.shape) != shape:
             own = tuple(module.weight.shape)
-            return f"layer {name!r} has shape {own} in the model, {shape} in the file"
+            return f"layer {shown(name)} has shape {own} in the model, {shape} in the file"
         return None
 
     def _dense_problems(self) -> Iterable[str]:
@@ -120,11 +116,11 @@ class Match:
                 shape = self._checkpoint.dense[self._checkpoint.header.tied.get(name, name)][0]
                 if not isinstance(t, Tensor) or tuple(t.shape) != shape:
                     model_shape = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-                    yield f"{name} has shape {model_shape} in the model, {shape} in the file"
+                    yield f"{cut(name)} has shape {model_shape} in the model, {shape} in the file"
             elif id(t) not in given:
-                yield f"{name} is missing in the file"
+                yield f"{cut(name)} is missing in the file"
         for name in sorted(self._available - self.wanted.keys()):
-            yield f"{name} is not part of the model"
+            yield f"{cut(name)} is not part of the model"
 
     def restore_sharing(self, model: nn.Module) -> None:
         """Makes the parameters that were one object one again, after a load that replaced them."""

@@ -15,11 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.files import cut, shown
 from lowbit.formats import Format
-from lowbit.io.checkpoint import Checkpoint, Header, dense_source, layer_source
-from lowbit.io.container import Source, write
+from lowbit.io.checkpoint import (
+    Checkpoint,
+    Header,
+    dense_source,
+    layer_source,
+    prefix_of,
+    write_checkpoint,
+)
+from lowbit.io.container import Source
 from lowbit.io.convert import quantize_file
-from lowbit.io.matching import Match, own_tensors, prefix_of
+from lowbit.io.matching import Match, own_tensors
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.tensor import QuantTensor
 
@@ -36,6 +44,7 @@ def save(
 
     Quantized weights are converted to the canonical layout one at a time; shared tensors are
     written once. The file is complete or not there: a failure leaves what was at `path` before.
+    A file that is replaced hands down its mode and owner, and a symlink to it stays.
 
     Args:
         model_or_state: a module, or names with Tensors and QuantTensors.
@@ -46,8 +55,10 @@ def save(
         The path of the file.
 
     Raises:
-        TypeError: a value is neither a tensor nor a QuantTensor, or safetensors cannot hold its
-            dtype.
+        TypeError: a value is neither a dense tensor nor a QuantTensor, safetensors cannot hold its
+            dtype, or a name is no string.
+        ValueError: a value is on the meta device; or a name is "__metadata__", not Unicode, or that
+            of a tensor of a layer ("a.zeros" beside the layer "a").
     """
     if isinstance(model_or_state, nn.Module):
         sources, header = _module_sources(model_or_state)
@@ -60,9 +71,13 @@ def save(
     file = Path(path)
     if file.suffix != SUFFIX:
         file = file / FILE_NAME
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, sources, header.metadata())
+    write_checkpoint(file, sources, header)
     return file
+
+
+def _check_real(name: str, device: torch.device) -> None:
+    if device.type == "meta":
+        raise ValueError(f"{cut(name)} is on the meta device and holds no values")
 
 
 def _same(qt: QuantTensor) -> QuantTensor:
@@ -79,9 +94,14 @@ class _Collector:
 
     def dense(self, name: str, t: object) -> None:
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a Tensor or a QuantTensor, got {type(t).__name__}")
-        if t.is_meta:
-            raise ValueError(f"{name} is on the meta device and holds no values")
+            raise TypeError(
+                f"{cut(name)} must be a Tensor or a QuantTensor, got {type(t).__name__}"
+            )
+        if t.layout != torch.strided:
+            raise TypeError(f"{cut(name)} must be a dense tensor, got one of layout {t.layout}")
+        _check_real(name, t.device)
+        # What a lazy conjugate or negation looks like, not the memory below it.
+        t = t.detach().resolve_conj().resolve_neg()
         memory = (t.device, t.data_ptr(), t.dtype, tuple(t.shape), t.stride())
         first = self._seen.setdefault(memory, name) if t.numel() else name
         if first != name:
@@ -110,6 +130,7 @@ def _module_sources(model: nn.Module) -> tuple[list[Source], Header]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedModule):
             # Tied modules hold one dict of buffers.
+            _check_real(name, module.get_buffer("codes").device)
             found.layer(name, module._buffers, module.format, module.shape, module.quant_tensor)
         for key, t in own_tensors(module, prefix_of(name)).items():
             found.dense(key, t)
@@ -119,7 +140,10 @@ def _module_sources(model: nn.Module) -> tuple[list[Source], Header]:
 def _state_sources(state: Mapping[str, Tensor | QuantTensor]) -> tuple[list[Source], Header]:
     found = _Collector()
     for name, value in state.items():
+        if not isinstance(name, str):
+            raise TypeError(f"names must be strings, got {shown(name)}")
         if isinstance(value, QuantTensor):
+            _check_real(name, value.device)
             found.layer(name, value, value.format, value.shape, functools.partial(_same, value))
         else:
             found.dense(name, value)
@@ -127,7 +151,7 @@ def _state_sources(state: Mapping[str, Tensor | QuantTensor]) -> tuple[list[Sour
 
 
 def load_tensors(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu"
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", *, mmap: bool = True
 ) -> dict[str, Tensor | QuantTensor]:
     """Reads a checkpoint without a model.
 
@@ -135,6 +159,9 @@ def load_tensors(
         path: a safetensors file that `save` or `quantize_file` wrote, or a folder with one or with
             an index.
         device: where the tensors go.
+        mmap: leave tensors on the CPU in the mapped file, read as they are used. If the file is
+            then cut (by `cp new old`, `rsync --inplace`, a writer that is not `save`), the next use
+            kills the process (SIGBUS); if it is overwritten, values change. False reads copies.
 
     Returns:
         A QuantTensor for the name of every layer and a Tensor for every other; tied names give the
@@ -145,7 +172,7 @@ def load_tensors(
         ValueError: the file is damaged or not a lowbit checkpoint; the message names file, tensor
             and value.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, mmap)
     state: dict[str, Tensor | QuantTensor] = {
         name: checkpoint.layer(name, device) for name in checkpoint.header.layers
     }
@@ -155,7 +182,11 @@ def load_tensors(
 
 
 def load(
-    model: nn.Module, path: str | os.PathLike[str], device: torch.device | str = "cpu"
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    *,
+    mmap: bool = True,
 ) -> nn.Module:
     """Loads a checkpoint into a model.
 
@@ -168,6 +199,8 @@ def load(
             get the dtype of the file.
         path: as for `load_tensors`.
         device: where tensors of the meta device go; others stay where they are.
+        mmap: as for `load_tensors`; what replaces tensors of the meta device stays in the mapped
+            file, what is copied into the model does not.
 
     Returns:
         The model.
@@ -178,7 +211,7 @@ def load(
             differ from the model's, and then the model is unchanged and the message lists all of
             them.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, mmap)
     match = Match(model, checkpoint)
     state: dict[str, Any] = {}
     made: dict[str, PackedModule] = {}

@@ -6,6 +6,7 @@ weight what its plot needs.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit import reference
+from lowbit.files import write_atomically
 from lowbit.quantize import rtn
 from lowbit.quantize.allocation import Allocation
 from lowbit.quantize.report import LayerReport, Report
@@ -120,8 +122,9 @@ def write_report(
         data["allocation"] = allocation.to_dict()
         text += f"\n{allocation}\n"
         allocation.recipe.save(path / "recipe.toml")
-    (path / "report.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (path / "report.txt").write_text(text, encoding="utf-8")
+    encoded = f"{json.dumps(data, indent=1)}\n".encode()
+    write_atomically(path / "report.json", lambda f: f.write(encoded))
+    write_atomically(path / "report.txt", lambda f: f.write(text.encode()))
     figures = {"error_per_layer": layer_errors(report.layers)}
     if allocation is not None:
         figures["error_over_bits"] = error_over_bits(
@@ -136,7 +139,10 @@ def write_report(
         names = [row.name for row in worst if row.name in histograms][:_MOST_PANELS]
         figures["codebooks"] = codebooks({name: histograms[name] for name in names})
     for name, figure in figures.items():
-        figure.savefig(path / f"{name}.png", dpi=_DPI, metadata={"Software": None})
+        draw = functools.partial(
+            figure.savefig, format="png", dpi=_DPI, metadata={"Software": None}
+        )
+        write_atomically(path / f"{name}.png", draw)
     names = ["report.json", "report.txt", *(f"{name}.png" for name in figures)]
     return [path / name for name in (*names, *(["recipe.toml"] if allocation else []))]
 
