@@ -242,7 +242,7 @@ def test_tensors_fill_the_file_without_overlap(offsets, size: int, tmp_path: Pat
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
     with pytest.raises(SafetensorError):
         safe_open(path, "pt")
-    with pytest.raises(ValueError, match=r"must take 4 bytes from|bytes are declared"):
+    with pytest.raises(ValueError, match=r"x\.safetensors: .*(invalid offset|not fully covered)"):
         Reader(path)
 
 

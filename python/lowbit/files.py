@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import re
 import secrets
@@ -101,13 +100,20 @@ class InputFile:
             done += got
         return data
 
-    def map(self) -> mmap.mmap:
-        """The whole file in memory as its pages are touched; writes to it stay private.
+    def check_uncut(self) -> None:
+        """Raises ValueError if the file is shorter now than when it was opened."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size < self.size:
+            raise ValueError(f"the file was cut to {size} bytes after it was opened")
 
-        A file that is cut while it is mapped kills the process (SIGBUS) at the next touch of a
-        page that is gone.
-        """
-        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+    @property
+    def name(self) -> str:
+        """A name for libraries that open files themselves and take no bytes that are not UTF-8."""
+        try:
+            os.fspath(self.path).encode()
+        except UnicodeEncodeError:
+            return f"/proc/self/fd/{self._file.fileno()}"
+        return os.fspath(self.path)
 
 
 def kind_of(file: InputFile) -> str:
@@ -116,9 +122,8 @@ def kind_of(file: InputFile) -> str:
     for magic, kind in _KINDS.items():
         if start.startswith(magic):
             return f": it is {kind}"
-    if start.lstrip().startswith(b"<"):
-        return ": it is an HTML page, as a failed download leaves it"
-    return ": it is a safetensors file" if start[8:10] == b'{"' else ""
+    html = start.lstrip().startswith(b"<")
+    return ": it is an HTML page, as a failed download leaves it" if html else ""
 
 
 def shown(value: object) -> str:

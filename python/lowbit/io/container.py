@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowbit.files import InputFile, kind_of, shown, write_atomically
+from lowbit.files import InputFile, cut, kind_of, shown, write_atomically
 
 INDEX_NAME = "model.safetensors.index.json"
 _METADATA = "__metadata__"
@@ -153,105 +153,40 @@ class Reader:
 
     def __init__(self, path: Path, mmap: bool = True) -> None:
         self.path = path
-        self.specs: Specs = {}
-        self._places: dict[str, tuple[int, int]] = {}
-        self._file = InputFile(path)
+        self._input = InputFile(path)
+        self._mmap = mmap
         with self._clear_errors():
-            self.metadata = self._read_header()
-            self._map = self._file.map() if mmap else None
+            self._file = safe_open(self._input.name, framework="pt")
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+        self.specs: Specs = {}
+        for name, s in slices.items():
+            if s.get_dtype() not in _TORCH_DTYPES:
+                raise ValueError(
+                    f"{path}: tensor {shown(name)} has the dtype {s.get_dtype()}, which lowbit or "
+                    f"torch {torch.__version__} does not know"
+                )
+            self.specs[name] = (tuple(s.get_shape()), _TORCH_DTYPES[s.get_dtype()])
 
     def tensor(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU."""
-        shape, dtype = self.specs[name]
-        begin, end = self._places[name]
         with self._clear_errors(f", tensor {shown(name)}"):
-            if begin == end:
-                return torch.empty(shape, dtype=dtype)
-            if self._map is None or begin % dtype.itemsize:
-                data = torch.frombuffer(self._file.read(begin, end - begin), dtype=torch.uint8)
-            else:
-                data = torch.frombuffer(
-                    self._map, dtype=torch.uint8, count=end - begin, offset=begin
-                )
-            return data.view(dtype).view(shape)
+            if not self._mmap:
+                self._input.check_uncut()
+            t = self._file.get_tensor(name)
+            # Not all files pad their header, so that tensors are aligned.
+            aligned = t.data_ptr() % t.element_size() == 0
+            return t if self._mmap and aligned else t.clone()
 
     @contextlib.contextmanager
     def _clear_errors(self, where: str = "") -> Iterator[None]:
         try:
             yield
-        except (ValueError, RecursionError, RuntimeError) as e:
-            raise ValueError(f"{self.path}{where}: not a readable safetensors file: {e}") from e
-
-    def _read_header(self) -> dict[str, str]:
-        """Fills in what tensors there are and returns the metadata."""
-        size = self._file.size
-        length = int.from_bytes(self._file.read(0, 8), "little")
-        if length > min(_MAX_HEADER, size - 8):
-            kind = kind_of(self._file)
-            raise ValueError(f"a header of {length} bytes in a file of {size}{kind}")
-        text = self._file.read(8, length).decode()
-        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
-        if not isinstance(header, dict):
-            raise ValueError(f"the header must be a JSON object, got {shown(text)}")
-        metadata = header.pop(_METADATA, None)
-        metadata = {} if metadata is None else metadata
-        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise ValueError(f"{_METADATA} must hold strings, got {shown(metadata)}")
-        entries = [(*_offsets(name, entry), name, entry) for name, entry in header.items()]
-        expected = 0
-        for begin, end, name, entry in sorted(entries, key=lambda e: e[:2]):
-            self.specs[name] = spec = _spec(name, entry)
-            nbytes = math.prod(spec[0]) * spec[1].itemsize
-            if begin != expected or end - begin != nbytes:
-                raise ValueError(
-                    f"tensor {shown(name)} must take {nbytes} bytes from {expected} on, "
-                    f"its data_offsets are {[begin, end]}"
-                )
-            self._places[name] = 8 + length + begin, 8 + length + end
-            expected = end
-        self.specs = dict(sorted(self.specs.items()))
-        if 8 + length + expected != size:
-            raise ValueError(f"{8 + length + expected} bytes are declared, the file has {size}")
-        return metadata
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a name comes twice in the header")
-    for name in made:
-        name.encode()
-    return made
-
-
-def _refuse(constant: str) -> object:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _sizes(value: object) -> list[int] | None:
-    """The value if it is a list of sizes."""
-    if isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value):
-        return value
-    return None
-
-
-def _offsets(name: str, entry: object) -> tuple[int, int]:
-    offsets = _sizes(entry.get("data_offsets")) if isinstance(entry, dict) else None
-    if offsets is None or len(offsets) != 2:
-        raise ValueError(f"tensor {shown(name)} must have two data_offsets, got {shown(entry)}")
-    return offsets[0], offsets[1]
-
-
-def _spec(name: str, entry: dict[str, object]) -> tuple[tuple[int, ...], torch.dtype]:
-    shape, dtype = _sizes(entry.get("shape")), entry.get("dtype")
-    if shape is None:
-        raise ValueError(f"tensor {shown(name)} must have a shape, got {shown(entry)}")
-    if not isinstance(dtype, str) or dtype not in _TORCH_DTYPES:
-        raise ValueError(
-            f"tensor {shown(name)} has the dtype {shown(dtype)}, which lowbit or "
-            f"torch {torch.__version__} does not know"
-        )
-    return tuple(shape), _TORCH_DTYPES[dtype]
+        except (SafetensorError, OSError, ValueError, AttributeError, RuntimeError) as e:
+            kind = "" if where else kind_of(self._input)
+            raise ValueError(
+                f"{self.path}{where}: not a readable safetensors file{kind}: {cut(str(e))}"
+            ) from e
 
 
 def tensor_files(path: Path) -> list[Path]:

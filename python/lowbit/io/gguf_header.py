@@ -178,7 +178,10 @@ class _Parser:
             raise ValueError("the file is empty")
         magic = bytes(self._take(4))
         if magic != b"GGUF":
-            raise ValueError(f"its magic is {magic!r}, not b'GGUF'{kind_of(self._file)}")
+            kind = kind_of(self._file)
+            if self._file.size >= 10 and self._file.read(8, 2) == b'{"':
+                kind = ": it is a safetensors file"
+            raise ValueError(f"its magic is {magic!r}, not b'GGUF'{kind}")
         version = int(_U32.unpack(self._take(4))[0])
         if version not in _VERSIONS and version & 0xFFFF == 0:
             raise ValueError(
