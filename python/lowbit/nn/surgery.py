@@ -13,6 +13,9 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lowbit.nn.packed import PackedModule
+from lowbit.nn.weight import HasPackedWeight
+
 # Handles of hooks refer to these very dicts, so the new module gets the dicts themselves.
 _HOOKS = (
     "_backward_pre_hooks",
@@ -105,17 +108,24 @@ def _carry(old: nn.Module, new: nn.Module, own: Collection[str], name: str) -> N
     }
     attributes = {key: value for key, value in vars(old).items() if key not in _OF_TORCH}
     extra = {key: value for key, value in attributes.items() if key not in own}
-    for group in members.values():
-        extra.update(group)
+    for values in members.values():
+        extra.update(values)
     if taken := sorted(key for key in extra if _has_other(new, key, extra[key])):
         raise NotImplementedError(
             f"{name} cannot be replaced: its {' and '.join(taken)} would take the place of what a "
             f"{type(new).__name__} has under this name"
         )
+    if members["_buffers"] and isinstance(new, PackedModule) and new._tied:
+        raise NotImplementedError(
+            f"{name} cannot be replaced: its {' and '.join(members['_buffers'])} would be that of every "
+            "module that shares its weight"
+        )
     if any(getattr(new, key) and getattr(new, key) is not getattr(old, key) for key in _HOOKS):
         raise ValueError(
             f"module must have no hooks of its own, got {type(new).__name__} with some"
         )
+    if isinstance(new, HasPackedWeight) and "weight" in old._parameters:
+        new.set_weight_dtype(old._parameters["weight"].dtype)  # type: ignore[union-attr]
     new.train(old.training)
     for key in _HOOKS:
         object.__setattr__(new, key, getattr(old, key))
