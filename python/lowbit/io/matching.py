@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowbit.formats import Format
 from lowbit.io.checkpoint import Checkpoint
 from lowbit.nn import PackedModule, QuantLinear
-from lowbit.tensor import TENSOR_NAMES
+from lowbit.nn.surgery import obstacle
 
 _SHOWN = 20  # differences in an error message
 
@@ -18,8 +18,7 @@ _SHOWN = 20  # differences in an error message
 def own_tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     """What a module puts into a state dict besides its children and a quantized weight."""
     if isinstance(module, PackedModule):
-        own = dict(module.named_parameters(recurse=False))
-        return {prefix + name: p for name, p in own.items() if name not in TENSOR_NAMES}
+        return {prefix + name: t for name, t in module.other_tensors().items()}
     state: dict[str, Tensor] = {}
     module._save_to_state_dict(state, prefix, keep_vars=True)
     return state
@@ -108,6 +107,8 @@ class Match:
             return f"layer {name!r} is a {type(module).__name__}, not an nn.Linear or nn.Embedding"
         if not name:
             return f"the model is itself the layer, a {type(module).__name__}: put it in a module"
+        if reason := obstacle(module):
+            return f"layer {name!r} cannot be replaced: {reason}"
         if tuple(module.weight.shape) != shape:
             own = tuple(module.weight.shape)
             return f"layer {name!r} has shape {own} in the model, {shape} in the file"

@@ -120,8 +120,9 @@ class QuantConv2d(HasPackedWeight):
         return lambda: self._as_filters(source())
 
     def set_weight_dtype(self, dtype: torch.dtype) -> None:
-        """Sets the dtype that `weight` stands for."""
-        self.linear.set_weight_dtype(dtype)
+        """Sets the dtype that `weight` stands for, if it is packed."""
+        if isinstance(self.linear, HasPackedWeight):
+            self.linear.set_weight_dtype(dtype)
 
     @property
     def _channels(self) -> int:

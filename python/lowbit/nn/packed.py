@@ -260,7 +260,7 @@ class PackedModule(HasPackedWeight):
         _exports[codes] = (state, {name: weakref.ref(t) for name, t in tensors.items()})
         return tensors
 
-    def _others(self) -> dict[str, Tensor]:
+    def other_tensors(self) -> dict[str, Tensor]:
         """What a state dict holds beside the weight: parameters and persistent buffers, by name."""
         others = {n: p for n, p in self._parameters.items() if n not in TENSOR_NAMES}
         for name, t in self._buffers.items():
@@ -273,7 +273,7 @@ class PackedModule(HasPackedWeight):
     ) -> None:
         for name, t in self._canonical_tensors().items():
             destination[prefix + name] = t
-        for name, t in self._others().items():
+        for name, t in self.other_tensors().items():
             destination[prefix + name] = t if keep_vars else t.detach()
         destination[f"{prefix}_extra_state"] = self.get_extra_state()
 
@@ -290,8 +290,8 @@ class PackedModule(HasPackedWeight):
         arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, *arguments)
-        specs, others = tensor_specs(self.format, *self.shape), self._others()
-        others.update(self._made_by_loading({n for n in _under(state_dict, prefix)}))
+        specs, others = tensor_specs(self.format, *self.shape), self.other_tensors()
+        others.update(self._made_by_loading(_under(state_dict, prefix)))
         expected = [*specs, *others, "_extra_state"]
         given = {
             name: state_dict[prefix + name] for name in expected if prefix + name in state_dict
@@ -350,7 +350,7 @@ class PackedModule(HasPackedWeight):
         """Brings what is learnable of the weight up to date with one that was loaded."""
 
     def _made_by_loading(self, names: Collection[str]) -> dict[str, Tensor]:
-        """What `_others` lacks and a state dict with these names makes."""
+        """What `other_tensors` lacks and a state dict with these names makes."""
         return {}
 
     def _other_value(

@@ -71,7 +71,7 @@ def replace(
 
     Args:
         model: the root that `names` start from.
-        names: every name of the one module that is replaced.
+        names: of the one module that is replaced; another name of it may follow in another call.
         module: what takes its place, without hooks of its own.
         own: attributes that belong to the class of the old module, besides those in its
             `__constants__`, and are not kept.

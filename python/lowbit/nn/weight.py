@@ -142,6 +142,7 @@ class PackedWeight(Tensor):
 
     @data.setter
     def data(self, value: object) -> None:
+        """Raises: there is no dense memory."""
         self._refuse("data")
 
     @property
@@ -151,6 +152,7 @@ class PackedWeight(Tensor):
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
+        """Takes False alone."""
         self.requires_grad_(value)
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
