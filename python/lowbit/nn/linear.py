@@ -292,9 +292,14 @@ class QuantLinear(PackedModule):
             return layouts.from_operands(self._make_operands(learned))
 
     def _set_learned(self, weight: QuantTensor) -> None:
-        with torch.no_grad():
-            for name in self._trained:
-                self._parameters[name].copy_(weight.tensors[name])  # type: ignore[union-attr]
+        for name in self._trained:
+            old, value = self._parameters[name], weight.tensors[name]
+            assert old is not None
+            if old.device == value.device:
+                with torch.no_grad():
+                    old.copy_(value)
+            else:
+                self._parameters[name] = nn.Parameter(value.to(old.dtype), old.requires_grad)
 
     def _made_by_loading(self, names: Collection[str]) -> dict[str, Tensor]:
         return {"input_scale": torch.empty((), device="cpu")} if "input_scale" in names else {}

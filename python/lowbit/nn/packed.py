@@ -142,6 +142,11 @@ class PackedModule(HasPackedWeight):
         """Whether `other` holds the very weight of this module."""
         return isinstance(other, PackedModule) and other._buffers is self._buffers
 
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        # save_pretrained of transformers writes what tied modules share once if they name it so.
+        return {name: name for name in TENSOR_NAMES} if self._tied else {}
+
     def weight_spec(self) -> tuple[tuple[int, int], torch.dtype, torch.device]:
         """Shape, dtype and device of `weight`."""
         return self.shape, self.dtype, self._buffers["codes"].device

@@ -90,14 +90,13 @@ def replace(
     if old is not module:
         if reason := obstacle(old):
             raise NotImplementedError(f"{names[0]} cannot be replaced: {reason}")
-        _carry(old, module, {*_constants(old), *own}, names[0])
+        _carry(old, module, own, names[0])
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
 
 
 def _carry(old: nn.Module, new: nn.Module, own: Collection[str], name: str) -> None:
-    # What the new module lacks is kept, also of the class's own: a convolution's in_channels.
     members = {
         group: {
             key: value
@@ -106,8 +105,10 @@ def _carry(old: nn.Module, new: nn.Module, own: Collection[str], name: str) -> N
         }
         for group in _MEMBERS
     }
-    attributes = {key: value for key, value in vars(old).items() if key not in _OF_TORCH}
-    extra = {key: value for key, value in attributes.items() if key not in own}
+    attributes = {k: v for k, v in vars(old).items() if k not in _OF_TORCH and k not in own}
+    # What the class itself has is kept where the new module lacks it: a convolution's in_channels.
+    constants = _constants(old)
+    extra = {key: value for key, value in attributes.items() if key not in constants}
     for values in members.values():
         extra.update(values)
     if taken := sorted(key for key in extra if _has_other(new, key, extra[key])):

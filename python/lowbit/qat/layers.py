@@ -6,9 +6,8 @@ that is converted.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from lowbit.formats import Format
 from lowbit.nn import QuantConv2d, QuantLinear
-from lowbit.nn.surgery import obstacle, replace
 from lowbit.qat.activations import ActivationQuantizer, Int8Activation
 from lowbit.qat.base import STE, WeightQuantizer
 from lowbit.qat.few_levels import BitNet
@@ -61,10 +59,7 @@ class FakeQuantLinear(nn.Module):
         quantizer, activation: the quantizers; `activation` may be None.
     """
 
-    # What does not move on to the packed layer.
-    __constants__ = ("in_features", "out_features", "quantizer", "activation")
     bias: nn.Parameter | None
-    activation: ActivationQuantizer | None
 
     def __init__(
         self,
@@ -77,8 +72,7 @@ class FakeQuantLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.weight = _as_parameter(weight)
         self.register_parameter("bias", None if bias is None else _as_parameter(bias))
-        self.quantizer = quantizer
-        self.register_module("activation", activation)
+        self.quantizer, self.activation = quantizer, activation
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, spec: Spec) -> FakeQuantLinear:
@@ -158,8 +152,7 @@ def prepare(
 
     Raises:
         ValueError: nothing was replaced, the model is a layer itself, or a quantizer refuses a weight.
-        NotImplementedError: a convolution that the recipe names has groups, or a layer cannot be replaced without
-            losing something (`lowbit.nn.surgery.obstacle`): name it in `skip`; no layer is replaced then.
+        NotImplementedError: a convolution that the recipe names has groups.
     """
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}")
@@ -175,8 +168,8 @@ def prepare(
         for child in module.children()
     }
     made: dict[int, nn.Module] = {}
-    keys: dict[str, int] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    names: list[str] = []
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         spec = next((spec for pattern, spec in compiled if pattern.search(name)), None)
         if spec is None or id(module) in kept or not _replaceable(module):
             continue
@@ -185,15 +178,15 @@ def prepare(
                 f"model must contain the layers to replace, it is one itself ({type(module).__name__})"
             )
         if id(module) not in made:
-            with _naming(name):
-                _check_obstacle(module)
+            try:
                 made[id(module)] = _fake(module, spec)
-        keys[name] = id(module)
-    if not keys:
+            except (TypeError, ValueError, NotImplementedError) as e:
+                raise type(e)(f"{name}: {e}") from e
+        _replace(model, name, made[id(module)])
+        names.append(name)
+    if not names:
         raise ValueError("recipe matches no linear and no convolution of the model")
-    for name, key in keys.items():
-        replace(model, name, made[key])
-    return [*keys]
+    return names
 
 
 def convert(model: nn.Module) -> list[str]:
@@ -208,41 +201,28 @@ def convert(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: there are none, or the model is one itself: use its method `convert`.
-        NotImplementedError: a quantizer's weights have no packed form, or a layer cannot be replaced without
-            losing something (`lowbit.nn.surgery.obstacle`); no layer is replaced then.
+        NotImplementedError: a quantizer's weights have no packed form; no layer is replaced then.
     """
     if isinstance(model, FakeQuantLinear):
         raise ValueError(
             "model must contain the layers to replace, it is one itself: use its convert"
         )
     made: dict[int, nn.Module] = {}
-    keys: dict[str, int] = {}
+    names = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FakeQuantLinear):
+            names.append(name)
             if id(module) not in made:
-                with _naming(name):
-                    _check_obstacle(module)
+                try:
                     made[id(module)] = module.convert()
-            keys[name] = id(module)
-    if not keys:
+                except NotImplementedError as e:
+                    raise NotImplementedError(f"{name}: {e}") from e
+    if not names:
         raise ValueError("model has no FakeQuantLinear")
-    for name, key in keys.items():
-        replace(model, name, made[key])
-    return [*keys]
-
-
-def _check_obstacle(module: nn.Module) -> None:
-    if reason := obstacle(module):
-        raise NotImplementedError(f"the layer cannot be replaced: {reason}")
-
-
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Puts the name before the messages of errors."""
-    try:
-        yield
-    except (TypeError, ValueError, NotImplementedError) as e:
-        raise type(e)(f"{name}: {e}") from e
+    replacements = [(name, made[id(model.get_submodule(name))]) for name in names]
+    for name, module in replacements:
+        _replace(model, name, module)
+    return names
 
 
 def _replaceable(module: nn.Module) -> bool:
@@ -268,3 +248,8 @@ def _fake(module: nn.Module, spec: Spec) -> nn.Module:
 
 def _as_parameter(t: Tensor) -> nn.Parameter:
     return t if isinstance(t, nn.Parameter) else nn.Parameter(t)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
