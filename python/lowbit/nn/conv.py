@@ -119,6 +119,10 @@ class QuantConv2d(HasPackedWeight):
         source = self.linear.weight_source()
         return lambda: self._as_filters(source())
 
+    def learnable_parts(self) -> list[str]:
+        """The tensors of the packed weight that require grad."""
+        return self.linear.learnable_parts()  # type: ignore[no-any-return]
+
     def set_weight_dtype(self, dtype: torch.dtype) -> None:
         """Sets the dtype that `weight` stands for, if it is packed."""
         if isinstance(self.linear, HasPackedWeight):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import lowbit
 from lowbit import int8, layouts, ops
 from lowbit.formats import Format
-from lowbit.layouts import Operands
 from lowbit.nn.fused import Siblings
 from lowbit.nn.packed import PackedModule, zero_weight
 from lowbit.tensor import SCALE_DTYPES, QuantTensor
@@ -257,10 +256,6 @@ class QuantLinear(PackedModule):
                 f"scales of format {f.name!r} are stored as {f.scale!r}; "
                 f"learnable are {_FLOAT_SCALES}"
             )
-
-    def operands(self) -> Operands:
-        """The weight as the kernels read it, learnable tensors rounded to their stored dtype."""
-        return self._make_operands(self._learned())
 
     def _learned(self) -> dict[str, Tensor]:
         """The learnable tensors as the kernels read them, differentiable."""

@@ -134,6 +134,10 @@ class LLMInt8Linear(HasPackedWeight):
         values = columns.detach().to(self.quantized.dtype)
         return lambda: rest().index_copy(1, features, values)
 
+    def learnable_parts(self) -> list[str]:
+        """The tensors of the packed weight that require grad."""
+        return self.quantized.learnable_parts()
+
     def set_weight_dtype(self, dtype: torch.dtype) -> None:
         """Sets the dtype that `weight` stands for."""
         self.quantized.set_weight_dtype(dtype)

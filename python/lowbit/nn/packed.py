@@ -9,6 +9,7 @@ to another device converts the layout.
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowbit import checks, layouts, ops
+from lowbit import checks, layouts, outliers
 from lowbit.formats import Format, as_format
 from lowbit.layouts import Operands
 from lowbit.nn.weight import HasPackedWeight
@@ -104,7 +105,7 @@ class PackedModule(HasPackedWeight):
 
     def operands(self) -> Operands:
         """The weight as the kernels read it; the tensors are the module's own."""
-        return self._make_operands({})
+        return self._make_operands(self._learned())
 
     def _make_operands(self, learned: Mapping[str, Tensor]) -> Operands:
         b = {**self._buffers, **learned}
@@ -153,9 +154,21 @@ class PackedModule(HasPackedWeight):
 
     def weight_source(self) -> Callable[[], Tensor]:
         """What dequantizes the weight of this moment."""
-        operands, dtype = self.operands(), self.dtype
+        b = {**self._buffers, **self._learned()}
+        tensors = [b[name] for name in ("codes", "scales", "zeros", "table")]
+        meaning = (self._spec_without_outliers, self.layout, *self.shape)
+        sparse, dtype = (b["outlier_columns"], b["outlier_values"]), self.dtype
         computed = dtype if dtype in checks.FLOAT_DTYPES else torch.float32
-        return lambda: ops.dequantize(operands, computed).to(dtype)
+        return lambda: outliers.dequantize(tensors, meaning, computed, *sparse).to(dtype)
+
+    def _learned(self) -> dict[str, Tensor]:
+        """What is learnable of the weight, as the kernels read it."""
+        return {}
+
+    def learnable_parts(self) -> list[str]:
+        """The tensors of the packed weight that require grad."""
+        named = self._parameters.items()
+        return [n for n, p in named if n in TENSOR_NAMES and p is not None and p.requires_grad]
 
     def set_weight_dtype(self, dtype: torch.dtype) -> None:
         """Sets the dtype that `weight` stands for."""
@@ -180,7 +193,11 @@ class PackedModule(HasPackedWeight):
         }
         made = QuantTensor(self.format, self.shape, tensors)
         learned = self._parameters.keys() & set(TENSOR_NAMES)
-        if learned or not torch.equal(made.dequantize(), qt.dequantize() * factor):
+        if (
+            learned
+            or not math.isfinite(factor)
+            or not torch.equal(made.dequantize(), qt.dequantize() * factor)
+        ):
             raise NotImplementedError(
                 f"a weight in format {self.format.name!r} cannot be multiplied by {factor} in place: "
                 + (f"its {sorted(learned)} are learnable" if learned else "the result is not exact")

@@ -1,6 +1,6 @@
 """PackedWeight: what `layer.weight` is of a layer that has no dense weight.
 
-Shape, dtype and device cost nothing. Whatever else torch computes with it makes the dense weight, for that one
+Shape, dtype, device and views cost nothing. Whatever else torch computes with it makes the dense weight, for that one
 operation: no dense copy stays, and nothing of it is in parameters, buffers or state dicts.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 _logger = logging.getLogger("lowbit")
+Source = Callable[[], Tensor]
 
 
 class HasPackedWeight(nn.Module):
     """A layer whose `weight` is computed when it is asked for."""
 
-    def weight_source(self) -> Callable[[], Tensor]:
+    def weight_source(self) -> Source:
         """What makes the dense weight of this moment, in the dtype of `weight`."""
         raise NotImplementedError
 
@@ -34,13 +36,19 @@ class HasPackedWeight(nn.Module):
         """Sets the dtype of `weight`."""
         raise NotImplementedError
 
+    def learnable_parts(self) -> list[str]:
+        """The tensors of the packed weight that require grad."""
+        raise NotImplementedError
+
     def scale_weight(self, factor: float) -> None:
         """Multiplies the weight by a factor, in place.
 
         Raises:
             NotImplementedError: the layer or its format cannot do that exactly.
         """
-        raise NotImplementedError(f"a {type(self).__name__} cannot be scaled in place")
+        raise NotImplementedError(
+            f"the weight of a {type(self).__name__} is packed and cannot be multiplied in place"
+        )
 
     def shares_weight(self, other: nn.Module) -> bool:
         """Whether this layer has the very weight of another one."""
@@ -56,7 +64,9 @@ class HasPackedWeight(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":
             super().__setattr__(name, value)
-        elif not (isinstance(value, PackedWeight) and self.shares_weight(value.owner)):
+        elif not (
+            isinstance(value, PackedWeight) and value.whole and self.shares_weight(value.owner)
+        ):
             of = f" of a {type(value.owner).__name__}" if isinstance(value, PackedWeight) else ""
             raise TypeError(
                 f"weight of a {type(self).__name__} is packed and cannot be set or tied to another one, got a "
@@ -66,18 +76,21 @@ class HasPackedWeight(nn.Module):
 
 
 class PackedWeight(Tensor):
-    """Stands for the dense weight of a layer, without holding it.
+    """Stands for the dense weight of a layer, or for a view of it, without holding it.
 
     It takes part in operations of torch as a constant of its layer's dtype; each of them dequantizes anew, and
     so does their backward. It cannot be written, but for `mul_` and `div_` by a number where that is exact.
 
     Attributes:
         owner: the layer.
+        whole: whether it is the weight itself and no view.
     """
 
     owner: HasPackedWeight
-    # For torch.nn.Module.get_parameter, so for tie_weights of transformers; and it is not to be initialized.
-    _is_param = True
+    whole: bool
+    _source: Source | None
+    _detached: bool
+    # Not to be initialized by transformers.
     _is_hf_initialized = True
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -86,7 +99,9 @@ class PackedWeight(Tensor):
         """Stands for the weight that `owner` has now."""
         shape, dtype, device = owner.weight_spec()
         made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
-        made.owner, made._source = owner, None
+        made.owner, made._source, made.whole, made._detached = owner, None, True, False
+        # What nn.Module.get_parameter looks at, and so tie_weights of transformers.
+        made._is_param = True
         return made  # type: ignore[no-any-return]
 
     @classmethod
@@ -97,31 +112,64 @@ class PackedWeight(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Runs an operation on the dense weight."""
-        kwargs = kwargs or {}
-        for i, argument in enumerate(func._schema.arguments):
-            given = args[i] if i < len(args) else kwargs.get(argument.name)
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(given, cls):
-                return given._write(func, args[1:], kwargs)
-        name = func._schema.name.partition("::")[2]
+        """Runs an operation on the dense weight; a view is not computed before it is used."""
+        kwargs, schema = kwargs or {}, func._schema
+        rest = (kwargs.get(a.name) for a in schema.arguments[len(args) :])
+        given = zip(schema.arguments, (*args, *rest), strict=True)
+        aliased = [(a.alias_info.is_write, t) for a, t in given if a.alias_info is not None]
+        for is_write, t in aliased:
+            if is_write and isinstance(t, cls):
+                return t._write(func, args[1:], kwargs)
+        if len(aliased) == 1 and isinstance(aliased[0][1], cls) and args[0] is aliased[0][1]:
+            return args[0]._view(func, args[1:], kwargs)
+        name = schema.name.partition("::")[2]
         args, kwargs = tree_map(
             lambda t: t.dense(name) if isinstance(t, cls) else t, (args, kwargs)
         )
         return func(*args, **kwargs)
 
+    def _view(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """One view, or a list of them, each of which makes the weight when it is used."""
+        source, detached = (
+            self._get_source(),
+            self._detached or func is torch.ops.aten.detach.default,
+        )
+        like = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
+        views = func(like, *args, **kwargs)
+
+        def wrap(view: Tensor, pick: Callable[[Any], Tensor]) -> Tensor:
+            made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                type(self), view.shape, view.stride(), dtype=view.dtype, device=self.device
+            )
+            made.owner, made.whole, made._detached = self.owner, False, detached
+            made._source = lambda: pick(func(source(), *args, **kwargs))
+            return made  # type: ignore[no-any-return]
+
+        if isinstance(views, Tensor):
+            return wrap(views, _itself)
+        return [wrap(view, operator.itemgetter(i)) for i, view in enumerate(views)]
+
     def dense(self, asked: str) -> Tensor:
         """Computes the weight; `asked` says in the log what for."""
+        learnable = self.owner.learnable_parts()
+        if learnable and torch.is_grad_enabled() and not self._detached:
+            raise NotImplementedError(
+                f"{asked}: {learnable} of a {type(self.owner).__name__} are learnable and would get no gradient "
+                "from its weight: call the layer, or use weight.detach()"
+            )
         _log(type(self.owner).__name__, asked)
-        # The tensors of the first use: backward gets the same weight, also if the layer is loaded meanwhile.
-        self._source: Callable[[], Tensor] | None = self._source or self.owner.weight_source()
-        return self._source()
+        return self._get_source()()
+
+    def _get_source(self) -> Source:
+        # That of the first use: backward gets the same weight, also if the layer is loaded meanwhile.
+        self._source = self._source or self.owner.weight_source()
+        return self._source
 
     def _write(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         factor = args[0] if len(args) == 1 and not kwargs else None
         if isinstance(factor, Tensor) and factor.numel() == 1:
             factor = factor.item()
-        if isinstance(factor, int | float) and func._overloadpacket in _SCALING:
+        if self.whole and isinstance(factor, int | float) and func._overloadpacket in _SCALING:
             if func._overloadpacket is torch.ops.aten.div_:
                 factor = 1 / factor if factor else math.inf
             self.owner.scale_weight(float(factor))
@@ -137,8 +185,8 @@ class PackedWeight(Tensor):
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        """The dense weight; it cannot be set."""
-        return self.dense("data")
+        """As `detach()`; it cannot be set."""
+        return self.detach()
 
     @data.setter
     def data(self, value: object) -> None:
@@ -163,11 +211,12 @@ class PackedWeight(Tensor):
 
     @property
     def grad_fn(self) -> None:  # type: ignore[override]
-        """Raises: nn.Module.register_parameter asks for it, to make a dense layer share this weight."""
-        raise NotImplementedError(
-            f"the weight of a {type(self.owner).__name__} is packed and cannot be the parameter of another module "
-            "(a dense layer tied to a packed one): pack both, or neither"
-        )
+        """None for a view. Raises for a weight: nn.Module.register_parameter asks, to make it that of a dense layer."""
+        if self.whole:
+            raise NotImplementedError(
+                f"the weight of a {type(self.owner).__name__} is packed and cannot be the parameter of another "
+                "module (a dense layer tied to a packed one): pack both, or neither"
+            )
 
     def data_ptr(self) -> int:
         """Raises: there is no dense memory."""
@@ -199,6 +248,10 @@ class PackedWeight(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedWeight({tuple(self.shape)}, {self.dtype}, {self.device}) of {type(self.owner).__name__}"
+
+
+def _itself(view: Tensor) -> Tensor:
+    return view
 
 
 _SCALING = (torch.ops.aten.mul_, torch.ops.aten.div_)
