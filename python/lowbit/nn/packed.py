@@ -8,7 +8,6 @@ to another device converts the layout.
 
 from __future__ import annotations
 
-import json
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -21,10 +20,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lowbit import checks, layouts, outliers
 from lowbit.formats import Format, as_format
 from lowbit.layouts import Operands
+from lowbit.nn import states
 from lowbit.nn.weight import HasPackedWeight
 from lowbit.tensor import TENSOR_NAMES, QuantTensor, tensor_specs
 
-STATE_VERSION = 1
 _OPERANDS = ("codes", "scales", "zeros", "table", "outlier_columns", "outlier_values")
 # Canonical tensors that the operands alone do not give back (`Operands.second`), and their buffers.
 _SECOND = {name: f"second_{name}" for name in ("scales", "scales2", "scales2_offset")}
@@ -206,8 +205,7 @@ class PackedModule(HasPackedWeight):
 
     def get_extra_state(self) -> Tensor:
         """What the tensors of a state dict do not say: {"format", "version", "shape"}, as bytes of JSON."""
-        state = {"format": self._spec, "version": STATE_VERSION, "shape": list(self.shape)}
-        return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
+        return states.encode(self.format, self.shape)
 
     def set_extra_state(self, state: Any) -> None:
         """Checks that a state was written by a module of this format and shape.
@@ -218,18 +216,7 @@ class PackedModule(HasPackedWeight):
         Raises:
             ValueError: it was not.
         """
-        if isinstance(state, Tensor):
-            state = _read_state(state)
-        if not isinstance(state, Mapping) or set(state) != {"format", "version", "shape"}:
-            raise ValueError(
-                f"_extra_state must hold format, version and shape, got {state!r:.200}"
-            )
-        if state["version"] != STATE_VERSION:
-            raise ValueError(f"version must be {STATE_VERSION}, got {state['version']!r}")
-        if as_format(state["format"]) != self.format:
-            raise ValueError(f"format must be {self._spec!r}, got {state['format']!r}")
-        if state["shape"] != [*self.shape]:
-            raise ValueError(f"shape must be {self.shape}, got {state['shape']!r:.100}")
+        states.check(state, self.format, self.shape)
 
     def extra_repr(self) -> str:
         """Format and bytes."""
@@ -313,7 +300,7 @@ class PackedModule(HasPackedWeight):
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, *arguments)
         specs, others = tensor_specs(self.format, *self.shape), self.other_tensors()
-        others.update(self._made_by_loading(_under(state_dict, prefix)))
+        others.update(self._made_by_loading(states.under(state_dict, prefix)))
         expected = [*specs, *others, "_extra_state"]
         given = {
             name: state_dict[prefix + name] for name in expected if prefix + name in state_dict
@@ -344,7 +331,7 @@ class PackedModule(HasPackedWeight):
         if "_extra_state" in given:
             self.set_extra_state(given.pop("_extra_state"))
         for name, value in given.items():
-            _check_tensor(name, value)
+            states.check_tensor(name, value)
         weight = None
         device = self._buffers["codes"].device
         if not names - given.keys():
@@ -409,37 +396,9 @@ class PackedModule(HasPackedWeight):
         known = set(expected)
         return [
             prefix + name
-            for name in _under(state_dict, prefix)
+            for name in states.under(state_dict, prefix)
             if name not in known and name.split(".", 1)[0] not in self._modules
         ]
-
-
-def _under(state_dict: Mapping[str, Any], prefix: str) -> list[str]:
-    return [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
-
-
-def _check_tensor(name: str, value: object) -> None:
-    """Raises TypeError unless a value of a state dict is a tensor with values."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {value!r:.200}")
-    if value.is_meta:
-        raise ValueError(f"{name} is on the meta device and holds no values")
-    if value.layout is not torch.strided or value.is_quantized:
-        raise TypeError(f"{name} must be a dense tensor, got {value.dtype} in {value.layout}")
-
-
-def _read_state(state: Tensor) -> Any:
-    _check_tensor("_extra_state", state)
-    if state.dtype != torch.uint8 or state.dim() != 1:
-        raise ValueError(
-            f"_extra_state must be bytes of JSON, torch.uint8 of shape (B,), got {state.dtype} of shape "
-            f"{tuple(state.shape)}"
-        )
-    raw = bytes(state.tolist())
-    try:
-        return json.loads(raw)
-    except ValueError as error:
-        raise ValueError(f"_extra_state must be bytes of JSON, got {raw!r:.200}") from error
 
 
 def _is_float8(t: Tensor) -> bool:
