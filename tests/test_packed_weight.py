@@ -307,7 +307,11 @@ def test_ties() -> None:
     own = dense.weight
     with pytest.raises(NotImplementedError, match="a dense layer tied to a packed one"):
         dense.weight = embedding.weight
+    with pytest.raises(NotImplementedError, match="a dense layer tied to a packed one"):
+        dense.weight = nn.Parameter(embedding.weight.detach(), requires_grad=False)
     assert dense.weight is own
+    dense.weight = nn.Parameter(embedding.weight.clone())
+    assert torch.equal(dense.weight, embedding.weight)
 
 
 def test_it_is_logged_once_for_each_kind_and_function(caplog: pytest.LogCaptureFixture) -> None:

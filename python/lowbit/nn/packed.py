@@ -76,7 +76,7 @@ class PackedModule(HasPackedWeight):
 
     format: Format
     shape: tuple[int, int]
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.float32
     _buffers: dict[str, Any]
     # Whether another module has the same dict of buffers.
     _tied = False

@@ -212,7 +212,7 @@ class PackedWeight(Tensor):
     @property
     def grad_fn(self) -> None:  # type: ignore[override]
         """None for a view. Raises for a weight: nn.Module.register_parameter asks, to make it that of a dense layer."""
-        if self.whole:
+        if isinstance(self, nn.Parameter):
             raise NotImplementedError(
                 f"the weight of a {type(self.owner).__name__} is packed and cannot be the parameter of another "
                 "module (a dense layer tied to a packed one): pack both, or neither"
