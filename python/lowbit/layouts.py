@@ -207,7 +207,13 @@ def from_operands(op: Operands) -> QuantTensor:
     if op.outlier_columns is not None and op.outlier_values is not None:
         tensors |= {"outlier_columns": op.outlier_columns, "outlier_values": op.outlier_values}
     specs = tensor_specs(f, n, k)
-    return QuantTensor(f, op.shape, {name: tensors[name].contiguous() for name in specs})
+    return QuantTensor(f, op.shape, {name: _compact(tensors[name]) for name in specs})
+
+
+def _compact(t: Tensor) -> Tensor:
+    """A tensor that fills its memory: files get all of that, and safetensors refuses a part of it."""
+    whole = t.untyped_storage().nbytes() == t.numel() * t.element_size()
+    return t if whole and t.is_contiguous() else t.clone(memory_format=torch.contiguous_format)
 
 
 def canonical_tensors(op: Operands) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:

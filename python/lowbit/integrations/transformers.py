@@ -34,6 +34,7 @@ from lowbit.integrations.gguf_llama import (
 from lowbit.io.gguf import GGUFFile
 from lowbit.io.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
+from lowbit.nn.surgery import replace
 from lowbit.tensor import QuantTensor
 
 
@@ -188,8 +189,7 @@ def _fill(
         made = QuantEmbedding.from_quant_tensor(weight, dtype, module.padding_idx)
     else:
         raise NotImplementedError(f"{name}.weight must be dense, got {weight}")
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, made)
+    replace(model, name, made)
 
 
 def _return_freed_memory() -> None:
@@ -202,6 +202,6 @@ def _return_freed_memory() -> None:
 def _tie_head(model: LlamaForCausalLM) -> None:
     embedding = model.model.embed_tokens
     if isinstance(embedding, QuantEmbedding):
-        model.lm_head = QuantLinear.tied_to(embedding)
+        replace(model, "lm_head", QuantLinear.tied_to(embedding))
     else:
         model.lm_head.weight = embedding.weight

@@ -11,7 +11,7 @@ from lowbit.files import cut, shown
 from lowbit.formats import Format
 from lowbit.io.checkpoint import Checkpoint, prefix_of
 from lowbit.nn import PackedModule, QuantLinear
-from lowbit.tensor import TENSOR_NAMES
+from lowbit.nn.surgery import obstacle
 
 _SHOWN = 20  # differences in an error message
 
@@ -19,8 +19,7 @@ _SHOWN = 20  # differences in an error message
 def own_tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     """What a module puts into a state dict besides its children and a quantized weight."""
     if isinstance(module, PackedModule):
-        own = dict(module.named_parameters(recurse=False))
-        return {prefix + name: p for name, p in own.items() if name not in TENSOR_NAMES}
+        return {prefix + name: t for name, t in module.other_tensors().items()}
     state: dict[str, Tensor] = {}
     module._save_to_state_dict(state, prefix, keep_vars=True)
     return state
@@ -104,6 +103,8 @@ class Match:
             return f"layer {shown(name)} is a {type(module).__name__}, not an nn.Linear or nn.Embedding"
         if not name:
             return f"the model is itself the layer, a {type(module).__name__}: put it in a module"
+        if reason := obstacle(module):
+            return f"layer {name!r} cannot be replaced: {reason}"
         if tuple(module.weight.shape) != shape:
             own = tuple(module.weight.shape)
             return f"layer {shown(name)} has shape {own} in the model, {shape} in the file"

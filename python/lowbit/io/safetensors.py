@@ -29,6 +29,7 @@ from lowbit.io.container import Source
 from lowbit.io.convert import quantize_file
 from lowbit.io.matching import Match, own_tensors
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
+from lowbit.nn.surgery import replace
 from lowbit.tensor import QuantTensor
 
 __all__ = ["load", "load_tensors", "quantize_file", "save"]
@@ -226,9 +227,7 @@ def load(
     for name, first in match.tied.items():
         made[name] = _tied(match.modules[name], match.modules[first], made[first])
     for name, module in made.items():
-        if module is not match.modules[name]:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
+        replace(model, name, module)
     for name in match.wanted:
         stored = checkpoint.header.tied.get(name, name)
         if stored in checkpoint.dense:

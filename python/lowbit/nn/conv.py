@@ -6,12 +6,18 @@ A 1x1 filter takes the pixels as they lie. R x S is the size of the filter, C an
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.formats import Format
 from lowbit.nn.linear import QuantLinear
+from lowbit.nn.weight import HasPackedWeight
 
 Size = tuple[int, ...]
 _PAD_MODES = {
@@ -22,7 +28,7 @@ _PAD_MODES = {
 }
 
 
-class QuantConv2d(nn.Module):
+class QuantConv2d(HasPackedWeight):
     """A convolution whose weight is quantized, as an (N, C * R * S) matrix.
 
     The patches take R * S times the memory of the input, for as long as the call lasts.
@@ -33,7 +39,11 @@ class QuantConv2d(nn.Module):
         kernel_size, stride, dilation: as in nn.Conv2d.
         padding: left, right, top, bottom.
         padding_mode: as in nn.Conv2d.
+        weight: (N, C, R, S), stands for the dense weight (`lowbit.nn.weight.PackedWeight`); that of a linear which
+            trains is as the linear has it.
     """
+
+    linear: Any
 
     def __init__(
         self,
@@ -85,7 +95,45 @@ class QuantConv2d(nn.Module):
         made = cls.like(conv, nn.Identity())
         weight = lowbit.quantize(conv.weight.detach().flatten(1), format, method)
         made.linear = QuantLinear.from_quant_tensor(weight, conv.bias).train(conv.training)
+        made.set_weight_dtype(conv.weight.dtype)
         return made
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """(N,), or None."""
+        return self.linear.bias  # type: ignore[no-any-return]
+
+    @property
+    def weight(self) -> Tensor:
+        """As in nn.Conv2d."""
+        packed = isinstance(self.linear, HasPackedWeight)
+        return super().weight if packed else self._as_filters(self.linear.weight)
+
+    def weight_spec(self) -> tuple[Size, torch.dtype, torch.device]:
+        """Shape, dtype and device of `weight`."""
+        (n, _), dtype, device = self.linear.weight_spec()
+        return (n, self._channels, *self.kernel_size), dtype, device
+
+    def weight_source(self) -> Callable[[], Tensor]:
+        """What dequantizes the weight of this moment."""
+        source = self.linear.weight_source()
+        return lambda: self._as_filters(source())
+
+    def learnable_parts(self) -> list[str]:
+        """The tensors of the packed weight that require grad."""
+        return self.linear.learnable_parts()  # type: ignore[no-any-return]
+
+    def set_weight_dtype(self, dtype: torch.dtype) -> None:
+        """Sets the dtype that `weight` stands for, if it is packed."""
+        if isinstance(self.linear, HasPackedWeight):
+            self.linear.set_weight_dtype(dtype)
+
+    @property
+    def _channels(self) -> int:
+        return self.linear.in_features // math.prod(self.kernel_size)  # type: ignore[no-any-return]
+
+    def _as_filters(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(1, (self._channels, *self.kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) or (C, H, W) gives (B, N, H', W') or (N, H', W')."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
 import torch
 from torch import Tensor, nn
 
@@ -14,19 +11,16 @@ from lowbit.formats import Format
 from lowbit.nn.packed import PackedModule, zero_weight
 from lowbit.tensor import QuantTensor
 
-E = TypeVar("E", bound="QuantEmbedding")
-
 
 class QuantEmbedding(PackedModule):
     """An embedding whose weight is quantized.
 
     Attributes:
         num_embeddings, embedding_dim: N and K.
+        weight: stands for the dense weight (`lowbit.nn.weight.PackedWeight`).
         padding_idx: as in nn.Embedding; it plays no part in the result.
         dtype: of the rows. It follows `.to(dtype)`, `.half()` and the like; the weight does not.
     """
-
-    dtype: torch.dtype
 
     def __init__(
         self,
@@ -45,10 +39,9 @@ class QuantEmbedding(PackedModule):
     def _init(self, weight: QuantTensor, dtype: torch.dtype, padding_idx: int | None) -> None:
         if dtype not in checks.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        super().__init__(weight)
+        super().__init__(weight, dtype)
         self.num_embeddings, self.embedding_dim = self.shape
         self.padding_idx = padding_idx
-        self.dtype = dtype
 
     @classmethod
     def from_embedding(
@@ -107,12 +100,6 @@ class QuantEmbedding(PackedModule):
             b["outlier_columns"],
             b["outlier_values"],
         )
-
-    def _apply(self: E, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> E:
-        super()._apply(fn, recurse)
-        codes = self._buffers["codes"]
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=codes.device)).dtype
-        return self
 
     def extra_repr(self) -> str:
         """Shape, padding, dtype, format and bytes."""

@@ -6,8 +6,7 @@ x (..., K) in fp32, bf16 or fp16 gives (..., N) in the same dtype, with gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 import lowbit
 from lowbit import int8, layouts, ops
 from lowbit.formats import Format
-from lowbit.layouts import Operands
 from lowbit.nn.fused import Siblings
 from lowbit.nn.packed import PackedModule, zero_weight
 from lowbit.tensor import SCALE_DTYPES, QuantTensor
@@ -40,6 +38,7 @@ class QuantLinear(PackedModule):
 
     Attributes:
         in_features, out_features: K and N.
+        weight: stands for the dense weight (`lowbit.nn.weight.PackedWeight`).
         bias: Parameter (N,) or None. It does not require grad unless `train_parameters` says so.
         input_scale: Parameter () fp32 without grad, the one scale that int8 activations are quantized
             by (static quantization), or None: a scale per row of x.
@@ -61,11 +60,11 @@ class QuantLinear(PackedModule):
             in_features, out_features, bias: as in nn.Linear.
             format: a Format or its name.
             device: where the weight and the bias live; "meta" works.
-            dtype: of the bias.
+            dtype: of the bias, and of `weight`.
         """
         weight = zero_weight(format, out_features, in_features, device)
         vector = torch.zeros(out_features, device=weight.device, dtype=dtype) if bias else None
-        self._init(weight, vector)
+        self._init(weight, vector, dtype)
 
     # The group that computes the product of this layer with others' (nn/fused.py).
     _siblings: Siblings | None = None
@@ -74,8 +73,8 @@ class QuantLinear(PackedModule):
         # A group is copied and pickled with the module around its layers, and joins them again.
         return {name: value for name, value in self.__dict__.items() if name != "_siblings"}
 
-    def _init(self, weight: QuantTensor, bias: Tensor | None) -> None:
-        super().__init__(weight)
+    def _init(self, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype | None) -> None:
+        super().__init__(weight, dtype if bias is None else bias.dtype)
         self._finish(bias)
 
     def _finish(self, bias: Tensor | None) -> None:
@@ -102,7 +101,11 @@ class QuantLinear(PackedModule):
         """
         if scale is None:
             self.input_scale = None
-            return
+        else:
+            device = self._buffers["codes"].device
+            self._set_input_scale(self._checked_input_scale(scale, device))
+
+    def _checked_input_scale(self, scale: float | Tensor, device: torch.device) -> Tensor:
         if self.format.activation is None:
             raise ValueError(
                 f"format {self.format.name!r} does not quantize activations: use one with the "
@@ -114,9 +117,11 @@ class QuantLinear(PackedModule):
             )
         value = torch.as_tensor(scale, dtype=torch.float32).detach()
         if value.numel() != 1 or not bool((value > 0) & value.isfinite()):
-            raise ValueError(f"scale must be one positive, finite number, got {scale!r:.200}")
-        value = value.reshape(()).to(self._buffers["codes"].device, copy=True)
-        self.input_scale = nn.Parameter(value, requires_grad=False)
+            raise ValueError(f"input_scale must be one positive, finite number, got {scale!r:.200}")
+        return value.reshape(()).to(device, copy=True)
+
+    def _set_input_scale(self, value: Tensor) -> None:
+        self.register_parameter("input_scale", nn.Parameter(value, requires_grad=False))
         if self._siblings is not None:
             self._siblings.dissolve()
 
@@ -133,6 +138,7 @@ class QuantLinear(PackedModule):
         check_dense(linear)
         weight = lowbit.quantize(linear.weight.detach(), format, method)
         layer = cls.from_quant_tensor(weight, linear.bias)
+        layer.set_weight_dtype(linear.weight.dtype)
         return layer.train(linear.training)
 
     @classmethod
@@ -144,7 +150,8 @@ class QuantLinear(PackedModule):
         Args:
             weight: on the device where the layer shall run.
             bias: (N,) in fp32, bf16 or fp16.
-            dtype: the bias is cast to it.
+            dtype: the bias is cast to it, and `weight` stands for it; by default that of the bias, or torch's
+                default dtype.
 
         Raises:
             ValueError: the bias has another shape.
@@ -156,7 +163,7 @@ class QuantLinear(PackedModule):
                 )
             bias = bias.to(weight.device, dtype)
         layer = cls.__new__(cls)
-        layer._init(weight, bias)
+        layer._init(weight, bias, dtype)
         return layer
 
     @classmethod
@@ -165,6 +172,7 @@ class QuantLinear(PackedModule):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.share_weight(module)
+        layer.dtype = module.dtype
         layer._finish(bias)
         return layer
 
@@ -249,10 +257,6 @@ class QuantLinear(PackedModule):
                 f"learnable are {_FLOAT_SCALES}"
             )
 
-    def operands(self) -> Operands:
-        """The weight as the kernels read it, learnable tensors rounded to their stored dtype."""
-        return self._make_operands(self._learned())
-
     def _learned(self) -> dict[str, Tensor]:
         """The learnable tensors as the kernels read them, differentiable."""
         learned: dict[str, Tensor] = {}
@@ -282,38 +286,31 @@ class QuantLinear(PackedModule):
             }
             return layouts.from_operands(self._make_operands(learned))
 
-    def _load_weight(self, tensors: dict[str, Tensor]) -> None:
-        super()._load_weight(tensors)
-        with torch.no_grad():
-            for name in self._trained:
-                self._parameters[name].copy_(tensors[name])  # type: ignore[union-attr]
+    def _set_learned(self, weight: QuantTensor) -> None:
+        for name in self._trained:
+            old, value = self._parameters[name], weight.tensors[name]
+            assert old is not None
+            if old.device == value.device:
+                with torch.no_grad():
+                    old.copy_(value)
+            else:
+                self._parameters[name] = nn.Parameter(value.to(old.dtype), old.requires_grad)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        scale = state_dict.get(f"{prefix}input_scale")
-        if scale is not None:
-            try:
-                self.set_input_scale(scale)
-            except (TypeError, ValueError) as error:
-                error_msgs.append(f"{prefix}input_scale: {error}")
-                return
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+    def _made_by_loading(self, names: Collection[str]) -> dict[str, Tensor]:
+        return {"input_scale": torch.empty((), device="cpu")} if "input_scale" in names else {}
+
+    def _other_value(
+        self, name: str, old: Tensor, value: Tensor, device: torch.device, assign: bool
+    ) -> Tensor:
+        if name == "input_scale":
+            return self._checked_input_scale(value, device)
+        return super()._other_value(name, old, value, device, assign)
+
+    def _store_other(self, name: str, value: Tensor, assign: bool) -> None:
+        if name == "input_scale":
+            self._set_input_scale(value)
+        else:
+            super()._store_other(name, value, assign)
 
     def _apply_other(self, fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         new = fn(t)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from lowbit import layouts, ops
 from lowbit.formats import Format, as_format
 from lowbit.nn.linear import QuantLinear, check_dense
+from lowbit.nn.weight import HasPackedWeight
 
 THRESHOLD = 6.0  # of the paper
 
 
-class LLMInt8Linear(nn.Module):
+class LLMInt8Linear(HasPackedWeight):
     """y = x_R W_R^T + x_O W_O^T + bias: the rest R of the features in int8, the outlier features O as they are.
 
     Both products are rounded to the dtype of x, and so is their sum, as in the paper. As there, W is quantized per row
@@ -38,6 +40,7 @@ class LLMInt8Linear(nn.Module):
         quantized: the QuantLinear of W_R, or of all of W; it holds the bias.
         features: O, (F,) int64, ascending; None if it is found in every call.
         columns: W_O, (N, F); None with `features`.
+        weight: stands for the dense weight (`lowbit.nn.weight.PackedWeight`).
     """
 
     features: Tensor | None
@@ -110,6 +113,7 @@ class LLMInt8Linear(nn.Module):
         quantized = QuantLinear.from_linear(rest, format, method)
         if linear.bias is not None:
             quantized.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        quantized.set_weight_dtype(weight.dtype)
         made = cls(quantized, threshold, features, weight.index_select(1, features))
         return made.train(linear.training)
 
@@ -117,6 +121,26 @@ class LLMInt8Linear(nn.Module):
     def bias(self) -> nn.Parameter | None:
         """(N,), or None."""
         return self.quantized._parameters["bias"]
+
+    def weight_spec(self) -> tuple[tuple[int, int], torch.dtype, torch.device]:
+        """Shape, dtype and device of `weight`."""
+        return self.quantized.weight_spec()
+
+    def weight_source(self) -> Callable[[], Tensor]:
+        """What makes the weight of this moment: W_R dequantized and W_O."""
+        rest, features, columns = self.quantized.weight_source(), self.features, self.columns
+        if features is None or columns is None:
+            return rest
+        values = columns.detach().to(self.quantized.dtype)
+        return lambda: rest().index_copy(1, features, values)
+
+    def learnable_parts(self) -> list[str]:
+        """The tensors of the packed weight that require grad."""
+        return self.quantized.learnable_parts()
+
+    def set_weight_dtype(self, dtype: torch.dtype) -> None:
+        """Sets the dtype that `weight` stands for."""
+        self.quantized.set_weight_dtype(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) in fp32, bf16 or fp16 gives (..., N) in its dtype; gradients for x and the bias."""

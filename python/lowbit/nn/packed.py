@@ -1,26 +1,29 @@
 """PackedModule: holds one (N, K) weight as operands; the base of QuantLinear and QuantEmbedding.
 
 In memory the weight lies in the layout of its device's kernels; a state dict holds the canonical
-tensors of `tensor.py` plus `_extra_state` = {"format", "version", "shape"}. A cast to another dtype
-leaves codes, scales, zeros and tables alone; a move to another device converts the layout.
+tensors of `tensor.py` plus `_extra_state`, {"format", "version", "shape"} as bytes of JSON (uint8): tensors
+alone, as writers of state dicts expect. A cast to another dtype leaves codes, scales, zeros and tables alone; a move
+to another device converts the layout.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowbit import layouts
+from lowbit import checks, layouts, outliers
 from lowbit.formats import Format, as_format
 from lowbit.layouts import Operands
+from lowbit.nn import states
+from lowbit.nn.weight import HasPackedWeight
 from lowbit.tensor import TENSOR_NAMES, QuantTensor, tensor_specs
 
-STATE_VERSION = 1
 _OPERANDS = ("codes", "scales", "zeros", "table", "outlier_columns", "outlier_values")
 # Canonical tensors that the operands alone do not give back (`Operands.second`), and their buffers.
 _SECOND = {name: f"second_{name}" for name in ("scales", "scales2", "scales2_offset")}
@@ -29,6 +32,15 @@ _BUFFERS = (*_OPERANDS, *_SECOND.values())
 # Codes buffer -> the canonical tensors last made from it, so that tied modules put the same tensors
 # into a state dict and it shows that they are tied.
 _exports = WeakTensorKeyDictionary()
+# What all tensors of a weight are multiplied by to multiply the weight, by the kind of its scales.
+_FACTORS = {
+    None: ("table",),
+    "dq8": ("scales2", "scales2_offset"),
+    "e4m3": ("scales2",),
+    "fp32": ("scales",),
+    "fp16": ("scales",),
+    "bf16": ("scales",),
+}
 
 Self = TypeVar("Self", bound="PackedModule")
 
@@ -53,24 +65,29 @@ def zero_weight(
     return QuantTensor(f, (n, k), tensors)
 
 
-class PackedModule(nn.Module):
+class PackedModule(HasPackedWeight):
     """Holds a quantized weight; subclasses compute with it.
 
     Attributes:
         format: the weight's Format.
         shape: (N, K).
+        dtype: that `weight` stands for. It follows `.to(dtype)`, `.half()` and the like; what is stored does not.
     """
 
     format: Format
     shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
     _buffers: dict[str, Any]
+    # Whether another module has the same dict of buffers.
+    _tied = False
 
-    def __init__(self, weight: QuantTensor) -> None:
+    def __init__(self, weight: QuantTensor, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if not isinstance(weight, QuantTensor):
             raise TypeError(f"weight must be a QuantTensor, got {type(weight).__name__}")
         self.format = weight.format
         self.shape = weight.shape
+        self.dtype = dtype or torch.get_default_dtype()
         self._set_specs(weight.format)
         for name in _BUFFERS:
             self.register_buffer(name, None)
@@ -87,7 +104,7 @@ class PackedModule(nn.Module):
 
     def operands(self) -> Operands:
         """The weight as the kernels read it; the tensors are the module's own."""
-        return self._make_operands({})
+        return self._make_operands(self._learned())
 
     def _make_operands(self, learned: Mapping[str, Tensor]) -> Operands:
         b = {**self._buffers, **learned}
@@ -103,33 +120,103 @@ class PackedModule(nn.Module):
         return layouts.from_operands(self.operands())
 
     def share_weight(self, other: PackedModule) -> None:
-        """Makes this module hold the weight of `other`, also when that is moved or loaded."""
+        """Makes this module hold the weight of `other`, also when that is moved or loaded.
+
+        Raises:
+            ValueError: the weight of `other` is learnable, or one of the two has buffers of its own.
+        """
         if learned := sorted(other._parameters.keys() & set(TENSOR_NAMES)):
             raise ValueError(f"the weight of other must not be learnable, but {learned} are")
+        if others := sorted({*self._buffers, *other._buffers}.difference(_BUFFERS)):
+            raise ValueError(
+                f"modules that share a weight must have no buffers beside it, got {others}"
+            )
         self.format, self.shape = other.format, other.shape
         self._set_specs(other.format)
         # One dict, not two with the same tensors: whichever module is moved or loaded, both see the
         # result, and deepcopy and pickle keep it one.
         self._buffers = other._buffers
+        self._tied = other._tied = True
 
-    def get_extra_state(self) -> dict[str, object]:
-        """What the tensors of a state dict do not say: {"format", "version", "shape"}."""
-        return {"format": self._spec, "version": STATE_VERSION, "shape": list(self.shape)}
+    def shares_weight(self, other: nn.Module) -> bool:
+        """Whether `other` holds the very weight of this module."""
+        return isinstance(other, PackedModule) and other._buffers is self._buffers
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        # save_pretrained of transformers writes what tied modules share once if they name it so.
+        return {name: name for name in TENSOR_NAMES} if self._tied else {}
+
+    def weight_spec(self) -> tuple[tuple[int, int], torch.dtype, torch.device]:
+        """Shape, dtype and device of `weight`."""
+        return self.shape, self.dtype, self._buffers["codes"].device
+
+    def weight_source(self) -> Callable[[], Tensor]:
+        """What dequantizes the weight of this moment."""
+        b = {**self._buffers, **self._learned()}
+        tensors = [b[name] for name in ("codes", "scales", "zeros", "table")]
+        meaning = (self._spec_without_outliers, self.layout, *self.shape)
+        sparse, dtype = (b["outlier_columns"], b["outlier_values"]), self.dtype
+        computed = dtype if dtype in checks.FLOAT_DTYPES else torch.float32
+        return lambda: outliers.dequantize(tensors, meaning, computed, *sparse).to(dtype)
+
+    def _learned(self) -> dict[str, Tensor]:
+        """What is learnable of the weight, as the kernels read it."""
+        return {}
+
+    def learnable_parts(self) -> list[str]:
+        """The tensors of the packed weight that require grad."""
+        named = self._parameters.items()
+        return [n for n, p in named if n in TENSOR_NAMES and p is not None and p.requires_grad]
+
+    def set_weight_dtype(self, dtype: torch.dtype) -> None:
+        """Sets the dtype that `weight` stands for."""
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def scale_weight(self, factor: float) -> None:
+        """Multiplies the weight, and that of modules tied to it, by a factor.
+
+        Raises:
+            NotImplementedError: the result is not exact in this format, or the weight is learnable.
+        """
+        if factor == 1:
+            return
+        qt = self.quant_tensor()
+        scaled = {*_FACTORS.get(self.format.scale, ()), "outlier_values"}
+        if self.format.zero == "min":
+            scaled.add("zeros")
+        tensors = {
+            name: (t * factor).to(t.dtype) if name in scaled else t
+            for name, t in qt.tensors.items()
+        }
+        made = QuantTensor(self.format, self.shape, tensors)
+        learned = self._parameters.keys() & set(TENSOR_NAMES)
+        if (
+            learned
+            or not math.isfinite(factor)
+            or not torch.equal(made.dequantize(), qt.dequantize() * factor)
+        ):
+            raise NotImplementedError(
+                f"a weight in format {self.format.name!r} cannot be multiplied by {factor} in place: "
+                + (f"its {sorted(learned)} are learnable" if learned else "the result is not exact")
+            )
+        self._set_operands(layouts.to_operands(made))
+
+    def get_extra_state(self) -> Tensor:
+        """What the tensors of a state dict do not say: {"format", "version", "shape"}, as bytes of JSON."""
+        return states.encode(self.format, self.shape)
 
     def set_extra_state(self, state: Any) -> None:
         """Checks that a state was written by a module of this format and shape.
 
+        Args:
+            state: as `get_extra_state` gives it, or the mapping itself, as versions before gave it.
+
         Raises:
             ValueError: it was not.
         """
-        if not isinstance(state, Mapping) or set(state) != {"format", "version", "shape"}:
-            raise ValueError(f"_extra_state must hold format, version and shape, got {state!r}")
-        if state["version"] != STATE_VERSION:
-            raise ValueError(f"version must be {STATE_VERSION}, got {state['version']!r}")
-        if as_format(state["format"]) != self.format:
-            raise ValueError(f"format must be {self._spec!r}, got {state['format']!r}")
-        if tuple(state["shape"]) != self.shape:
-            raise ValueError(f"shape must be {self.shape}, got {tuple(state['shape'])}")
+        states.check(state, self.format, self.shape)
 
     def extra_repr(self) -> str:
         """Format and bytes."""
@@ -160,6 +247,7 @@ class PackedModule(nn.Module):
                 self._buffers[name] = codes if name == "codes" else keep_dtype(t)
         else:
             self._set_operands(layouts.to_operands(self.quant_tensor().map(keep_dtype)))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=codes.device)).dtype
         done = {id(t) for _, t in self._weight_buffers()}
         return super()._apply(lambda t: t if id(t) in done else self._apply_other(fn, t), recurse)
 
@@ -181,14 +269,21 @@ class PackedModule(nn.Module):
         _exports[codes] = (state, {name: weakref.ref(t) for name, t in tensors.items()})
         return tensors
 
+    def other_tensors(self) -> dict[str, Tensor]:
+        """What a state dict holds beside the weight: parameters and persistent buffers, by name."""
+        others = {n: p for n, p in self._parameters.items() if n not in TENSOR_NAMES}
+        for name, t in self._buffers.items():
+            if name not in _BUFFERS and name not in self._non_persistent_buffers_set:
+                others[name] = t
+        return {name: t for name, t in others.items() if t is not None}
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         for name, t in self._canonical_tensors().items():
             destination[prefix + name] = t
-        for name, parameter in self._parameters.items():
-            if parameter is not None and name not in TENSOR_NAMES:
-                destination[prefix + name] = parameter if keep_vars else parameter.detach()
+        for name, t in self.other_tensors().items():
+            destination[prefix + name] = t if keep_vars else t.detach()
         destination[f"{prefix}_extra_state"] = self.get_extra_state()
 
     def _load_from_state_dict(
@@ -201,62 +296,109 @@ class PackedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        specs = tensor_specs(self.format, *self.shape)
-        parameters = {
-            name: p
-            for name, p in self._parameters.items()
-            if p is not None and name not in TENSOR_NAMES
+        arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, *arguments)
+        specs, others = tensor_specs(self.format, *self.shape), self.other_tensors()
+        others.update(self._made_by_loading(states.under(state_dict, prefix)))
+        expected = [*specs, *others, "_extra_state"]
+        given = {
+            name: state_dict[prefix + name] for name in expected if prefix + name in state_dict
         }
-        expected = [*specs, *parameters, "_extra_state"]
-        missing = [name for name in expected if prefix + name not in state_dict]
         if strict:
-            missing_keys += [prefix + name for name in missing]
+            missing_keys += [prefix + name for name in expected if name not in given]
             unexpected_keys += self._unexpected(state_dict, prefix, expected)
+        assign = local_metadata.get("assign_to_params_buffers", False)
         try:
-            if "_extra_state" not in missing:
-                self.set_extra_state(state_dict[f"{prefix}_extra_state"])
-            if not set(missing) & specs.keys():
-                self._load_weight({name: state_dict[prefix + name] for name in specs})
+            store = self._prepare(given, specs.keys(), others, assign)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-            return
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        for name in parameters.keys() - set(missing):
-            problem = self._load_parameter(name, state_dict[prefix + name], assign)
-            if problem:
-                error_msgs.append(f"{prefix}{name}: {problem}")
+        else:
+            store()
+
+    def _prepare(
+        self,
+        given: dict[str, Any],
+        names: Collection[str],
+        others: Mapping[str, Tensor],
+        assign: bool,
+    ) -> Callable[[], None]:
+        """Checks everything that is given and gives back what stores it, which does not fail.
+
+        Raises:
+            TypeError, ValueError: naming the tensor, the value and what was expected.
+        """
+        if "_extra_state" in given:
+            self.set_extra_state(given.pop("_extra_state"))
+        for name, value in given.items():
+            states.check_tensor(name, value)
+        weight = None
+        device = self._buffers["codes"].device
+        if not names - given.keys():
+            weight = QuantTensor(self.format, self.shape, {n: given[n] for n in names}).validate()
+            # A module on the meta device takes its device from what it is given.
+            device = weight.device if assign or device.type == "meta" else device
+            weight = weight.to(device).map(_own)
+        values = {
+            name: self._other_value(name, old, given[name], device, assign)
+            for name, old in others.items()
+            if name in given
+        }
+        operands = None if weight is None else layouts.to_operands(weight)
+
+        def store() -> None:
+            if weight is not None and operands is not None:
+                self._set_operands(operands)
+                self._set_learned(weight)
+            for name, value in values.items():
+                self._store_other(name, value, assign)
+
+        return store
+
+    def _set_learned(self, weight: QuantTensor) -> None:
+        """Brings what is learnable of the weight up to date with one that was loaded."""
+
+    def _made_by_loading(self, names: Collection[str]) -> dict[str, Tensor]:
+        """What `other_tensors` lacks and a state dict with these names makes."""
+        return {}
+
+    def _other_value(
+        self, name: str, old: Tensor, value: Tensor, device: torch.device, assign: bool
+    ) -> Tensor:
+        """What `_store_other` takes of a tensor, checked."""
+        if value.shape != old.shape:
+            raise ValueError(f"{name} must have shape {tuple(old.shape)}, got {tuple(value.shape)}")
+        if not (assign or old.is_meta):
+            return value.detach().to(old.device, old.dtype, copy=True)
+        floats = checks.FLOAT_DTYPES if old.dtype in checks.FLOAT_DTYPES else (old.dtype,)
+        if value.dtype not in floats or value.device != device:
+            wanted = " or ".join(map(str, floats))
+            raise ValueError(
+                f"{name} must be {wanted} on {device}, got {value.dtype} on {value.device}"
+            )
+        return value.detach()
+
+    def _store_other(self, name: str, value: Tensor, assign: bool) -> None:
+        members = self._parameters if name in self._parameters else self._buffers
+        old = members[name]
+        assert old is not None
+        if not (assign or old.is_meta):
+            with torch.no_grad():
+                old.copy_(value)
+        elif members is self._buffers:
+            self._buffers[name] = value
+        else:
+            self._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
 
     def _unexpected(
         self, state_dict: Mapping[str, Any], prefix: str, expected: Iterable[str]
     ) -> list[str]:
-        names = {key: key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
         known = set(expected)
         return [
-            key
-            for key, name in names.items()
+            prefix + name
+            for name in states.under(state_dict, prefix)
             if name not in known and name.split(".", 1)[0] not in self._modules
         ]
-
-    def _load_weight(self, tensors: dict[str, Tensor]) -> None:
-        device = self._buffers["codes"].device
-        if any(t.is_meta for t in tensors.values()):
-            raise ValueError("the tensors are on the meta device and hold no values")
-        weight = QuantTensor(self.format, self.shape, tensors).validate()
-        # A module on the meta device takes its device from what it is given.
-        weight = weight if device.type == "meta" else weight.to(device)
-        self._set_operands(layouts.to_operands(weight.map(_own)))
-
-    def _load_parameter(self, name: str, value: Tensor, assign: bool) -> str | None:
-        old = self._parameters[name]
-        assert old is not None
-        if not isinstance(value, Tensor) or value.shape != old.shape:
-            return f"must be a tensor of shape {tuple(old.shape)}, got {value!r:.200}"
-        if assign or old.is_meta:
-            self._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
-        else:
-            with torch.no_grad():
-                old.copy_(value)
-        return None
 
 
 def _is_float8(t: Tensor) -> bool:

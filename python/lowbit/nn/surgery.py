@@ -13,6 +13,9 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lowbit.nn.packed import PackedModule
+from lowbit.nn.weight import HasPackedWeight
+
 # Handles of hooks refer to these very dicts, so the new module gets the dicts themselves.
 _HOOKS = (
     "_backward_pre_hooks",
@@ -68,7 +71,7 @@ def replace(
 
     Args:
         model: the root that `names` start from.
-        names: every name of the one module that is replaced.
+        names: of the one module that is replaced; another name of it may follow in another call.
         module: what takes its place, without hooks of its own.
         own: attributes that belong to the class of the old module, besides those in its
             `__constants__`, and are not kept.
@@ -87,14 +90,13 @@ def replace(
     if old is not module:
         if reason := obstacle(old):
             raise NotImplementedError(f"{names[0]} cannot be replaced: {reason}")
-        _carry(old, module, {*_constants(old), *own}, names[0])
+        _carry(old, module, own, names[0])
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
 
 
 def _carry(old: nn.Module, new: nn.Module, own: Collection[str], name: str) -> None:
-    # What the new module lacks is kept, also of the class's own: a convolution's in_channels.
     members = {
         group: {
             key: value
@@ -103,19 +105,28 @@ def _carry(old: nn.Module, new: nn.Module, own: Collection[str], name: str) -> N
         }
         for group in _MEMBERS
     }
-    attributes = {key: value for key, value in vars(old).items() if key not in _OF_TORCH}
-    extra = {key: value for key, value in attributes.items() if key not in own}
-    for group in members.values():
-        extra.update(group)
+    attributes = {k: v for k, v in vars(old).items() if k not in _OF_TORCH and k not in own}
+    # What the class itself has is kept where the new module lacks it: a convolution's in_channels.
+    constants = _constants(old)
+    extra = {key: value for key, value in attributes.items() if key not in constants}
+    for values in members.values():
+        extra.update(values)
     if taken := sorted(key for key in extra if _has_other(new, key, extra[key])):
         raise NotImplementedError(
             f"{name} cannot be replaced: its {' and '.join(taken)} would take the place of what a "
             f"{type(new).__name__} has under this name"
         )
+    if members["_buffers"] and isinstance(new, PackedModule) and new._tied:
+        raise NotImplementedError(
+            f"{name} cannot be replaced: its {' and '.join(members['_buffers'])} would be that of every "
+            "module that shares its weight"
+        )
     if any(getattr(new, key) and getattr(new, key) is not getattr(old, key) for key in _HOOKS):
         raise ValueError(
             f"module must have no hooks of its own, got {type(new).__name__} with some"
         )
+    if isinstance(new, HasPackedWeight) and "weight" in old._parameters:
+        new.set_weight_dtype(old._parameters["weight"].dtype)  # type: ignore[union-attr]
     new.train(old.training)
     for key in _HOOKS:
         object.__setattr__(new, key, getattr(old, key))

@@ -75,8 +75,8 @@ def fisher_diagonal(
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:
     module = model.get_submodule(name)
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
         raise TypeError(f"{name} must have a weight (N, K), got {type(module).__name__}")
     return weight
 

@@ -135,8 +135,8 @@ def fold(previous: nn.Module, linears: Sequence[nn.Linear], scales: Tensor) -> N
             raise TypeError(f"linears must be nn.Linear, got {type(linear).__name__}")
         if linear.in_features != k:
             raise ValueError(f"linears must have {k} input features, got {linear.in_features}")
-    weight, bias = getattr(previous, "weight", None), getattr(previous, "bias", None)
-    if not isinstance(weight, nn.Parameter) or not isinstance(bias, (nn.Parameter, type(None))):
+    weight, bias = previous._parameters.get("weight"), getattr(previous, "bias", None)
+    if weight is None or not isinstance(bias, (nn.Parameter, type(None))):
         raise TypeError(
             f"previous must be a norm with a weight or a linear, got {type(previous).__name__}"
         )
