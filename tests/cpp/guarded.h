@@ -113,14 +113,14 @@ __attribute__((noinline)) inline void poison_stack() {
 template <class T, class Fn>
 [[nodiscard]] bool same_when_poisoned(Guarded<T>& out, const Fn& fn) {
   fn();
-  const Guarded<T> first(out);
+  const std::vector<T> first(out.begin(), out.end());
   out.poison();
   poison_scratch(true);
   poison_stack();
   fn();
   poison_scratch(false);
   ++now->poisoned;
-  return out == first;
+  return std::memcmp(out.data(), first.data(), first.size() * sizeof(T)) == 0;
 }
 
 }  // namespace lowbit
