@@ -3,8 +3,10 @@
 
 #include <pybind11/numpy.h>
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace lowbit {
 
@@ -29,6 +31,13 @@ inline void want_shape(const char* name, const py::array& a, int64_t rows, int64
   if (a.ndim() != 2 || a.shape(0) != rows || a.shape(1) != columns) {
     fail(std::string(name) + " must have shape (" + std::to_string(rows) + ", " + std::to_string(columns) + "), got " +
          shape_string(a));
+  }
+}
+
+// Sizes that something is divided by, or whose last element is read: one of 0 would stop the process.
+inline void want_positive(std::initializer_list<std::pair<const char*, int64_t>> sizes) {
+  for (const auto& [name, size] : sizes) {
+    if (size < 1) fail(std::string(name) + " must be at least 1, got " + std::to_string(size));
   }
 }
 

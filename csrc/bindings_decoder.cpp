@@ -1,14 +1,12 @@
 // The Python class `lowbit._C.Decoder`. Addresses for torch's tensors; the caller keeps them alive.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <string>
 #include <tuple>
 
+#include "bindings.h"
 #include "decoder.h"
-
-namespace py = pybind11;
 
 namespace lowbit {
 namespace {
@@ -16,6 +14,7 @@ namespace {
 const void* address(uint64_t a) { return reinterpret_cast<const void*>(static_cast<uintptr_t>(a)); }
 
 DecoderLinear dense_linear(int64_t n, int64_t k, uint64_t weight, uint64_t bias, int bias_dtype) {
+  want_positive({{"n", n}, {"k", k}});
   DecoderLinear linear{};
   linear.launch.n = n;
   linear.launch.k = k;
@@ -32,6 +31,16 @@ std::unique_ptr<Decoder> make_decoder(int dtype, int64_t hidden, int64_t heads, 
                                       int threads, const DecoderLinear& embedding, const std::vector<Layer>& layers,
                                       uint64_t norm, const DecoderLinear& head, uint64_t cos, uint64_t sin,
                                       uint64_t logits) {
+  want_positive({{"hidden", hidden},
+                 {"heads", heads},
+                 {"kv_heads", kv_heads},
+                 {"head_dim", head_dim},
+                 {"intermediate", intermediate},
+                 {"vocab", vocab},
+                 {"max_length", max_length}});
+  if (heads % kv_heads != 0) {
+    fail("heads must be a multiple of kv_heads, got " + std::to_string(heads) + " and " + std::to_string(kv_heads));
+  }
   const DecoderConfig config{static_cast<Dtype>(dtype),
                              hidden,
                              heads,

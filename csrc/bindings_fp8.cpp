@@ -1,16 +1,13 @@
 // FP8 by raw pointers: what `lowbit._C` has for the package lowbit.fp8. `isa` "" is the newest instruction set of this
 // CPU, another name caps it.
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <string>
 #include <tuple>
 
 #include "address.h"
+#include "bindings.h"
 #include "dispatch.h"
 #include "fp8.h"
-
-namespace py = pybind11;
 
 namespace lowbit {
 namespace {
@@ -21,15 +18,16 @@ const Fp8Ops& ops_of(const std::string& isa) { return fp8_ops(cap_isa(active_isa
 using Blocks = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 Fp8Blocks blocks_of(const Blocks& b) {
   const auto& [rows, k, block_rows, block_k, row_blocks] = b;
+  want_positive({{"block_rows", block_rows}, {"block_k", block_k}});
   return {rows, k, block_rows, block_k, row_blocks};
 }
 
 void py_maxima(const Blocks& blocks, uint64_t x, int dtype, int64_t stride, uint64_t maxima, int threads,
                const std::string& isa) {
   const Fp8Ops& ops = ops_of(isa);
+  const Fp8Blocks of = blocks_of(blocks);
   py::gil_scoped_release unlocked;
-  fp8_maxima(ops, blocks_of(blocks), {pointer<const void>(x), static_cast<Dtype>(dtype), stride},
-             pointer<float>(maxima), threads);
+  fp8_maxima(ops, of, {pointer<const void>(x), static_cast<Dtype>(dtype), stride}, pointer<float>(maxima), threads);
 }
 
 void py_quantize(const Blocks& blocks, uint64_t x, int dtype, int64_t stride, int type, int scale_type, uint64_t maxima,

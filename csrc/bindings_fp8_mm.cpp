@@ -1,5 +1,4 @@
 // Products of FP8 matrices by raw pointers: what `lowbit._C` has for fp8/matmul.py.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
@@ -8,10 +7,9 @@
 #include <vector>
 
 #include "address.h"
+#include "bindings.h"
 #include "dispatch.h"
 #include "fp8_mm.h"
-
-namespace py = pybind11;
 
 namespace lowbit {
 namespace {
@@ -31,6 +29,7 @@ Fp8Operand operand_of(const Operand& o) {
 // y (m, n) = (a * sa) (b * sb)^T + bias. `isa` "" is the newest instruction set of this CPU, another name caps it.
 void py_fp8_matmul(int64_t m, int64_t n, int64_t k, const Operand& a, const Operand& b, uint64_t bias, int bias_dtype,
                    uint64_t out, int out_dtype, int threads, const std::string& isa) {
+  want_positive({{"k", k}});
   Fp8Matmul q{};
   q.out.m = m;
   q.out.n = n;

@@ -1,13 +1,10 @@
 // The sparse term of a weight with outliers by raw pointers: what `lowbit._C` has for backends/cpu.py.
-#include <pybind11/pybind11.h>
-
 #include <string>
 
 #include "address.h"
+#include "bindings.h"
 #include "dispatch.h"
 #include "outliers.h"
-
-namespace py = pybind11;
 
 namespace lowbit {
 namespace {
@@ -16,6 +13,7 @@ namespace {
 void py_multiply_outliers(uint64_t x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, uint64_t columns,
                           uint64_t values, int value_dtype, int64_t n, int64_t count, uint64_t out, int threads,
                           const std::string& isa) {
+  want_positive({{"k", k}});
   Outliers z{};
   z.m = m;
   z.n = n;

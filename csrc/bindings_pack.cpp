@@ -9,7 +9,9 @@ namespace lowbit {
 namespace {
 
 CanonicalCodes canonical(int64_t n, int64_t k, int bits, int base) {
-  if (n < 0 || k < 0) fail("shape must not be negative");
+  if (n < 0 || k < 0 || n > INT32_MAX || k > INT32_MAX) {
+    fail("shape must be from 0 to below 2^31, got (" + std::to_string(n) + ", " + std::to_string(k) + ")");
+  }
   if (bits < 1 || bits > 8) fail("bits must be 1 to 8, got " + std::to_string(bits));
   const bool fits = base == 0 || (base >= 2 && base <= 1 << bits);
   if (!fits) fail("base must be 0 or from 2 to 2^bits, got " + std::to_string(base));

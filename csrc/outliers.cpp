@@ -1,5 +1,9 @@
 #include "outliers.h"
 
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
 #include "layout.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -30,9 +34,18 @@ void multiply_outliers(Outliers z, uint32_t isa, int threads) {
   z.prepared = static_cast<float*>(scratch.get(static_cast<size_t>(elements) * sizeof(float)));
   parallel(tiles * ceil_div(z.k, kOutlierDepth), elements < kLeastElements ? 1 : threads,
            [&](int64_t begin, int64_t end) { kernel.prepare(z, begin, end); });
+  std::atomic<uint32_t> largest{0};
   parallel(tiles * ceil_div(z.n, kOutlierRows), z.m * z.n * z.count < kLeastProducts ? 1 : threads,
-           [&](int64_t begin, int64_t end) { kernel.run(z, begin, end); });
+           [&](int64_t begin, int64_t end) {
+             const uint32_t found = kernel.run(z, begin, end);
+             uint32_t before = largest.load();
+             while (before < found && !largest.compare_exchange_weak(before, found)) {
+             }
+           });
   scratch.trim();
+  if (largest < z.k) return;
+  throw std::invalid_argument("outlier_columns must be in [0, " + std::to_string(z.k) + "), got " +
+                              std::to_string(static_cast<int32_t>(largest.load())));
 }
 
 }  // namespace lowbit

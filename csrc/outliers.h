@@ -9,7 +9,7 @@
 namespace lowbit {
 
 struct Outliers {
-  int64_t m, n, k, count;  // `count` entries in each of the n rows of S (n, k)
+  int64_t m, n, k, count;  // `count` entries, or none, in each of the n rows of S (n, k)
   const void* x;           // (m, k), unit stride along k
   Dtype x_dtype;
   int64_t x_stride;
@@ -28,10 +28,12 @@ constexpr int64_t kOutlierDepth = 256;  // columns of x of a task that prepares 
 
 struct OutlierKernel {
   void (*prepare)(const Outliers& z, int64_t begin, int64_t end);
-  void (*run)(const Outliers& z, int64_t begin, int64_t end);
+  // Returns the largest column as an unsigned number; one that is not below k counts as k - 1.
+  uint32_t (*run)(const Outliers& z, int64_t begin, int64_t end);
 };
 
-// Sets `out` on up to `threads` threads (cpu/outliers-inl.h).
+// Sets `out` on up to `threads` threads (cpu/outliers-inl.h). Throws std::invalid_argument if a column is not in [0,
+// k).
 void multiply_outliers(Outliers request, uint32_t isa, int threads);
 
 }  // namespace lowbit

@@ -2,39 +2,29 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdlib>
-#include <new>
 
 namespace lowbit {
 
 class Scratch {
  public:
-  ~Scratch() { std::free(data_); }
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { release(); }
   // At least `bytes` bytes, aligned to 64; what was there is lost.
-  void* get(size_t bytes) {
-    if (bytes > size_) {
-      release();
-      const size_t rounded = (bytes + 4095) / 4096 * 4096;
-      data_ = std::aligned_alloc(64, rounded);
-      if (!data_) throw std::bad_alloc();
-      size_ = rounded;
-    }
-    return data_;
-  }
+  void* get(size_t bytes);
   // Returns a large buffer to the system. Called at the end of a call.
-  void trim() {
-    constexpr size_t kKept = size_t{16} << 20;
-    if (size_ > kKept) release();
-  }
+  void trim();
 
  private:
-  void release() {
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
+  void release();
   void* data_ = nullptr;
   size_t size_ = 0;
+  size_t mapped_ = 0;  // bytes of the mapping that a guarded buffer lies in
 };
+
+// For tests: from now on every buffer is new, full of 0xFF, ends up to its alignment at a page that nobody may touch,
+// and is gone after the call. What a kernel reads and nobody wrote is NaN; reading beyond the end stops the process.
+void poison_scratch(bool on);
 
 }  // namespace lowbit

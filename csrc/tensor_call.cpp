@@ -9,6 +9,7 @@
 #include "address.h"
 #include "dlpack.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace py = pybind11;
 
@@ -240,6 +241,7 @@ void bind_tensor_calls(py::module_& m) {
   m.def(
       "poison_outputs", [](bool on) { poison_outputs = on; },
       "Fills results of linear_tensors before the kernels run.");
+  m.def("poison_scratch", &poison_scratch, "What kernels keep between calls is new, poisoned and guarded (scratch.h).");
   for (PyMethodDef& method : methods) {
     m.attr(method.ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
   }

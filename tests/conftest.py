@@ -52,7 +52,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An element that a kernel forgets to write is NaN, or 0xFF in an integer tensor."""
+    """An element that a kernel forgets to write is NaN, or 0xFF in an integer tensor; so is what it reads of its own
+    memory without having written it, which ends at a page that must not be touched."""
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),
@@ -60,6 +61,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
     _C.poison_outputs(True)
+    _C.poison_scratch(True)
 
 
 def _poisoning(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8_operands import PAIRINGS, TYPES, assert_close, operand
+from fp8_operands import PAIRINGS, TYPES, assert_close, check_neighbours, operand
 from fp8_values import E4M3, E5M2
 from lowbit import _C, fp8
 from lowbit.fp8 import granularity as granularities
@@ -74,6 +74,23 @@ def test_more_rows_than_a_task(isa: str) -> None:
     a, b = (torch.randint(-8, 9, (rows, 40)).float() for rows in (521, 70))
     one = torch.tensor(1.0)
     assert torch.equal(run(isa, a.to(E4M3), b.to(E4M3), one, one), a @ b.T)
+
+
+@pytest.mark.parametrize("granularity", granularities.GRANULARITIES)
+def test_scales_of_more_rows_than_a_task(granularity: str, isa: str) -> None:
+    """Each row has its own, or its band's."""
+    for m, k in ((517, 48), (1100, 17)):
+        a, scale_a = operand(m, k, granularity)
+        b, scale_b = operand(5, k, "row")
+        assert_close(run(isa, a, b, scale_a, scale_b), a, b, scale_a, scale_b)
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS, ids="-".join)
+def test_scales_end_where_they_end(pairing: tuple[str, str], isa: str) -> None:
+    """K ends in every part of a group, a step and a slab; few and many rows."""
+    for m in (2, 4, 5, 19):
+        for k in (17, 33, 48, 63, 80, 144, 203, 720):
+            check_neighbours(functools.partial(run, isa), pairing, m, k)
 
 
 @pytest.mark.parametrize("dtype", (E4M3, E5M2), ids=str)

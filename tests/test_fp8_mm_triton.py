@@ -15,7 +15,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fp8_operands import PAIRINGS, TYPES, assert_close, operand
+from guarded import Guard
+
+from fp8_operands import PAIRINGS, TYPES, assert_close, check_neighbours, operand
 from fp8_values import E4M3, E5M2, nan_is_no_mistake, same
 from lowbit.backends.triton import kernels
 from lowbit.fp8 import granularity as granularities
@@ -56,6 +58,31 @@ def test_every_pairing(pairing: tuple[str, str]) -> None:
     b, scale_b = operand(n, k, pairing[1], E5M2)
     y = run(aligned(a), aligned(b), scale_a, scale_b, path=path)
     assert_close(y, a, b, scale_a, scale_b)
+
+
+@nan_is_no_mistake
+@pytest.mark.parametrize(
+    ("path", "pairing", "k"),
+    [
+        (PATHS[0], ("1x16", "row"), 24),
+        (PATHS[1], ("row", "1x16"), 24),
+        (PATHS[2], ("1x16", "1x128"), 40),
+        (PATHS[3], ("mx", "mx"), 40),
+        (PATHS[0], ("1x128", "row"), 131),
+        (PATHS[2], ("row", "mx"), 40),
+    ],
+    ids=str,
+)
+def test_scales_end_where_they_end(
+    path: tuple[str, bool], pairing: tuple[str, str], k: int
+) -> None:
+    """As on the CPU; and operands that end at a closed page are read to their end."""
+    check_neighbours(lambda a, b, *s: run(aligned(a), aligned(b), *s, path=path), pairing, 3, k)
+    operands = [*operand(3, k, pairing[0]), *operand(9, k, pairing[1], E5M2)]
+    a, scale_a, b, scale_b = map(Guard().tensor, operands)
+    path = ("pointers", path[1])
+    want = run(*operands[::2], *operands[1::2], path=path)
+    assert same(run(a, b, scale_a, scale_b, path=path), want)
 
 
 def test_the_number_of_programs_and_the_loads_change_no_bit() -> None:

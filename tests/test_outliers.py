@@ -147,7 +147,7 @@ def test_random_x(format: Format) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(0, 40), st.integers(0, 70), st.integers(1, 90), st.integers(1, 90),
+    st.integers(0, 40), st.integers(0, 70), st.integers(1, 90), st.integers(0, 90),
     st.sampled_from(DTYPES), st.sampled_from((torch.float16, torch.float32)),
     st.sampled_from([isa for isa in _C.isa_active() if isa in ("scalar", "avx2", "avx512")]),
 )  # fmt: skip
@@ -159,9 +159,8 @@ def test_the_sparse_kernel_is_exact_on_integers(m, n, k, count, dtype, values_dt
     x = torch.randint(-8, 9, (m, k + 3)).to(dtype)[:, 3:]
     expected = x.double() @ torch.zeros(n, k).double().scatter(1, columns.long(), values.double()).T
     assert torch.equal(cpu.outlier_product(x, columns, values, isa).double(), expected)
-    if m and n:
-        plain = backends.reference.outlier_product(x, columns, values)
-        assert torch.equal(plain.double(), expected)
+    plain = backends.reference.outlier_product(x, columns, values)
+    assert torch.equal(plain.double(), expected)
 
 
 def test_rows_of_more_entries_than_are_converted_at_a_time() -> None:
@@ -394,5 +393,28 @@ def test_bad_input_of_the_ops() -> None:
         call(columns[:, :1], values)
     with pytest.raises(ValueError, match="contiguous"):
         call(columns.T.contiguous().T, values)
-    # A column beyond K stays within x.
-    assert bool(torch.isfinite(call(columns + 10**6, values)).all())
+
+
+@pytest.mark.parametrize("layout", (CANONICAL, N16, K16))
+@pytest.mark.parametrize("m", (1, 4, 5, 40))
+def test_no_outliers_and_wrong_columns(layout: str, m: int) -> None:
+    """P = 0 is the product of the rest, bit for bit; a column that x lacks is refused, wherever it stands."""
+    if layout == K16:
+        pytest.importorskip("triton")
+    w = layouts.to_operands(lowbit.quantize(normal(70, 96), "int4_g32"), layout)
+    x, bias = torch.randn(m, 96), torch.randn(70)
+    whole = (w.codes, w.scales, w.zeros, w.table, bias, w.spec, w.layout, 70, 96)
+
+    def call(columns: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = torch.ops.lowbit.linear_outliers(x, *whole, columns, values, None, None, None)
+        return y, torch.ops.lowbit.linear_outliers_trainable(x, *whole, columns, values)
+
+    nothing = torch.empty(70, 0, dtype=torch.int32), torch.empty(70, 0, dtype=torch.float16)
+    assert all(torch.equal(y, torch.ops.lowbit.linear(x, *whole)) for y in call(*nothing))
+    for wrong in (-1, 96, 10**6, -(2**31), 2**31 - 1):
+        for row, i in ((0, 0), (69, 1), (64, 0)):
+            columns = torch.arange(2, dtype=torch.int32).repeat(70, 1)
+            columns[row, i] = wrong
+            message = rf"outlier_columns must be in \[0, 96\), got {wrong}"
+            with pytest.raises(ValueError, match=message):
+                call(columns, torch.ones(70, 2, dtype=torch.float16))

@@ -162,7 +162,8 @@ void fp8_few_run(const Fp8Matmul& q, const P& p, int64_t begin, int64_t end) {
   }
 }
 
-// A panel: k values of kColumns columns, and their scales by group, [group][column].
+// A panel: `k_size` values of K, as many as are there, of kColumns columns, and their scales by group, [group][column].
+// What is decoded goes on with zeros up to whole chunks, but no group begins there, so no scale is asked for.
 struct Fp8Panel {
   int64_t slab, k0, k_size, n0, first_row;
   int group_shift;
@@ -277,7 +278,6 @@ void fp8_many_run(const Fp8Matmul& q, const P& p, int64_t begin, int64_t end) {
   // Groups of 16 and 32 end so often that tiles of half the rows, with their sums of groups in registers, are faster.
   constexpr int kMinGroup = 16, kHeldShift = 6;
   const bool a_groups = by_group(q.a.scales), b_groups = by_group(q.b.scales);
-  const int64_t k_padded = ceil_div(q.out.k, kChunkK) * kChunkK;
   const int64_t row_blocks = ceil_div(q.out.m, kFp8RowsPerTask);
   alignas(64) typename P::Element w[kFp8LongSlab * P::kColumns];
   alignas(64) float scales[kFp8Slab / kMinGroup * P::kColumns], whole_scales[P::kColumns];
@@ -291,9 +291,9 @@ void fp8_many_run(const Fp8Matmul& q, const P& p, int64_t begin, int64_t end) {
     panel.scales = scales;
     const int64_t left = q.out.m - panel.first_row, rows = left < kFp8RowsPerTask ? left : kFp8RowsPerTask;
     __builtin_memset(y, 0, rows * P::kColumns * sizeof(float));
-    for (; panel.k0 < k_padded; panel.k0 += panel.slab) {
-      panel.k_size = k_padded - panel.k0 < panel.slab ? k_padded - panel.k0 : panel.slab;
-      p.decode_panel(q, panel.n0, panel.k0, panel.k_size, w);
+    for (; panel.k0 < q.out.k; panel.k0 += panel.slab) {
+      panel.k_size = q.out.k - panel.k0 < panel.slab ? q.out.k - panel.k0 : panel.slab;
+      p.decode_panel(q, panel.n0, panel.k0, ceil_div(panel.k_size, kChunkK) * kChunkK, w);
       if (b_groups) panel_scales<P>(q, panel, scales);
       if (shift_of(q) < kHeldShift) {
         many_rows<P, (P::kRows + 1) / 2, true>(q, panel, w, rows, y);

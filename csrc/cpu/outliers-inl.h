@@ -43,45 +43,51 @@ void prepare_outliers(const Outliers& z, int64_t begin, int64_t end) {
   }
 }
 
-// Columns are checked where a weight is made; a wrong one that is given to the op must not read beyond x.
-inline int64_t within(int32_t column, int64_t last) {
-  const int64_t c = static_cast<uint32_t>(column);
-  return c < last ? c : last;
-}
+// A wrong column must not read beyond x. The largest that was met, with negative ones on top, says afterwards whether
+// there was one.
+struct Columns {
+  uint32_t last, largest;
+  int64_t at(int32_t column) {
+    const uint32_t c = static_cast<uint32_t>(column);
+    largest = c > largest ? c : largest;
+    return c < last ? c : last;
+  }
+};
 
 // The product of entries of a row of S with a row of x. Elements of x are read one by one: gather instructions took
 // 1.7 times as long (AVX2).
-inline float multiply_row(const float* values, const int32_t* columns, int64_t count, int64_t last, const float* x) {
+inline float multiply_row(const float* values, const int32_t* columns, int64_t count, Columns& within, const float* x) {
   F sums = zero();
   int64_t j = 0;
   for (; j + kVecLanes <= count; j += kVecLanes) {
     alignas(64) float elements[kVecLanes];
-    for (int i = 0; i < kVecLanes; ++i) elements[i] = x[within(columns[j + i], last)];
+    for (int i = 0; i < kVecLanes; ++i) elements[i] = x[within.at(columns[j + i])];
     sums = fma(load(elements), load(values + j), sums);
   }
   float rest = 0;
-  for (; j < count; ++j) rest += values[j] * x[within(columns[j], last)];
+  for (; j < count; ++j) rest += values[j] * x[within.at(columns[j])];
   return sum(sums) + rest;
 }
 
 // y[kOutlierTile] += the products of entries of a row of S with a tile of rows of x.
-inline void multiply_tile(const float* values, const int32_t* columns, int64_t count, int64_t last, const float* x,
+inline void multiply_tile(const float* values, const int32_t* columns, int64_t count, Columns& within, const float* x,
                           float* y) {
   F sums[kTileParts];
   unroll<kTileParts>([&](auto p) LOWBIT_INLINE { sums[p] = load(y + p * kVecLanes); });
   for (int64_t j = 0; j < count; ++j) {
     const F value = set1(values[j]);
-    const float* at = x + within(columns[j], last) * kOutlierTile;
+    const float* at = x + within.at(columns[j]) * kOutlierTile;
     unroll<kTileParts>([&](auto p) LOWBIT_INLINE { sums[p] = fma(value, load(at + p * kVecLanes), sums[p]); });
   }
   unroll<kTileParts>([&](auto p) LOWBIT_INLINE { store(y + p * kVecLanes, sums[p]); });
 }
 
 // Tasks are a tile of rows of x times kOutlierRows rows of S; those of one tile follow each other.
-void run_outliers(const Outliers& z, int64_t begin, int64_t end) {
+uint32_t run_outliers(const Outliers& z, int64_t begin, int64_t end) {
   const int64_t blocks = ceil_div(z.n, kOutlierRows);
   // Whole rows of S, or pieces of one.
-  const int64_t step = z.count < kEntries ? kEntries / z.count : 1;
+  const int64_t step = z.count == 0 ? kOutlierRows : z.count < kEntries ? kEntries / z.count : 1;
+  Columns within{static_cast<uint32_t>(z.k - 1), 0};
   alignas(64) float values[kEntries];
   alignas(64) float y[kOutlierRows * kOutlierTile];
   for (int64_t task = begin; task < end; ++task) {
@@ -99,9 +105,9 @@ void run_outliers(const Outliers& z, int64_t begin, int64_t end) {
           const int32_t* columns = z.columns + first + r * count;
           float* sums = y + (n + r - n0) * z.tile;
           if (z.tile == 1) {
-            *sums += multiply_row(v, columns, count, z.k - 1, x);
+            *sums += multiply_row(v, columns, count, within, x);
           } else {
-            multiply_tile(v, columns, count, z.k - 1, x, sums);
+            multiply_tile(v, columns, count, within, x, sums);
           }
         }
       }
@@ -112,6 +118,7 @@ void run_outliers(const Outliers& z, int64_t begin, int64_t end) {
       for (int64_t n = n0; n < n_end; ++n) out[n] = y[(n - n0) * z.tile + r];
     }
   }
+  return within.largest;
 }
 
 }  // namespace

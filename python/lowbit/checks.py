@@ -153,7 +153,7 @@ def check_linear(
 
 
 def check_outliers(columns: Tensor, values: Tensor, n: int, k: int, device: torch.device) -> None:
-    """Checks dtypes, shapes and devices of outliers; their columns are looked at where operands are made."""
+    """Checks dtypes, shapes and devices of outliers, P = 0 included; what multiplies them looks at the columns."""
     if columns.dtype != torch.int32 or values.dtype not in OUTLIER_DTYPES:
         raise TypeError(
             f"outlier_columns must be int32 and outlier_values one of {OUTLIER_DTYPES}, got "

@@ -125,8 +125,11 @@ def outlier_product(
     values: Tensor,  # (N, P)
 ) -> Tensor:  # (M, N), dtype of x
     """x S^T in the dtype of x."""
+    n, count = columns.shape  # bags by their offsets, as P = 0 makes them empty
+    offsets = torch.arange(n, device=columns.device) * count
+    weights = values.to(x.dtype).flatten()
     return F.embedding_bag(
-        columns, x.t().contiguous(), mode="sum", per_sample_weights=values.to(x.dtype)
+        columns.flatten(), x.t().contiguous(), offsets, mode="sum", per_sample_weights=weights
     ).t()
 
 

@@ -1,5 +1,5 @@
 // The AdamW step with FP8 states of every instruction set against double, without Python: for sanitizers and for
-// emulated CPUs. Buffers have the exact sizes, so any overrun meets a red zone.
+// emulated CPUs. Operands end at pages that nobody may touch (guarded.h).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -8,6 +8,7 @@
 
 #include "dispatch.h"
 #include "fp8_adamw.h"
+#include "guarded.h"
 
 using namespace lowbit;
 
@@ -37,8 +38,8 @@ double magnitude(Type t, int code) {
 
 struct State {
   Type type;
-  std::vector<uint8_t> codes;
-  std::vector<float> terms;
+  Guarded<uint8_t> codes;
+  Guarded<float> terms;
 
   State(Type t, int64_t numel, bool expand)
       : type(t), codes(numel), terms((numel + kStateGroup - 1) / kStateGroup * (expand ? 3 : 1), 1.0f) {}
@@ -86,7 +87,8 @@ Fp8AdamW request(void* param, const void* grad, Dtype dtype, int64_t numel, Stat
 void check_steps(uint32_t isa, Type first, Type second, bool expand, int64_t numel, std::mt19937& rng) {
   std::normal_distribution<double> normal;
   State m(first, numel, expand), v(second, numel, expand);
-  std::vector<float> param(numel), grad(numel), sign(numel);
+  Guarded<float> param(numel), grad(numel);
+  std::vector<float> sign(numel);
   for (int64_t i = 0; i < numel; ++i) {
     param[i] = normal(rng);
     sign[i] = i % 17 == 5 ? 0.0f : normal(rng) < 0 ? -1.0f : 1.0f;
@@ -95,8 +97,17 @@ void check_steps(uint32_t isa, Type first, Type second, bool expand, int64_t num
     // Signs stay, so that nothing cancels.
     for (int64_t i = 0; i < numel; ++i) grad[i] = sign[i] * std::exp(3 * normal(rng));
     const State old_m = m, old_v = v;
-    const std::vector<float> old = param;
-    fp8_adamw(request(param.data(), grad.data(), Dtype::kF32, numel, m, v, step), isa, 2);
+    const Guarded<float> old = param;
+    // In place, so each of both runs begins with what was there.
+    const bool same = same_when_poisoned(param, [&] {
+      for (auto [to, from] : {std::pair{&m, &old_m}, std::pair{&v, &old_v}}) {
+        std::copy(from->codes.begin(), from->codes.end(), to->codes.begin());
+        std::copy(from->terms.begin(), from->terms.end(), to->terms.begin());
+      }
+      std::copy(old.begin(), old.end(), param.begin());
+      fp8_adamw(request(param.data(), grad.data(), Dtype::kF32, numel, m, v, step), isa, 2);
+    });
+    expect(same, true, 0, "step again", step);
     for (int64_t i = 0; i < numel; ++i) {
       const double g = grad[i];
       const double exact_m = kBeta1 * old_m.value(i) + (1 - kBeta1) * g;
@@ -111,7 +122,7 @@ void check_steps(uint32_t isa, Type first, Type second, bool expand, int64_t num
   }
   // In two bytes: zeros stay zeros, and nothing is written beyond them.
   for (Dtype dtype : {Dtype::kBf16, Dtype::kF16}) {
-    std::vector<uint16_t> zeros(numel), still(numel);
+    Guarded<uint16_t> zeros(numel), still(numel);
     State a(first, numel, expand), b(second, numel, expand);
     fp8_adamw(request(zeros.data(), still.data(), dtype, numel, a, b, 1), isa, 2);
     for (int64_t i = 0; i < numel; ++i) expect(zeros[i] & 0x7FFF, 0, 0, "zero", i);
@@ -125,16 +136,18 @@ int main() {
   for (uint32_t isa : {kScalar, kAvx2, kAvx512}) {
     if (!(active_isa() & isa)) continue;
     ++ran;
+    count_for(std::string("adamw, ") + isa_name(static_cast<Isa>(isa)));
     std::mt19937 rng(1);
     for (Type first : kTypes) {
       for (Type second : kTypes) {
         for (bool expand : {true, false}) {
-          for (int64_t numel : {1, 127, 130, 300}) check_steps(isa, first, second, expand, numel, rng);
+          for (int64_t numel : {1, 7, 127, 128, 129, 300}) check_steps(isa, first, second, expand, numel, rng);
         }
       }
     }
   }
   std::printf("isa mask %u: AdamW of %d instruction sets ran, %d checks, %d failures\n", active_isa(), ran, checks,
               failures);
+  print_memory_checks();
   return failures != 0;
 }

@@ -1,13 +1,17 @@
 // Every row of the kernel table against plain loops, without Python: for sanitizers and for emulated CPUs.
 // Packs random codes, checks that unpacking returns them, that x = identity gives scale * (T - zero) bit for bit, and
-// that random x agrees with a sum in double. Buffers have the exact sizes, so any overrun meets a red zone.
+// that random x agrees with a sum in double. Operands end at pages that nobody may touch (guarded.h).
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "dispatch.h"
+#include "guarded.h"
+#include "int8.h"
 #include "layout.h"
 #include "pack.h"
 
@@ -41,6 +45,55 @@ uint16_t half_of(float v) {
   return static_cast<uint16_t>(v == 0 ? sign : sign + ((exponent + 13) << 10) + static_cast<int>(fraction * 2048));
 }
 
+float of_half(uint16_t h) {
+  const int exponent = h >> 10 & 31, fraction = h & 0x3FF;
+  if (exponent == 31) return fraction ? NAN : h & 0x8000 ? -INFINITY : INFINITY;
+  const float v = std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction), (exponent ? exponent : 1) - 25);
+  return h & 0x8000 ? -v : v;
+}
+
+// Numbers of a dtype that holds them all, or in which a kernel writes them.
+struct Numbers {
+  Dtype dtype;
+  Guarded<float> floats;
+  Guarded<uint16_t> words;
+
+  Numbers(Dtype dtype_, const std::vector<float>& values)
+      : dtype(dtype_),
+        floats(dtype == Dtype::kF32 ? values.size() : 0),
+        words(dtype == Dtype::kF32 ? 0 : values.size()) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &values[i], 4);
+      if (dtype == Dtype::kF32) floats[i] = values[i];
+      if (dtype == Dtype::kBf16) words[i] = static_cast<uint16_t>(bits >> 16);
+      if (dtype == Dtype::kF16) words[i] = half_of(values[i]);
+    }
+  }
+  void* data() { return dtype == Dtype::kF32 ? static_cast<void*>(floats.data()) : words.data(); }
+  float operator[](size_t i) const {
+    if (dtype == Dtype::kF32) return floats[i];
+    if (dtype == Dtype::kF16) return of_half(words[i]);
+    const uint32_t bits = uint32_t{words[i]} << 16;
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
+  }
+};
+
+// Runs a row as it is and with poisoned memory.
+template <class T>
+void run_twice(const Kernel& kernel, const Launch& l, int threads, Guarded<T>& out) {
+  expect(same_when_poisoned(out, [&] { run(kernel, l, threads); }), kernel.name, "poisoned memory", l.m, 0, 0);
+}
+void run_twice(const Kernel& kernel, const Launch& l, int threads, Numbers& out) {
+  if (out.dtype == Dtype::kF32) {
+    run_twice(kernel, l, threads, out.floats);
+  } else {
+    run_twice(kernel, l, threads, out.words);
+  }
+}
+
 // The value of a code of E4M3 or E5M2, by the formats' definition; infinite where the code is that or NaN.
 float float8_value(Codec codec, int code) {
   const int mantissa = codec == Codec::kE4m3 ? 3 : 2, bias = codec == Codec::kE4m3 ? 7 : 15;
@@ -61,8 +114,9 @@ struct Problem {
   Case c;
   int bits;
   Scope scope;
-  std::vector<uint8_t> codes, packed, n16;
-  std::vector<float> scales, zeros, table, value;
+  Guarded<uint8_t> codes, packed, n16;
+  Guarded<float> scales, zeros, table;
+  std::vector<float> value;
 
   Problem(const Case& c_, const Kernel& kernel, std::mt19937& rng) : c(c_), bits(kernel.bits), scope(kernel.scope) {
     const bool signs = kernel.compute == Dtype::kB1;
@@ -71,26 +125,26 @@ struct Problem {
     const int64_t groups = ceil_div(c.k, c.group), blocks = num_blocks(c.n);
     const int entries = 1 << bits;
     const CanonicalCodes shape{c.n, c.k, ceil_div(c.k * bits, 8), bits, false};
-    codes.resize(c.n * c.k);
+    codes = Guarded<uint8_t>(c.n * c.k);
     const bool float8 = kernel.codec == Codec::kE4m3 || kernel.codec == Codec::kE5m2;
     for (uint8_t& code : codes) {
       code = static_cast<uint8_t>(rng() % entries);
       if (float8 && !std::isfinite(float8_value(kernel.codec, code))) code = 0;
     }
-    packed.resize(c.n * shape.row_bytes);
+    packed = Guarded<uint8_t>(c.n * shape.row_bytes);
     pack_rows(codes.data(), shape, packed.data(), 1);
-    std::vector<uint8_t> again(codes.size());
+    Guarded<uint8_t> again(codes.size());
     unpack_rows(packed.data(), shape, again.data(), 1);
     expect(again == codes, "pack_rows", "round trip", bits, 0, 0);
-    n16.resize(packed_bytes(c.n, c.k, bits));
+    n16 = Guarded<uint8_t>(packed_bytes(c.n, c.k, bits));
     prepack(packed.data(), shape, n16.data(), 2);
-    std::vector<uint8_t> back(packed.size());
+    Guarded<uint8_t> back(packed.size());
     unprepack(n16.data(), shape, back.data(), 2);
     expect(back == packed, "prepack", "round trip", bits, 0, 0);
 
     std::normal_distribution<float> normal;
     const int64_t tables = scope == Scope::kShared ? 1 : blocks * groups * kBlockN;
-    table.resize(tables * entries);
+    table = Guarded<float>(tables * entries);
     // Tables of 8 bits whose upper half is the lower one negated, as that of e4m3, are looked up in another way.
     const bool symmetric = kernel.bits == 8 && scope == Scope::kShared && !integer && c.zero == ZeroMode::kNone;
     for (size_t i = 0; i < table.size(); ++i) {
@@ -101,8 +155,8 @@ struct Problem {
                                               : normal(rng);
       table[i] = float8 ? float8_value(kernel.codec, static_cast<int>(i)) : bf16_table ? round_bf16(v) : v;
     }
-    scales.resize(blocks * groups * kBlockN);
-    zeros.resize(scales.size());
+    scales = Guarded<float>(blocks * groups * kBlockN);
+    zeros = Guarded<float>(scales.size());
     for (float& s : scales) s = 0.5f + std::abs(normal(rng));
     for (float& z : zeros) z = normal(rng);
     value.resize(c.n * c.k);
@@ -136,47 +190,76 @@ struct Problem {
   }
 };
 
-void check_linear(const Kernel& kernel, Problem& p, std::mt19937& rng) {
+// Whether got is want, off by `bound` and by one rounding to dtype; infinite where fp16 ends.
+bool rounded_to(Dtype dtype, double got, double want, double bound) {
+  if (dtype == Dtype::kF16 && std::isinf(got)) return got * want > 0 && std::abs(want) + bound >= 65504;
+  const double unit = dtype == Dtype::kF32 ? 0x1p-24 : dtype == Dtype::kF16 ? 0x1p-11 : 0x1p-8;
+  return std::abs(got - want) <= bound + unit * std::abs(want) + (dtype == Dtype::kF32 ? 0 : 0x1p-25);
+}
+
+// The rows of x that a product reads lie `x_stride` numbers apart; the last one ends at the closed page.
+std::vector<float> spread(const std::vector<float>& x, int64_t m, int64_t k, int64_t stride) {
+  std::vector<float> wide((m - 1) * stride + k, 1e30f);
+  for (int64_t i = 0; i < m * k; ++i) wide[i / k * stride + i % k] = x[i];
+  return wide;
+}
+
+void check_identity(const Kernel& kernel, Problem& p, Dtype dtype) {
   const Case& c = p.c;
-  const bool bf16 = kernel.exact_x[static_cast<int>(Dtype::kBf16)] && kernel.compute == Dtype::kBf16;
-  const bool f16 = kernel.terms == 2;
-  const auto multiply = [&](const std::vector<float>& x, int64_t m, int threads) {
-    std::vector<uint16_t> words(bf16 || f16 ? x.size() : 0);
-    for (size_t i = 0; i < words.size(); ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, &x[i], 4);
-      words[i] = f16 ? half_of(x[i]) : static_cast<uint16_t>(bits >> 16);
-    }
-    std::vector<float> y(m * c.n, std::nanf(""));
-    Launch l = p.launch();
-    l.m = m;
-    l.x = bf16 || f16 ? static_cast<const void*>(words.data()) : x.data();
-    l.x_dtype = f16 ? Dtype::kF16 : bf16 ? Dtype::kBf16 : Dtype::kF32;
-    l.x_stride = c.k;
-    l.out = y.data();
-    l.out_dtype = Dtype::kF32;
-    l.out_stride = c.n;
-    run(kernel, l, threads);
-    return y;
-  };
   std::vector<float> identity(c.k * c.k, 0.0f);
   for (int64_t k = 0; k < c.k; ++k) identity[k * c.k + k] = 1.0f;
-  const std::vector<float> w = multiply(identity, c.k, 2);
+  Numbers x(dtype, identity);
+  Guarded<float> w(c.k * c.n, std::nanf(""));
+  Launch l = p.launch();
+  l.m = l.x_stride = c.k;
+  l.x = x.data();
+  l.x_dtype = dtype;
+  l.out = w.data();
+  l.out_dtype = Dtype::kF32;
+  l.out_stride = c.n;
+  run_twice(kernel, l, 2, w);
   for (int64_t k = 0; k < c.k; ++k) {
     for (int64_t n = 0; n < c.n; ++n) {
       expect(w[k * c.n + n] == p.value[n * c.k + k], kernel.name, "identity", n * c.k + k, w[k * c.n + n],
              p.value[n * c.k + k]);
     }
   }
+}
+
+// Random x with a bias; and with what may follow, all of it in the dtype of x: gate * (x W^T + bias) + residual.
+void check_random(const Kernel& kernel, Problem& p, Dtype dtype, bool epilogue, std::mt19937& rng) {
+  const Case& c = p.c;
+  const int64_t stride = c.k + (epilogue ? 3 : 0);
   std::normal_distribution<float> normal;
+  const auto draw = [&](int64_t count, int range) {
+    std::vector<float> values(count);
+    for (float& v : values) v = static_cast<float>(static_cast<int>(rng() % (2 * range + 1)) - range) / 8;
+    return values;
+  };
   std::vector<float> x(c.m * c.k);
   // All 11 bits of an fp16, or the 8 of a bf16.
-  for (float& v : x)
-    v = f16 ? static_cast<float>(static_cast<int>(rng() % 4095) - 2047) / 512 : round_bf16(normal(rng));
-  const std::vector<float> y = multiply(x, c.m, 1);
+  for (float& v : x) {
+    v = dtype == Dtype::kF16 ? static_cast<float>(static_cast<int>(rng() % 4095) - 2047) / 512
+                             : round_bf16(normal(rng));
+  }
+  const std::vector<float> bias = draw(c.n, 16), gate = draw(c.m * c.n, 16), residual = draw(c.m * c.n, 64);
+  Numbers given(dtype, spread(x, c.m, c.k, stride)), given_bias(dtype, bias), given_gate(dtype, gate),
+      given_residual(dtype, residual), y(epilogue ? dtype : Dtype::kF32, std::vector<float>(c.m * c.n));
+  const Epilogue follows{Activation::kNone, given_gate.data(), c.n, given_residual.data(), c.n, dtype};
+  Launch l = p.launch();
+  l.m = c.m;
+  l.x = given.data();
+  l.x_dtype = l.bias_dtype = dtype;
+  l.x_stride = stride;
+  l.bias = given_bias.data();
+  l.out = y.data();
+  l.out_dtype = y.dtype;
+  l.out_stride = c.n;
+  l.epilogue = epilogue ? &follows : nullptr;
+  run_twice(kernel, l, 1, y);
   for (int64_t m = 0; m < c.m; ++m) {
     for (int64_t n = 0; n < c.n; ++n) {
-      double sum = 0, magnitude = 0;
+      double sum = bias[n], magnitude = std::abs(sum);
       for (int64_t k = 0; k < c.k; ++k) {
         const double product = double{x[m * c.k + k]} * p.value[n * c.k + k];
         sum += product;
@@ -184,93 +267,151 @@ void check_linear(const Kernel& kernel, Problem& p, std::mt19937& rng) {
       }
       // k additions, each off by half an ulp of a partial sum; integers before their zero is taken away are larger
       // than their products by at most their largest code.
-      const double bound = static_cast<double>(c.k + 4) * 0x1p-23 * (magnitude + 1) * 8;
-      expect(std::abs(y[m * c.n + n] - sum) <= bound, kernel.name, "random x", m * c.n + n, y[m * c.n + n], sum);
+      double bound = static_cast<double>(c.k + 4) * 0x1p-23 * (magnitude + 1) * 8;
+      const int64_t at = m * c.n + n;
+      if (epilogue) {
+        sum = gate[at] * sum + residual[at];
+        bound = bound * std::abs(gate[at]) + 0x1p-22 * std::abs(residual[at]);
+      }
+      expect(rounded_to(y.dtype, y[at], sum, bound), kernel.name, epilogue ? "epilogue" : "random x", at, y[at], sum);
     }
   }
 }
 
+void check_linear(const Kernel& kernel, Problem& p, std::mt19937& rng) {
+  bool first = true;
+  for (Dtype dtype : {Dtype::kF32, Dtype::kBf16, Dtype::kF16}) {
+    if (!kernel.exact_x[static_cast<int>(dtype)]) continue;
+    if (first) {
+      check_identity(kernel, p, dtype);
+      check_random(kernel, p, dtype, false, rng);
+    }
+    first = false;
+    check_random(kernel, p, dtype, true, rng);
+  }
+}
+
+// A product of a quantized x: the launch but for x, the bias, and what is expected of each result.
+struct Quantized {
+  Guarded<float> x_scales, bias, y;
+  Launch l;
+
+  Quantized(Problem& p, float scale, std::mt19937& rng)
+      : x_scales(p.c.m, scale), bias(p.c.n), y(p.c.m * p.c.n, std::nanf("")), l(p.launch()) {
+    for (float& b : bias) b = static_cast<float>(rng() % 9) - 4;
+    l.m = p.c.m;
+    l.x_scales = x_scales.data();
+    l.bias = bias.data();
+    l.bias_dtype = l.out_dtype = Dtype::kF32;
+    l.out = y.data();
+    l.out_stride = p.c.n;
+  }
+};
+
 void check_int8(const Kernel& kernel, Problem& p, std::mt19937& rng) {
   const Case& c = p.c;
-  std::vector<int8_t> x(c.m * c.k);
+  Guarded<int8_t> x(c.m * c.k);
   for (int8_t& v : x) v = static_cast<int8_t>(rng() % 256 - 128);
-  std::vector<float> x_scales(c.m), y(c.m * c.n, std::nanf(""));
-  for (float& s : x_scales) s = 0.25f + static_cast<float>(rng() % 8);
-  Launch l = p.launch();
-  l.m = c.m;
+  Quantized z(p, 0, rng);
+  for (float& s : z.x_scales) s = 0.25f + static_cast<float>(rng() % 8);
+  Launch& l = z.l;
   l.x = x.data();
   l.x_dtype = Dtype::kI8;
-  l.x_scales = x_scales.data();
   l.table_step = 1;
   l.x_stride = c.k;
-  l.out = y.data();
-  l.out_dtype = Dtype::kF32;
-  l.out_stride = c.n;
-  run(kernel, l, 2);
+  run_twice(kernel, l, 2, z.y);
+  double largest = 0;
   for (int64_t m = 0; m < c.m; ++m) {
     for (int64_t n = 0; n < c.n; ++n) {
-      double sum = 0, magnitude = 0;
+      double sum = z.bias[n], magnitude = 4;
       for (int64_t k = 0; k < c.k; ++k) {
-        sum += double{p.value[n * c.k + k]} * x[m * c.k + k] * x_scales[m];
-        magnitude += (std::abs(p.value[n * c.k + k]) + 300) * 128 * x_scales[m];
+        sum += double{p.value[n * c.k + k]} * x[m * c.k + k] * z.x_scales[m];
+        magnitude += (std::abs(p.value[n * c.k + k]) + 300) * 128 * z.x_scales[m];
       }
       // The int32 sums are exact; four fp32 operations a group follow.
-      expect(std::abs(y[m * c.n + n] - sum) <= 4 * 0x1p-23 * magnitude, kernel.name, "int8 x", m * c.n + n,
-             y[m * c.n + n], sum);
+      expect(std::abs(z.y[m * c.n + n] - sum) <= 4 * 0x1p-23 * magnitude, kernel.name, "int8 x", m * c.n + n,
+             z.y[m * c.n + n], sum);
+      largest = std::max(largest, std::abs(sum));
     }
   }
+  // As int8: the fp32 result times 127 / largest, rounded.
+  Guarded<int8_t> bytes(c.m * c.n);
+  l.out = bytes.data();
+  l.out_dtype = Dtype::kI8;
+  l.out_inverse = static_cast<float>(127 / largest);
+  run_twice(kernel, l, 2, bytes);
+  for (int64_t i = 0; i < c.m * c.n; ++i) {
+    const float want = std::nearbyint(z.y[i] * l.out_inverse);
+    expect(bytes[i] == want, kernel.name, "int8 out", i, bytes[i], want);
+  }
+  // Of floats that the kernel quantizes itself: as of what is quantized before.
+  Guarded<float> floats(c.m * c.k), scales(c.m);
+  std::normal_distribution<float> normal;
+  for (float& v : floats) v = normal(rng);
+  quantize_int8({floats.data(), Dtype::kF32, c.k, c.k, c.k, scales.data(), false}, c.m, x.data(), 1);
+  l.x_scales = scales.data();
+  l.out = z.y.data();
+  l.out_dtype = Dtype::kF32;
+  run_twice(kernel, l, 2, z.y);
+  const Guarded<float> want = z.y;
+  l.x = floats.data();
+  l.x_dtype = Dtype::kF32;
+  run_twice(kernel, l, 2, z.y);
+  expect(z.y == want, kernel.name, "float x", 0, 0, 0);
 }
 
 void check_binary(const Kernel& kernel, Problem& p, std::mt19937& rng) {
   const Case& c = p.c;
   const int64_t bytes = ceil_div(c.k, 8);
-  std::vector<uint8_t> x(c.m * bytes);
+  Guarded<uint8_t> x(c.m * bytes);
   for (uint8_t& v : x) v = static_cast<uint8_t>(rng());  // also beyond k
-  std::vector<float> x_scales(c.m, 0.5f), y(c.m * c.n, std::nanf(""));
-  Launch l = p.launch();
-  l.m = c.m;
-  l.x = x.data();
-  l.x_dtype = Dtype::kB1;
-  l.x_scales = x_scales.data();
-  l.x_stride = bytes;
-  l.out = y.data();
-  l.out_dtype = Dtype::kF32;
-  l.out_stride = c.n;
-  run(kernel, l, 2);
+  Quantized z(p, 0.5f, rng);
+  z.l.x = x.data();
+  z.l.x_dtype = Dtype::kB1;
+  z.l.x_stride = bytes;
+  run_twice(kernel, z.l, 2, z.y);
   for (int64_t m = 0; m < c.m; ++m) {
     for (int64_t n = 0; n < c.n; ++n) {
-      double sum = 0, magnitude = 0;
+      double sum = z.bias[n], magnitude = 4;
       for (int64_t k = 0; k < c.k; ++k) {
         const double product = 0.5 * p.value[n * c.k + k] * (x[m * bytes + k / 8] >> k % 8 & 1 ? 1 : -1);
         sum += product;
         magnitude += std::abs(product);
       }
       // The int32 sums are exact; two fp32 operations a group follow.
-      expect(std::abs(y[m * c.n + n] - sum) <= 4 * 0x1p-23 * magnitude, kernel.name, "signs", m * c.n + n,
-             y[m * c.n + n], sum);
+      expect(std::abs(z.y[m * c.n + n] - sum) <= 4 * 0x1p-23 * magnitude, kernel.name, "signs", m * c.n + n,
+             z.y[m * c.n + n], sum);
     }
   }
 }
 
 void check_dequantize(const Kernel& kernel, Problem& p) {
-  std::vector<float> w(p.c.n * p.c.k, std::nanf(""));
-  Launch l = p.launch();
-  l.m = 1;
-  l.out = w.data();
-  l.out_dtype = Dtype::kF32;
-  l.out_stride = p.c.k;
-  run(kernel, l, 2);
-  for (size_t i = 0; i < w.size(); ++i) expect(w[i] == p.value[i], kernel.name, "dequantize", i, w[i], p.value[i]);
+  for (Dtype dtype : {Dtype::kF32, Dtype::kBf16, Dtype::kF16}) {
+    if (!kernel.exact_x[static_cast<int>(dtype)]) continue;
+    Numbers w(dtype, std::vector<float>(p.c.n * p.c.k));
+    Launch l = p.launch();
+    l.m = 1;
+    l.out = w.data();
+    l.out_dtype = dtype;
+    l.out_stride = p.c.k;
+    run_twice(kernel, l, 2, w);
+    for (size_t i = 0; i < p.value.size(); ++i) {
+      const float want = p.value[i];
+      expect(dtype == Dtype::kF32 ? w[i] == want : rounded_to(dtype, w[i], want, 0), kernel.name, "dequantize", i, w[i],
+             want);
+    }
+  }
 }
 
 void check_embedding(Problem& p) {
-  const std::vector<int64_t> indices = {p.c.n - 1, 0, p.c.n / 2};
-  std::vector<float> rows(indices.size() * p.c.k, std::nanf(""));
+  const Guarded<int64_t> indices(std::vector<int64_t>{p.c.n - 1, 0, p.c.n / 2});
+  Guarded<float> rows(indices.size() * p.c.k, std::nanf(""));
   Launch l = p.launch();
   l.out = rows.data();
   l.out_dtype = Dtype::kF32;
   l.out_stride = p.c.k;
-  embed(l, p.bits, p.scope, indices.data(), static_cast<int64_t>(indices.size()), 2);
+  const auto call = [&] { embed(l, p.bits, p.scope, indices.data(), static_cast<int64_t>(indices.size()), 2); };
+  expect(same_when_poisoned(rows, call), "embedding", "poisoned memory", 0, 0, 0);
   for (size_t i = 0; i < indices.size(); ++i) {
     for (int64_t k = 0; k < p.c.k; ++k) {
       const float want = p.value[indices[i] * p.c.k + k];
@@ -295,6 +436,11 @@ int main() {
       continue;
     }
     ++ran;
+    const char* family = kernel->compute == Dtype::kI8   ? "int8 products, "
+                         : kernel->compute == Dtype::kB1 ? "binary products, "
+                         : kernel->op == Op::kLinear     ? "products, "
+                                                         : "dequantize and embedding, ";
+    count_for(std::string(family) + isa_name(kernel->isa));
     std::mt19937 rng(1);
     for (const Case& c : cases) {
       Desc desc{kernel->op, kernel->compute, kernel->codec, kernel->bits, kernel->scope, c.zero, c.m, c.n,
@@ -317,5 +463,6 @@ int main() {
   }
   std::printf("isa mask %u: %d rows ran, %d skipped (instruction set not available), %d checks, %d failures\n",
               active_isa(), ran, skipped, checks, failures);
+  print_memory_checks();
   return failures != 0;
 }

@@ -85,8 +85,13 @@ def outlier_product(
     columns: Tensor,  # (N, P) int32
     values: Tensor,  # (N, P)
 ) -> Tensor:  # (M, N) fp32
-    """`reference.outlier_product` of x in fp32."""
+    """`reference.outlier_product` of x in fp32. ValueError for a column that x lacks, as the kernel of n16 has it; on a
+    GPU, where looking at them would wait for it, torch's own assertion stops the device.
+    """
     _log_outliers_once(x.device.type)
+    wrong = columns[(columns < 0) | (columns >= x.shape[1])] if x.is_cpu else columns[:0]
+    if wrong.numel():
+        raise ValueError(f"outlier_columns must be in [0, {x.shape[1]}), got {int(wrong[0])}")
     return reference.outlier_product(x.float(), columns, values)
 
 
