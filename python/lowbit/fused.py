@@ -12,12 +12,7 @@ from torch import Tensor
 from lowbit import backends, checks
 from lowbit.formats import Format
 from lowbit.layouts import N16
-
-
-def rows_of(x: Tensor, width: int) -> Tensor:  # (M, width), unit stride along the width
-    """A tensor (..., width) as rows that a kernel can read."""
-    rows = x if x.dim() == 2 else x.reshape(-1, width)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+from lowbit.strides import contiguous, rows_of, shaped
 
 
 def linear_epilogue_impl(
@@ -41,11 +36,11 @@ def linear_epilogue_impl(
     checks.refuse_grad("linear_epilogue", x, *tensors, bias, gate, residual)
     format = checks.check_linear(x, *tensors, bias, spec, layout, n, k)
     checks.check_epilogue(x, n, activation, gate, residual)
-    bias = None if bias is None else bias.contiguous()
+    bias = contiguous(bias)
     others = (None if t is None else rows_of(t, n) for t in (gate, residual))
     backend: ModuleType = backends.find_cached(device_type, layout)
     y = backend.linear_epilogue(rows_of(x, k), *tensors, bias, format, n, k, activation, *others)
-    return y.view(*x.shape[:-1], n)
+    return shaped(y, *x.shape[:-1], n)
 
 
 def linear_many_impl(
@@ -73,12 +68,10 @@ def linear_many_impl(
         if made is not None:
             return made
     weights, formats = _check_linear_many(x, codes, scales, zeros, table, bias, spec, layout, n, k)
-    contiguous = [None if b is None else b.contiguous() for b in bias]
+    biases = [contiguous(b) for b in bias]
     backend: ModuleType = backends.find_cached(device_type, layout)
-    outs = backend.linear_many(rows_of(x, k), weights, contiguous, formats, n, k)
-    if x.dim() == 2:
-        return outs
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in outs]
+    outs = backend.linear_many(rows_of(x, k), weights, biases, formats, n, k)
+    return [shaped(y, *x.shape[:-1], y.shape[1]) for y in outs]
 
 
 class Group(Protocol):

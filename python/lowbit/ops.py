@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowbit import autograd, backends, checks, fused, gradients, layouts, outliers, reference
 from lowbit.layouts import Operands
+from lowbit.strides import contiguous, rows_of, shaped
 from lowbit.tensor import QuantTensor
 
 _WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table"
@@ -280,13 +281,17 @@ def _linear_impl(
     n: int,
     k: int,
 ) -> Tensor:
+    if layout == layouts.N16:
+        plan = backends.cpu.plan(spec, n, k)
+        threads = torch.get_num_threads()
+        y = backends.cpu.linear_tensors(plan, threads, x, codes, scales, zeros, table, bias)
+        if y is not None:
+            return y
+    # Something is unusual or wrong: the checks in Python find out.
     format = checks.check_linear(x, codes, scales, zeros, table, bias, spec, layout, n, k)
-    rows = fused.rows_of(x, k)
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
-    backend = _backend(device_type, layout)
-    y = backend.linear(rows, codes, scales, zeros, table, bias, format, n, k)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+    backend, bias = _backend(device_type, layout), contiguous(bias)
+    y = backend.linear(rows_of(x, k), codes, scales, zeros, table, bias, format, n, k)
+    return shaped(y, *x.shape[:-1], n)
 
 
 def _inference_linear_impl(
@@ -304,13 +309,6 @@ def _inference_linear_impl(
 ) -> Tensor:
     if torch.is_grad_enabled():
         checks.refuse_grad("linear", x, codes, scales, zeros, table, bias)
-    if layout == layouts.N16:
-        plan = backends.cpu.plan(spec, n, k)
-        threads = torch.get_num_threads()
-        y = backends.cpu.linear_tensors(plan, threads, x, codes, scales, zeros, table, bias)
-        if y is not None:
-            return y
-    # Something is unusual or wrong: the checks in Python find out.
     return _linear_impl(device_type, x, codes, scales, zeros, table, bias, spec, layout, n, k)
 
 
@@ -350,14 +348,14 @@ def _embedding_impl(
     checks.check_indices(indices)
     checks.check_float("dtype", dtype)
     format = checks.check_weight(spec, layout, n, k, indices.device, codes, scales, zeros, table)
-    rows = indices.reshape(-1).to(torch.int64)
+    rows = contiguous(indices.reshape(-1).to(torch.int64))
     if rows.numel():
         low, high = (int(v) for v in torch.aminmax(rows))
         if low < 0 or high >= n:
             raise IndexError(f"indices must be in [0, {n}), got {low if low < 0 else high}")
     backend: ModuleType = _backend(device_type, layout)
     y = backend.embedding(rows, codes, scales, zeros, table, format, n, k, dtype)
-    return y.view(*indices.shape, k)
+    return shaped(y, *indices.shape, k)
 
 
 def _codebook_grad_impl(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit import backends, checks, reference
-from lowbit.fused import rows_of
+from lowbit.strides import contiguous, rows_of, shaped
 
 
 def linear_outliers_impl(device_type: str, x: Tensor, *args: Any) -> Tensor:
@@ -51,7 +51,7 @@ def _compute(
     format = checks.check_linear(x, *tensors, bias, spec, layout, n, k)
     checks.check_outliers(columns, values, n, k, x.device)
     checks.check_epilogue(x, n, activation, gate, residual)
-    bias = None if bias is None else bias.contiguous()
+    bias = contiguous(bias)
     gate, residual = (None if t is None else rows_of(t, n) for t in (gate, residual))
     backend: ModuleType = backends.find_cached(device_type, layout)
     rows = rows_of(x, k)
@@ -62,7 +62,7 @@ def _compute(
     else:
         y = backend.linear_added(rows, *tensors, bias, format, n, k, sparse, torch.float32)
         y = reference.apply_epilogue(y, activation, gate, residual).to(x.dtype)
-    return y.view(*x.shape[:-1], n)
+    return shaped(y, *x.shape[:-1], n)
 
 
 def linear_outliers_fake(x: Tensor, *args: Any) -> Tensor:
@@ -110,4 +110,4 @@ def embedding(
     rows = indices.reshape(-1)
     found = torch.ops.lowbit.embedding.default(rows, *weight, torch.float32)
     found = reference.add_outliers(found, columns[rows], values[rows])
-    return found.view(*indices.shape, found.shape[1]).to(dtype)
+    return shaped(found.to(dtype), *indices.shape, found.shape[1])

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import packing
+from lowbit import modes, packing
 from lowbit.formats import DQ_BLOCK, Format
 from lowbit.tensor import QuantTensor
 
 
 @functools.lru_cache(maxsize=1)
+@modes.outside()
 def dynamic_map() -> Tensor:  # (256,) fp32, ascending, in [-1, 1]
     """The signed 8-bit dynamic code of double quantization (Dettmers, arXiv 1511.04561 and 2110.02861).
 

@@ -20,6 +20,7 @@ from lowbit.fp8 import matmul_cpu, matmul_cuda, matmul_triton, reference
 from lowbit.fp8.dtypes import FLOAT8, check_float8
 from lowbit.fp8.granularity import Granularity
 from lowbit.fp8.quantization import quantize
+from lowbit.strides import contiguous, rows_of
 
 _logger = logging.getLogger("lowbit")
 _library = torch.library.Library("lowbit", "FRAGMENT")
@@ -134,8 +135,7 @@ def fuses_quantize(backend: ModuleType, granularity: str | None) -> bool:
 def ready(tensors: Sequence[Any]) -> list[Any]:
     """a and b with unit stride along K, the others contiguous."""
     a, b, *others = tensors
-    rows = [t if t.stride(1) == 1 else t.contiguous() for t in (a, b)]
-    return [*rows, *(t if t is None else t.contiguous() for t in others)]
+    return [*(rows_of(t, t.shape[1]) for t in (a, b)), *map(contiguous, others)]
 
 
 def _impl(*args: Any) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lowbit import binary
 from lowbit.nn.linear import QuantLinear
+from lowbit.strides import shaped
 
 
 class BinaryLinear(QuantLinear):
@@ -19,4 +20,4 @@ class BinaryLinear(QuantLinear):
         """x (..., K) gives (..., N) in its dtype; checks as `lowbit.binary`."""
         bits, scales = binary.quantize(x.reshape(-1, self.in_features))
         y = binary.linear(bits, scales, self.operands(), self._parameters["bias"], x.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        return shaped(y, *x.shape[:-1], self.out_features)

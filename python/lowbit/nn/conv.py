@@ -6,12 +6,14 @@ A 1x1 filter takes the pixels as they lie. R x S is the size of the filter, C an
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.formats import Format
 from lowbit.nn.linear import QuantLinear
+from lowbit.strides import shaped
 
 Size = tuple[int, ...]
 _PAD_MODES = {
@@ -90,7 +92,9 @@ class QuantConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) or (C, H, W) gives (B, N, H', W') or (N, H', W')."""
         if x.dim() == 3:
-            return self.forward(x[None])[0]
+            y = self.forward(x[None])
+            return shaped(y, *y.shape[1:])
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         if any(self.padding):
             x = F.pad(x, self.padding, _PAD_MODES[self.padding_mode])
         size = [
@@ -103,7 +107,9 @@ class QuantConv2d(nn.Module):
             columns = x[:, :, :: self.stride[0], :: self.stride[1]].flatten(2)
         else:
             columns = F.unfold(x, self.kernel_size, self.dilation, stride=self.stride)
-        return self.linear(columns.transpose(1, 2)).transpose(1, 2).unflatten(2, size)
+        y = self.linear(columns.transpose(1, 2)).transpose(1, 2).unflatten(2, size)
+        # No view, and in the order of nn.Conv2d: models write to it in place, and flatten it by a view.
+        return y.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def extra_repr(self) -> str:
         """The geometry."""

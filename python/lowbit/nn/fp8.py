@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowbit import checks, fp8, ops
+from lowbit.strides import shaped
 
 _FORWARD, _BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 # Granularities of activations and gradients, and of weights.
@@ -183,7 +184,7 @@ class FP8Linear(nn.Linear):
         else:
             a = _quantize(rows, _FORWARD, _GRANULARITIES[self.granularity][0])
             y = _multiply(a, self._inference_weight(), self.bias, x.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        return shaped(y, *x.shape[:-1], self.out_features)
 
     def _quantize_weight(self) -> _Quantized:
         weight = self.weight.detach()
