@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import backends, checks, ops
+from lowbit import backends, checks, ops, transforms
 from lowbit.formats import Format
 from lowbit.layouts import CHUNK_K, Operands
 from lowbit.strides import contiguous, rows_of
@@ -152,5 +152,6 @@ for _name, _impl, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, functools.partial(_impl, _key.lower()), _key)
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)
+    transforms.register_opaque(_library, _name)
 _quantize = torch.ops.lowbit.binary_quantize.default
 _linear = torch.ops.lowbit.binary_linear.default

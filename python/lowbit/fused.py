@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowbit import backends, checks
+from lowbit import backends, checks, modes
 from lowbit.formats import Format
 from lowbit.layouts import N16
 from lowbit.strides import contiguous, rows_of, shaped
@@ -57,7 +57,7 @@ def linear_many_impl(
     k: int,
 ) -> list[Tensor]:
     """lowbit::linear_many on a device."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or modes.in_dual_level():
         checks.refuse_grad("linear_many", x, *scales, *zeros, *table, *bias)
     if layout == N16 and len(spec) == len(n):
         plans = [backends.cpu.plan(s, rows, k) for s, rows in zip(spec, n, strict=True)]
@@ -88,15 +88,16 @@ groups: weakref.WeakValueDictionary[int, Group] = weakref.WeakValueDictionary()
 
 def linear_siblings_impl(device_type: str, x: Tensor, group: int) -> list[Tensor]:
     """lowbit::linear_siblings on a device."""
-    return linear_many_impl(device_type, x, *_arguments(group))
+    return linear_many_impl(device_type, x, *arguments(group))
 
 
 def linear_siblings_fake(x: Tensor, group: int) -> list[Tensor]:
     """Empty results."""
-    return [x.new_empty((*x.shape[:-1], n)) for n in _arguments(group)[-2]]
+    return [x.new_empty((*x.shape[:-1], n)) for n in arguments(group)[-2]]
 
 
-def _arguments(group: int) -> tuple[Any, ...]:
+def arguments(group: int) -> tuple[Any, ...]:
+    """What lowbit::linear_many takes after x for a group of lowbit::linear_siblings."""
     found = groups.get(group)
     if found is None:
         raise ValueError(f"group must be that of fused layers that exist, got {group}")

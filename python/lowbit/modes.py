@@ -1,4 +1,6 @@
-"""The modes of torch around a call: leaving them for tensors that are kept, and knowing of forward-mode AD."""
+"""The modes of torch around a call: leaving them for tensors that are kept, and knowing of derivatives that only modes
+ask for: those of torch.func and of forward-mode AD.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +37,11 @@ def normal(t: Tensor) -> Tensor:
 def in_dual_level() -> bool:
     """Whether there may be tensors with tangents (forward-mode AD)."""
     return forward_ad._current_level >= 0
+
+
+def active() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is at work. torch.compile cannot ask that."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def has_tangent(t: Tensor) -> bool:

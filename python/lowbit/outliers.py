@@ -5,7 +5,7 @@ Its operands are those of the format without outliers, and the sparse term of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -89,13 +89,15 @@ def dequantize(
     dtype: torch.dtype,
     columns: Tensor | None = None,
     values: Tensor | None = None,
+    decode: Callable[..., Tensor] | None = None,
 ) -> Tensor:  # (N, K) in `dtype`
-    """The weight with its outliers, if it has any, rounded once."""
-    op = torch.ops.lowbit.dequantize.default
+    """The weight with its outliers, if it has any, rounded once; `decode` stands in for lowbit::dequantize."""
+    decode = decode or torch.ops.lowbit.dequantize.default
     if columns is None or values is None:
-        return op(*weight, *meaning, dtype)
+        return decode(*weight, *meaning, dtype)
     checks.check_float("dtype", dtype)
-    return reference.add_outliers(op(*weight, *meaning, torch.float32), columns, values).to(dtype)
+    decoded = decode(*weight, *meaning, torch.float32)
+    return reference.add_outliers(decoded, columns, values).to(dtype)
 
 
 def embedding(

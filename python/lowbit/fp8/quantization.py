@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import checks, layouts
+from lowbit import checks, layouts, transforms
 from lowbit.fp8 import cpu, reference, triton
 from lowbit.fp8 import granularity as granularities
 from lowbit.fp8.dtypes import check_float8
@@ -192,7 +192,7 @@ def _check_quantize(
             raise ValueError(
                 f"maxima must have shape {shape} on {x.device}, got {tuple(maxima.shape)} on {maxima.device}"
             )
-    checks.refuse_grad("fp8_quantize", x)
+    checks.refuse_grad("fp8_quantize", x, maxima)
     return g
 
 
@@ -233,7 +233,7 @@ def _check_dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Granulari
     if q.dim() == 0:
         raise ValueError("q must have shape (..., K), got ()")
     checks.check_float("dtype", dtype)
-    checks.refuse_grad("fp8_dequantize", scale)
+    checks.refuse_grad("fp8_dequantize", q, scale)
     if scale.device != q.device:
         raise ValueError(f"scale must be on {q.device}, got {scale.device}")
     return granularities.infer(scale, math.prod(q.shape[:-1]), q.shape[-1])
@@ -290,6 +290,7 @@ for _name, _impl, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, functools.partial(_impl, _key.lower()), _key)
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)
+    transforms.register_opaque(_library, _name)
 _absmax = torch.ops.lowbit.fp8_absmax.default
 _quantize = torch.ops.lowbit.fp8_quantize.default
 _dequantize = torch.ops.lowbit.fp8_dequantize.default

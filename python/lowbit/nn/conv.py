@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.formats import Format
+from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear
 from lowbit.strides import shaped
 
@@ -91,10 +92,12 @@ class QuantConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) or (C, H, W) gives (B, N, H', W') or (N, H', W')."""
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         if x.dim() == 3:
             y = self.forward(x[None])
             return shaped(y, *y.shape[1:])
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        channels_last = x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
         if any(self.padding):
             x = F.pad(x, self.padding, _PAD_MODES[self.padding_mode])
         size = [
@@ -109,7 +112,8 @@ class QuantConv2d(nn.Module):
             columns = F.unfold(x, self.kernel_size, self.dilation, stride=self.stride)
         y = self.linear(columns.transpose(1, 2)).transpose(1, 2).unflatten(2, size)
         # No view, and in the order of nn.Conv2d: models write to it in place, and flatten it by a view.
-        return y.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
+        order = torch.preserve_format if channels_last else torch.contiguous_format
+        return y.clone(memory_format=order)
 
     def extra_repr(self) -> str:
         """The geometry."""
