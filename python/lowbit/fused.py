@@ -59,6 +59,8 @@ def linear_many_impl(
     """lowbit::linear_many on a device."""
     if torch.is_grad_enabled() or modes.in_dual_level():
         checks.refuse_grad("linear_many", x, *scales, *zeros, *table, *bias)
+    # The dispatcher negates a tensor whose negative bit is set, but not one in a list of optional ones.
+    bias = [b if b is None or not b.is_neg() else b.resolve_neg() for b in bias]
     if layout == N16 and len(spec) == len(n):
         plans = [backends.cpu.plan(s, rows, k) for s, rows in zip(spec, n, strict=True)]
         threads = torch.get_num_threads()

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import _C, fragments, modes, packing, planes, reference
+from lowbit import _C, fragments, modes, packing, planes, reference, strides
 from lowbit.formats import Format
 from lowbit.tensor import SCALE_DTYPES, QuantTensor, tensor_specs
 
@@ -124,12 +124,12 @@ def has_triton() -> bool:
 
 @modes.outside()
 def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
-    """Converts to `layout`, by default that of the kernels of the weight's device.
+    """Converts to `layout`, by default that of the kernels of the weight's device; the tensors may have any strides.
 
     Raises:
         ValueError: the columns of outliers are not ascending or not in the row.
     """
-    qt = qt.map(modes.normal)
+    qt = qt.map(lambda t: strides.contiguous(modes.normal(t)))
     qt.check_columns()
     if layout is None:
         layout = kernel_layout(qt.device, qt.format)

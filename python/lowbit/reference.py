@@ -126,6 +126,8 @@ def outlier_product(
     values: Tensor,  # (N, P)
 ) -> Tensor:  # (M, N), dtype of x
     """x S^T in the dtype of x."""
+    if not x.shape[0]:  # which embedding_bag does not take
+        return x.new_empty(0, columns.shape[0])
     return F.embedding_bag(
         columns, x.t().contiguous(), mode="sum", per_sample_weights=values.to(x.dtype)
     ).t()
@@ -163,7 +165,7 @@ def quantize_int8(
         q = (x * (1 / scale)[:, None]).clamp(-127, 127)
         return q.nan_to_num(0).round().to(torch.int8), scale
     groups = -(-k // (group or k))
-    padded = F.pad(x, (0, groups * (group or k) - k)).view(m, groups, -1)
+    padded = F.pad(x, (0, groups * (group or k) - k)).view(m, groups, group or k)
     absmax = padded.abs().amax(-1)
     # A tensor: 127 / absmax would multiply 127 with the rounded reciprocal.
     top = torch.full_like(absmax, 127)
@@ -171,7 +173,7 @@ def quantize_int8(
     good = absmax.isfinite() & (absmax > 0)
     q = torch.where(good[..., None], padded * inverse[..., None], 0.0).round().clamp(-127, 127)
     scales = absmax / top
-    return q.to(torch.int8).view(m, -1)[:, :k], scales[:, 0] if group is None else scales
+    return q.to(torch.int8).flatten(1)[:, :k], scales[:, 0] if group is None else scales
 
 
 def quantize_binary(x: Tensor) -> tuple[Tensor, Tensor]:  # (M, K) uint8, (M,) fp32

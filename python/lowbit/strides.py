@@ -7,19 +7,17 @@ and `address_of_rows` refuse what lies otherwise, and nothing else in the packag
 from __future__ import annotations
 
 import math
-from typing import overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T", Tensor, "Tensor | None")
 
-@overload
-def contiguous(t: Tensor) -> Tensor: ...
-@overload
-def contiguous(t: None) -> None: ...
-def contiguous(t: Tensor | None) -> Tensor | None:
+
+def contiguous(t: T) -> T:
     """A tensor whose elements lie one after another, as `address` takes them."""
-    return None if t is None else t.contiguous()
+    return None if t is None else (t.resolve_neg() if t.is_neg() else t).contiguous()
 
 
 def rows_of(x: Tensor, width: int) -> Tensor:  # (M, width)
@@ -36,9 +34,10 @@ def address(t: Tensor | None) -> int:
     """
     if t is None:
         return 0
-    if not t.is_contiguous():
+    if not t.is_contiguous() or t.is_neg():
+        negative = " and the negative bit" if t.is_neg() else ""
         raise ValueError(
-            f"a kernel takes contiguous tensors, got shape {tuple(t.shape)} with strides {t.stride()}"
+            f"a kernel takes contiguous tensors, got shape {tuple(t.shape)} with strides {t.stride()}{negative}"
         )
     return t.data_ptr()
 
