@@ -332,3 +332,12 @@ def test_the_first_use_leaves_no_trace(name: str, first: str) -> None:
     if first == "inference mode":
         use[first](fp8_layer.requires_grad_(False))
     assert fp8_layer._kept is None or not fp8_layer._kept[1].q.is_inference()
+
+
+@pytest.mark.parametrize("transform", ("grad", "vmap", "per-sample gradients", "jvp"))
+def test_transforms_are_compiled(transform: str) -> None:
+    layer, x = lowbit.nn.QuantLinear.from_linear(nn.Linear(K, N), "nf4"), torch.randn(5, K)
+    call = lambda x: OF_X[transform](layer, x)  # noqa: E731
+    torch._dynamo.reset()
+    made = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+    assert_all_close(made, call(x))

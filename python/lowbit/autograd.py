@@ -27,8 +27,11 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """As in a dense layer of the dtype of x: dx is computed with the weight rounded to it."""
-    x, *weight = ctx.saved_tensors
-    weight, sparse = weight[:4], weight[4:]
+    return _backward(ctx, grad, *ctx.saved_tensors)
+
+
+def _backward(ctx: Any, grad: Tensor, x: Any, *saved: Any) -> tuple[Tensor | None, ...]:
+    weight, sparse = saved[:4], saved[4:]
     needs = ctx.needs_input_grad
     n, k = ctx.meaning[2:]
     grad_x = grad_bias = None
@@ -94,12 +97,14 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """As of the op."""
-        return (None,) * len(ctx.needs_input_grad) if grad is None else backward(ctx, grad)
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return _backward(ctx, grad, *map(modes.bare, ctx.saved_tensors))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         """The map is linear in x, in the bias and in each operand of the codebook."""
-        x, *weight = ctx.saved_tensors
+        x, *weight = map(modes.bare, ctx.saved_tensors)
         weight, sparse = weight[:4], weight[4:]
         of_x, _, *of_weight, of_bias = tangents[:6]
         n = ctx.meaning[2]

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
@@ -24,7 +26,7 @@ def outside() -> Iterator[None]:
         yield
         return
     with torch.inference_mode(False), contextlib.ExitStack() as left:
-        while torch._C._functorch.peek_interpreter_stack() is not None:
+        while _functorch.peek_interpreter_stack() is not None:
             left.enter_context(temporarily_pop_interpreter_stack())
         yield
 
@@ -42,6 +44,21 @@ def in_dual_level() -> bool:
 def active() -> bool:
     """Whether a transform of torch.func or forward-mode AD is at work. torch.compile cannot ask that."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def bare(t: Any) -> Any:
+    """A tensor or None without the wrapper that torch.func gives every operand of an autograd.Function, if no gradient
+    of it is wanted there; what wraps it because of an outer transform stays.
+    """
+    if t is None:
+        return None
+    t = _functorch.unwrap_if_dead(t)
+    if not torch._C._are_functorch_transforms_active():
+        return t
+    mine = _functorch.maybe_get_level(t) == _functorch.current_level()
+    if mine and _functorch.is_gradtrackingtensor(t) and not t.requires_grad:
+        return _functorch.get_unwrapped(t)
+    return t
 
 
 def has_tangent(t: Tensor) -> bool:

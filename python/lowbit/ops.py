@@ -204,7 +204,8 @@ def call_linear(
     `spec` is that of the format without outliers, which `columns` and `values` are.
     """
     x = autocast(x)
-    if forward_ad._current_level >= 0:  # modes.in_dual_level: a call takes as long as two checks
+    # modes.in_dual_level, without a call. What torch.compile traces is the op, which finds its transform itself.
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         sparse = () if columns is None else (columns, values)
         return autograd.Linear.apply(
             x, codes, scales, zeros, table, bias, spec, layout, n, k, *sparse

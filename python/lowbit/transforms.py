@@ -13,9 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-_KEY = (
-    "FuncTorchDynamicLayerFrontMode"  # what the dispatcher asks first while a transform is active
-)
+# What the dispatcher asks first while a transform is active.
+_KEY = "FuncTorchDynamicLayerFrontMode"
 
 
 def register(library: torch.library.Library, name: str, call: Callable[..., Any]) -> None:

@@ -60,10 +60,12 @@ class Siblings:
 
     def product(self, layer: QuantLinear, x: Tensor) -> Tensor | None:
         """x W^T + bias of `layer`, or None if it has to compute it itself."""
-        if type(x) is not Tensor or x.is_inference() or modes.active():
+        if type(x) is not Tensor or x.is_inference():
+            return None
+        pending: _Pending | None = getattr(self._pending, "value", None)
+        if (pending is None or pending.x is not x) and modes.active():
             return None
         call = (x._version, x.data_ptr(), x.requires_grad, *_modes())
-        pending: _Pending | None = getattr(self._pending, "value", None)
         if pending is not None and pending.x is x and pending.call == call:
             result = pending.results.pop(id(layer), None)
             if not pending.results:
