@@ -21,14 +21,14 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12, "python/lowbit/layouts.py": 12
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
-    ("files", "tables"),
+    ("files", "modes", "strides", "tables", "transforms"),
     ("formats", "_C", "_cuda"),
     ("codebooks", "packing", "planes", "fragments"),
     ("tensor",),
     ("reference",),
     ("layouts",),
     ("backends", "checks", "gradients"),
-    ("fused",),
+    ("fused", "weight_ops"),
     ("outliers",),
     ("autograd",),
     ("ops",),

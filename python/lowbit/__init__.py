@@ -1,7 +1,8 @@
 """Kernels for neural networks whose weights take 1 to 8 bits, in any codebook, on CPU and GPU.
 
 Names are imported when they are first used, so `lowbit.formats()`, `lowbit.kernels()` and
-`lowbit._C` need numpy alone; everything else needs torch.
+`lowbit._C` need numpy alone; everything else needs torch. Nothing is in torch.ops.lowbit before:
+import lowbit.nn and lowbit.optim, which register the ops, to load a graph from torch.export.
 """
 
 import importlib

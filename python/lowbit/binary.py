@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import backends, checks, ops
+from lowbit import backends, checks, ops, transforms
 from lowbit.formats import Format
 from lowbit.layouts import CHUNK_K, Operands
+from lowbit.strides import contiguous, rows_of
 from lowbit.tensor import QuantTensor
 
 _WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table"
@@ -118,7 +119,7 @@ def _check_linear(bits: Tensor, x_scales: Tensor, *args: Any) -> Format:
 
 def _quantize_impl(device_type: str, x: Tensor) -> tuple[Tensor, Tensor]:
     _check_quantize(x)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = rows_of(x, x.shape[1])
     backend = backends.cpu if device_type == "cpu" else backends.reference
     return backend.binary_quantize(x)
 
@@ -132,11 +133,10 @@ def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
 def _linear_impl(device_type: str, bits: Tensor, x_scales: Tensor, *args: Any) -> Tensor:
     format = _check_linear(bits, x_scales, *args)
     *tensors, bias, _, layout, n, k, out_dtype = args
-    bits = bits if bits.stride(1) == 1 else bits.contiguous()
-    bias = bias if bias is None else bias.contiguous()
+    bits, bias = rows_of(bits, bits.shape[1]), contiguous(bias)
     backend: Any = backends.find(device_type, layout)
     return backend.binary_linear(
-        bits, x_scales.contiguous(), *tensors, bias, format, n, k, out_dtype
+        bits, contiguous(x_scales), *tensors, bias, format, n, k, out_dtype
     )
 
 
@@ -152,5 +152,6 @@ for _name, _impl, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, functools.partial(_impl, _key.lower()), _key)
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)
+    transforms.register_opaque(_library, _name)
 _quantize = torch.ops.lowbit.binary_quantize.default
 _linear = torch.ops.lowbit.binary_linear.default

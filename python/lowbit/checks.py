@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit import layouts
+from lowbit import layouts, modes
 from lowbit.formats import Format, parse
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,15 +23,24 @@ _OPERANDS = ("codes", "scales", "zeros", "table")
 
 def requires_grad(*tensors: Tensor | None) -> bool:
     """Whether any of the tensors requires grad."""
-    return any(t is not None and t.requires_grad for t in tensors)
+    for t in tensors:  # noqa: SIM110 (half the time of any())
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def refuse_grad(op: str, *tensors: Tensor | None) -> None:
-    """Raises ValueError if autograd would expect gradients of `op`: it has none."""
+    """Raises ValueError if autograd would expect gradients of `op`, which has none; NotImplementedError if forward-mode
+    AD would expect tangents.
+    """
     if torch.is_grad_enabled() and requires_grad(*tensors):
         raise ValueError(
             f"lowbit::{op} has no gradients and an input requires grad: "
             "use lowbit::linear_trainable, or call it under torch.no_grad()"
+        )
+    if modes.in_dual_level() and any(t is not None and modes.has_tangent(t) for t in tensors):
+        raise NotImplementedError(
+            f"lowbit::{op} has no derivatives and an input has a tangent (forward-mode AD)"
         )
 
 

@@ -9,15 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowbit import backends, checks
+from lowbit import backends, checks, modes
 from lowbit.formats import Format
 from lowbit.layouts import N16
-
-
-def rows_of(x: Tensor, width: int) -> Tensor:  # (M, width), unit stride along the width
-    """A tensor (..., width) as rows that a kernel can read."""
-    rows = x if x.dim() == 2 else x.reshape(-1, width)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+from lowbit.strides import contiguous, rows_of, shaped
 
 
 def linear_epilogue_impl(
@@ -41,11 +36,11 @@ def linear_epilogue_impl(
     checks.refuse_grad("linear_epilogue", x, *tensors, bias, gate, residual)
     format = checks.check_linear(x, *tensors, bias, spec, layout, n, k)
     checks.check_epilogue(x, n, activation, gate, residual)
-    bias = None if bias is None else bias.contiguous()
+    bias = contiguous(bias)
     others = (None if t is None else rows_of(t, n) for t in (gate, residual))
     backend: ModuleType = backends.find_cached(device_type, layout)
     y = backend.linear_epilogue(rows_of(x, k), *tensors, bias, format, n, k, activation, *others)
-    return y.view(*x.shape[:-1], n)
+    return shaped(y, *x.shape[:-1], n)
 
 
 def linear_many_impl(
@@ -62,8 +57,10 @@ def linear_many_impl(
     k: int,
 ) -> list[Tensor]:
     """lowbit::linear_many on a device."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or modes.in_dual_level():
         checks.refuse_grad("linear_many", x, *scales, *zeros, *table, *bias)
+    # The dispatcher negates a tensor whose negative bit is set, but not one in a list of optional ones.
+    bias = [b if b is None or not b.is_neg() else b.resolve_neg() for b in bias]
     if layout == N16 and len(spec) == len(n):
         plans = [backends.cpu.plan(s, rows, k) for s, rows in zip(spec, n, strict=True)]
         threads = torch.get_num_threads()
@@ -73,12 +70,10 @@ def linear_many_impl(
         if made is not None:
             return made
     weights, formats = _check_linear_many(x, codes, scales, zeros, table, bias, spec, layout, n, k)
-    contiguous = [None if b is None else b.contiguous() for b in bias]
+    biases = [contiguous(b) for b in bias]
     backend: ModuleType = backends.find_cached(device_type, layout)
-    outs = backend.linear_many(rows_of(x, k), weights, contiguous, formats, n, k)
-    if x.dim() == 2:
-        return outs
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in outs]
+    outs = backend.linear_many(rows_of(x, k), weights, biases, formats, n, k)
+    return [shaped(y, *x.shape[:-1], y.shape[1]) for y in outs]
 
 
 class Group(Protocol):
@@ -95,15 +90,16 @@ groups: weakref.WeakValueDictionary[int, Group] = weakref.WeakValueDictionary()
 
 def linear_siblings_impl(device_type: str, x: Tensor, group: int) -> list[Tensor]:
     """lowbit::linear_siblings on a device."""
-    return linear_many_impl(device_type, x, *_arguments(group))
+    return linear_many_impl(device_type, x, *arguments(group))
 
 
 def linear_siblings_fake(x: Tensor, group: int) -> list[Tensor]:
     """Empty results."""
-    return [x.new_empty((*x.shape[:-1], n)) for n in _arguments(group)[-2]]
+    return [x.new_empty((*x.shape[:-1], n)) for n in arguments(group)[-2]]
 
 
-def _arguments(group: int) -> tuple[Any, ...]:
+def arguments(group: int) -> tuple[Any, ...]:
+    """What lowbit::linear_many takes after x for a group of lowbit::linear_siblings."""
     found = groups.get(group)
     if found is None:
         raise ValueError(f"group must be that of fused layers that exist, got {group}")

@@ -4,34 +4,90 @@ With W = scale * (T[code] - zero), or scale * T[code] + zero for zero "min", and
     dscale[n, g] = sum over k in g of dW * (T - zero), or of dW * T
     dzero[n, g]  = -scale * sum over k in g of dW, or the sum alone
     dT[e]        = sum over the members of entry e of scale * dW
-Each result lies as its operand does (`layouts.py`); padded lanes have gradient 0.
+Each result lies as its operand does (`layouts.py`); padded lanes have gradient 0. All of it is plain torch and can be
+differentiated, so that second derivatives exist.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from lowbit import layouts, packing, reference
-from lowbit.formats import Format
+from lowbit import layouts, modes, packing, reference
+from lowbit.formats import Format, parse
 from lowbit.layouts import N16, Operands
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (N, K)
+    """What lowbit::dequantize computes, bit for bit; differentiable in scales, zeros and table."""
+    w = _weight(codes, scales, zeros, table, spec, layout, n, k)
+    values = reference.code_values(_codes(w), w.format, layouts.table_of(w))
+    return reference.apply_scales(values, w.format, _rows(scales, w), _rows(zeros, w)).to(dtype)
+
+
+def weight_tangent(
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+    of_scales: Tensor | None,
+    of_zeros: Tensor | None,
+    of_table: Tensor | None,
+) -> Tensor:  # (N, K) fp32
+    """How the weight moves with tangents of scales, zeros and table: W is linear in each of them."""
+    w = _weight(codes, scales, zeros, table, spec, layout, n, k)
+    f, unpacked = w.format, _codes(w)
+    values = reference.code_values(unpacked, f, layouts.table_of(w))
+    moved = torch.zeros_like(values)
+    if of_table is not None:
+        of_table = layouts.table_of(dataclasses.replace(w, table=of_table))
+        moved = moved + reference.code_values(unpacked, f, of_table)
+    moved = reference.apply_scales(moved, f, _rows(scales, w), _rows(of_zeros, w))
+    if of_scales is None:
+        return moved
+    zeros = None if f.zero == "min" else _rows(zeros, w)
+    return moved + reference.apply_scales(values, f, _rows(of_scales, w), zeros)
 
 
 def codebook_grad(
     grad_weight: Tensor,  # (N, K) fp32
-    weight: Operands,
-    want_scales: bool,
-    want_zeros: bool,
-    want_table: bool,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of scales, zeros and table; an empty tensor in place of one that is not wanted.
 
     Raises:
         ValueError: a gradient is wanted of an operand that the weight lacks, or of an integer zero.
     """
-    f, k = weight.format, weight.shape[1]
-    for name, wanted in (("scales", want_scales), ("zeros", want_zeros), ("table", want_table)):
+    weight = _weight(codes, scales, zeros, table, spec, layout, n, k)
+    f, (want_scales, want_zeros, want_table) = weight.format, wanted
+    for name, want in zip(("scales", "zeros", "table"), wanted, strict=True):
         operand = getattr(weight, name)
-        if wanted and (operand is None or not operand.is_floating_point()):
+        if want and (operand is None or not operand.is_floating_point()):
             raise ValueError(
                 f"format {f.name!r} has no floating-point {name}, so no gradient of it"
             )
@@ -39,11 +95,11 @@ def codebook_grad(
         raise ValueError(
             f"table of format {f.name!r} is fixed by its codec {f.codec!r}: no gradient"
         )
-    codes = packing.unpack_codes(layouts.packed_codes(weight), f, k)
+    unpacked = _codes(weight)
     scales, zeros = (_rows(t, weight) for t in (weight.scales, weight.zeros))
     grads = [grad_weight.new_empty(0) for _ in range(3)]
     if want_scales:
-        values = reference.code_values(codes, f, layouts.table_of(weight))
+        values = reference.code_values(unpacked, f, layouts.table_of(weight))
         if zeros is not None and f.zero != "min":
             values = values - zeros[:, reference.group_index(f, k, zeros.device)]
         grads[0] = _as_operand(_group_sum(grad_weight * values, f), weight.scales, weight)
@@ -52,9 +108,27 @@ def codebook_grad(
         grad = grad if f.zero == "min" or scales is None else -scales * grad
         grads[1] = _as_operand(grad, weight.zeros, weight)
     if want_table:
-        grad = _entry_sum(reference.apply_scales(grad_weight, f, scales, None), codes, f)
+        grad = _entry_sum(reference.apply_scales(grad_weight, f, scales, None), unpacked, f)
         grads[2] = layouts.kernel_table(f, grad) if weight.layout == N16 else grad
     return grads[0], grads[1], grads[2]
+
+
+def _weight(
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    spec: str,
+    layout: str,
+    n: int,
+    k: int,
+) -> Operands:
+    return Operands(parse(spec), (n, k), layout, codes, scales, zeros, table, {})
+
+
+@modes.outside()
+def _codes(weight: Operands) -> Tensor:  # (N, K) uint8
+    return packing.unpack_codes(layouts.packed_codes(weight), weight.format, weight.shape[1])
 
 
 def _rows(terms: Tensor | None, weight: Operands) -> Tensor | None:  # (N, groups) fp32
@@ -71,7 +145,7 @@ def _as_operand(grad: Tensor, operand: Tensor | None, weight: Operands) -> Tenso
 def _group_sum(values: Tensor, format: Format) -> Tensor:  # (N, K) -> (N, groups)
     n, k = values.shape
     index = reference.group_index(format, k, values.device)
-    return values.new_zeros(n, format.num_groups(k)).index_add_(1, index, values)
+    return values.new_zeros(n, format.num_groups(k)).index_add(1, index, values)
 
 
 def _entry_sum(values: Tensor, codes: Tensor, format: Format) -> Tensor:
@@ -81,8 +155,8 @@ def _entry_sum(values: Tensor, codes: Tensor, format: Format) -> Tensor:
     if format.table_scope == "group":
         groups = format.num_groups(k)
         index = index + reference.group_index(format, k, codes.device) * entries
-        sums = values.new_zeros(n, groups * entries).scatter_add_(1, index, values)
+        sums = values.new_zeros(n, groups * entries).scatter_add(1, index, values)
         return sums.view(n, groups, entries)
     # Rows first: one running sum over the whole weight would lose digits.
-    sums = values.new_zeros(n, entries).scatter_add_(1, index, values)
+    sums = values.new_zeros(n, entries).scatter_add(1, index, values)
     return sums if format.table_scope == "row" else sums.sum(0)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import backends, checks, ops
+from lowbit import backends, checks, ops, transforms
 from lowbit.formats import Format, parse
 from lowbit.layouts import CHUNK_K, Operands
+from lowbit.strides import contiguous, rows_of, shaped
 from lowbit.tensor import QuantTensor
 
 _WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table"
@@ -125,7 +126,7 @@ def call_static_linear(
     rows = x.reshape(-1, k)
     q, x_scales = _quantize(rows, None, x_scale.expand(rows.shape[0]).contiguous())
     y = _linear(q, x_scales, codes, scales, zeros, table, bias, spec, layout, n, k, x.dtype, None)
-    return y.view(*x.shape[:-1], n)
+    return shaped(y, *x.shape[:-1], n)
 
 
 def dyadic(factor: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -278,7 +279,7 @@ def _quantize_impl(
     device_type: str, x: Tensor, group: int | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     _check_quantize(x, group, scale)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = rows_of(x, x.shape[1])
     backend = backends.cpu if device_type == "cpu" else backends.reference
     q, scales = backend.int8_quantize(x, group, scale)
     return q, scales.clone() if scale is not None else scales
@@ -294,11 +295,10 @@ def _quantize_fake(x: Tensor, group: int | None, scale: Tensor | None) -> tuple[
 def _linear_impl(device_type: str, q: Tensor, x_scales: Tensor, *args: Any) -> Tensor:
     format = _check_linear(q, x_scales, *args)
     *tensors, bias, _, layout, n, k, out_dtype, out_scale = args
-    q = q if q.stride(1) == 1 else q.contiguous()
-    bias = bias if bias is None else bias.contiguous()
+    q, bias = rows_of(q, k), contiguous(bias)
     backend: Any = backends.find(device_type, layout)
     return backend.int8_linear(
-        q, x_scales.contiguous(), *tensors, bias, format, n, k, out_dtype, out_scale
+        q, contiguous(x_scales), *tensors, bias, format, n, k, out_dtype, out_scale
     )
 
 
@@ -314,5 +314,6 @@ for _name, _impl, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, functools.partial(_impl, _key.lower()), _key)
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)
+    transforms.register_opaque(_library, _name)
 _quantize = torch.ops.lowbit.int8_quantize.default
 _linear = torch.ops.lowbit.int8_linear.default

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import _C, fragments, packing, planes, reference
+from lowbit import _C, fragments, modes, packing, planes, reference, strides
 from lowbit.formats import Format
 from lowbit.tensor import SCALE_DTYPES, QuantTensor, tensor_specs
 
@@ -122,12 +122,14 @@ def has_triton() -> bool:
     return _HAS_TRITON
 
 
+@modes.outside()
 def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
-    """Converts to `layout`, by default that of the kernels of the weight's device.
+    """Converts to `layout`, by default that of the kernels of the weight's device; the tensors may have any strides.
 
     Raises:
         ValueError: the columns of outliers are not ascending or not in the row.
     """
+    qt = qt.map(lambda t: strides.contiguous(modes.normal(t)))
     qt.check_columns()
     if layout is None:
         layout = kernel_layout(qt.device, qt.format)
@@ -189,6 +191,7 @@ def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
     )
 
 
+@modes.outside()
 def from_operands(op: Operands) -> QuantTensor:
     """Inverse of `to_operands`, bit for bit."""
     n, k = op.shape

@@ -5,20 +5,35 @@ Operands (codes, scales, zeros, table) of an (n, k) weight lie as `layouts.py` s
 separate `linear_trainable` has gradients for x, bias, scales, float zeros and table, because
 autograd adds 2.7 us to a call. `linear_outliers` and `linear_outliers_trainable` take the outliers
 of a weight beside the operands of its format without them; the other ops refuse such formats.
+Importing this module registers the ops, which `import lowbit` alone does not.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from lowbit import autograd, backends, checks, fused, gradients, layouts, outliers, reference
+from lowbit import (
+    autograd,
+    backends,
+    checks,
+    fused,
+    gradients,
+    layouts,
+    modes,
+    outliers,
+    reference,
+    transforms,
+    weight_ops,
+)
 from lowbit.layouts import Operands
+from lowbit.strides import contiguous, rows_of, shaped
 from lowbit.tensor import QuantTensor
 
 _WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table"
@@ -75,6 +90,9 @@ def linear(
     gated linear unit of Shazeer, arXiv 2002.05202). All of it is fp32 before the one rounding,
     unless a gradient is needed: then each step rounds, as separate modules do.
 
+    Repetition and the number of threads never change a bit. The number of rows may: a row of a batch and the same row
+    alone may differ in the last bits, because other kernels add in another order.
+
     Args:
         x: (..., K) in fp32, bf16 or fp16, any strides; autocast casts it to its dtype.
         weight: (N, K), on the device of x. A QuantTensor keeps the kernel's own copy of itself
@@ -84,7 +102,8 @@ def linear(
         gate, residual: (..., N) in the dtype of x; autocast casts them with it.
 
     Returns:
-        (..., N) in the dtype of x, with gradients for all tensors that require them.
+        (..., N) in the dtype of x, with gradients for all tensors that require them; of any order, inside transforms
+        of torch.func, and with forward-mode AD. It is no view, and may be written to.
 
     Raises:
         TypeError: a dtype is not one of those above.
@@ -101,7 +120,9 @@ def linear(
     gate, residual = (None if t is None else autocast(t) for t in (gate, residual))
     checks.check_epilogue(x, n, activation, gate, residual)
     tensors = (w.codes, w.scales, w.zeros, w.table, bias)
-    if torch.is_grad_enabled() and checks.requires_grad(x, gate, residual, *tensors[1:]):
+    if modes.in_dual_level() or (
+        torch.is_grad_enabled() and checks.requires_grad(x, gate, residual, *tensors[1:])
+    ):
         y = call_linear(x, *tensors, spec, w.layout, n, k, *sparse)
         return reference.apply_epilogue(y, activation, gate, residual)
     if sparse:
@@ -145,7 +166,9 @@ def call_linear_many(
         x, *biases, *(t for w in weights for t in (w.scales, w.zeros, w.table))
     )
     layouts_given = {w.layout for w in weights}
-    apart = needs_grad or any(w.outlier_columns is not None for w in weights)
+    apart = (
+        needs_grad or modes.in_dual_level() or any(w.outlier_columns is not None for w in weights)
+    )
     if apart or len(layouts_given) != 1:  # also no weights at all
         return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     return _linear_many(
@@ -181,6 +204,12 @@ def call_linear(
     `spec` is that of the format without outliers, which `columns` and `values` are.
     """
     x = autocast(x)
+    # modes.in_dual_level, without a call. What torch.compile traces is the op, which finds its transform itself.
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        sparse = () if columns is None else (columns, values)
+        return autograd.Linear.apply(
+            x, codes, scales, zeros, table, bias, spec, layout, n, k, *sparse
+        )
     needs_grad = torch.is_grad_enabled() and checks.requires_grad(x, scales, zeros, table, bias)
     if columns is None:
         op = _linear_trainable if needs_grad else _linear
@@ -256,6 +285,11 @@ def call_embedding(
     return outliers.embedding(indices, weight, dtype, columns, values)
 
 
+# Nodes of torch.fx graphs: they look at what a traced tensor does not have.
+torch.fx.wrap("call_linear")
+torch.fx.wrap("call_embedding")
+
+
 def operands(weight: QuantTensor | Operands) -> Operands:
     """The weight as its device's kernels read it; a QuantTensor is converted once."""
     if isinstance(weight, Operands):
@@ -280,13 +314,17 @@ def _linear_impl(
     n: int,
     k: int,
 ) -> Tensor:
+    if layout == layouts.N16:
+        plan = backends.cpu.plan(spec, n, k)
+        threads = torch.get_num_threads()
+        y = backends.cpu.linear_tensors(plan, threads, x, codes, scales, zeros, table, bias)
+        if y is not None:
+            return y
+    # Something is unusual or wrong: the checks in Python find out.
     format = checks.check_linear(x, codes, scales, zeros, table, bias, spec, layout, n, k)
-    rows = fused.rows_of(x, k)
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
-    backend = _backend(device_type, layout)
-    y = backend.linear(rows, codes, scales, zeros, table, bias, format, n, k)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+    backend, bias = _backend(device_type, layout), contiguous(bias)
+    y = backend.linear(rows_of(x, k), codes, scales, zeros, table, bias, format, n, k)
+    return shaped(y, *x.shape[:-1], n)
 
 
 def _inference_linear_impl(
@@ -302,105 +340,9 @@ def _inference_linear_impl(
     n: int,
     k: int,
 ) -> Tensor:
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         checks.refuse_grad("linear", x, codes, scales, zeros, table, bias)
-    if layout == layouts.N16:
-        plan = backends.cpu.plan(spec, n, k)
-        threads = torch.get_num_threads()
-        y = backends.cpu.linear_tensors(plan, threads, x, codes, scales, zeros, table, bias)
-        if y is not None:
-            return y
-    # Something is unusual or wrong: the checks in Python find out.
     return _linear_impl(device_type, x, codes, scales, zeros, table, bias, spec, layout, n, k)
-
-
-def _dequantize_impl(
-    device_type: str,
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    checks.refuse_grad("dequantize", scales, zeros, table)
-    checks.check_float("dtype", dtype)
-    format = checks.check_weight(spec, layout, n, k, codes.device, codes, scales, zeros, table)
-    backend: ModuleType = _backend(device_type, layout)
-    return backend.dequantize(codes, scales, zeros, table, format, n, k, dtype)
-
-
-def _embedding_impl(
-    device_type: str,
-    indices: Tensor,
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    checks.refuse_grad("embedding", scales, zeros, table)
-    checks.check_indices(indices)
-    checks.check_float("dtype", dtype)
-    format = checks.check_weight(spec, layout, n, k, indices.device, codes, scales, zeros, table)
-    rows = indices.reshape(-1).to(torch.int64)
-    if rows.numel():
-        low, high = (int(v) for v in torch.aminmax(rows))
-        if low < 0 or high >= n:
-            raise IndexError(f"indices must be in [0, {n}), got {low if low < 0 else high}")
-    backend: ModuleType = _backend(device_type, layout)
-    y = backend.embedding(rows, codes, scales, zeros, table, format, n, k, dtype)
-    return y.view(*indices.shape, k)
-
-
-def _codebook_grad_impl(
-    device_type: str,
-    grad_weight: Tensor,
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    if grad_weight.dtype != torch.float32 or grad_weight.shape != (n, k):
-        raise ValueError(
-            f"grad_weight must be float32 of shape ({n}, {k}), got {grad_weight.dtype} of shape "
-            f"{tuple(grad_weight.shape)}"
-        )
-    format = checks.check_weight(
-        spec, layout, n, k, grad_weight.device, codes, scales, zeros, table
-    )
-    w = Operands(format, (n, k), layout, codes, scales, zeros, table, {})
-    return gradients.codebook_grad(grad_weight, w, *wanted)
-
-
-def _pack_impl(device_type: str, codes: Tensor, spec: str) -> Tensor:
-    format = checks.check_codes(codes, spec)
-    if codes.numel() and (highest := int(codes.max())) >= format.num_codes:
-        raise ValueError(
-            f"codes must be below {format.num_codes} in format {format.name!r}, got {highest}"
-        )
-    return _canonical_packer(device_type).pack(codes, format)
-
-
-def _unpack_impl(device_type: str, packed: Tensor, spec: str, k: int) -> Tensor:
-    format = checks.check_packed(packed, spec, k)
-    return _canonical_packer(device_type).unpack(packed, format, k)
-
-
-def _canonical_packer(device_type: str) -> ModuleType:
-    return backends.cpu if device_type == "cpu" else backends.reference
 
 
 def _linear_fake(x: Tensor, *args: Any) -> Tensor:
@@ -411,42 +353,6 @@ def _linear_fake(x: Tensor, *args: Any) -> Tensor:
 def _inference_linear_fake(x: Tensor, *args: Any) -> Tensor:
     checks.refuse_grad("linear", x, *args[:5])
     return _linear_fake(x, *args)
-
-
-def _dequantize_fake(codes: Tensor, *args: Any) -> Tensor:
-    *tensors, spec, layout, n, k, dtype = args
-    checks.refuse_grad("dequantize", *tensors)
-    checks.check_float("dtype", dtype)
-    checks.check_weight(spec, layout, n, k, codes.device, codes, *tensors)
-    return codes.new_empty((n, k), dtype=dtype)
-
-
-def _embedding_fake(indices: Tensor, codes: Tensor, *args: Any) -> Tensor:
-    *tensors, spec, layout, n, k, dtype = args
-    checks.refuse_grad("embedding", *tensors)
-    checks.check_indices(indices)
-    checks.check_float("dtype", dtype)
-    checks.check_weight(spec, layout, n, k, indices.device, codes, *tensors)
-    return codes.new_empty((*indices.shape, k), dtype=dtype)
-
-
-def _codebook_grad_fake(grad_weight: Tensor, codes: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    operands, wanted = args[:3], args[-1]
-    return tuple(
-        torch.empty_like(t) if want else grad_weight.new_empty(0)
-        for t, want in zip(operands, wanted, strict=True)
-    )
-
-
-def _pack_fake(codes: Tensor, spec: str) -> Tensor:
-    format = checks.check_codes(codes, spec)
-    n, k = codes.shape
-    return codes.new_empty((n, format.row_bytes(k)))
-
-
-def _unpack_fake(packed: Tensor, spec: str, k: int) -> Tensor:
-    checks.check_packed(packed, spec, k)
-    return packed.new_empty((packed.shape[0], k))
 
 
 _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -460,11 +366,11 @@ _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "linear_siblings": (fused.linear_siblings_impl, fused.linear_siblings_fake),
     "linear_many": (fused.linear_many_impl, fused.linear_many_fake),
-    "dequantize": (_dequantize_impl, _dequantize_fake),
-    "embedding": (_embedding_impl, _embedding_fake),
-    "codebook_grad": (_codebook_grad_impl, _codebook_grad_fake),
-    "pack": (_pack_impl, _pack_fake),
-    "unpack": (_unpack_impl, _unpack_fake),
+    "dequantize": (weight_ops.dequantize_impl, weight_ops.dequantize_fake),
+    "embedding": (weight_ops.embedding_impl, weight_ops.embedding_fake),
+    "codebook_grad": (weight_ops.codebook_grad_impl, weight_ops.codebook_grad_fake),
+    "pack": (weight_ops.pack_impl, weight_ops.pack_fake),
+    "unpack": (weight_ops.unpack_impl, weight_ops.unpack_fake),
 }
 for _name, (_impl, _fake) in _IMPLS.items():
     for _key in ("CPU", "CUDA"):
@@ -476,6 +382,21 @@ for _name in ("linear_trainable", "linear_outliers_trainable"):
     torch.library.register_autograd(
         f"lowbit::{_name}", autograd.backward, setup_context=autograd.setup_context, lib=_library
     )
+_TRANSFORMED: dict[str, Callable[..., Any]] = {
+    "linear": autograd.Linear.apply,
+    "linear_trainable": autograd.Linear.apply,
+    "linear_outliers_trainable": autograd.Linear.apply,
+    "linear_outliers": autograd.transformed_outliers,
+    "linear_epilogue": autograd.transformed_epilogue,
+    "linear_many": autograd.transformed_many,
+    "linear_siblings": autograd.transformed_siblings,
+    "dequantize": autograd.transformed_dequantize,
+    "codebook_grad": gradients.codebook_grad,
+}
+for _name, _call in _TRANSFORMED.items():
+    transforms.register(_library, _name, _call)
+for _name in ("embedding", "pack", "unpack"):
+    transforms.register_opaque(_library, _name, any_batch=_name == "embedding")
 # Looking an overload up costs as much as a small call.
 _linear = torch.ops.lowbit.linear.default
 _linear_trainable = torch.ops.lowbit.linear_trainable.default

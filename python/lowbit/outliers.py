@@ -5,7 +5,7 @@ Its operands are those of the format without outliers, and the sparse term of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit import backends, checks, reference
-from lowbit.fused import rows_of
+from lowbit.strides import contiguous, rows_of, shaped
 
 
 def linear_outliers_impl(device_type: str, x: Tensor, *args: Any) -> Tensor:
@@ -51,7 +51,7 @@ def _compute(
     format = checks.check_linear(x, *tensors, bias, spec, layout, n, k)
     checks.check_outliers(columns, values, n, k, x.device)
     checks.check_epilogue(x, n, activation, gate, residual)
-    bias = None if bias is None else bias.contiguous()
+    bias = contiguous(bias)
     gate, residual = (None if t is None else rows_of(t, n) for t in (gate, residual))
     backend: ModuleType = backends.find_cached(device_type, layout)
     rows = rows_of(x, k)
@@ -62,7 +62,7 @@ def _compute(
     else:
         y = backend.linear_added(rows, *tensors, bias, format, n, k, sparse, torch.float32)
         y = reference.apply_epilogue(y, activation, gate, residual).to(x.dtype)
-    return y.view(*x.shape[:-1], n)
+    return shaped(y, *x.shape[:-1], n)
 
 
 def linear_outliers_fake(x: Tensor, *args: Any) -> Tensor:
@@ -89,13 +89,15 @@ def dequantize(
     dtype: torch.dtype,
     columns: Tensor | None = None,
     values: Tensor | None = None,
+    decode: Callable[..., Tensor] | None = None,
 ) -> Tensor:  # (N, K) in `dtype`
-    """The weight with its outliers, if it has any, rounded once."""
-    op = torch.ops.lowbit.dequantize.default
+    """The weight with its outliers, if it has any, rounded once; `decode` stands in for lowbit::dequantize."""
+    decode = decode or torch.ops.lowbit.dequantize.default
     if columns is None or values is None:
-        return op(*weight, *meaning, dtype)
+        return decode(*weight, *meaning, dtype)
     checks.check_float("dtype", dtype)
-    return reference.add_outliers(op(*weight, *meaning, torch.float32), columns, values).to(dtype)
+    decoded = decode(*weight, *meaning, torch.float32)
+    return reference.add_outliers(decoded, columns, values).to(dtype)
 
 
 def embedding(
@@ -110,4 +112,4 @@ def embedding(
     rows = indices.reshape(-1)
     found = torch.ops.lowbit.embedding.default(rows, *weight, torch.float32)
     found = reference.add_outliers(found, columns[rows], values[rows])
-    return found.view(*indices.shape, found.shape[1]).to(dtype)
+    return shaped(found.to(dtype), *indices.shape, found.shape[1])

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import packing
+from lowbit import modes, packing
 from lowbit.formats import DQ_BLOCK, Format
 from lowbit.tensor import QuantTensor
 
 
 @functools.lru_cache(maxsize=1)
+@modes.outside()
 def dynamic_map() -> Tensor:  # (256,) fp32, ascending, in [-1, 1]
     """The signed 8-bit dynamic code of double quantization (Dettmers, arXiv 1511.04561 and 2110.02861).
 
@@ -126,6 +127,8 @@ def outlier_product(
 ) -> Tensor:  # (M, N), dtype of x
     """x S^T in the dtype of x."""
     n, count = columns.shape  # bags by their offsets, as P = 0 makes them empty
+    if not x.shape[0]:  # which embedding_bag does not take
+        return x.new_empty(0, n)
     offsets = torch.arange(n, device=columns.device) * count
     weights = values.to(x.dtype).flatten()
     return F.embedding_bag(
@@ -165,7 +168,7 @@ def quantize_int8(
         q = (x * (1 / scale)[:, None]).clamp(-127, 127)
         return q.nan_to_num(0).round().to(torch.int8), scale
     groups = -(-k // (group or k))
-    padded = F.pad(x, (0, groups * (group or k) - k)).view(m, groups, -1)
+    padded = F.pad(x, (0, groups * (group or k) - k)).view(m, groups, group or k)
     absmax = padded.abs().amax(-1)
     # A tensor: 127 / absmax would multiply 127 with the rounded reciprocal.
     top = torch.full_like(absmax, 127)
@@ -173,7 +176,7 @@ def quantize_int8(
     good = absmax.isfinite() & (absmax > 0)
     q = torch.where(good[..., None], padded * inverse[..., None], 0.0).round().clamp(-127, 127)
     scales = absmax / top
-    return q.to(torch.int8).view(m, -1)[:, :k], scales[:, 0] if group is None else scales
+    return q.to(torch.int8).flatten(1)[:, :k], scales[:, 0] if group is None else scales
 
 
 def quantize_binary(x: Tensor) -> tuple[Tensor, Tensor]:  # (M, K) uint8, (M,) fp32

@@ -1,7 +1,7 @@
 """The backend of the "n16" layout: hands the addresses of CPU tensors to the compiled kernels.
 
-No maths and no checks: `ops.py` has checked shapes, dtypes and contiguity. Output tensors are allocated here; the
-kernels write every element of them.
+No maths and no checks: `ops.py` has checked shapes and dtypes and laid the tensors out as `strides.py` says, which
+refuses others. Output tensors are allocated here; the kernels write every element of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from lowbit import _C
 from lowbit.formats import Format, parse
 from lowbit.layouts import N16, operand_specs
+from lowbit.strides import address, address_of_rows, contiguous
 
 # csrc/kernel.h Dtype; uint8 holds eight signs.
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
@@ -87,10 +88,6 @@ def plan(spec: str, n: int, k: int) -> object | None:
     return _C.plan(weight(format, n, k, scales, zeros))
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _operands(
     codes: Tensor,
     scales: Tensor | None,
@@ -102,7 +99,7 @@ def _operands(
 ) -> tuple[_C.Weight, tuple[int, int, int, int]]:
     scale_dtype = None if scales is None else scales.dtype
     zero_dtype = None if zeros is None else zeros.dtype
-    addresses = (codes.data_ptr(), _address(scales), _address(zeros), table.data_ptr())
+    addresses = (address(codes), address(scales), address(zeros), address(table))
     return weight(format, n, k, scale_dtype, zero_dtype), addresses
 
 
@@ -124,16 +121,17 @@ def linear(
     """
     m = x.shape[0]
     out = torch.empty((m, n), dtype=x.dtype)
+    x_address, x_stride = address_of_rows(x)
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
     w.linear_ptr(
-        x.data_ptr(),
+        x_address,
         CODES[x.dtype],
         m,
-        x.stride(0),
+        x_stride,
         *addresses,
-        _address(bias),
+        address(bias),
         0 if bias is None else CODES[bias.dtype],
-        out.data_ptr(),
+        address(out),
         torch.get_num_threads(),
         row,
     )
@@ -158,25 +156,28 @@ def linear_epilogue(
     """activation(x W^T + bias) + residual, or activation(gate) * (x W^T + bias) + residual, rounded once."""
     m = x.shape[0]
     out = torch.empty((m, n), dtype=dtype or x.dtype)
+    gate_address, gate_stride = address_of_rows(gate)
+    residual_address, residual_stride = address_of_rows(residual)
     others = next((t.dtype for t in (gate, residual) if t is not None), x.dtype)
+    x_address, x_stride = address_of_rows(x)
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
     w.linear_epilogue_ptr(
-        x.data_ptr(),
+        x_address,
         CODES[x.dtype],
         m,
-        x.stride(0),
+        x_stride,
         *addresses,
-        _address(bias),
+        address(bias),
         0 if bias is None else CODES[bias.dtype],
-        out.data_ptr(),
+        address(out),
         CODES[out.dtype],
         torch.get_num_threads(),
         -1,
         ACTIVATIONS[activation],
-        _address(gate),
-        0 if gate is None else gate.stride(0),
-        _address(residual),
-        0 if residual is None else residual.stride(0),
+        gate_address,
+        gate_stride,
+        residual_address,
+        residual_stride,
         CODES[others],
     )
     return out
@@ -209,18 +210,19 @@ def outlier_product(
     """`reference.outlier_product` of x in fp32; `isa` caps the instruction set as LOWBIT_ISA does."""
     (m, k), (n, count) = x.shape, columns.shape
     out = torch.empty((m, n), dtype=torch.float32)
+    x_address, x_stride = address_of_rows(x)
     _C.multiply_outliers_ptr(
-        x.data_ptr(),
+        x_address,
         CODES[x.dtype],
         m,
         k,
-        x.stride(0),
-        columns.data_ptr(),
-        values.data_ptr(),
+        x_stride,
+        address(columns),
+        address(values),
         CODES[values.dtype],
         n,
         count,
-        out.data_ptr(),
+        address(out),
         torch.get_num_threads(),
         isa,
     )
@@ -242,10 +244,11 @@ def linear_many(
         out = torch.empty((m, n), dtype=x.dtype)
         w, addresses = _operands(*operands, format, n, k)
         bias_dtype = 0 if bias is None else CODES[bias.dtype]
-        entries.append((w, *addresses, _address(bias), bias_dtype, out.data_ptr()))
+        entries.append((w, *addresses, address(bias), bias_dtype, address(out)))
         outs.append(out)
+    x_address, x_stride = address_of_rows(x)
     threads = torch.get_num_threads()
-    _C.linear_many_ptr(x.data_ptr(), CODES[x.dtype], m, x.stride(0), entries, threads)
+    _C.linear_many_ptr(x_address, CODES[x.dtype], m, x_stride, entries, threads)
     return outs
 
 
@@ -263,18 +266,19 @@ def _linear_quantized(
 ) -> Tensor:
     m = x.shape[0]
     out = torch.empty((m, n), dtype=dtype)
+    x_address, x_stride = address_of_rows(x)
     w, addresses = _operands(*operands, format, n, k)
     w.linear_quantized_ptr(
-        x.data_ptr(),
+        x_address,
         CODES[x.dtype],
-        x_scales.data_ptr(),
+        address(x_scales),
         x_scales.dim() == 2,
         m,
-        x.stride(0),
+        x_stride,
         *addresses,
-        _address(bias),
+        address(bias),
         0 if bias is None else CODES[bias.dtype],
-        out.data_ptr(),
+        address(out),
         CODES[dtype],
         1.0 if out_scale is None else out_scale,
         torch.get_num_threads(),
@@ -338,16 +342,17 @@ def int8_quantize(
     shape = (m,) if group is None else (m, -(-k // group))
     scales = torch.empty(shape, dtype=torch.float32) if scale is None else scale
     q = torch.empty((m, k), dtype=torch.int8)
+    x_address, x_stride = address_of_rows(x)
     _C.quantize_int8_ptr(
-        x.data_ptr(),
+        x_address,
         CODES[x.dtype],
         m,
         k,
-        x.stride(0),
+        x_stride,
         group or k,
-        scales.data_ptr(),
+        address(scales),
         scale is not None,
-        q.data_ptr(),
+        address(q),
         torch.get_num_threads(),
     )
     return q, scales
@@ -360,14 +365,15 @@ def binary_quantize(
     m, k = x.shape
     bits = torch.empty((m, -(-k // 8)), dtype=torch.uint8)
     scales = torch.empty(m, dtype=torch.float32)
+    x_address, x_stride = address_of_rows(x)
     _C.quantize_binary_ptr(
-        x.data_ptr(),
+        x_address,
         CODES[x.dtype],
         m,
         k,
-        x.stride(0),
-        scales.data_ptr(),
-        bits.data_ptr(),
+        x_stride,
+        address(scales),
+        address(bits),
         torch.get_num_threads(),
     )
     return bits, scales
@@ -386,17 +392,18 @@ def bind_linear(
     k: int,
 ) -> Callable[[], None]:
     """`linear` into `out` with its arguments made now, the number of threads too: 0.3 us a call instead of 3."""
+    x_address, x_stride = address_of_rows(x)
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
     launch = w.linear_ptr
     arguments = (
-        x.data_ptr(),
+        x_address,
         CODES[x.dtype],
         x.shape[0],
-        x.stride(0),
+        x_stride,
         *addresses,
-        _address(bias),
+        address(bias),
         0 if bias is None else CODES[bias.dtype],
-        out.data_ptr(),
+        address(out),
         torch.get_num_threads(),
         -1,
     )
@@ -422,7 +429,7 @@ def dequantize(
     """The weight in fp32, rounded once to `dtype`."""
     out = torch.empty((n, k), dtype=dtype)
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
-    w.dequantize_ptr(*addresses, out.data_ptr(), CODES[dtype], torch.get_num_threads(), row)
+    w.dequantize_ptr(*addresses, address(out), CODES[dtype], torch.get_num_threads(), row)
     return out
 
 
@@ -442,20 +449,20 @@ def embedding(
     out = torch.empty((m, k), dtype=dtype)
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
     w.embedding_ptr(
-        indices.data_ptr(), m, *addresses, out.data_ptr(), CODES[dtype], torch.get_num_threads()
+        address(indices), m, *addresses, address(out), CODES[dtype], torch.get_num_threads()
     )
     return out
 
 
 def pack(codes: Tensor, format: Format) -> Tensor:
     """Canonical packing: (N, K) uint8 to (N, row bytes) uint8."""
-    plain = codes.contiguous().numpy()
+    plain = contiguous(codes).numpy()
     packed = _C.pack(plain, format.bits, format.base, torch.get_num_threads())
     return torch.from_numpy(packed)
 
 
 def unpack(packed: Tensor, format: Format, k: int) -> Tensor:
     """Inverse of `pack`."""
-    stream = packed.contiguous().numpy()
+    stream = contiguous(packed).numpy()
     codes = _C.unpack(stream, k, format.bits, format.base, torch.get_num_threads())
     return torch.from_numpy(codes)

@@ -22,6 +22,7 @@ from lowbit.backends.packed import Derived
 from lowbit.backends.reference import ROW as REFERENCE_ROW
 from lowbit.formats import Format
 from lowbit.layouts import M16, operand_specs
+from lowbit.strides import address, address_of_rows
 
 if TYPE_CHECKING:
     from lowbit._cuda import Weight
@@ -126,24 +127,19 @@ def linear(
             config,
             _TYPES[x.dtype],
             m,
-            x.data_ptr(),
-            x.stride(0),
-            codes.data_ptr(),
-            _pointer(scales),
-            _pointer(zeros),
-            _pointer(table),
-            _pointer(sums),
-            _pointer(bias),
+            *address_of_rows(x),
+            address(codes),
+            address(scales),
+            address(zeros),
+            address(table),
+            address(sums),
+            address(bias),
             "fp32" if bias is None else _TYPES[bias.dtype],
-            out.data_ptr(),
+            address(out),
             _TYPES[dtype],
-            _pointer(parts),
+            address(parts),
         )
     return out
-
-
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 @functools.cache
@@ -171,12 +167,12 @@ def _rows(
             codes.device.index or 0,
             torch.cuda.current_stream(codes.device).cuda_stream,
             rows,
-            _pointer(indices),
-            codes.data_ptr(),
-            _pointer(scales),
-            _pointer(zeros),
-            _pointer(table),
-            out.data_ptr(),
+            address(indices),
+            address(codes),
+            address(scales),
+            address(zeros),
+            address(table),
+            address(out),
             _TYPES[dtype],
         )
     return out

@@ -61,7 +61,7 @@ class Derived:
 
     def embedding(self, indices: Tensor, *args: Any) -> Tensor:
         """Rows of the dequantized weight; only these rows are decoded."""
-        return self._rows(indices.contiguous(), *args)
+        return self._rows(indices, *args)
 
     def activation_linear(self, x: Tensor, *args: Any) -> Tensor:
         """`linear` in fp32 of a format with int8 activations, which has no kernel."""

@@ -22,6 +22,7 @@ from lowbit.backends.packed import Derived
 from lowbit.backends.reference import ROW as REFERENCE_ROW
 from lowbit.formats import Format
 from lowbit.layouts import K16
+from lowbit.strides import contiguous
 
 _FP16_MAX = 65504
 # Programs of the interpreter run one after another: as many as one multiprocessor would hold.
@@ -86,7 +87,7 @@ def meaning(format: Format, scales: Tensor | None) -> dict[str, Any]:
 
 def _given(codes: Tensor, *others: Tensor | None) -> list[Tensor]:
     """Operands for a launch: one that the format lacks is never read, and some tensor stands for it."""
-    return [codes, *(codes if t is None else t for t in others)]
+    return [contiguous(codes if t is None else t) for t in (codes, *others)]
 
 
 def describe(format: Format, n: int, k: int, m: int, device: torch.device) -> str:
@@ -167,7 +168,7 @@ def add_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     with on_device(parts.device):
         kernels().linear.add_splits_kernel[(-(-m * n // block),)](
             parts,
-            parts if bias is None else bias,
+            parts if bias is None else contiguous(bias),
             out,
             m * n,
             n,
@@ -198,7 +199,7 @@ def _rows(
     steps = -(-k // (package.configs.CHUNK * chunks))
     with on_device(codes.device):
         package.dequantize.dequantize_kernel[(-(-m // block), steps)](
-            codes if indices is None else indices,
+            codes if indices is None else contiguous(indices),
             *_given(codes, scales, zeros, table),
             out,
             m,

@@ -9,6 +9,7 @@ from lowbit import _C
 from lowbit.backends.cpu import CODES
 from lowbit.fp8.dtypes import E8M0
 from lowbit.fp8.granularity import Granularity
+from lowbit.strides import address, address_of_rows
 
 # csrc/fp8.h
 TYPES = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
@@ -30,12 +31,13 @@ def absmax(
 ) -> Tensor:  # fp32 of scale_shape
     """`reference.absmax` of at least one element."""
     out = torch.empty(granularity.scale_shape(*x.shape), dtype=torch.float32)
+    x_address, x_stride = address_of_rows(x)
     _C.fp8_maxima_ptr(
         blocks(granularity, *x.shape),
-        x.data_ptr(),
+        x_address,
         CODES[x.dtype],
-        x.stride(0),
-        out.data_ptr(),
+        x_stride,
+        address(out),
         torch.get_num_threads(),
         isa,
     )
@@ -57,17 +59,18 @@ def quantize(
     q = torch.empty((rows, k), dtype=dtype)
     q_t = torch.empty((k, rows), dtype=dtype) if transposed else None
     scale = torch.empty(granularity.scale_shape(rows, k), dtype=scale_dtype)
+    x_address, x_stride = address_of_rows(x)
     _C.fp8_quantize_ptr(
         blocks(granularity, rows, k),
-        x.data_ptr(),
+        x_address,
         CODES[x.dtype],
-        x.stride(0),
+        x_stride,
         TYPES[dtype],
         SCALE_TYPES[scale_dtype],
-        0 if maxima is None else maxima.data_ptr(),
-        scale.data_ptr(),
-        q.data_ptr(),
-        0 if q_t is None else q_t.data_ptr(),
+        address(maxima),
+        address(scale),
+        address(q),
+        address(q_t),
         seed is not None,
         seed or 0,
         torch.get_num_threads(),
@@ -87,11 +90,11 @@ def dequantize(
     out = torch.empty(q.shape, dtype=dtype)
     _C.fp8_dequantize_ptr(
         blocks(granularity, *q.shape),
-        q.data_ptr(),
+        address(q),
         TYPES[q.dtype],
-        scale.data_ptr(),
+        address(scale),
         SCALE_TYPES[scale.dtype],
-        out.data_ptr(),
+        address(out),
         CODES[dtype],
         torch.get_num_threads(),
         isa,
@@ -108,12 +111,12 @@ def cast(
     """`reference.cast`."""
     q = torch.empty(x.shape, dtype=dtype)
     _C.fp8_cast_ptr(
-        x.data_ptr(),
+        address(x),
         CODES[x.dtype],
         x.numel(),
         TYPES[dtype],
         saturate,
-        q.data_ptr(),
+        address(q),
         torch.get_num_threads(),
         isa,
     )

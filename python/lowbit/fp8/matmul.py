@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import checks, layouts
+from lowbit import checks, layouts, transforms
 from lowbit.fp8 import granularity as granularities
 from lowbit.fp8 import matmul_cpu, matmul_cuda, matmul_triton, reference
 from lowbit.fp8.dtypes import FLOAT8, check_float8
 from lowbit.fp8.granularity import Granularity
 from lowbit.fp8.quantization import quantize
+from lowbit.strides import contiguous, rows_of
 
 _logger = logging.getLogger("lowbit")
 _library = torch.library.Library("lowbit", "FRAGMENT")
@@ -100,7 +101,7 @@ def check(operands: Sequence[Any], out_dtype: torch.dtype) -> tuple[Granularity,
     checks.check_float("out_dtype", out_dtype)
     if bias is not None:
         checks.check_bias(bias, b.shape[0], a.device)
-    checks.refuse_grad("fp8_scaled_mm", scale_a, scale_b, bias)
+    checks.refuse_grad("fp8_scaled_mm", a, b, scale_a, scale_b, bias)
     return (
         granularities.infer(scale_a, a.shape[0], a.shape[1], "scale_a"),
         granularities.infer(scale_b, b.shape[0], b.shape[1], "scale_b"),
@@ -134,8 +135,7 @@ def fuses_quantize(backend: ModuleType, granularity: str | None) -> bool:
 def ready(tensors: Sequence[Any]) -> list[Any]:
     """a and b with unit stride along K, the others contiguous."""
     a, b, *others = tensors
-    rows = [t if t.stride(1) == 1 else t.contiguous() for t in (a, b)]
-    return [*rows, *(t if t is None else t.contiguous() for t in others)]
+    return [*(rows_of(t, t.shape[1]) for t in (a, b)), *map(contiguous, others)]
 
 
 def _impl(*args: Any) -> Tensor:
@@ -184,5 +184,6 @@ for _name, _kernel, _meta in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _key)
     torch.library.register_fake(f"lowbit::{_name}", _meta, lib=_library)
+    transforms.register_opaque(_library, _name)
 _scaled_mm = torch.ops.lowbit.fp8_scaled_mm.default
 _scaled_mm_quantized = torch.ops.lowbit.fp8_scaled_mm_quantized.default

@@ -9,6 +9,7 @@ from lowbit import _C
 from lowbit.backends.cpu import CODES
 from lowbit.fp8.cpu import SCALE_TYPES, TYPES
 from lowbit.fp8.granularity import Granularity
+from lowbit.strides import address, address_of_rows
 
 
 def scaled_mm(
@@ -31,9 +32,9 @@ def scaled_mm(
         k,
         _operand(a, scale_a, granularity_a),
         _operand(b, scale_b, granularity_b),
-        0 if bias is None else bias.data_ptr(),
+        address(bias),
         0 if bias is None else CODES[bias.dtype],
-        out.data_ptr(),
+        address(out),
         CODES[dtype],
         torch.get_num_threads(),
         isa,
@@ -45,10 +46,9 @@ def _operand(t: Tensor, scale: Tensor, granularity: Granularity) -> tuple[int, .
     """csrc/bindings_fp8_mm.cpp Operand: blocks of scales are powers of two, and shifts find them."""
     rows, columns = granularity.rows, granularity.columns
     return (
-        t.data_ptr(),
-        t.stride(0),
+        *address_of_rows(t),
         TYPES[t.dtype],
-        scale.data_ptr(),
+        address(scale),
         SCALE_TYPES[scale.dtype],
         (rows or 1).bit_length() - 1,
         -1 if columns is None else columns.bit_length() - 1,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowbit import layouts
 from lowbit.fp8.granularity import Granularity
+from lowbit.strides import address, address_of_rows
 
 _GRANULARITIES = ("tensor", "row", "1x128", "128x128")
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -69,16 +70,16 @@ def scaled_mm(
             m,
             n,
             k,
-            0 if bias is None else bias.data_ptr(),
+            address(bias),
             "fp32" if bias is None else _TYPES[bias.dtype],
-            out.data_ptr(),
+            address(out),
             _TYPES[out_dtype],
         )
     return out
 
 
 def _operand(t: Tensor, scale: Tensor, g: Granularity) -> tuple[int, int, bool, int, str]:
-    return t.data_ptr(), t.stride(0), t.dtype == torch.float8_e5m2, scale.data_ptr(), g.name
+    return *address_of_rows(t), t.dtype == torch.float8_e5m2, address(scale), g.name
 
 
 def _aligned(t: Tensor) -> Tensor:

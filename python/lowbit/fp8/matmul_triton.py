@@ -19,6 +19,7 @@ from lowbit.backends.triton import (
 )
 from lowbit.fp8.dtypes import E8M0, FLOAT8
 from lowbit.fp8.granularity import Granularity
+from lowbit.strides import contiguous, rows_of
 
 REQUANTIZED_GROUP = 16
 _ALL_ROWS = 1 << 30  # a multiple of every tile
@@ -170,6 +171,7 @@ def _launch(
     (m, k), n = a.shape, b.shape[0]
     if out.numel() == 0:
         return
+    a, b, bias = rows_of(a, k), rows_of(b, k), contiguous(bias)
     package = kernels()
     constants = meaning(a.dtype, b.dtype, granularity_a, granularity_b)
     constants |= requantization(None if out_scales is None else dtype)
@@ -221,4 +223,5 @@ def _launch(
 
 def _scale_values(scale: Tensor) -> Tensor:
     """Scales as the kernel reads them."""
+    scale = contiguous(scale)
     return scale.view(torch.uint8) if scale.dtype == E8M0 else scale.float()

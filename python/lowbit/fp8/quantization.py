@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import checks, layouts
+from lowbit import checks, layouts, transforms
 from lowbit.fp8 import cpu, reference, triton
 from lowbit.fp8 import granularity as granularities
 from lowbit.fp8.dtypes import check_float8
 from lowbit.fp8.granularity import Granularity
+from lowbit.strides import contiguous, rows_of, shaped
 
 _SCHEMAS = {
     "fp8_absmax": "(Tensor x, str granularity) -> Tensor",
@@ -154,12 +155,6 @@ def _backend(device_type: str, size: int) -> ModuleType:
     return reference
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(R, K) with unit stride along K."""
-    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
 def _check_x(x: Tensor) -> tuple[int, int]:
     """Rows and columns of x."""
     checks.check_float("x", x.dtype)
@@ -197,7 +192,7 @@ def _check_quantize(
             raise ValueError(
                 f"maxima must have shape {shape} on {x.device}, got {tuple(maxima.shape)} on {maxima.device}"
             )
-    checks.refuse_grad("fp8_quantize", x)
+    checks.refuse_grad("fp8_quantize", x, maxima)
     return g
 
 
@@ -213,16 +208,13 @@ def _quantize_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     g = _check_quantize(x, maxima, dtype, granularity, scale_dtype, transposed, seed)
     backend = _backend(device_type, x.numel())
-    rows = _rows(x)
-    maxima = maxima if maxima is None else maxima.contiguous()
+    rows, maxima = rows_of(x, x.shape[-1]), contiguous(maxima)
     if backend is reference:
         q, scale = reference.quantize(rows, dtype, g, scale_dtype, seed, maxima)
         q_t = q.t().contiguous() if transposed else None
     else:
         q, scale, q_t = backend.quantize(rows, dtype, g, scale_dtype, transposed, seed, maxima)
-    if x.dim() != 2:
-        q = q.view(x.shape)
-    return q, scale, q.new_empty(0) if q_t is None else q_t
+    return shaped(q, *x.shape), scale, q.new_empty(0) if q_t is None else q_t
 
 
 def _quantize_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,7 +233,7 @@ def _check_dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Granulari
     if q.dim() == 0:
         raise ValueError("q must have shape (..., K), got ()")
     checks.check_float("dtype", dtype)
-    checks.refuse_grad("fp8_dequantize", scale)
+    checks.refuse_grad("fp8_dequantize", q, scale)
     if scale.device != q.device:
         raise ValueError(f"scale must be on {q.device}, got {scale.device}")
     return granularities.infer(scale, math.prod(q.shape[:-1]), q.shape[-1])
@@ -252,9 +244,8 @@ def _dequantize_impl(device_type: str, q: Tensor, scale: Tensor, dtype: torch.dt
     backend = _backend(device_type, q.numel())
     if backend is reference:
         return reference.dequantize(q, scale, dtype).contiguous()
-    rows = q if q.dim() == 2 else q.reshape(math.prod(q.shape[:-1]), q.shape[-1])
-    values = backend.dequantize(rows.contiguous(), scale.contiguous(), g, dtype)
-    return values if q.dim() == 2 else values.view(q.shape)
+    rows = contiguous(rows_of(q, q.shape[-1]))
+    return shaped(backend.dequantize(rows, contiguous(scale), g, dtype), *q.shape)
 
 
 def _dequantize_fake(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -266,7 +257,7 @@ def _absmax_impl(device_type: str, x: Tensor, granularity: str) -> Tensor:
     _check_x(x)
     checks.refuse_grad("fp8_absmax", x)
     g = granularities.find(granularity)
-    return _backend(device_type, x.numel()).absmax(_rows(x), g)
+    return _backend(device_type, x.numel()).absmax(rows_of(x, x.shape[-1]), g)
 
 
 def _absmax_fake(x: Tensor, granularity: str) -> Tensor:
@@ -282,7 +273,7 @@ def _check_cast(x: Tensor, dtype: torch.dtype) -> None:
 
 def _cast_impl(device_type: str, x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
     _check_cast(x, dtype)
-    return _backend(device_type, x.numel()).cast(x.contiguous(), dtype, saturate)
+    return _backend(device_type, x.numel()).cast(contiguous(x), dtype, saturate)
 
 
 def _cast_fake(x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
@@ -299,6 +290,7 @@ for _name, _impl, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, functools.partial(_impl, _key.lower()), _key)
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)
+    transforms.register_opaque(_library, _name)
 _absmax = torch.ops.lowbit.fp8_absmax.default
 _quantize = torch.ops.lowbit.fp8_quantize.default
 _dequantize = torch.ops.lowbit.fp8_dequantize.default

@@ -10,6 +10,7 @@ from torch import Tensor
 from lowbit.backends.triton import interpreted, kernels, on_device, stored
 from lowbit.fp8.dtypes import E8M0, FLOAT8
 from lowbit.fp8.granularity import Granularity
+from lowbit.strides import contiguous
 
 _LONGEST_ROW = 4096  # a tile holds whole rows up to here, which are then read once
 _TILE_ELEMENTS = 4096
@@ -126,7 +127,7 @@ def quantize(
     with on_device(x.device):
         kernels().fp8_quantize.quantize_kernel[tile.grid(rows, k)](
             x,
-            x if maxima is None else maxima.view(torch.int32),
+            x if maxima is None else contiguous(maxima).view(torch.int32),
             stored_scale,
             q.view(torch.uint8),
             (q if q_t is None else q_t).view(torch.uint8),
@@ -173,8 +174,8 @@ def dequantize(
     tile = _Tile(1, 1, 16, 256)
     with on_device(q.device):
         kernels().fp8_quantize.dequantize_kernel[tile.grid(rows, k)](
-            q.view(torch.uint8),
-            values,
+            contiguous(q).view(torch.uint8),
+            contiguous(values),
             out,
             rows,
             k,
@@ -196,7 +197,7 @@ def cast(x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:  # contiguous
     f, block = FLOAT8[dtype], 4096
     with on_device(x.device):
         kernels().fp8_quantize.cast_kernel[(-(-x.numel() // block),)](
-            _readable(x),
+            contiguous(_readable(x)),
             q.view(torch.uint8),
             x.numel(),
             **_type(dtype),

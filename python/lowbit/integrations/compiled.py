@@ -12,6 +12,7 @@ from lowbit import _C
 from lowbit.backends import cpu
 from lowbit.layouts import N16
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
+from lowbit.strides import address
 
 _LINEARS = (
     "self_attn.q_proj",
@@ -99,7 +100,7 @@ class CompiledDecoder:
                 f"ids must be in [0, {len(self._logits)}), got {low if low < 0 else high}"
             )
         ids = ids.contiguous()
-        self._decoder.run_ptr(ids.data_ptr(), len(ids), position)
+        self._decoder.run_ptr(address(ids), len(ids), position)
         return self._logits
 
     def likeliest(self) -> int:
@@ -111,7 +112,7 @@ class CompiledDecoder:
             return 0
         t = t.detach().contiguous()
         self._kept.append(t)
-        return t.data_ptr()
+        return address(t)
 
     def _linear(self, module: nn.Module) -> _C.DecoderLinear:
         bias = cast("Tensor | None", getattr(module, "bias", None))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowbit import binary
+from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear
+from lowbit.strides import shaped
 
 
 class BinaryLinear(QuantLinear):
@@ -17,6 +19,8 @@ class BinaryLinear(QuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) gives (..., N) in its dtype; checks as `lowbit.binary`."""
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         bits, scales = binary.quantize(x.reshape(-1, self.in_features))
         y = binary.linear(bits, scales, self.operands(), self._parameters["bias"], x.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        return shaped(y, *x.shape[:-1], self.out_features)

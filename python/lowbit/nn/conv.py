@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.formats import Format
+from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.weight import HasPackedWeight
+from lowbit.strides import shaped
 
 Size = tuple[int, ...]
 _PAD_MODES = {
@@ -137,8 +139,12 @@ class QuantConv2d(HasPackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) or (C, H, W) gives (B, N, H', W') or (N, H', W')."""
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         if x.dim() == 3:
-            return self.forward(x[None])[0]
+            y = self.forward(x[None])
+            return shaped(y, *y.shape[1:])
+        channels_last = x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
         if any(self.padding):
             x = F.pad(x, self.padding, _PAD_MODES[self.padding_mode])
         size = [
@@ -151,7 +157,10 @@ class QuantConv2d(HasPackedWeight):
             columns = x[:, :, :: self.stride[0], :: self.stride[1]].flatten(2)
         else:
             columns = F.unfold(x, self.kernel_size, self.dilation, stride=self.stride)
-        return self.linear(columns.transpose(1, 2)).transpose(1, 2).unflatten(2, size)
+        y = self.linear(columns.transpose(1, 2)).transpose(1, 2).unflatten(2, size)
+        # No view, and in the order of nn.Conv2d: models write to it in place, and flatten it by a view.
+        order = torch.preserve_format if channels_last else torch.contiguous_format
+        return y.clone(memory_format=order)
 
     def extra_repr(self) -> str:
         """The geometry."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit import checks, layouts, ops
 from lowbit.formats import Format
+from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.packed import PackedModule, zero_weight
 from lowbit.tensor import QuantTensor
 
@@ -85,6 +86,8 @@ class QuantEmbedding(PackedModule):
 
     def forward(self, indices: Tensor) -> Tensor:
         """Rows of the weight: indices (...) int64 or int32 give (..., K)."""
+        if isinstance(indices, Proxy):
+            return node_of(self, indices)
         b = self._buffers
         codes = b["codes"]
         return ops.call_embedding(

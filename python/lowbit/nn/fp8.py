@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowbit import checks, fp8, ops
+from lowbit import checks, fp8, modes, ops
+from lowbit.nn.leaf import Proxy, node_of
+from lowbit.strides import shaped
 
 _FORWARD, _BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 # Granularities of activations and gradients, and of weights.
@@ -167,6 +169,8 @@ class FP8Linear(nn.Linear):
             TypeError: x is not fp32, bf16 or fp16.
             ValueError: the last dimension of x is not K, or x is on another device.
         """
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         x = ops.autocast(x)
         checks.check_float("x", x.dtype)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -178,12 +182,17 @@ class FP8Linear(nn.Linear):
             return F.linear(x, self.weight.to(x.dtype), bias)
         rows = x.reshape(-1, self.in_features)
         if torch.is_grad_enabled() and checks.requires_grad(rows, self.weight, self.bias):
+            if not torch.compiler.is_compiling() and modes.active():
+                raise NotImplementedError(
+                    "FP8Linear has gradients in plain autograd alone, not inside transforms of "
+                    "torch.func or forward-mode AD: use an nn.Linear of its weight there"
+                )
             quantized = self._quantize_weight()
             y = _Product.apply(rows, self.weight, self.bias, self.granularity, quantized)
         else:
             a = _quantize(rows, _FORWARD, _GRANULARITIES[self.granularity][0])
             y = _multiply(a, self._inference_weight(), self.bias, x.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        return shaped(y, *x.shape[:-1], self.out_features)
 
     def _quantize_weight(self) -> _Quantized:
         weight = self.weight.detach()
@@ -191,11 +200,17 @@ class FP8Linear(nn.Linear):
 
     def _inference_weight(self) -> _Quantized:
         w = self.weight
-        if self.training or w.is_inference() or torch.compiler.is_compiling():
+        if (
+            self.training
+            or torch.compiler.is_compiling()  # which traces nothing of what follows
+            or w.is_inference()
+            or modes.active()
+        ):
             return self._quantize_weight()
         key = (w.data_ptr(), w._version, w.dtype, w.device, self.granularity)
         if self._kept is None or self._kept[0] != key:
-            self._kept = key, self._quantize_weight()
+            with modes.outside():
+                self._kept = key, self._quantize_weight()
         return self._kept[1]
 
     def train(self, mode: bool = True) -> FP8Linear:

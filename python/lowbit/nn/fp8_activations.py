@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowbit import checks, fp8
+from lowbit import checks, fp8, modes
+from lowbit.nn.leaf import Proxy, node_of
 
 
 class Saved(NamedTuple):
@@ -35,7 +36,11 @@ def _load(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    """Whether the plain op does: no gradient is needed, or there is nothing to save."""
+    """Whether the plain op does: no gradient is needed, there is nothing to save, or what is saved is not autograd's:
+    inside a transform of torch.func or for forward-mode AD.
+    """
+    if not torch.compiler.is_compiling() and modes.active():
+        return True
     empty = any(t is not None and not t.numel() for t in tensors)
     return empty or not (torch.is_grad_enabled() and checks.requires_grad(*tensors))
 
@@ -204,6 +209,8 @@ class FP8RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor, saved: Saved | None = None) -> Tensor:
         """The norm of x (..., *normalized_shape); `saved` is the second result of `fp8_add`."""
+        if isinstance(x, Proxy):
+            return node_of(self, x, saved)
         return fp8_rms_norm(x, self.normalized_shape, self.weight, self.eps, saved)
 
 
@@ -212,4 +219,6 @@ class FP8LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, saved: Saved | None = None) -> Tensor:
         """The norm of x (..., *normalized_shape); `saved` is the second result of `fp8_add`."""
+        if isinstance(x, Proxy):
+            return node_of(self, x, saved)
         return fp8_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, saved)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import fused, layouts, ops
+from lowbit import fused, layouts, modes, ops
 
 if TYPE_CHECKING:
     from lowbit.nn.linear import QuantLinear
@@ -31,9 +31,10 @@ class Siblings:
 
     A product that is handed out belongs to the same tensor object x, unchanged (its version
     counter), to the same weights, unchanged, to the same autocast, and to the calling thread.
-    Otherwise a layer computes its own: also if a gradient is needed, under torch.compile, for
-    tensor subclasses, and for inference tensors, which have no version counter. Once a product is
-    not asked for (a layer was replaced, or is given another x), the group dissolves itself.
+    Otherwise a layer computes its own: also if a gradient is needed, under torch.compile, inside
+    transforms of torch.func, for tensor subclasses, and for inference tensors, which have no
+    version counter. Once a product is not asked for (a layer was replaced, or is given another x),
+    the group dissolves itself.
     """
 
     def __init__(self, layers: Sequence[QuantLinear]) -> None:
@@ -61,8 +62,10 @@ class Siblings:
         """x W^T + bias of `layer`, or None if it has to compute it itself."""
         if type(x) is not Tensor or x.is_inference():
             return None
-        call = (x._version, x.data_ptr(), x.requires_grad, *_modes())
         pending: _Pending | None = getattr(self._pending, "value", None)
+        if (pending is None or pending.x is not x) and modes.active():
+            return None
+        call = (x._version, x.data_ptr(), x.requires_grad, *_modes())
         if pending is not None and pending.x is x and pending.call == call:
             result = pending.results.pop(id(layer), None)
             if not pending.results:
@@ -131,7 +134,8 @@ class _Pending:
 
 def _modes() -> tuple[Any, ...]:
     autocast = torch.is_autocast_enabled("cpu")
-    return torch.is_grad_enabled(), autocast, torch.get_autocast_dtype("cpu") if autocast else None
+    dtype = torch.get_autocast_dtype("cpu") if autocast else None
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, dtype
 
 
 def _state(layer: QuantLinear) -> tuple[Any, ...]:

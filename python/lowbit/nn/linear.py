@@ -15,6 +15,7 @@ import lowbit
 from lowbit import int8, layouts, ops
 from lowbit.formats import Format
 from lowbit.nn.fused import Siblings
+from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.packed import PackedModule, zero_weight
 from lowbit.tensor import SCALE_DTYPES, QuantTensor
 
@@ -178,6 +179,8 @@ class QuantLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias: x (..., K) gives (..., N) in its dtype; checks as `lowbit.linear`."""
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         if self._siblings is not None and not torch.compiler.is_compiling():
             y = self._siblings.product(self, x)
             if y is not None:

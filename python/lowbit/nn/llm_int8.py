@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowbit import layouts, ops
 from lowbit.formats import Format, as_format
+from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear, check_dense
 from lowbit.nn.weight import HasPackedWeight
 
@@ -144,6 +145,8 @@ class LLMInt8Linear(HasPackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) in fp32, bf16 or fp16 gives (..., N) in its dtype; gradients for x and the bias."""
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         if self.features is None or self.columns is None:
             return self._forward_dynamic(x)
         if not len(self.features):

@@ -16,6 +16,7 @@ from lowbit.backends import triton
 from lowbit.backends.cpu import CODES
 from lowbit.fp8.cpu import TYPES
 from lowbit.fp8.dtypes import FLOAT8
+from lowbit.strides import address
 
 # Groups of a Triton program.
 _GROUPS = 8
@@ -29,7 +30,7 @@ class State(NamedTuple):
 
     def addresses(self) -> tuple[int, int, int]:
         """What the compiled kernels take."""
-        return self.codes.data_ptr(), TYPES[self.codes.dtype], self.terms.data_ptr()
+        return address(self.codes), TYPES[self.codes.dtype], address(self.terms)
 
 
 class Step(NamedTuple):
@@ -49,8 +50,8 @@ def cpu_step(
 ) -> None:
     """One step in place; `isa` caps the instruction set as LOWBIT_ISA does."""
     _C.fp8_adamw_ptr(
-        param.data_ptr(),
-        grad.data_ptr(),
+        address(param),
+        address(grad),
         CODES[param.dtype],
         param.numel(),
         exp_avg.addresses(),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowbit import int8, reference
 from lowbit.nn import BinaryLinear, QuantLinear
+from lowbit.nn.leaf import Proxy, node_of
 from lowbit.qat.base import straight_through
 from lowbit.tensor import QuantTensor
 
@@ -60,6 +61,8 @@ class PACT(ActivationQuantizer):
         Raises:
             ValueError: the clip is no longer positive.
         """
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         if not self.clip.item() > 0:
             raise ValueError(
                 f"clip must be positive, got {self.clip.item():g}: lower its learning rate"
@@ -93,6 +96,8 @@ class DoReFaActivation(ActivationQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The clipped and rounded x."""
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         levels = 2**self.bits - 1
         clipped = x.clamp(0, 1)
         values = (clipped.detach().float() * levels).round() / levels
@@ -114,6 +119,8 @@ class Int8Activation(ActivationQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """q * absmax / 127, as `lowbit.int8.quantize` states them."""
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         with torch.no_grad():
             q, scales = int8.quantize(x.detach().reshape(-1, x.shape[-1]))
             values = (q * scales[:, None]).to(x.dtype).view_as(x)
@@ -144,6 +151,8 @@ class XNORActivation(ActivationQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The scaled signs."""
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         with torch.no_grad():
             codes, scales = reference.quantize_binary(x.detach().reshape(-1, x.shape[-1]))
             scale = scales.view(*x.shape[:-1], 1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import reference
+from lowbit import modes, reference
 from lowbit.formats import Format, as_format
 from lowbit.quantize import quantize, rtn
 from lowbit.tensor import QuantTensor
@@ -28,8 +28,32 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
+class _TransformedStraightThrough(torch.autograd.Function):
+    """The same inside transforms of torch.func and for forward-mode AD; torch.compile would not take it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(surrogate: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].clone()
+
+
 def straight_through(surrogate: Tensor, values: Tensor) -> Tensor:
     """`values`, with the gradients of `surrogate`; both have one shape and dtype."""
+    if not torch.compiler.is_compiling() and modes.active():
+        return _TransformedStraightThrough.apply(surrogate, values)
     return _StraightThrough.apply(surrogate, values)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.formats import Format
 from lowbit.nn import QuantConv2d, QuantLinear
+from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.surgery import obstacle
 from lowbit.qat.activations import ActivationQuantizer, Int8Activation
 from lowbit.qat.base import STE, WeightQuantizer
@@ -87,6 +88,8 @@ class FakeQuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) gives (..., N)."""
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         x = x if self.activation is None else self.activation(x)
         return F.linear(x, self.quantizer(self.weight), self.bias)
 

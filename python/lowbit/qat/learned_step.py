@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowbit import reference
 from lowbit.formats import Format
+from lowbit.nn.leaf import Proxy, node_of
 from lowbit.qat.activations import ActivationQuantizer
 from lowbit.qat.base import WeightQuantizer, scale_gradient, straight_through
 from lowbit.quantize import rtn
@@ -121,6 +122,8 @@ class LSQActivation(ActivationQuantizer):
         Raises:
             ValueError: no batch was seen in training, or the step is no longer positive.
         """
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         if not self.started:
             self._start(x)
         _check_positive(self.step)

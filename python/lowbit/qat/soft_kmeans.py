@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lowbit import modes
 from lowbit.formats import BITS, Format
 from lowbit.qat.base import WeightQuantizer
 from lowbit.quantize import kmeans, rtn
@@ -102,6 +103,11 @@ def cluster(
         RuntimeError: in backward, "neumann" does not converge or I - dF/dC is singular.
     """
     _check(weight, centers, tau, mode, distance, iterations, solver)
+    if not torch.compiler.is_compiling() and modes.active():
+        raise NotImplementedError(
+            "cluster has gradients in plain autograd alone, not inside transforms of torch.func or "
+            "forward-mode AD"
+        )
     limit = tolerance * float(weight.detach().abs().max())
     if mode == "unrolled":
         fixed, count, change = _iterate(weight, centers.detach(), tau, distance, iterations, limit)

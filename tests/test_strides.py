@@ -1,0 +1,75 @@
+"""Every function that hands tensors to a kernel gives the same bits however its operands lie, or says what it wants."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import strided_layers
+import strided_products
+import torch
+from strided import CASES, flat, same_bits, walk
+from torch import Tensor
+
+import lowbit
+from lowbit import strides
+
+FILLED_BY = (strided_layers, strided_products)  # CASES
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+@pytest.mark.parametrize("name", CASES)
+def test_operands_may_lie_anyhow(name: str) -> None:
+    for m in (5, 1):
+        c = CASES[name](m)
+        torch.manual_seed(m)
+        for what, given, in_order, refused in walk(c):
+            if refused:
+                with pytest.raises(ValueError, match="contiguous"):
+                    c.call(**given)
+                continue
+            torch.manual_seed(3)
+            expected = flat(c.call(**in_order))
+            torch.manual_seed(3)
+            made = flat(c.call(**given))
+            assert len(made) == len(expected)
+            for i, (a, b) in enumerate(zip(made, expected, strict=True)):
+                if c.exact:
+                    assert same_bits(a, b), f"M = {m}, {what}: result {i} differs"
+                else:
+                    torch.testing.assert_close(a, b, msg=f"M = {m}, {what}: result {i} differs")
+
+
+def test_all_were_walked(request: pytest.FixtureRequest) -> None:
+    """At least this many (function, operand, stride kind): the number is printed with -s."""
+    walked = sum(len(list(walk(make(m)))) for make in CASES.values() for m in (5, 1))
+    print(f"{walked} combinations of function, operand and stride kind, {len(CASES)} functions")
+    assert walked >= 3000
+
+
+def test_addresses_are_taken_in_one_place() -> None:
+    """`data_ptr` is called in strides.py alone; elsewhere it tells tensors apart, or whether rows are aligned."""
+    package = Path(lowbit.__file__).parent
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"\.data_ptr\(\)", path.read_text())
+    }
+    others = {"nn/fp8.py", "nn/fused.py", "run.py", "io/safetensors.py"}
+    aligned = {"fp8/matmul_cuda.py", "fp8/matmul_triton.py", "backends/cuda.py"}
+    assert found == {"strides.py", *others, *aligned}
+
+
+@pytest.mark.parametrize(
+    "bad", (torch.ones(4, 6)[:, ::2], torch.ones(3).expand(4, 3), torch.ones(3, 4).t())
+)
+def test_addresses_of_other_strides_are_refused(bad: Tensor) -> None:
+    with pytest.raises(ValueError, match="contiguous tensors, got shape"):
+        strides.address(bad)
+    if bad.stride(1) == 1:
+        assert strides.address_of_rows(bad) == (bad.data_ptr(), 0)
+    else:
+        with pytest.raises(ValueError, match="rows of unit stride, got shape"):
+            strides.address_of_rows(bad)
+    assert strides.address(None) == 0
