@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "stop.h"
+
 namespace lowbit {
 
 namespace py = pybind11;
@@ -30,6 +32,20 @@ inline void want_shape(const char* name, const py::array& a, int64_t rows, int64
     fail(std::string(name) + " must have shape (" + std::to_string(rows) + ", " + std::to_string(columns) + "), got " +
          shape_string(a));
   }
+}
+
+// Runs fn(Stop*) without the GIL; raises what the handler of a signal raises (KeyboardInterrupt), after fn returned.
+template <class Fn>
+void run_unlocked(const Fn& fn) {
+  Stop stop([] {
+    const py::gil_scoped_acquire locked;
+    return PyErr_CheckSignals() != 0;
+  });
+  {
+    const py::gil_scoped_release released;
+    fn(&stop);
+  }
+  if (stop.stopped()) throw py::error_already_set();
 }
 
 }  // namespace lowbit
