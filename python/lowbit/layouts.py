@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit import _C, fragments, packing, planes, reference
+from lowbit.forking import alone_after_fork
 from lowbit.formats import Format
 from lowbit.tensor import SCALE_DTYPES, QuantTensor, tensor_specs
 
@@ -122,6 +123,7 @@ def has_triton() -> bool:
     return _HAS_TRITON
 
 
+@alone_after_fork
 def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
     """Converts to `layout`, by default that of the kernels of the weight's device.
 
@@ -189,6 +191,7 @@ def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
     )
 
 
+@alone_after_fork
 def from_operands(op: Operands) -> QuantTensor:
     """Inverse of `to_operands`, bit for bit."""
     n, k = op.shape

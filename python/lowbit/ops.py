@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit import autograd, backends, checks, fused, gradients, layouts, outliers, reference
+from lowbit.forking import alone_after_fork
 from lowbit.layouts import Operands
 from lowbit.tensor import QuantTensor
 
@@ -314,6 +315,7 @@ def _inference_linear_impl(
     return _linear_impl(device_type, x, codes, scales, zeros, table, bias, spec, layout, n, k)
 
 
+@alone_after_fork
 def _dequantize_impl(
     device_type: str,
     codes: Tensor,
@@ -333,6 +335,7 @@ def _dequantize_impl(
     return backend.dequantize(codes, scales, zeros, table, format, n, k, dtype)
 
 
+@alone_after_fork
 def _embedding_impl(
     device_type: str,
     indices: Tensor,
@@ -360,6 +363,7 @@ def _embedding_impl(
     return y.view(*indices.shape, k)
 
 
+@alone_after_fork
 def _codebook_grad_impl(
     device_type: str,
     grad_weight: Tensor,
@@ -385,6 +389,7 @@ def _codebook_grad_impl(
     return gradients.codebook_grad(grad_weight, w, *wanted)
 
 
+@alone_after_fork
 def _pack_impl(device_type: str, codes: Tensor, spec: str) -> Tensor:
     format = checks.check_codes(codes, spec)
     if codes.numel() and (highest := int(codes.max())) >= format.num_codes:
@@ -394,6 +399,7 @@ def _pack_impl(device_type: str, codes: Tensor, spec: str) -> Tensor:
     return _canonical_packer(device_type).pack(codes, format)
 
 
+@alone_after_fork
 def _unpack_impl(device_type: str, packed: Tensor, spec: str, k: int) -> Tensor:
     format = checks.check_packed(packed, spec, k)
     return _canonical_packer(device_type).unpack(packed, format, k)

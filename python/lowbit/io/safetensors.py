@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.forking import alone_after_fork
 from lowbit.formats import Format
 from lowbit.io.checkpoint import Checkpoint, Header, dense_source, layer_source
 from lowbit.io.container import Source, write
@@ -29,6 +30,7 @@ SUFFIX = ".safetensors"
 FILE_NAME = "model.safetensors"
 
 
+@alone_after_fork
 def save(
     model_or_state: nn.Module | Mapping[str, Tensor | QuantTensor], path: str | os.PathLike[str]
 ) -> Path:
@@ -154,6 +156,7 @@ def load_tensors(
     return state
 
 
+@alone_after_fork
 def load(
     model: nn.Module, path: str | os.PathLike[str], device: torch.device | str = "cpu"
 ) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit import layouts
+from lowbit.forking import alone_after_fork
 from lowbit.formats import Format, as_format
 from lowbit.layouts import Operands
 from lowbit.tensor import TENSOR_NAMES, QuantTensor, tensor_specs
@@ -33,6 +34,7 @@ _exports = WeakTensorKeyDictionary()
 Self = TypeVar("Self", bound="PackedModule")
 
 
+@alone_after_fork
 def zero_weight(
     format: Format | str, n: int, k: int, device: torch.device | str | None
 ) -> QuantTensor:
@@ -191,6 +193,7 @@ class PackedModule(nn.Module):
                 destination[prefix + name] = parameter if keep_vars else parameter.detach()
         destination[f"{prefix}_extra_state"] = self.get_extra_state()
 
+    @alone_after_fork
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
