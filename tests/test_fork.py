@@ -96,6 +96,23 @@ def test_first_use(format: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_fork_before_anything_ran() -> None:
+    """Names of lowbit are imported when they are first used, here in the child."""
+    script = SETUP + textwrap.dedent("""
+    import signal
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(10)
+        lowbit.linear(x, q)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script, "int4_g32"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_explain_knows_of_the_one_thread(tmp_path: Path) -> None:
     done = child(
         tmp_path,
