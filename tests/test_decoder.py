@@ -255,9 +255,14 @@ def coarse(part, format, dtype):
     return model.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [
+        *((format, torch.float32) for format in INT8),
+        *((f, t) for f in ("uint4_g32_a8", "nf4_a8t") for t in (torch.bfloat16, torch.float16)),
+    ],
+)
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("format", INT8)
 @pytest.mark.parametrize("part", ["mlp", "attention"])
 def test_int8_products_are_those_of_the_modules(part, format, static, dtype):
     """Transformers' own forward of the modules is the oracle, for prompts and single tokens."""

@@ -26,7 +26,7 @@ def alone_after_fork(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not forked():
+        if torch.compiler.is_compiling() or not forked():
             return function(*args, **kwargs)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
 bf16 and fp16 x multiply with the packed weight up to the M where a copy decoded to their dtype and torch's product are
 faster; fp32 x, which has no tensor cores, always takes a decoded copy in fp32. Products with int8 activations and with
-signs run in plain torch.
+signs run in plain torch. Infinity in x gives NaN where zeros are floats: their sums are kept apart.
 """
 
 from __future__ import annotations
