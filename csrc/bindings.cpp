@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 
@@ -12,6 +13,7 @@
 #include "dispatch.h"
 #include "kmeans.h"
 #include "layout.h"
+#include "parallel.h"
 #include "tensor_call.h"
 
 namespace lowbit {
@@ -134,8 +136,8 @@ struct Weight {
   }
 
   DecoderLinear decoder_linear(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t bias,
-                               int bias_dtype) const {
-    DecoderLinear linear{launch(codes, scales, zeros, table), desc(Op::kLinear, Dtype::kF32, 1, 1), nullptr};
+                               int bias_dtype, float x_scale) const {
+    DecoderLinear linear{launch(codes, scales, zeros, table), desc(Op::kLinear, Dtype::kF32, 1, 1), nullptr, x_scale};
     linear.launch.bias = pointer<const void>(bias);
     linear.launch.bias_dtype = static_cast<Dtype>(bias_dtype);
     return linear;
@@ -304,6 +306,16 @@ void linear_many(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, const py:
   run_many(calls, threads);
 }
 
+// The names of the rows that ran since the last call, in the order of the table.
+std::vector<std::string> py_take_rows_run() {
+  const std::vector<const Kernel*> ran = take_rows_run();
+  std::vector<std::string> names;
+  for (const Kernel* k : kernels()) {
+    if (std::find(ran.begin(), ran.end(), k) != ran.end()) names.emplace_back(k->name);
+  }
+  return names;
+}
+
 py::list py_kernels() {
   py::list rows;
   for (const Kernel* k : kernels()) {
@@ -349,8 +361,7 @@ Array<float> py_kmeans_1d(const Array<float>& values, const std::optional<Array<
   const double* w = weights ? weights->data() : nullptr;
   float* c = centers.mutable_data();
   const int64_t n = values.size();
-  py::gil_scoped_release unlocked;
-  kmeans_1d(v, w, n, k, c);
+  run_unlocked([&](Stop* stop) { kmeans_rows(v, w, 1, n, k, c, 1, stop); });
   return centers;
 }
 
@@ -366,8 +377,7 @@ Array<float> py_kmeans_rows(const Array<float>& values, const std::optional<Arra
   const float* v = values.data();
   const double* w = weights ? weights->data() : nullptr;
   float* c = centers.mutable_data();
-  py::gil_scoped_release unlocked;
-  kmeans_rows(v, w, rows, n, k, c, threads);
+  run_unlocked([&](Stop* stop) { kmeans_rows(v, w, rows, n, k, c, threads, stop); });
   return centers;
 }
 
@@ -380,6 +390,9 @@ PYBIND11_MODULE(_C, m) {
   // A wrong LOWBIT_ISA must stop the import, not the first call.
   active_isa();
   m.def("kernels", &py_kernels, "Every row of the kernel table, and those of FP8 products, which `Weight` cannot run.");
+  m.def("take_rows_run", &py_take_rows_run,
+        "Names of the rows of the kernel table that ran since the last call of this function, on any thread.");
+  m.def("usable_threads", &usable_threads, py::arg("threads"), "How many threads a call gets: one after a fork.");
   m.def("isa_detected", [] { return isa_names(detect_isa()); });
   m.def("isa_active", [] { return isa_names(active_isa()); });
   m.def("isa_capped", [](const std::vector<std::string>& detected, const std::string& value) {

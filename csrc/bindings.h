@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "stop.h"
+
 namespace lowbit {
 
 namespace py = pybind11;
@@ -39,6 +41,20 @@ inline void want_positive(std::initializer_list<std::pair<const char*, int64_t>>
   for (const auto& [name, size] : sizes) {
     if (size < 1) fail(std::string(name) + " must be at least 1, got " + std::to_string(size));
   }
+}
+
+// Runs fn(Stop*) without the GIL; raises what the handler of a signal raises (KeyboardInterrupt), after fn returned.
+template <class Fn>
+void run_unlocked(const Fn& fn) {
+  Stop stop([] {
+    const py::gil_scoped_acquire locked;
+    return PyErr_CheckSignals() != 0;
+  });
+  {
+    const py::gil_scoped_release released;
+    fn(&stop);
+  }
+  if (stop.stopped()) throw py::error_already_set();
 }
 
 }  // namespace lowbit

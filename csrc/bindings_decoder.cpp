@@ -75,12 +75,10 @@ void bind_decoder(py::module_& m) {
            py::arg("kv_heads"), py::arg("head_dim"), py::arg("intermediate"), py::arg("vocab"), py::arg("max_length"),
            py::arg("eps"), py::arg("scale"), py::arg("threads"), py::arg("embedding"), py::arg("layers"),
            py::arg("norm"), py::arg("head"), py::arg("cos"), py::arg("sin"), py::arg("logits"))
-      .def(
-          "run_ptr",
-          [](Decoder& d, uint64_t ids, int64_t count, int64_t position) {
-            d.run(static_cast<const int64_t*>(address(ids)), count, position);
-          },
-          py::call_guard<py::gil_scoped_release>())
+      .def("run_ptr",
+           [](Decoder& d, uint64_t ids, int64_t count, int64_t position) {
+             run_unlocked([&](Stop* stop) { d.run(static_cast<const int64_t*>(address(ids)), count, position, stop); });
+           })
       .def("likeliest", &Decoder::likeliest, py::call_guard<py::gil_scoped_release>());
 }
 

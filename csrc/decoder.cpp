@@ -9,7 +9,9 @@
 
 #include "decoder_worker.h"
 #include "dispatch.h"
+#include "int8.h"
 #include "layout.h"
+#include "nonfinite.h"
 #include "parallel.h"
 
 namespace lowbit {
@@ -70,6 +72,41 @@ Memory::Memory(size_t bytes) : owner_(std::calloc(bytes + 64, 1)) {
 }
 void Memory::Free::operator()(void* p) const { std::free(p); }
 
+namespace {
+
+// Given a scale, codes and scales of x stand before what the kernel prepares of them.
+size_t codes_bytes(const Launch& l) { return align64(static_cast<size_t>(l.m * l.k)); }
+size_t given_bytes(const Launch& l) { return codes_bytes(l) + align64(static_cast<size_t>(l.m) * sizeof(float)); }
+
+}  // namespace
+
+size_t Projection::Part::bytes() const {
+  return align64(lowbit::prepared_bytes(*kernel, launch)) + (x_scale > 0 ? given_bytes(launch) : 0);
+}
+
+void Projection::Part::place(char* prepared) {
+  launch.x = x;
+  launch.x_dtype = launch.out_dtype;
+  launch.x_stride = x_stride;
+  if (x_scale > 0) {
+    launch.x = prepared;
+    launch.x_dtype = Dtype::kI8;
+    launch.x_stride = launch.k;
+    launch.x_scales = reinterpret_cast<float*>(prepared + codes_bytes(launch));
+    prepared += given_bytes(launch);
+  }
+  place_prepared(*kernel, prepared, &launch);
+}
+
+void Projection::Part::prepare(int64_t begin, int64_t end) const {
+  if (x_scale > 0) {
+    std::fill(launch.x_scales + begin, launch.x_scales + end, x_scale);
+    quantize_int8_rows({x, launch.out_dtype, x_stride, launch.k, launch.k, launch.x_scales, true},
+                       static_cast<int8_t*>(const_cast<void*>(launch.x)), begin, end);
+  }
+  kernel->prepare(launch, begin, end);
+}
+
 Decoder::Decoder(const DecoderConfig& config, const DecoderModel& model)
     : config_(config), model_(model), ops_(choose_ops(active_isa())), head_padded_(padded(config.head_dim)) {
   config_.threads = std::clamp(config.threads, 1, kMostThreads);
@@ -107,6 +144,7 @@ Decoder::Decoder(const DecoderConfig& config, const DecoderModel& model)
   }
   copy_norm(&model_.norm, norms.back());
 
+  make_int8_tables();
   bind(&one_, 1);
   head_ = project({&model_.head}, {static_cast<char*>(model.logits)}, config.vocab, nullptr, 0, 1);
   for (const Projection& p : one_.layers) {
@@ -115,17 +153,30 @@ Decoder::Decoder(const DecoderConfig& config, const DecoderModel& model)
   allocate_threads();
 }
 
+void Decoder::make_int8_tables() {
+  std::vector<DecoderLinear*> linears{&model_.head};
+  for (DecoderLayer& l : model_.layers) {
+    for (DecoderLinear* linear : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) linears.push_back(linear);
+  }
+  tables_ = Memory(linears.size() * kMaxEntries);
+  int8_t* memory = reinterpret_cast<int8_t*>(tables_.data());
+  for (DecoderLinear* linear : linears) {
+    if (linear->dense || linear->desc.x != Dtype::kI8) continue;
+    set_int8_table(linear->desc.codec, linear->desc.bits, memory, &linear->launch);
+    memory += kMaxEntries;
+  }
+}
+
 Projection Decoder::project(const std::vector<const DecoderLinear*>& linears, const std::vector<char*>& outs,
                             int64_t out_stride, const char* x, int64_t x_stride, int64_t rows) const {
   Projection made;
   for (size_t i = 0; i < linears.size(); ++i) {
     const DecoderLinear& linear = *linears[i];
-    Projection::Part part{nullptr, linear.launch, linear.dense, 0, static_cast<int>(i), made.prepared_bytes};
+    Projection::Part part{nullptr, linear.launch,       linear.dense,       x, x_stride, linear.x_scale,
+                          0,       static_cast<int>(i), made.prepared_bytes};
     Launch& l = part.launch;
     l.m = rows;
-    l.x = x;
-    l.x_dtype = l.out_dtype = config_.dtype;
-    l.x_stride = x_stride;
+    l.out_dtype = config_.dtype;
     l.out = outs[i];
     l.out_stride = out_stride;
     if (linear.dense) {
@@ -135,25 +186,26 @@ Projection Decoder::project(const std::vector<const DecoderLinear*>& linears, co
     }
     Desc desc = linear.desc;
     desc.op = Op::kLinear;
-    desc.x = config_.dtype;
+    if (desc.x != Dtype::kI8) desc.x = config_.dtype;
     desc.m = rows;
     desc.threads = config_.threads;
     part.kernel = select(desc, active_isa());
     if (!part.kernel || !part.kernel->prepare) throw std::invalid_argument("no kernel of this CPU serves this weight");
     const int64_t per_task = part.kernel->rows_per_task;
     part.tasks = num_blocks(l.n) * (per_task ? ceil_div(rows, per_task) : 1);
-    place_prepared(*part.kernel, nullptr, &l);
+    part.place(nullptr);
     const bool sums = l.x_sums != nullptr;
     for (size_t j = 0; j < i; ++j) {
       const Projection::Part& other = made.parts[j];
       const bool same = other.kernel && other.kernel->prepare == part.kernel->prepare &&
-                        !other.launch.x_sums == !sums && (!sums || other.launch.group == l.group);
+                        other.x_scale == part.x_scale && !other.launch.x_sums == !sums &&
+                        (!sums || other.launch.group == l.group);
       if (!same) continue;
       part.prepared_by = other.prepared_by;
       part.prepared_offset = other.prepared_offset;
       break;
     }
-    if (part.prepared_by == static_cast<int>(i)) made.prepared_bytes += align64(prepared_bytes(*part.kernel, l));
+    if (part.prepared_by == static_cast<int>(i)) made.prepared_bytes += part.bytes();
     made.parts.push_back(part);
   }
   return made;
@@ -193,7 +245,7 @@ void Decoder::bind(Bound* bound, int64_t rows) const {
   bound->prepared = Memory(bytes);
   for (Projection& p : bound->layers) {
     for (Projection::Part& part : p.parts) {
-      place_prepared(*part.kernel, bound->prepared.data() + part.prepared_offset, &part.launch);
+      part.place(bound->prepared.data() + part.prepared_offset);
     }
   }
 }
@@ -240,8 +292,8 @@ int Decoder::useful_threads(int64_t rows) const {
   return static_cast<int>(std::clamp<int64_t>(useful, 1, config_.threads));
 }
 
-void Decoder::run(const int64_t* ids, int64_t count, int64_t position) {
-  while (count > 0) {
+void Decoder::run(const int64_t* ids, int64_t count, int64_t position, Stop* stop) {
+  while (count > 0 && !stop->asked()) {
     const int64_t rows = std::min(count, kPromptRows);
     if (rows > 1) bind(&many_, rows);
     const int threads = useful_threads(rows);
@@ -263,6 +315,10 @@ void Decoder::run(const int64_t* ids, int64_t count, int64_t position) {
   }
 }
 
-int64_t Decoder::likeliest() const { return ops_->argmax(config_.dtype, model_.logits, config_.vocab); }
+int64_t Decoder::likeliest() const {
+  const bool nan = any_nan(model_.logits, config_.dtype, 0, config_.vocab);
+  if (nan) throw std::domain_error("the logits are NaN: the model's weights or its arithmetic are broken");
+  return ops_->argmax(config_.dtype, model_.logits, config_.vocab);
+}
 
 }  // namespace lowbit

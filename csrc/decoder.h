@@ -10,6 +10,7 @@
 
 #include "cpu/decoder_ops.h"
 #include "kernel.h"
+#include "stop.h"
 
 namespace lowbit {
 
@@ -24,11 +25,13 @@ struct DecoderConfig {
 };
 
 // y = x W^T + bias. `launch` and `desc` hold the packed weight and the bias; x, out and m are set by the decoder. A
-// weight that is `dense`, (n, k), serves for the embedding and the head.
+// weight that is `dense`, (n, k), serves for the embedding and the head. desc.x is kI8 if x is to be quantized: by
+// x_scale, or, if that is 0, by absmax / 127 of each row.
 struct DecoderLinear {
   Launch launch;
   Desc desc;
   const void* dense;
+  float x_scale;
 };
 
 struct DecoderLayer {
@@ -63,11 +66,19 @@ class Memory {
 struct Projection {
   struct Part {
     const Kernel* kernel;  // null for a dense weight
-    Launch launch;
+    Launch launch;         // its x is what the kernel prepares
     const void* dense;
+    const void* x;  // rows of the dtype of the results, x_stride elements apart
+    int64_t x_stride;
+    float x_scale;
     int64_t tasks;
     int prepared_by;  // the part, at or before this one, whose prepared input this one reads
     size_t prepared_offset;
+
+    // The bytes where x is prepared, where they are, and the preparation of rows [begin, end).
+    size_t bytes() const;
+    void place(char* prepared);
+    void prepare(int64_t begin, int64_t end) const;
   };
   std::vector<Part> parts;
   size_t prepared_bytes = 0;
@@ -80,10 +91,10 @@ class Decoder {
   Decoder(const DecoderConfig& config, const DecoderModel& model);
 
   // Appends `count` tokens, each in [0, vocab), at `position`: the cache holds what was appended at the positions below
-  // it. Writes the logits after the last token.
-  void run(const int64_t* ids, int64_t count, int64_t position);
+  // it. Writes the logits after the last token, unless it is stopped.
+  void run(const int64_t* ids, int64_t count, int64_t position, Stop* stop);
 
-  // The token of the largest logit, the first of several.
+  // The token of the largest logit, the first of several. Throws std::domain_error if a logit is NaN.
   int64_t likeliest() const;
 
  private:
@@ -107,6 +118,7 @@ class Decoder {
   void bind(Bound* bound, int64_t rows) const;
   Projection project(const std::vector<const DecoderLinear*>& linears, const std::vector<char*>& outs,
                      int64_t out_stride, const char* x, int64_t x_stride, int64_t rows) const;
+  void make_int8_tables();
   void allocate_threads();
   HeadCache cache(size_t layer, int64_t kv_head) const;
   char* row(char* rows, int64_t i, int64_t width) const;
@@ -117,7 +129,7 @@ class Decoder {
   const DecoderOps* ops_;
   int64_t head_padded_, weights_ = 0;
   size_t element_, cache_element_;
-  Memory constants_, keys_, values_;
+  Memory constants_, keys_, values_, tables_;
   float *cos_, *sin_;  // (max_length, head_padded_)
   char* final_norm_;
   Bound one_, many_;

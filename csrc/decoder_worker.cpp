@@ -16,7 +16,7 @@ void run_parts(const Projection::Part* parts, size_t count, int64_t begin, int64
   for (size_t i = 0; i < count; ++i) {
     const Projection::Part& part = parts[i];
     const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, part.tasks);
-    if (first < last) part.kernel->run(part.launch, first, last);
+    if (first < last) run_tasks(*part.kernel, part.launch, first, last);
     begin -= part.tasks;
     end -= part.tasks;
   }
@@ -83,18 +83,21 @@ void Worker::add_norm(const char* y, const void* weight) const {
   d.ops_->add_norm(d.config_.dtype, mine().residual, y, weight, d.config_.eps, d.config_.hidden, mine().normed);
 }
 
+void Worker::prepare_one(Projection::Part* part, size_t i, const char* x) const {
+  part->x = x;
+  part->place(mine().prepared + part->prepared_offset);
+  if (part->prepared_by == static_cast<int>(i)) part->prepare(0, 1);
+}
+
 void Worker::project(const Projection& p, const char* x) {
   constexpr size_t kMost = 3;
   Projection::Part parts[kMost];
   const size_t count = p.parts.size();
   int64_t tasks = 0;
   for (size_t i = 0; i < count; ++i) {
-    Projection::Part& part = parts[i] = p.parts[i];
-    part.launch.x = x;
-    tasks += part.tasks;
-    if (!part.kernel) continue;
-    place_prepared(*part.kernel, mine().prepared + part.prepared_offset, &part.launch);
-    if (part.prepared_by == static_cast<int>(i)) part.kernel->prepare(part.launch, 0, 1);
+    parts[i] = p.parts[i];
+    tasks += parts[i].tasks;
+    if (parts[i].kernel) prepare_one(&parts[i], i, x);
   }
   if (p.parts[0].dense) {
     const Projection::Part& part = parts[0];
@@ -111,13 +114,11 @@ void Worker::project(const Projection& p, const char* x) {
 void Worker::gate_up(const Projection& p, const char* x) {
   Projection::Part parts[2];
   for (size_t i = 0; i < 2; ++i) {
-    Projection::Part& part = parts[i] = p.parts[i];
-    part.launch.x = x;
-    place_prepared(*part.kernel, mine().prepared + part.prepared_offset, &part.launch);
-    if (part.prepared_by == static_cast<int>(i)) part.kernel->prepare(part.launch, 0, 1);
+    parts[i] = p.parts[i];
+    prepare_one(&parts[i], i, x);
   }
   share(num_blocks(d.config_.intermediate), [&](int64_t b, int64_t e) {
-    for (const Projection::Part& part : parts) part.kernel->run(part.launch, b, e);
+    for (const Projection::Part& part : parts) run_tasks(*part.kernel, part.launch, b, e);
     const size_t offset = static_cast<size_t>(b * kBlockN) * d.element_;
     const int64_t count = std::min(e * kBlockN, d.config_.intermediate) - b * kBlockN;
     d.ops_->silu_mul(d.config_.dtype, d.one_.gate + offset, d.one_.up + offset, count);
@@ -210,7 +211,7 @@ void Worker::project_rows(const Projection& p, const Fn& fill) {
     fill(begin, end);
     for (size_t i = 0; i < p.parts.size(); ++i) {
       const Projection::Part& part = p.parts[i];
-      if (part.prepared_by == static_cast<int>(i)) part.kernel->prepare(part.launch, begin, end);
+      if (part.prepared_by == static_cast<int>(i)) part.prepare(begin, end);
     }
   });
   team.wait();

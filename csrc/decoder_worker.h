@@ -29,6 +29,8 @@ struct Worker {
   void embed_rows(const int64_t* ids, int64_t begin, int64_t end, char* out) const;
 
   // One token: every thread holds the residual and prepares the inputs for itself.
+  // Part i of a projection, on the memory of this thread.
+  void prepare_one(Projection::Part* part, size_t i, const char* x) const;
   void project(const Projection& p, const char* x);
   void gate_up(const Projection& p, const char* x);
   void rotate_query(const char* qkv, int64_t head, int64_t position, float* out) const;

@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -8,6 +9,7 @@
 
 #include "int8.h"
 #include "layout.h"
+#include "nonfinite.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -52,9 +54,6 @@ std::vector<const Kernel*> collect() {
 }
 
 size_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 || dtype == Dtype::kB1 ? 1 : 2; }
-
-// 255 * 128 * 65536 < 2^31.
-constexpr int64_t kMaxInt8Group = 65536;
 
 // Below this many weights of an embedding a second thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 64 * 1024;
@@ -103,7 +102,8 @@ size_t x_bytes(const Kernel& kernel, const Launch& l) {
   return aligned(static_cast<size_t>(l.m * prepared_stride(kernel, l)) * size_of(kernel.compute));
 }
 size_t sum_bytes(const Kernel& kernel, const Launch& l) {
-  return needs_sums(kernel, l) ? static_cast<size_t>(l.m * l.num_groups) * sizeof(float) : 0;
+  const int64_t parts = kernel.compute == Dtype::kI8 ? parts_of_group(l) : 1;
+  return needs_sums(kernel, l) ? static_cast<size_t>(l.m * l.num_groups * parts) * sizeof(float) : 0;
 }
 
 bool prepares_alike(const Call& a, const Call& b) {
@@ -141,6 +141,62 @@ bool prepared_before(std::span<const Call> calls, size_t i) {
     if (calls[j].launch.prepared == calls[i].launch.prepared) return true;
   }
   return false;
+}
+
+// Rows of the kernel table that ran, a set: a slot is empty or holds a row, at its hash or after it.
+constexpr size_t kRanSlots = 1024;
+std::atomic<const Kernel*> ran[kRanSlots];
+
+void note(const Kernel& kernel) {
+  for (size_t slot = reinterpret_cast<uintptr_t>(&kernel) / 16;; ++slot) {
+    std::atomic<const Kernel*>& at = ran[slot % kRanSlots];
+    const Kernel* found = at.load(std::memory_order_relaxed);
+    if (found == &kernel) return;
+    if (!found && (at.compare_exchange_strong(found, &kernel, std::memory_order_relaxed) || found == &kernel)) return;
+  }
+}
+
+// Whether an infinity in x may meet terms of both signs in place of one weight: zeros that are multiplied apart from
+// the codes, and 8-bit integers as two bf16 numbers (bf16_int8-inl.h).
+bool splits_weights(const Kernel& kernel, const Launch& l) {
+  if (kernel.op != Op::kLinear || !kernel.chunk_groups || kernel.compute == Dtype::kI8) return false;
+  return l.zero != ZeroMode::kNone || (kernel.compute == Dtype::kBf16 && kernel.codec == Codec::kInt);
+}
+
+// The row that serves what `kernel` does and applies scales and zeros before it multiplies.
+const Kernel& decoding_row(const Kernel& kernel, const Launch& l) {
+  const Desc desc{Op::kLinear, l.x_dtype, kernel.codec, kernel.bits, kernel.scope, l.zero, l.m, l.n, l.k, l.group};
+  const Kernel* best = nullptr;
+  for (const Kernel* k : kernels()) {
+    if (!k->chunk_groups && !rejection(*k, desc, active_isa()) && (!best || k->isa > best->isa)) best = k;
+  }
+  if (!best) throw std::logic_error(std::string(kernel.name) + " has no row that decodes its weights");
+  return *best;
+}
+
+// Rows [first, last) of x and a block of 64 columns by another row of the kernel table.
+void run_block(const Kernel& kernel, Launch l, int64_t block, int64_t first, int64_t last) {
+  const auto size = static_cast<int64_t>(size_of(l.x_dtype)), out_size = static_cast<int64_t>(size_of(l.out_dtype));
+  Epilogue epilogue{};
+  if (l.epilogue) {
+    epilogue = *l.epilogue;
+    const auto from = [&](const void* p, int64_t stride) {
+      return p ? static_cast<const char*>(p) + first * stride * static_cast<int64_t>(size_of(epilogue.dtype)) : nullptr;
+    };
+    epilogue.gate = from(epilogue.gate, epilogue.gate_stride);
+    epilogue.residual = from(epilogue.residual, epilogue.residual_stride);
+    l.epilogue = &epilogue;
+  }
+  l.m = last - first;
+  l.x = static_cast<const char*>(l.x) + first * l.x_stride * size;
+  l.out = static_cast<char*>(l.out) + first * l.out_stride * out_size;
+  thread_local Scratch scratch;
+  place_prepared(kernel, scratch.get(prepared_bytes(kernel, l)), &l);
+  kernel.prepare(l, 0, l.m);
+  const int64_t tasks = tasks_of(kernel, l.m, kBlockN);
+  note(kernel);
+  kernel.run(l, block * tasks, (block + 1) * tasks);
+  scratch.trim();
 }
 
 // Tasks of one call that thread `index` of `count` runs, when all calls stand one after another on a line as long as
@@ -204,13 +260,12 @@ const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
   if (!k.exact_x[static_cast<int>(d.x)]) {
     return d.x == Dtype::kI8 || d.x == Dtype::kB1 ? "needs float activations" : "would round the activations";
   }
-  if (k.compute == Dtype::kI8 && (d.group < d.k ? d.group : d.k) > kMaxInt8Group) return "int32 sums would overflow";
   if (k.chunk_groups && d.group < d.k && d.group % k.span != 0) return "group is not a multiple of the row's span";
   return nullptr;
 }
 
 int threads_for(const Kernel& k, const Desc& d) {
-  return useful_threads(work_ns(k, d.m, d.n, d.k), tasks_of(k, d.m, d.n), d.threads);
+  return useful_threads(work_ns(k, d.m, d.n, d.k), tasks_of(k, d.m, d.n), usable_threads(d.threads));
 }
 
 double cost(const Kernel& k, const Desc& d) {
@@ -244,6 +299,42 @@ void place_prepared(const Kernel& kernel, void* memory, Launch* launch) {
   if (quantizes(kernel, *launch)) launch->x_scales = reinterpret_cast<float*>(sums + sum_bytes(kernel, *launch));
 }
 
+void set_int8_table(Codec codec, int bits, int8_t* memory, Launch* l) {
+  l->table_i8 = memory;
+  l->table_step = codec == Codec::kInt ? 1.0f : round_table(l->table, 1 << bits, l->table_step, memory);
+}
+
+void run_tasks(const Kernel& kernel, const Launch& l, int64_t begin, int64_t end) {
+  note(kernel);
+  kernel.run(l, begin, end);
+  if (!splits_weights(kernel, l)) return;
+  if (l.m == 1 && all_finite(l.out, l.out_dtype, begin * kBlockN, std::min(end * kBlockN, l.n))) return;
+  const int64_t rows_per_task = kernel.rows_per_task ? kernel.rows_per_task : l.m;
+  const int64_t row_blocks = ceil_div(l.m, rows_per_task);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t block = task / row_blocks, row_end = std::min((task % row_blocks + 1) * rows_per_task, l.m);
+    const int64_t column = block * kBlockN, column_end = std::min(column + kBlockN, l.n);
+    const auto spoilt = [&](int64_t row) {
+      return row < row_end &&
+             !all_finite(l.out, l.out_dtype, row * l.out_stride + column, row * l.out_stride + column_end) &&
+             !any_nan(l.x, l.x_dtype, row * l.x_stride, row * l.x_stride + l.k);
+    };
+    for (int64_t row = task % row_blocks * rows_per_task; row < row_end; ++row) {
+      const int64_t first = row;
+      while (spoilt(row)) ++row;
+      if (first < row) run_block(decoding_row(kernel, l), l, block, first, row);
+    }
+  }
+}
+
+std::vector<const Kernel*> take_rows_run() {
+  std::vector<const Kernel*> rows;
+  for (std::atomic<const Kernel*>& slot : ran) {
+    if (const Kernel* row = slot.exchange(nullptr, std::memory_order_relaxed)) rows.push_back(row);
+  }
+  return rows;
+}
+
 void run_many(std::span<Call> calls, int threads) {
   // Calls without results are left out; those that stay are moved to the front.
   size_t count = 0;
@@ -259,9 +350,7 @@ void run_many(std::span<Call> calls, int threads) {
     const Kernel& kernel = *calls[i].kernel;
     Launch& l = calls[i].launch;
     if (kernel.compute != Dtype::kI8) continue;
-    int8_t* table = reinterpret_cast<int8_t*>(memory) + i * kMaxEntries;
-    l.table_step = kernel.codec == Codec::kInt ? 1.0f : round_table(l.table, 1 << kernel.bits, l.table_step, table);
-    l.table_i8 = table;
+    set_int8_table(kernel.codec, kernel.bits, reinterpret_cast<int8_t*>(memory) + i * kMaxEntries, &l);
   }
   for (size_t i = 0; i < calls.size(); ++i) {
     const Kernel& kernel = *calls[i].kernel;
@@ -294,7 +383,7 @@ void run_many(std::span<Call> calls, int threads) {
       for (size_t i = 0; i < part.size(); ++i) {
         const int64_t b = shares[i].edge(total_ns * at),
                       e = index + 1 == num_threads ? shares[i].tasks : shares[i].edge(total_ns * end);
-        if (b < e) part[i].kernel->run(part[i].launch, b, e);
+        if (b < e) run_tasks(*part[i].kernel, part[i].launch, b, e);
       }
     });
   }

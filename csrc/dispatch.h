@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "kernel.h"
 
@@ -24,7 +25,7 @@ std::span<const Kernel* const> kernels();
 
 // Why a row cannot serve a request on a mask of instruction sets; nullptr if it can.
 const char* rejection(const Kernel& kernel, const Desc& desc, uint32_t isa_mask);
-// How many of `desc.threads` a row uses: no more than it has tasks, and one where the work is tiny.
+// How many of `desc.threads` a row uses: no more than it has tasks, and one where the work is tiny or after a fork.
 int threads_for(const Kernel& kernel, const Desc& desc);
 // Estimated time in nanoseconds on that many threads: the largest share of a thread, plus the parallel region.
 double cost(const Kernel& kernel, const Desc& desc);
@@ -35,6 +36,14 @@ const Kernel* select(const Desc& desc, uint32_t isa_mask);
 size_t prepared_bytes(const Kernel& kernel, const Launch& launch);
 // Sets `prepared`, `prepared_stride` and `x_sums` to `prepared_bytes` bytes at `memory`, aligned to 64.
 void place_prepared(const Kernel& kernel, void* memory, Launch* launch);
+
+// Sets `table_i8` (kMaxEntries bytes at `memory`) and `table_step` for int8 x, from the step that the weight names.
+void set_int8_table(Codec codec, int bits, int8_t* memory, Launch* launch);
+// Tasks of a row on prepared x. Where a result is not finite and the row multiplies x with parts of the weights (codes
+// and zeros), which makes infinity - infinity of an infinity in x, it is computed anew from decoded weights.
+void run_tasks(const Kernel& kernel, const Launch& launch, int64_t task_begin, int64_t task_end);
+// The rows that `run_tasks` ran since the last call of this function, on any thread of the process.
+std::vector<const Kernel*> take_rows_run();
 
 // One product of a call. `launch.prepared`, `x_sums` are set by `run_many`.
 struct Call {

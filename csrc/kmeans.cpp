@@ -1,6 +1,7 @@
 #include "kmeans.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "parallel.h"
@@ -21,10 +22,14 @@ class Solver {
     best_.resize(size);
     next_.resize(size);
     // The last layer is needed at one point only, and the first has no split.
-    split_.resize(k > 1 && n > k ? size * static_cast<size_t>(k - 1) : 0);
+    // Not zeroed: it may take gigabytes, and seconds that nothing could interrupt.
+    if (k > 1 && n > k) split_ = std::make_unique_for_overwrite<int32_t[]>(size * static_cast<size_t>(k - 1));
   }
 
-  void solve(const float* values, const double* weights, int64_t n, float* centers) {
+  // `asks` is for the thread that made `stop`.
+  void solve(const float* values, const double* weights, int64_t n, float* centers, Stop* stop, bool asks) {
+    stop_ = stop;
+    asks_ = asks;
     merge(values, weights, n);
     if (count_ == 0) merge(values, nullptr, n);
     if (count_ <= k_) {
@@ -37,7 +42,8 @@ class Solver {
     for (int64_t i = 1; i <= count_; ++i) best_[at(i)] = cost(0, i);
     for (int layer = 2; layer <= k_; ++layer) {
       const int64_t first = layer == k_ ? count_ : layer;
-      fill(split_.data() + at(layer - 2) * (at(count_) + 1), first, count_, layer - 1, count_ - 1);
+      fill(split_.get() + at(layer - 2) * (at(count_) + 1), first, count_, layer - 1, count_ - 1);
+      if (stop->stopped()) return;
       best_.swap(next_);
     }
     int64_t end = count_;
@@ -93,7 +99,7 @@ class Solver {
   // next_[i] = min over j in [low, min(high, i - 1)] of best_[j] + cost(j, i), for i in [begin, end]; the middle i
   // first, because its best j bounds those of both halves.
   void fill(int32_t* split, int64_t begin, int64_t end, int64_t low, int64_t high) {
-    while (begin <= end) {
+    while (begin <= end && !stops(high - low)) {
       const int64_t middle = begin + (end - begin) / 2;
       const int64_t last = std::min(high, middle - 1);
       int64_t best_j = low;
@@ -113,6 +119,15 @@ class Solver {
     }
   }
 
+  // Whether to stop, asked after some milliseconds of work.
+  bool stops(int64_t work) {
+    constexpr int64_t kWork = 1 << 20;
+    worked_ += work + 1;
+    if (worked_ < kWork) return stop_->stopped();
+    worked_ = 0;
+    return asks_ ? stop_->asked() : stop_->stopped();
+  }
+
   // Summed about the first value: a segment of one value gives that value back exactly.
   float mean(int64_t begin, int64_t end) const {
     double total = 0, moment = 0;
@@ -124,26 +139,26 @@ class Solver {
   }
 
   int k_;
-  int64_t count_ = 0;
+  int64_t count_ = 0, worked_ = 0;
+  Stop* stop_ = nullptr;
+  bool asks_ = false;
   std::vector<double> value_, weight_, sum_w_, sum_wv_, sum_wvv_, best_, next_;
-  std::vector<int32_t> split_;
+  std::unique_ptr<int32_t[]> split_;
 };
 
 }  // namespace
 
-void kmeans_1d(const float* sorted_values, const double* weights, int64_t n, int k, float* centers) {
-  Solver(n, k).solve(sorted_values, weights, n, centers);
-}
-
 void kmeans_rows(const float* sorted_values, const double* weights, int64_t rows, int64_t n, int k, float* centers,
-                 int threads) {
+                 int threads, Stop* stop) {
   const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(threads, rows));
-  std::vector<Solver> solvers(static_cast<size_t>(tasks), Solver(n, k));
+  std::vector<Solver> solvers;
+  for (int64_t task = 0; task < tasks; ++task) solvers.emplace_back(n, k);
   parallel(tasks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       for (int64_t r = task; r < rows; r += tasks) {
+        if (stop->stopped()) return;
         solvers[static_cast<size_t>(task)].solve(sorted_values + r * n, weights ? weights + r * n : nullptr, n,
-                                                 centers + r * k);
+                                                 centers + r * k, stop, begin == 0);
       }
     }
   });

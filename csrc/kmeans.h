@@ -8,12 +8,13 @@
 
 #include <cstdint>
 
+#include "stop.h"
+
 namespace lowbit {
 
-void kmeans_1d(const float* sorted_values, const double* weights, int64_t n, int k, float* centers);
-
 // One independent problem per row: values (rows, n), weights (rows, n) or null, centers (rows, k). n >= 1, k >= 1.
+// Centers are not to be used if it was stopped.
 void kmeans_rows(const float* sorted_values, const double* weights, int64_t rows, int64_t n, int k, float* centers,
-                 int threads);
+                 int threads, Stop* stop);
 
 }  // namespace lowbit

@@ -10,11 +10,13 @@ namespace lowbit {
 // Whether this process is the child of a fork. libgomp's threads do not survive it, and a parallel region in the child
 // would wait for them forever, so everything runs on one thread there.
 bool after_fork();
+// How many of `threads` a parallel region gets: one after a fork.
+inline int usable_threads(int threads) { return after_fork() ? 1 : threads; }
 
 // Calls fn(index, count) once on each of up to `threads` threads; count is how many there are.
 template <class Fn>
 void parallel_threads(int threads, const Fn& fn) {
-  if (threads <= 1 || after_fork()) {
+  if (usable_threads(threads) <= 1) {
     fn(int64_t{0}, int64_t{1});
     return;
   }

@@ -9,6 +9,7 @@
 #include "address.h"
 #include "dlpack.h"
 #include "layout.h"
+#include "parallel.h"
 #include "scratch.h"
 
 namespace py = pybind11;
@@ -68,6 +69,7 @@ PyObject* empty_like_rows(const dlpack::Tensor& x, int64_t n, dlpack::Tensor* ou
 }
 
 const Kernel& choose(Plan& plan, Dtype x, int64_t m, int threads) {
+  threads = usable_threads(threads);
   Plan::Choice& last = plan.chosen[static_cast<int>(x)];
   if (last.m != m || last.threads != threads) {
     Desc desc = plan.desc;

@@ -103,6 +103,31 @@ def linear_kernel(
             )
             weight = tl.trans(rounded(weight, COMPUTE, WIDENS))
             total = tl.dot(xs, weight, total, input_precision="ieee")
+    if APART and (ZERO == ZERO_FLOAT or ZERO == ZERO_MIN):
+        spoilt = tl.max(tl.max((total != total).to(tl.int32), 1), 0)
+        if spoilt > 0:
+            # x . values and x . zeros apart are infinity - infinity where x is infinite. There y is the sum of what is
+            # not finite in x, each with the sign of its weight.
+            infinite = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for chunk in range(first, last, CHUNKS):
+                ks = chunk * CHUNK + tl.arange(0, CHUNKS * CHUNK)
+                xs = tl.load(
+                    x_rows + ks.to(tl.int64)[None, :] * x_column,
+                    mask=in_m[:, None] & (ks < k)[None, :],
+                    other=0.0,
+                ).to(tl.float32 if WIDENS else COMPUTE)
+                fields = decode(codes, chunk, columns, in_n, n, k, BITS, CHUNKS)
+                g = chunk * CHUNK // group
+                values = table_values(
+                    fields, table, table_rows, g, num_groups, CODEC, BITS, OFFSET, SCOPE
+                )
+                at = (g * n + columns)[:, None]
+                weight = scaled(values, scales, zeros, at, in_n[:, None], ZERO, HAS_SCALE)
+                signs = (weight > 0).to(tl.float32) - (weight < 0).to(tl.float32)
+                signs = tl.trans(rounded(signs, COMPUTE, WIDENS))
+                xs = tl.where(xs - xs == 0, 0.0, xs)
+                infinite = tl.dot(xs, signs, infinite, input_precision="ieee")
+            total = tl.where(infinite - infinite == 0, total, infinite)
     if WHOLE and HAS_SCALE:
         total *= tl.load(scales + columns, mask=in_n, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS and SPLITS == 1:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
 
@@ -238,3 +241,33 @@ def test_a_format_can_be_made_for_every_scope_and_width():
     for bits, scope in itertools.product((1, 2, 3, 4, 5, 6, 8), ("tensor", "row", "group")):
         format = Format.lut(bits=bits, group=20, table_scope=scope)
         assert_codes_are_best(quantize(normal(3, 70), format).validate(), normal(3, 70))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_interrupt_stops_it(rows: int):
+    """Ctrl-C in the middle of some half a minute of work: KeyboardInterrupt within a second, on every thread."""
+    script = f"""
+    import numpy as np, os, signal, threading, time
+    from lowbit import _C
+    values = np.sort(np.random.default_rng(0).standard_normal((3_000_000,), np.float32))
+    rows = np.tile(values[: len(values) // {rows}], ({rows}, 1))
+    def interrupt():
+        time.sleep(1.0)
+        global sent
+        sent = time.monotonic()
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        _C.kmeans_1d(values, None, 256) if {rows} == 1 else _C.kmeans_rows(rows, None, 256, 2)
+    except KeyboardInterrupt:
+        assert time.monotonic() - sent < 2, time.monotonic() - sent
+        print("stopped")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout == "stopped\n", done.stderr[-2000:]

@@ -14,6 +14,7 @@ import lowbit
 from gguf_files import Llama, llama_tensors, write_llama
 from lowbit import run as job
 from lowbit.integrations import measure
+from lowbit.integrations.runner import LlamaRunner
 from lowbit.integrations.transformers import load_gguf, load_tokenizer
 from lowbit.run import RunOptions, default_model, run
 
@@ -79,6 +80,37 @@ def test_sizes_are_those_of_the_file(path, capsys):
     assert printed["bits_per_weight"] == pytest.approx(8 * nbytes / count, rel=1e-12)
     assert printed["linear_bits_per_weight"] == 5.0
     assert printed["decode_tokens_per_second"] == 0.0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_kernels_are_those_that_ran(path, dtype, capsys):
+    """int8 activations are a choice of the format that changes what runs, and so the logits."""
+    found = {}
+    for format in ("int4_g32", "int4_g32_a8"):
+        found[format] = run(
+            RunOptions(model=path, max_new_tokens=3, format=format, dtype=dtype, json=True)
+        )
+        model = load_gguf(path, dtype=job.DTYPES[dtype], format=format)
+        ids = torch.arange(21)
+        found[format]["logits"] = LlamaRunner(model, 40).forward(ids).clone()
+    for phase, names in found["int4_g32_a8"]["kernels"].items():
+        packed = [name for name in names if not name.endswith(("int8", "lut8"))]
+        assert any("_i8_int4_" in name for name in packed), (phase, names)
+    assert not any("_i8_" in n for names in found["int4_g32"]["kernels"].values() for n in names)
+    assert not torch.equal(found["int4_g32"]["logits"], found["int4_g32_a8"]["logits"])
+
+
+def test_a_broken_model_gives_no_answer(path, monkeypatch, capsys):
+    from lowbit.integrations import transformers as loading
+
+    def broken(*args, **kwargs):
+        model = load_gguf(*args, **kwargs)
+        model.model.norm.weight.data.fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(loading, "load_gguf", broken)
+    with pytest.raises(ValueError, match="the logits are NaN"):
+        run(RunOptions(model=path, max_new_tokens=3, json=True))
 
 
 def test_table(path, capsys):

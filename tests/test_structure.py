@@ -23,7 +23,7 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12, "python/lowbit/layouts.py": 12
 LAYERS = (
     ("files", "modes", "strides", "tables", "transforms"),
     ("formats", "_C", "_cuda"),
-    ("codebooks", "packing", "planes", "fragments"),
+    ("codebooks", "forking", "packing", "planes", "fragments"),
     ("tensor",),
     ("reference",),
     ("layouts",),

@@ -1,6 +1,7 @@
-// int8 activations: the sum of a group is exact in int32, x . (T - zero) with T the table as int8, and fp32 follows in
-// the order that reference.int8_linear states. The dot product takes weights as unsigned bytes: an integer code as it
-// is, a table entry plus 128; the difference leaves through the sums of x, and so does an integer zero.
+// int8 activations: the sum of a part of a group (int8.h) is exact in int32, x . (T - zero) with T the table as int8,
+// and fp32 follows in the order that reference.int8_linear states. The dot product takes weights as unsigned bytes: an
+// integer code as it is, a table entry plus 128; the difference leaves through the sums of x, and so does an integer
+// zero.
 //
 // A dword of a column holds four weights: two pairs (k even, k odd), of codes that lie 8 bits apart in their words
 // where the width divides 8, so that one shift brings all four into place. x is permuted to that order once.
@@ -117,14 +118,9 @@ LOWBIT_INLINE inline I broadcast4(const int8_t* x) {
 
 inline bool int_zeros(const Launch& l) { return l.zero == ZeroMode::kSubtract && l.zero_dtype == Dtype::kI8; }
 
-inline int32_t x_sum_of(const Launch& l, int64_t row, int64_t group) {
-  return reinterpret_cast<const int32_t*>(l.x_sums)[row * l.num_groups + group];
-}
-
-// What a group's sum of products starts from: (first - zero) * sum of x.
-LOWBIT_INLINE inline I group_start(const Launch& l, int32_t first, int64_t block, int64_t group, int lane,
-                                   int64_t row) {
-  const int32_t x_sum = x_sum_of(l, row, group);
+// What a part's sum of products starts from: (first - zero) * sum of x.
+LOWBIT_INLINE inline I part_start(const Launch& l, int32_t first, int64_t block, int64_t group, int lane,
+                                  int32_t x_sum) {
   const I start = set1_i(first * x_sum);
   if (!int_zeros(l)) return start;
   const int8_t* zeros = static_cast<const int8_t*>(l.zeros) + (block * l.num_groups + group) * kBlockN + lane;
@@ -139,23 +135,25 @@ LOWBIT_INLINE inline GroupTerms float_terms(const Launch& l, int64_t block, int6
           zeros ? load_as(l.zeros, l.zero_dtype, i) : zero()};
 }
 
-// y + what a group adds to it, each operation rounded once.
-LOWBIT_INLINE inline F add_group(const Launch& l, GroupTerms t, F y, I acc, int64_t row, int64_t group) {
+// y + what a part of a group adds to it, each operation rounded once.
+LOWBIT_INLINE inline F add_part(const Launch& l, GroupTerms t, F y, I acc, int64_t row, int64_t group, int32_t x_sum) {
   F term = to_float(acc);
   if (l.zero == ZeroMode::kNone || int_zeros(l)) {
     term = mul(t.scale, term);
   } else {
-    const F shift = mul(t.zero, set1(static_cast<float>(x_sum_of(l, row, group))));
+    const F shift = mul(t.zero, set1(static_cast<float>(x_sum)));
     term = l.zero == ZeroMode::kAdd ? add(mul(t.scale, term), shift) : mul(t.scale, sub(term, shift));
   }
   if (l.x_group_scales) term = mul(term, set1(l.x_scales[row * l.num_groups + group]));
   return add(y, term);
 }
 
-// Multiplies 64 columns of y by the scale of the row and the step of the table, and stores them.
-inline void finish_row(const Launch& l, int64_t block, int64_t row, int lane0, int count, float* y) {
+// Adds what was summed before to some columns of y, multiplies them by the scale of the row and the step of the table,
+// and stores them.
+inline void finish_row(const Launch& l, int64_t block, int64_t row, int lane0, int count, const float* total,
+                       float* y) {
   const F factor = set1(l.x_group_scales ? l.table_step : l.x_scales[row] * l.table_step);
-  for (int i = 0; i < count; i += kVecLanes) store(y + i, mul(load(y + i), factor));
+  for (int i = 0; i < count; i += kVecLanes) store(y + i, mul(add(load(total + i), load(y + i)), factor));
   if (block * kBlockN + lane0 < l.n) store_columns(l, row, block * kBlockN + lane0, count, y);
 }
 
@@ -164,11 +162,12 @@ void prepare_i8(const Launch& l, int64_t begin, int64_t end) {
   static constexpr ChunkOrder<B> order;
   for (int64_t m = begin; m < end; ++m) {
     int8_t* row = quantized_row(l, m);
-    sum_groups_i8(l, row, reinterpret_cast<int32_t*>(l.x_sums) + m * l.num_groups);
+    sum_parts(l, m, row);
     permute_chunks(row, l.prepared_stride, order.at);
   }
 }
 
+constexpr int64_t kPartChunks = kMaxInt8Group / kChunkK;
 inline int64_t chunks_of_group(const Launch& l) { return l.num_groups == 1 ? num_chunks(l.k) : l.group / kChunkK; }
 
 // Few rows: codes are decoded in registers and met by all of them.
@@ -180,20 +179,23 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
   const bool fetches = kRows > 1 && fetches_codes(chunks * chunk_bytes(kBits), m0, lane0);
   int64_t rows[kRows];
   const int8_t* x[kRows];
+  const int32_t* x_sums[kRows];
   for (int r = 0; r < kRows; ++r) {
     rows[r] = m0 + (r < valid_rows ? r : 0);
     x[r] = static_cast<const int8_t*>(l.prepared) + rows[r] * l.prepared_stride;
+    x_sums[r] = part_sums(l, rows[r]);
   }
-  alignas(64) float y[kRows][kColumns] = {};
+  alignas(64) float y[kRows][kColumns] = {}, total[kRows][kColumns] = {};
   I acc[kRows][kVecs];
-  int64_t chunk = 0;
-  for (int64_t group = 0; group < l.num_groups; ++group) {
+  // The chunk where a group ends, and the part that is next; a group of more than one part takes several turns.
+  int64_t group_end = chunks_per_group < chunks ? chunks_per_group : chunks, part = 0;
+  for (int64_t group = 0, chunk = 0; chunk < chunks; ++part) {
     unroll<kRows>([&](auto r) LOWBIT_INLINE {
       unroll<kVecs>([&](auto v) LOWBIT_INLINE {
-        acc[r][v] = group_start(l, codec.first, block, group, lane0 + v * kVecLanes, rows[r]);
+        acc[r][v] = part_start(l, codec.first, block, group, lane0 + v * kVecLanes, x_sums[r][part]);
       });
     });
-    const int64_t last = chunk + chunks_per_group < chunks ? chunk + chunks_per_group : chunks;
+    const int64_t last = chunk + kPartChunks < group_end ? chunk + kPartChunks : group_end;
     for (; chunk < last; ++chunk) {
       const uint8_t* base = codes + chunk * chunk_bytes(kBits);
       const uint8_t* columns[kVecs];
@@ -215,11 +217,16 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
       const GroupTerms terms = float_terms(l, block, group, lane0 + v * kVecLanes);
       unroll<kRows>([&](auto r) LOWBIT_INLINE {
         float* sum = y[r] + v * kVecLanes;
-        store(sum, add_group(l, terms, load(sum), acc[r][v], rows[r], group));
+        store(sum, add_part(l, terms, load(sum), acc[r][v], rows[r], group, x_sums[r][part]));
       });
     });
+    for (int r = 0; r < kRows; ++r) close_sums(part + 1, kColumns, y[r], total[r]);
+    if (chunk == group_end) {
+      ++group;
+      group_end = chunk + chunks_per_group < chunks ? chunk + chunks_per_group : chunks;
+    }
   }
-  for (int r = 0; r < valid_rows; ++r) finish_row(l, block, rows[r], lane0, kColumns, y[r]);
+  for (int r = 0; r < valid_rows; ++r) finish_row(l, block, rows[r], lane0, kColumns, total[r], y[r]);
 }
 
 template <class C, int kRows, int kVecs>
@@ -278,23 +285,30 @@ inline void decode_bytes(const Launch& l, const C& codec, const ByteSpan& span, 
   }
 }
 
-// Multiplies a panel with kRows rows: adds each finished group to y (rows, 64); the sum of an unfinished one waits in
-// `carry`.
+// Multiplies a panel with kRows rows: adds each finished part of a group to y (rows, 64); the sum of an unfinished one
+// waits in `carry`. A panel that carries begins at a multiple of its length in its group, and so does a part.
 template <bool kWide, int kRows>
 inline void multiply_bytes(const Launch& l, const ByteSpan& span, const uint8_t* panel, int64_t row, int32_t* carry,
-                           float* y) {
-  const int64_t stride = l.prepared_stride, chunks = num_chunks(l.k);
+                           float* y, float* total) {
+  static_assert(kPartChunks % kBytePanelChunks == 0);
+  const int64_t stride = l.prepared_stride, chunks = num_chunks(l.k), parts = parts_of_group(l);
   const int8_t* x_row = static_cast<const int8_t*>(l.prepared) + row * stride;
+  const int32_t* x_sums = part_sums(l, row);
+  const int64_t sums_stride = l.num_groups * parts;
   for (int lane0 = 0; lane0 < kBlockN; lane0 += kGemmVecs * kVecLanes) {
     for (int64_t c = span.chunk; c < span.chunk_end;) {
-      const int64_t group = c / span.chunks_per_group, group_end = (group + 1) * span.chunks_per_group;
+      const int64_t group = c / span.chunks_per_group, group_begin = group * span.chunks_per_group;
+      const int64_t group_end = group_begin + span.chunks_per_group, in_group = c - group_begin;
       const int64_t last = group_end < span.chunk_end ? group_end : span.chunk_end;
+      const int64_t part = group * parts + in_group / kPartChunks;
+      const int32_t* x_sum = x_sums + part;
       I acc[kRows][kGemmVecs];
       unroll<kRows>([&](auto r) LOWBIT_INLINE {
         unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE {
           const int lane = lane0 + v * kVecLanes;
-          acc[r][v] = c % span.chunks_per_group == 0 ? group_start(l, span.first, span.block, group, lane, row + r)
-                                                     : load_i(carry + r * kBlockN + lane);
+          acc[r][v] = in_group % kPartChunks == 0
+                          ? part_start(l, span.first, span.block, group, lane, x_sum[r * sums_stride])
+                          : load_i(carry + r * kBlockN + lane);
         });
       });
       const uint8_t* w = panel + (c - span.chunk) * kDwordsPerChunk * kDwordBytes + 4 * lane0;
@@ -307,14 +321,15 @@ inline void multiply_bytes(const Launch& l, const ByteSpan& span, const uint8_t*
           unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = dot4<kWide>(acc[r][v], ws[v], xs); });
         });
       }
-      const bool ends = last == group_end || last == chunks;
+      const bool ends = last == group_end || last == chunks || (last - group_begin) % kPartChunks == 0;
       unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE {
         const int lane = lane0 + v * kVecLanes;
         if (ends) {
           const GroupTerms terms = float_terms(l, span.block, group, lane);
           unroll<kRows>([&](auto r) LOWBIT_INLINE {
             float* sum = y + r * kBlockN + lane;
-            store(sum, add_group(l, terms, load(sum), acc[r][v], row + r, group));
+            store(sum, add_part(l, terms, load(sum), acc[r][v], row + r, group, x_sum[r * sums_stride]));
+            close_sums(part + 1, kVecLanes, sum, total + r * kBlockN + lane);
           });
         } else {
           unroll<kRows>([&](auto r) LOWBIT_INLINE { store_i(carry + r * kBlockN + lane, acc[r][v]); });
@@ -331,7 +346,7 @@ void gemm_bytes_run(const Launch& l, int64_t begin, int64_t end) {
   const C codec(l);
   alignas(64) uint8_t panel[kBytePanelChunks * kDwordsPerChunk * kDwordBytes];
   alignas(64) int32_t carry[kByteRowsPerTask * kBlockN];
-  alignas(64) float y[kByteRowsPerTask * kBlockN];
+  alignas(64) float y[kByteRowsPerTask * kBlockN], total[kByteRowsPerTask * kBlockN];
   const int64_t row_blocks = ceil_div(l.m, kByteRowsPerTask), chunks = num_chunks(l.k);
   for (int64_t task = begin; task < end; ++task) {
     ByteSpan span{};
@@ -344,13 +359,15 @@ void gemm_bytes_run(const Launch& l, int64_t begin, int64_t end) {
         span.carries ? kBytePanelChunks : kBytePanelChunks / span.chunks_per_group * span.chunks_per_group;
     const int64_t left = l.m - span.first_row, rows = left < kByteRowsPerTask ? left : kByteRowsPerTask;
     __builtin_memset(y, 0, rows * kBlockN * sizeof(float));
+    __builtin_memset(total, 0, rows * kBlockN * sizeof(float));
     for (span.chunk = 0; span.chunk < chunks; span.chunk = span.chunk_end) {
       const int64_t group_end = (span.chunk / span.chunks_per_group + 1) * span.chunks_per_group;
       span.chunk_end = span.chunk + panel_chunks < chunks ? span.chunk + panel_chunks : chunks;
       if (span.carries && span.chunk_end > group_end) span.chunk_end = group_end;
       decode_bytes(l, codec, span, panel);
       const auto multiply = [&](auto count, int64_t r) LOWBIT_INLINE {
-        multiply_bytes<kWide, count>(l, span, panel, span.first_row + r, carry + r * kBlockN, y + r * kBlockN);
+        multiply_bytes<kWide, count>(l, span, panel, span.first_row + r, carry + r * kBlockN, y + r * kBlockN,
+                                     total + r * kBlockN);
       };
       int64_t r = 0;
       for (; r + kGemmRows <= rows; r += kGemmRows) multiply(std::integral_constant<int, kGemmRows>{}, r);
@@ -358,7 +375,7 @@ void gemm_bytes_run(const Launch& l, int64_t begin, int64_t end) {
       if (r < rows) multiply(std::integral_constant<int, 1>{}, r);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      finish_row(l, span.block, span.first_row + r, 0, kBlockN, y + r * kBlockN);
+      finish_row(l, span.block, span.first_row + r, 0, kBlockN, total + r * kBlockN, y + r * kBlockN);
     }
   }
 }

@@ -11,9 +11,7 @@ namespace {
 constexpr int64_t kAnyRowsPerTask = 16;
 
 inline void prepare_any_i8(const Launch& l, int64_t begin, int64_t end) {
-  for (int64_t m = begin; m < end; ++m) {
-    sum_groups_i8(l, quantized_row(l, m), reinterpret_cast<int32_t*>(l.x_sums) + m * l.num_groups);
-  }
+  for (int64_t m = begin; m < end; ++m) sum_parts(l, m, quantized_row(l, m));
 }
 
 // values[s][column] = T of weight s of a chunk.
@@ -32,9 +30,10 @@ inline void decode_i16(const Launch& l, const uint8_t* chunk, int16_t (*values)[
   }
 }
 
-inline void finish_any_group(const Launch& l, int64_t block, int64_t group, int64_t row, int32_t* acc, float* y) {
+inline void finish_any_part(const Launch& l, int64_t block, int64_t group, int64_t part, int64_t row, int32_t* acc,
+                            float* y) {
   const int64_t at = (block * l.num_groups + group) * kBlockN;
-  const int32_t x_sum = reinterpret_cast<const int32_t*>(l.x_sums)[row * l.num_groups + group];
+  const int32_t x_sum = part_sums(l, row)[part];
   const bool int_zeros = l.zero == ZeroMode::kSubtract && l.zero_dtype == Dtype::kI8;
   if (int_zeros) {
     for (int i = 0; i < kBlockN; ++i) acc[i] -= static_cast<const int8_t*>(l.zeros)[at + i] * x_sum;
@@ -58,29 +57,36 @@ template <int B, Codec kCodec>
 void any_i8_run(const Launch& l, int64_t begin, int64_t end) {
   alignas(64) int16_t values[kChunkK][kBlockN];
   alignas(64) int32_t acc[kAnyRowsPerTask][kBlockN];
-  alignas(64) float y[kAnyRowsPerTask][kBlockN];
-  const int64_t row_blocks = ceil_div(l.m, kAnyRowsPerTask), chunks = num_chunks(l.k);
+  alignas(64) float y[kAnyRowsPerTask][kBlockN], total[kAnyRowsPerTask][kBlockN];
+  const int64_t row_blocks = ceil_div(l.m, kAnyRowsPerTask), chunks = num_chunks(l.k), parts = parts_of_group(l);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task / row_blocks, m0 = task % row_blocks * kAnyRowsPerTask;
     const int64_t rows = l.m - m0 < kAnyRowsPerTask ? l.m - m0 : kAnyRowsPerTask;
     __builtin_memset(acc, 0, sizeof acc);
     __builtin_memset(y, 0, sizeof y);
+    __builtin_memset(total, 0, sizeof total);
     for (int64_t c = 0; c < chunks; ++c) {
       decode_i16<B, kCodec>(l, l.codes + (block * chunks + c) * chunk_bytes(B), values);
       const int64_t k_end = (c + 1) * kChunkK < l.k ? (c + 1) * kChunkK : l.k;
       for (int64_t k = c * kChunkK; k < k_end; ++k) {
-        const bool group_ends = (k + 1) % l.group == 0 || k + 1 == l.k;
+        const int64_t group = k / l.group, in_group = k % l.group;
+        const bool part_ends = in_group + 1 == l.group || k + 1 == l.k || (in_group + 1) % kMaxInt8Group == 0;
+        const int64_t part = group * parts + in_group / kMaxInt8Group;
         for (int64_t r = 0; r < rows; ++r) {
           const int16_t x = static_cast<const int8_t*>(l.prepared)[(m0 + r) * l.prepared_stride + k];
           const int16_t* w = values[k - c * kChunkK];
           for (int i = 0; i < kBlockN; ++i) acc[r][i] += w[i] * x;
-          if (group_ends) finish_any_group(l, block, k / l.group, m0 + r, acc[r], y[r]);
+          if (!part_ends) continue;
+          finish_any_part(l, block, group, part, m0 + r, acc[r], y[r]);
+          close_sums(part + 1, kBlockN, y[r], total[r]);
         }
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
       const F factor = set1(l.x_group_scales ? l.table_step : l.x_scales[m0 + r] * l.table_step);
-      for (int i = 0; i < kBlockN; i += kVecLanes) store(y[r] + i, mul(load(y[r] + i), factor));
+      for (int i = 0; i < kBlockN; i += kVecLanes) {
+        store(y[r] + i, mul(add(load(total[r] + i), load(y[r] + i)), factor));
+      }
       store_columns(l, m0 + r, block * kBlockN, kBlockN, y[r]);
     }
   }

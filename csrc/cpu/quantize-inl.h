@@ -1,6 +1,7 @@
 // Symmetric int8 quantization of activations, bit for bit as reference.py states it: scale = absmax / 127,
 // q = round(x * min(127 / absmax, largest float)) to nearest even. A group whose absmax is not finite gets q = 0 and
-// the scale NaN or infinity, so that its products are not finite either.
+// the scale NaN or infinity, so that its products are not finite either; with a given scale NaN does so, and infinity
+// saturates.
 #pragma once
 
 #include "cpu/common-inl.h"
@@ -47,11 +48,12 @@ inline void quantize_row(const QuantizeInt8& z, int64_t row, int8_t* q) {
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = g * z.group, left = z.k - begin, count = left < z.group ? left : z.group;
     const int64_t at = row * z.x_stride + begin;
+    const float absmax = absmax_of(z.x, z.x_dtype, at, count);
     if (z.static_scales) {
       scale_to_i8(z.x, z.x_dtype, at, count, 1.0f / z.scales[row], q + begin);
+      if (absmax != absmax) z.scales[row] = absmax;
       continue;
     }
-    const float absmax = absmax_of(z.x, z.x_dtype, at, count);
     z.scales[row * groups + g] = absmax / 127.0f;
     if (absmax <= kLargest && absmax > 0) {
       const float inverse = 127.0f / absmax;
@@ -74,12 +76,32 @@ inline int8_t* quantized_row(const Launch& l, int64_t m) {
   return out;
 }
 
-inline void sum_groups_i8(const Launch& l, const int8_t* x, int32_t* sums) {
+// The sums of a row of x over the parts of each group.
+inline int32_t* part_sums(const Launch& l, int64_t row) {
+  return reinterpret_cast<int32_t*>(l.x_sums) + row * l.num_groups * parts_of_group(l);
+}
+
+// total += y and y = 0 where `parts` of a sum of parts are done, for `count` columns.
+inline void close_sums(int64_t parts, int64_t count, float* y, float* total) {
+  if (parts % kSumParts != 0) return;
+  for (int64_t i = 0; i < count; i += kVecLanes) {
+    store(total + i, add(load(total + i), load(y + i)));
+    store(y + i, zero());
+  }
+}
+
+inline void sum_parts(const Launch& l, int64_t row, const int8_t* x) {
+  const int64_t parts = parts_of_group(l);
+  int32_t* sums = part_sums(l, row);
   for (int64_t g = 0; g < l.num_groups; ++g) {
-    const int64_t end = (g + 1) * l.group < l.k ? (g + 1) * l.group : l.k;
-    int32_t sum = 0;
-    for (int64_t k = g * l.group; k < end; ++k) sum += x[k];
-    sums[g] = sum;
+    const int64_t group_end = (g + 1) * l.group < l.k ? (g + 1) * l.group : l.k;
+    for (int64_t p = 0; p < parts; ++p) {
+      const int64_t begin = g * l.group + p * kMaxInt8Group;
+      const int64_t end = begin + kMaxInt8Group < group_end ? begin + kMaxInt8Group : group_end;
+      int32_t sum = 0;
+      for (int64_t k = begin; k < end; ++k) sum += x[k];
+      *sums++ = sum;
+    }
   }
 }
 

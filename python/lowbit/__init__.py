@@ -16,6 +16,8 @@ if importlib.util.find_spec("torch") is not None:
     # Before lowbit._C: both then share the OpenMP runtime of torch. Two cost milliseconds a call.
     import torch  # noqa: F401
 
+# Now, not when it is first used: it must know of a fork that happens in between.
+from lowbit import _C  # noqa: F401
 from lowbit.formats import FORMATS, Format
 
 if TYPE_CHECKING:

@@ -44,7 +44,8 @@ def quantize(
 
     Returns:
         q (M, K) int8, rounded to nearest even, and fp32 scales: (M,), or (M, ceil(K / group)). Without `scale` they
-        are absmax / 127; those of a group with NaN or infinity are not finite and its q is 0.
+        are absmax / 127; those of a group with NaN or infinity are not finite and its q is 0. With `scale` they are
+        that, but NaN for a row with NaN, and infinity saturates as any number does.
 
     Raises:
         TypeError: a dtype is not one of those above.
@@ -72,7 +73,8 @@ def linear(
         weight: (N, K); its table must be exact in int8 unless its format has activation "int8_table".
         bias: (N,) in fp32, bf16 or fp16.
         out_dtype: fp32, bf16, fp16, or int8 with `out_scale`.
-        out_scale: the scale of an int8 result: y * (1 / out_scale) to nearest even, saturated to -128 .. 127.
+        out_scale: the scale of an int8 result: y * (1 / out_scale) to nearest even, saturated to -128 .. 127. int8
+            has no NaN: it becomes 0.
 
     Returns:
         (M, N) in `out_dtype`. No gradients.
@@ -99,7 +101,7 @@ def static_linear(
         weight, bias: as in `linear`.
 
     Returns:
-        (..., N) in the dtype of x. No gradients.
+        (..., N) in the dtype of x. No gradients. NaN in a row of x makes its results NaN.
     """
     w = ops.operands(weight)
     arguments = (w.codes, w.scales, w.zeros, w.table, bias, w.spec, w.layout, *w.shape)
@@ -281,8 +283,7 @@ def _quantize_impl(
     _check_quantize(x, group, scale)
     x = rows_of(x, x.shape[1])
     backend = backends.cpu if device_type == "cpu" else backends.reference
-    q, scales = backend.int8_quantize(x, group, scale)
-    return q, scales.clone() if scale is not None else scales
+    return backend.int8_quantize(x, group, scale)
 
 
 def _quantize_fake(x: Tensor, group: int | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:

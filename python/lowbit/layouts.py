@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit import _C, fragments, modes, packing, planes, reference, strides
+from lowbit.forking import alone_after_fork
 from lowbit.formats import Format
 from lowbit.tensor import SCALE_DTYPES, QuantTensor, tensor_specs
 
@@ -123,6 +124,7 @@ def has_triton() -> bool:
 
 
 @modes.outside()
+@alone_after_fork
 def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
     """Converts to `layout`, by default that of the kernels of the weight's device; the tensors may have any strides.
 
@@ -192,6 +194,7 @@ def to_operands(qt: QuantTensor, layout: str | None = None) -> Operands:
 
 
 @modes.outside()
+@alone_after_fork
 def from_operands(op: Operands) -> QuantTensor:
     """Inverse of `to_operands`, bit for bit."""
     n, k = op.shape

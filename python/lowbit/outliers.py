@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit import backends, checks, reference
+from lowbit.forking import alone_after_fork
 from lowbit.strides import contiguous, rows_of, shaped
 
 
@@ -83,6 +84,7 @@ def linear_outliers_trainable_fake(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
 
 
+@alone_after_fork
 def dequantize(
     weight: Sequence[Tensor | None],  # codes, scales, zeros, table
     meaning: Sequence[Any],  # format, layout, n, k
@@ -100,6 +102,7 @@ def dequantize(
     return reference.add_outliers(decoded, columns, values).to(dtype)
 
 
+@alone_after_fork
 def embedding(
     indices: Tensor,  # int64 or int32
     weight: Sequence[Any],  # codes, scales, zeros, table, format, layout, n, k

@@ -16,6 +16,9 @@ from lowbit import modes, packing
 from lowbit.formats import DQ_BLOCK, Format
 from lowbit.tensor import QuantTensor
 
+INT8_PART = 65536  # csrc/int8.h kMaxInt8Group: weights whose products with int8 are summed in int32
+INT8_SUMS = 128  # csrc/int8.h kSumParts: groups whose fp32 sum stands apart
+
 
 @functools.lru_cache(maxsize=1)
 @modes.outside()
@@ -156,17 +159,19 @@ def quantize_int8(
     x: Tensor,  # (M, K) float
     group: int | None = None,
     scale: Tensor | None = None,  # (M,) fp32
-) -> tuple[Tensor, Tensor]:  # (M, K) int8, and fp32 (M,), (M, groups) with `group`, or `scale`
+) -> tuple[Tensor, Tensor]:  # (M, K) int8, and fp32 (M,), or (M, groups) with `group`
     """Symmetric int8: scale = absmax / 127 and q = round(x * min(127 / absmax, largest fp32)), ties to even.
 
     A group whose absmax is not finite gets q = 0 and a scale that is not finite either. With a given scale,
-    q = round(x * (1 / scale)) saturates to -127 .. 127, and NaN gives 0.
+    q = round(x * (1 / scale)) saturates to -127 .. 127; a row with NaN has q = 0 there and the scale NaN.
     """
     x = x.float()
     m, k = x.shape
     if scale is not None:
         q = (x * (1 / scale)[:, None]).clamp(-127, 127)
-        return q.nan_to_num(0).round().to(torch.int8), scale
+        return q.nan_to_num(0).round().to(torch.int8), scale.masked_fill(
+            x.isnan().any(1), torch.nan
+        )
     groups = -(-k // (group or k))
     padded = F.pad(x, (0, groups * (group or k) - k)).view(m, groups, group or k)
     absmax = padded.abs().amax(-1)
@@ -224,11 +229,13 @@ def int8_linear(
 ) -> Tensor:  # (M, N) fp32
     """Products with int8 activations, bit for bit as the kernels compute them.
 
+    A group of more than 65536 weights counts as several with its scale and zero, each of so many but for the last.
     For each group in order: the sum of q * (T - zero) is exact, T the table as int8 and zero an integer; it is rounded
     once to fp32 and multiplied by the weight's scale. A float zero enters as scale * (sum - zero * sum q), "min" as
     scale * sum + zero * sum q. The result, times the group's scale of x if there is one, is added to y. Then y is
     multiplied by the product of the row's scale of x (if it has one) and the table's step, and the bias is added. Each
-    of these operations is fp32 and rounds once.
+    of these operations is fp32 and rounds once. Of many groups, 128 at a time are summed apart: y is the sum of those
+    sums, in order.
     """
     m, k = q.shape
     values = torch.tensor(format.values(), device=q.device) if table is None else table
@@ -239,8 +246,15 @@ def int8_linear(
     weight = values.double()[codes.long()]
     y = torch.zeros(m, codes.shape[0], device=q.device)
     size = format.group or k
-    for g in range(format.num_groups(k)):
-        columns = slice(g * size, min(k, (g + 1) * size))
+    parts = (
+        (g, slice(start, min(start + INT8_PART, (g + 1) * size, k)))
+        for g in range(format.num_groups(k))
+        for start in range(g * size, min((g + 1) * size, k), INT8_PART)
+    )
+    total = torch.zeros_like(y)
+    for i, (g, columns) in enumerate(parts):
+        if i % INT8_SUMS == 0:
+            total, y = total + y, torch.zeros_like(y)
         w, x = weight[:, columns], q[:, columns].double()
         zero = None if zeros is None else zeros[:, g].float()
         if zero is not None and format.zero == "int":
@@ -253,13 +267,14 @@ def int8_linear(
             shift = zero * x.sum(1).float()[:, None]
             term = scale * term + shift if format.zero == "min" else scale * (term - shift)
         y = y + (term if x_scales.dim() == 1 else term * x_scales[:, g, None])
+    y = total + y
     factor = table_step if x_scales.dim() == 2 else (x_scales * table_step)[:, None]
     y = y * factor
     return y if bias is None else y + bias.float()
 
 
 def requantize(y: Tensor, scale: float) -> Tensor:
-    """y * (1 / scale) in fp32, to nearest even, saturated to -128 .. 127."""
+    """y * (1 / scale) in fp32, to nearest even, saturated to -128 .. 127; int8 has no NaN, which becomes 0."""
     inverse = 1 / torch.tensor(scale, dtype=torch.float32)
     return (y * inverse).clamp(-128, 127).nan_to_num(0).round().to(torch.int8)
 

@@ -23,8 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowbit.backends import explain
-from lowbit.nn import PackedModule, QuantLinear
+from lowbit.backends.cpu import kernels, take_rows_run
+from lowbit.nn import PackedModule
 from lowbit.tensor import stored_bytes
 
 if TYPE_CHECKING:
@@ -121,7 +121,6 @@ def run(options: RunOptions) -> dict[str, Any]:
     stream = None if options.json else Console(highlight=False)
     result |= _answer(model, tokenizer, prompt_ids, options.max_new_tokens, stream)
     result |= measure.memory() | _weights(model)
-    result["kernels"] = _kernels(model, len(prompt_ids), DTYPES[options.dtype])
     if options.compare:
         result |= _compare(model, tokenizer, path, prompt_ids, options.max_new_tokens)
     if stream is None:
@@ -166,6 +165,8 @@ def _answer(
             f"the model's context of {context}"
         )
     runner = LlamaRunner(model, length)
+    take_rows_run()
+    rows_run: dict[str, list[str]] = {}
     eos = model.generation_config.eos_token_id
     stop = frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
     tokens: list[int] = []
@@ -173,6 +174,8 @@ def _answer(
     watch = Stopwatch(len(prompt_ids))
     for token in runner.generate(torch.tensor(prompt_ids), max_new_tokens, stop):
         watch.tick()
+        if not tokens:
+            rows_run["prefill"] = take_rows_run()
         tokens.append(token)
         if stream is None:
             continue
@@ -183,6 +186,7 @@ def _answer(
             stream.out(text[len(printed) :], end="")
             printed = text
         watch.exclude(time.perf_counter() - start)
+    rows_run["decode"] = take_rows_run()
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     if stream is not None:
         stream.out(text[len(printed) :])
@@ -191,6 +195,7 @@ def _answer(
         "prompt_tokens": len(prompt_ids),
         "new_tokens": len(tokens),
         "text": text,
+        "kernels": {phase: _products(names) for phase, names in rows_run.items()},
     }
 
 
@@ -220,22 +225,10 @@ def _packed_size(modules: Iterable[PackedModule]) -> tuple[int, int]:
     return nbytes, count
 
 
-def _kernels(
-    model: LlamaForCausalLM, prompt_tokens: int, dtype: torch.dtype
-) -> dict[str, list[str]]:
-    """The rows of the kernel table that ran: "prefill" on the prompt, "decode" on one token."""
-    from lowbit.integrations.transformers import packed_modules
-
-    names: dict[str, dict[str, None]] = {"prefill": {}, "decode": {}}
-    for name, module in packed_modules(model):
-        if not isinstance(module, QuantLinear):
-            continue
-        # The head sees the last token of the prompt only.
-        rows = {"prefill": 1 if name == "lm_head" else prompt_tokens, "decode": 1}
-        for phase, m in rows.items():
-            x = torch.empty(m, module.in_features, dtype=dtype)
-            names[phase][explain(x, module.operands()).selected] = None
-    return {phase: list(selected) for phase, selected in names.items()}
+def _products(names: Iterable[str]) -> list[str]:
+    """Those rows of the kernel table that multiply."""
+    linear = {row["name"] for row in kernels() if row["op"] == "linear"}
+    return [name for name in names if name in linear]
 
 
 def _compare(
@@ -316,5 +309,6 @@ def report(result: dict[str, Any]) -> Table:
     if kl is not None:
         table.add_row("KL divergence, nats", f"{kl:.5f}", "0")
     for phase, names in result["kernels"].items():
-        table.add_row(f"kernels, {phase}", "\n".join(names))
+        if names:
+            table.add_row(f"kernels, {phase}", "\n".join(names))
     return table

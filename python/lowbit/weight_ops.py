@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lowbit import backends, checks, gradients
+from lowbit.forking import alone_after_fork
 from lowbit.strides import contiguous, shaped
 
 
+@alone_after_fork
 def dequantize_impl(
     device_type: str,
     codes: Tensor,
@@ -34,6 +36,7 @@ def dequantize_impl(
     return backend.dequantize(codes, scales, zeros, table, format, n, k, dtype)
 
 
+@alone_after_fork
 def embedding_impl(
     device_type: str,
     indices: Tensor,
@@ -62,6 +65,7 @@ def embedding_impl(
     return shaped(y, *indices.shape, k)
 
 
+@alone_after_fork
 def codebook_grad_impl(
     device_type: str,
     grad_weight: Tensor,
@@ -87,6 +91,7 @@ def codebook_grad_impl(
     )
 
 
+@alone_after_fork
 def pack_impl(device_type: str, codes: Tensor, spec: str) -> Tensor:
     """lowbit::pack on a device."""
     format = checks.check_codes(codes, spec)
@@ -97,6 +102,7 @@ def pack_impl(device_type: str, codes: Tensor, spec: str) -> Tensor:
     return _canonical_packer(device_type).pack(codes, format)
 
 
+@alone_after_fork
 def unpack_impl(device_type: str, packed: Tensor, spec: str, k: int) -> Tensor:
     """lowbit::unpack on a device."""
     format = checks.check_packed(packed, spec, k)

@@ -133,7 +133,7 @@ def explain_request(
 ) -> Explanation:
     """`explain` without tensors: an (m, k) x of `dtype` against an (n, k) weight."""
     name = _DTYPE_NAMES[dtype]
-    threads = torch.get_num_threads()
+    threads = cpu.usable_threads(torch.get_num_threads())
     request = (
         f"linear {name} {format.name} M={m} N={n} K={k} on {device_type}, at most {threads} threads"
     )
@@ -145,8 +145,10 @@ def explain_request(
     if backend is reference:
         return Explanation(request, REFERENCE_ROW, (), sparse)
     if backend is triton or backend is cuda:
-        name = backend.describe(format, n, k, m, torch.device(device_type))
-        return Explanation(request, name, (), sparse)
+        row = REFERENCE_ROW
+        if format.activation is None and dtype != torch.uint8:
+            row = backend.describe(format, n, k, m, dtype, torch.device(device_type))
+        return Explanation(request, row, (), sparse)
     specs = layouts.operand_specs(format, layout, n, k)
     scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
     w = cpu.weight(format, n, k, scales, zeros)

@@ -73,6 +73,9 @@ def _table_step(format: Format) -> float:
 # Whether the compiled calls read tensors by themselves: from torch 2.10 on.
 _C.use_tensor_class(torch.Tensor, torch.nn.Parameter)
 linear_tensors, linear_many_tensors = _C.linear_tensors, _C.linear_many_tensors
+kernels = _C.kernels
+# The rows of the kernel table that ran since it was last called, and the threads that a call gets.
+take_rows_run, usable_threads = _C.take_rows_run, _C.usable_threads
 
 
 @functools.lru_cache(_MAX_WEIGHTS)
@@ -340,7 +343,7 @@ def int8_quantize(
     """`reference.quantize_int8`."""
     m, k = x.shape
     shape = (m,) if group is None else (m, -(-k // group))
-    scales = torch.empty(shape, dtype=torch.float32) if scale is None else scale
+    scales = torch.empty(shape, dtype=torch.float32) if scale is None else scale.clone()
     q = torch.empty((m, k), dtype=torch.int8)
     x_address, x_stride = address_of_rows(x)
     _C.quantize_int8_ptr(

@@ -2,7 +2,7 @@
 
 bf16 and fp16 x multiply with the packed weight up to the M where a copy decoded to their dtype and torch's product are
 faster; fp32 x, which has no tensor cores, always takes a decoded copy in fp32. Products with int8 activations and with
-signs run in plain torch.
+signs run in plain torch. Infinity in x gives NaN where zeros are floats: their sums are kept apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from lowbit import fragments
 from lowbit.backends import reference as plain
 from lowbit.backends import triton
 from lowbit.backends.packed import Derived
-from lowbit.backends.reference import ROW as REFERENCE_ROW
 from lowbit.formats import Format
 from lowbit.layouts import M16, operand_specs
 from lowbit.strides import address, address_of_rows
@@ -65,11 +64,11 @@ def multiplies(x: torch.dtype, format: Format) -> bool:
     return x != torch.float32 and triton.compute_dtype(x, format) == x
 
 
-def describe(format: Format, n: int, k: int, m: int, device: torch.device) -> str:
-    """The name of what `linear` runs for bf16 x."""
-    if format.activation is not None:
-        return REFERENCE_ROW
+def describe(format: Format, n: int, k: int, m: int, x: torch.dtype, device: torch.device) -> str:
+    """The name of what `linear` runs for a format without int8 activations."""
     family, tiles, splits, *_ = _choose(_weight_of(format, n, k), max(1, m), device)
+    if not multiplies(x, format):
+        family = "decode"
     return {
         "mma": f"cuda_mma_{8 * tiles}_split{splits}",
         "wgmma": f"cuda_wgmma_{8 * tiles}_split{splits}",

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit import layouts, packing, reference
+from lowbit.forking import alone_after_fork
 from lowbit.formats import FORMATS, Format
 
 ROW = "reference"  # what `explain` calls it
 _logger = logging.getLogger("lowbit")
 
 
+@alone_after_fork
 def linear(
     x: Tensor,  # (M, K)
     codes: Tensor,
@@ -113,6 +115,7 @@ def linear_many(
     return [linear(x, *w, bias, format, n, k) for w, bias, format, n in each]
 
 
+@alone_after_fork
 def int8_linear(
     q: Tensor,  # (M, K) int8
     x_scales: Tensor,  # (M,) or (M, groups) fp32
@@ -144,6 +147,7 @@ def int8_quantize(
     return reference.quantize_int8(x, group, scale)
 
 
+@alone_after_fork
 def binary_linear(
     bits: Tensor,  # (M, ceil(K / 8)) uint8
     x_scales: Tensor,  # (M,) fp32

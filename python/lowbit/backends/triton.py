@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lowbit.backends import reference as plain
 from lowbit.backends.packed import Derived
-from lowbit.backends.reference import ROW as REFERENCE_ROW
 from lowbit.formats import Format
 from lowbit.layouts import K16
 from lowbit.strides import contiguous
@@ -90,10 +89,8 @@ def _given(codes: Tensor, *others: Tensor | None) -> list[Tensor]:
     return [contiguous(codes if t is None else t) for t in (codes, *others)]
 
 
-def describe(format: Format, n: int, k: int, m: int, device: torch.device) -> str:
-    """The name of what `linear` runs."""
-    if format.activation is not None:
-        return REFERENCE_ROW
+def describe(format: Format, n: int, k: int, m: int, x: torch.dtype, device: torch.device) -> str:
+    """The name of what `linear` runs for a format without int8 activations."""
     c = kernels().configs.choose(m, n, k, format.group or k, num_sms(device))
     return f"triton_linear_{c.block_m}x{c.block_n}x{16 * c.chunks}_split{c.splits}"
 

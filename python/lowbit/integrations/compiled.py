@@ -69,18 +69,34 @@ class CompiledDecoder:
         )
 
     @staticmethod
-    def serves(model: LlamaForCausalLM) -> bool:
-        """Whether all linears of the layers are packed for the CPU without outliers, and all else has one dtype."""
+    def obstacle(model: LlamaForCausalLM) -> str | None:
+        """Why it cannot decode a model: a linear of a layer that is not plainly packed for the CPU, or mixed dtypes."""
         inner = model.model
         dtype = inner.norm.weight.dtype
-        norms = (n for m in inner.layers for n in (m.input_layernorm, m.post_attention_layernorm))
-        linears = (layer.get_submodule(name) for layer in inner.layers for name in _LINEARS)
-        return (
-            all(n.weight.dtype == dtype for n in norms)
-            and all(isinstance(m, QuantLinear) and _reads(m) for m in linears)
-            and _serves(inner.embed_tokens, QuantEmbedding, nn.Embedding, dtype)
-            and _serves(model.lm_head, QuantLinear, nn.Linear, dtype)
-        )
+        for i, layer in enumerate(inner.layers):
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                if norm.weight.dtype != dtype:
+                    return f"a norm of layer {i} is {norm.weight.dtype}, the last one {dtype}"
+            for name in _LINEARS:
+                if why := _packed_obstacle(layer.get_submodule(name), QuantLinear):
+                    return f"{name} of layer {i} {why}"
+        for name, packed, dense in (
+            ("model.embed_tokens", QuantEmbedding, nn.Embedding),
+            ("lm_head", QuantLinear, nn.Linear),
+        ):
+            module = model.get_submodule(name)
+            if type(module) is dense:
+                weight = cast("Tensor", module.weight)
+                why = None if weight.device.type == "cpu" else f"is on {weight.device}"
+                own = weight.dtype
+            else:
+                why = _packed_obstacle(module, packed)
+                own = module.dtype if isinstance(module, QuantEmbedding) else dtype
+            if why is None and own != dtype:
+                why = f"is {own}, the last norm {dtype}"
+            if why:
+                return f"{name} {why}"
+        return None
 
     def forward(
         self,
@@ -104,7 +120,11 @@ class CompiledDecoder:
         return self._logits
 
     def likeliest(self) -> int:
-        """The token of the largest logit."""
+        """The token of the largest logit.
+
+        Raises:
+            ValueError: a logit is NaN.
+        """
         return self._decoder.likeliest()
 
     def _address(self, t: Tensor | None) -> int:
@@ -129,20 +149,14 @@ class CompiledDecoder:
             None if w.zeros is None else w.zeros.dtype,
         )
         tensors = (w.codes, w.scales, w.zeros, w.table, bias)
-        return made.decoder_linear(*map(self._address, tensors), bias_dtype)
+        scale = getattr(module, "input_scale", None)
+        x_scale = 0.0 if scale is None else float(scale)
+        return made.decoder_linear(*map(self._address, tensors), bias_dtype, x_scale)
 
 
-def _reads(module: PackedModule) -> bool:
-    return module.layout == N16 and not module.format.outliers
-
-
-def _serves(
-    module: nn.Module, packed: type[PackedModule], dense: type[nn.Module], dtype: torch.dtype
-) -> bool:
-    if isinstance(module, packed):
-        own = module.dtype if isinstance(module, QuantEmbedding) else dtype
-        return _reads(module) and own == dtype
-    weight = getattr(module, "weight", None)
-    if type(module) is not dense or not isinstance(weight, Tensor):
-        return False
-    return weight.dtype == dtype and weight.device.type == "cpu"
+def _packed_obstacle(module: nn.Module, kind: type[PackedModule]) -> str | None:
+    if type(module) is not kind:
+        return f"is a {type(module).__name__}, not a {kind.__name__}"
+    if module.layout != N16:
+        return f"is in layout {module.layout!r}, not {N16!r}"
+    return "has outliers" if module.format.outliers else None

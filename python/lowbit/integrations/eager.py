@@ -62,10 +62,18 @@ class EagerDecoder:
         """Appends tokens at a position; returns the logits after the last, in the same memory."""
         return self._decode(ids, position) if len(ids) == 1 else self._prefill(ids, position)
 
+    @torch.inference_mode()
     def likeliest(self) -> int:
-        """The token of the largest logit."""
-        # argmax over bf16 takes six times as long as converting first.
-        return int(self._scores.copy_(self._logits[0]).argmax())
+        """The token of the largest logit.
+
+        Raises:
+            ValueError: a logit is NaN.
+        """
+        # argmax over bf16 takes six times as long as converting first; it finds a NaN before any number.
+        token = int(self._scores.copy_(self._logits[0]).argmax())
+        if self._scores[token].isnan():
+            raise ValueError("the logits are NaN: the model's weights or its arithmetic are broken")
+        return token
 
     def _allocate(self) -> None:
         config, norm = self.model.config, self.model.model.norm.weight
@@ -191,23 +199,22 @@ class EagerDecoder:
         return F.rms_norm(x, weight.shape, weight, self._eps)
 
 
-def _bind(
-    linear: nn.Linear | QuantLinear, x: Tensor, out: Tensor, addend: Tensor | None = None
-) -> Call:
-    """The call that sets `out` (1, N) to linear(x) + addend for a row `x` (1, K)."""
-    own = cast("Tensor | None", linear.bias)
-    if own is not None and addend is not None:
-        inner = _bind(linear, x, out)
+def _bind(module: nn.Module, x: Tensor, out: Tensor, addend: Tensor | None = None) -> Call:
+    """The call that sets `out` (1, N) to module(x) + addend for a row `x` (1, K)."""
+    packed = type(module) is QuantLinear and module.input_scale is None
+    own = cast("Tensor | None", getattr(module, "bias", None))
+    # A bias and an addend, or more than a product with a weight.
+    if (own is not None and addend is not None) or not (packed or type(module) is nn.Linear):
 
         def call() -> None:
-            inner()
-            out.add_(addend)
+            y = module(x)
+            out.copy_(y if addend is None else y + addend)
 
         return call
     added = own if addend is None else addend.view(-1)
-    if isinstance(linear, QuantLinear):
-        return bind_linear(x, linear.operands(), out, added)
-    weight: Tensor = linear.weight
+    if isinstance(module, QuantLinear):
+        return bind_linear(x, module.operands(), out, added)
+    weight = cast("Tensor", module.weight)
     if added is None:
         return functools.partial(torch.mm, x, weight.t(), out=out)
     return functools.partial(torch.addmm, added, x, weight.t(), out=out)

@@ -1,11 +1,12 @@
 """Generates from a transformers LlamaForCausalLM without the Python time of its forward.
 
 `LlamaRunner` uses the model's own tensors and adds a static key-value cache, for one sequence at a
-time. Packed models on the CPU run in the compiled decoder, others in torch.
+time. Packed models on the CPU run in the compiled decoder, others in torch: the logger "lowbit" says why.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,7 @@ from lowbit.integrations.eager import EagerDecoder
 
 # Those whose angles depend on nothing but the position.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_logger = logging.getLogger("lowbit")
 
 
 class LlamaRunner:
@@ -54,8 +56,12 @@ class LlamaRunner:
         self.model = model
         self.max_length = max_length
         self.position = 0
-        decoder = CompiledDecoder if CompiledDecoder.serves(model) else EagerDecoder
-        self._decoder: CompiledDecoder | EagerDecoder = decoder(model, max_length)
+        self._decoder: CompiledDecoder | EagerDecoder
+        if obstacle := CompiledDecoder.obstacle(model):
+            _logger.info("torch decodes the model, not the compiled decoder: %s", obstacle)
+            self._decoder = EagerDecoder(model, max_length)
+        else:
+            self._decoder = CompiledDecoder(model, max_length)
 
     def reset(self) -> None:
         """Forgets the sequence."""
@@ -82,7 +88,11 @@ class LlamaRunner:
         max_new_tokens: int,
         stop: frozenset[int] = frozenset(),
     ) -> Iterator[int]:
-        """Appends a prompt and yields the likeliest next tokens, through the first of `stop`."""
+        """Appends a prompt and yields the likeliest next tokens, through the first of `stop`.
+
+        Raises:
+            ValueError: a logit is NaN.
+        """
         for _ in range(max_new_tokens):
             self.forward(ids)
             token = self._decoder.likeliest()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.files import cut, shown
+from lowbit.forking import alone_after_fork
 from lowbit.formats import Format
 from lowbit.io.checkpoint import (
     Checkpoint,
@@ -38,6 +39,7 @@ SUFFIX = ".safetensors"
 FILE_NAME = "model.safetensors"
 
 
+@alone_after_fork
 def save(
     model_or_state: nn.Module | Mapping[str, Tensor | QuantTensor], path: str | os.PathLike[str]
 ) -> Path:
@@ -182,6 +184,7 @@ def load_tensors(
     return state
 
 
+@alone_after_fork
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],

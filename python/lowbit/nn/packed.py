@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit import checks, layouts, outliers
+from lowbit.forking import alone_after_fork
 from lowbit.formats import Format, as_format
 from lowbit.layouts import Operands
 from lowbit.nn import states
@@ -45,6 +46,7 @@ _FACTORS = {
 Self = TypeVar("Self", bound="PackedModule")
 
 
+@alone_after_fork
 def zero_weight(
     format: Format | str, n: int, k: int, device: torch.device | str | None
 ) -> QuantTensor:
@@ -286,6 +288,7 @@ class PackedModule(HasPackedWeight):
             destination[prefix + name] = t if keep_vars else t.detach()
         destination[f"{prefix}_extra_state"] = self.get_extra_state()
 
+    @alone_after_fork
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],

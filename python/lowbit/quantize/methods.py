@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.forking import alone_after_fork
 from lowbit.formats import Format, as_format
 from lowbit.quantize import (
     bitnet,
@@ -43,6 +44,7 @@ METHODS: dict[str, Callable[..., QuantTensor]] = {
 }
 
 
+@alone_after_fork
 def quantize(
     weight: Tensor,
     format: Format | str,
