@@ -106,9 +106,10 @@ def test_quantize_and_info(
     assert f"{weight.nbytes:,}" in text
     assert "70x96" in text
 
-    all_dense = tmp_path / "none.safetensors"
-    printed = run(capsys, "quantize", dense_file, all_dense, "-f", "nf4", "--skip", "proj")
-    assert "0 layers" in printed
+    nothing = tmp_path / "none.safetensors"
+    message = fail(capsys, "quantize", dense_file, nothing, "-f", "nf4", "--skip", "proj")
+    assert "nothing to quantize: 2 x skipped" in message
+    assert not nothing.exists()
 
 
 def test_info_of_a_gguf_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

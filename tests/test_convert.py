@@ -49,6 +49,8 @@ def test_a_file(tmp_path: Path):
         "lm_head.weight": "skipped",
         "model.embed_tokens.weight": "skipped",
         "model.layers.0.conv.weight": "not a matrix named *.weight",
+        "model.layers.0.fp8.weight": "float8_e4m3fn, not fp32, fp16 or bf16",
+        "model.layers.0.ids.weight": "int64, not fp32, fp16 or bf16",
         "model.scale": "not a matrix named *.weight",
     }
     read, given = load_tensors(dst), tensors()

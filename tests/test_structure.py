@@ -21,7 +21,7 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12, "python/lowbit/layouts.py": 12
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
-    ("tables",),
+    ("tables", "text"),
     ("formats", "_C", "_cuda"),
     ("codebooks", "packing", "planes", "fragments"),
     ("tensor",),

@@ -62,7 +62,11 @@ def run(request: Request) -> None:
     path, out = Path(request.model), Path(request.out)
     start = time.perf_counter()
     model = LlamaForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.bfloat16
+        str(path.parent),
+        gguf_file=path.name,
+        dtype=torch.bfloat16,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     load_seconds = time.perf_counter() - start
     if not isinstance(model.lm_head.weight, torch.nn.Parameter) or any(

@@ -114,7 +114,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     for name in ("bos", "eos", "unknown", "padding"):
         _token(file, name, len(tokens))
     # Not AutoTokenizer: for the class name alone it parses the header once more, which takes seconds.
-    return PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+    return PreTrainedTokenizerFast.from_pretrained(
+        str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
+    )
 
 
 def llama_config(file: GGUFFile) -> LlamaConfig:

@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-INDEX_NAME = "model.safetensors.index.json"
+FILE_NAME = "model.safetensors"
+INDEX_NAME = f"{FILE_NAME}.index.json"
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 _DTYPES = {
@@ -169,8 +170,8 @@ class Reader:
 
 
 def tensor_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the file itself, or what a folder's index or the
-    folder itself lists.
+    """The safetensors files of a checkpoint: the file itself, or of a folder those that transformers
+    loads: model.safetensors, else what its index lists; else the only one.
 
     Raises:
         FileNotFoundError: there is none.
@@ -180,13 +181,15 @@ def tensor_files(path: Path) -> list[Path]:
         if not path.exists():
             raise FileNotFoundError(f"no file or folder {path}")
         return [path]
-    index = path / INDEX_NAME
+    whole, index = path / FILE_NAME, path / INDEX_NAME
+    if whole.exists():
+        return [whole]
     if index.exists():
         return _indexed_files(index)
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise FileNotFoundError(
-            f"{path} must hold one .safetensors file or {index.name}, "
+            f"{path} must hold one .safetensors file, {FILE_NAME} or {INDEX_NAME}, "
             f"found {[f.name for f in files]}"
         )
     return files
@@ -200,6 +203,10 @@ def _indexed_files(index: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index}: {name!r} is not a file name in this folder")
-        if not (index.parent / name).is_file():
+        try:
+            found = (index.parent / name).is_file()
+        except OSError as e:
+            raise ValueError(f"{index}: {name[:100]!r} is no file name: {e.strerror}") from e
+        if not found:
             raise FileNotFoundError(f"{index}: the file {name!r} is missing")
     return sorted(index.parent / name for name in names)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.formats import Format
 from lowbit.io.checkpoint import Checkpoint, Header, dense_source, layer_source
-from lowbit.io.container import Source, write
+from lowbit.io.container import FILE_NAME, Source, write
 from lowbit.io.convert import quantize_file
 from lowbit.io.matching import Match, own_tensors, prefix_of
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
@@ -26,7 +26,6 @@ from lowbit.tensor import QuantTensor
 __all__ = ["load", "load_tensors", "quantize_file", "save"]
 
 SUFFIX = ".safetensors"
-FILE_NAME = "model.safetensors"
 
 
 def save(

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowbit import reference
 from lowbit.quantize import rtn
 from lowbit.tensor import QuantTensor
+from lowbit.text import printable
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,15 @@ class Report:
         total = f"{len(self.layers)} layers, {self.bits_per_weight:.3f} bits/weight"
         sizes = (f"{self.nbytes:,}", f"{self.dense_nbytes:,}", f"{self.relative_error:.3g}")
         lines = text_table([head, *rows, (total, "", "", *sizes, "")], left=3).splitlines()
-        lines += [f"left dense: {name} ({why})" for name, why in self.left.items()]
+        lines += [printable(f"left dense: {name} ({why})") for name, why in self.left.items()]
         return "\n".join(lines)
 
 
 def text_table(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Rows of cells in columns of equal width, of which the first `left` are aligned left."""
+    """Rows of cells, made printable, in columns of equal width, of which the first `left` are aligned
+    left.
+    """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
