@@ -163,7 +163,6 @@ def _quantize(
             f"{e.name} is not installed; a folder of transformers needs: pip install "
             "'lowbit[models]'"
         ) from None
-    pretrained.check_folders(options.source, options.target)
     refuse_quantized(options.source)
     obstacles = None
     if options.calibrate is None:
@@ -222,6 +221,7 @@ def _quantize_model(
 ) -> tuple[Report, Allocation | None]:
     from lowbit.integrations import pretrained
 
+    pretrained.check_folders(options.source, options.target)
     batches = None
     if options.calibrate is not None:
         batches = pretrained.calibration_tokens(

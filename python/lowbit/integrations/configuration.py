@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
+from lowbit.io.container import Reader, tensor_files
 from lowbit.io.foreign import CONFIG_NAME
 
 # Of every from_pretrained.
 LOADS_HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+# Keys that count modules, and how many are made without a question.
+_COUNTS, _ANY_COUNT = re.compile("layer|expert|depth"), 1024
 
 
 def read_config(folder: Path) -> Any:
@@ -36,20 +40,24 @@ def read_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(str(folder), **LOADS_HERE)
 
 
-def model_class(config: Any) -> Any:
-    """The class that the configuration names; without a name the headless model of its kind."""
-    names = config.architectures
+def model_class(folder: Path, config: Any) -> Any:
+    """The class that the configuration of a folder names; without a name the headless model of its
+    kind.
+
+    Raises:
+        ValueError: transformers has none, or the name is that of something else.
+    """
+    file, names = folder / CONFIG_NAME, config.architectures
     if not names:
         if type(config) not in AutoModel._model_mapping:
-            raise ValueError(
-                f"{CONFIG_NAME}: transformers has no model for a {type(config).__name__}"
-            )
+            raise ValueError(f"{file}: transformers has no model for a {type(config).__name__}")
         return AutoModel._model_mapping[type(config)]
     name = names[0] if isinstance(names, list) else names
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+    # The base class of all models has no configuration.
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class):
         raise ValueError(
-            f"{CONFIG_NAME}: architectures must name a model class of transformers "
+            f"{file}: architectures must name a model class of transformers "
             f"{transformers.__version__}, got {name!r:.100}"
         )
     return kind
@@ -69,7 +77,8 @@ def empty_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
         ) from None
     path = Path(folder)
     config = read_config(path)
-    kind = model_class(config)
+    check_counts(path, config)
+    kind = model_class(path, config)
     what = f"{path / CONFIG_NAME}: transformers cannot make a {kind.__name__} of it"
     with errors_of(what), quiet(), _default_dtype(config.dtype or torch.float32):
         # Parameters without memory; buffers that no file holds are real.
@@ -77,6 +86,26 @@ def empty_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
             model: PreTrainedModel = kind(config)
         model.tie_weights()
     return model
+
+
+def check_counts(folder: Path, config: Any) -> None:
+    """Raises ValueError if config.json asks for far more layers or experts than the checkpoint has
+    tensors: making them would take hours before anything is compared.
+    """
+    stored = 0
+    if any(folder.glob("*.safetensors")):
+        stored = sum(len(Reader(file).specs) for file in tensor_files(folder))
+    most = max(stored, _ANY_COUNT)
+    parts = [config.to_dict()]
+    while parts:
+        for key, value in parts.pop().items():
+            if isinstance(value, dict):
+                parts.append(value)
+            elif isinstance(value, int) and value > most and _COUNTS.search(str(key)):
+                raise ValueError(
+                    f"{folder / CONFIG_NAME}: {key} must be at most {most}, as the checkpoint holds "
+                    f"{stored} tensors, got {value}"
+                )
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit.integrations.configuration import (
     LOADS_HERE,
+    check_counts,
     empty_model,
     errors_of,
     model_class,
@@ -64,7 +65,8 @@ def load_dense_and_rest(
     path = Path(folder)
     refuse_quantized(path)
     config = read_config(path)
-    kind = model_class(config)
+    check_counts(path, config)
+    kind = model_class(path, config)
     with errors_of(f"{path}: transformers cannot load the model"), quiet():
         model, info = kind.from_pretrained(
             str(path), dtype=dtype or "auto", output_loading_info=True, **LOADS_HERE
