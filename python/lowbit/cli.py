@@ -41,6 +41,7 @@ FormatName = Annotated[str, typer.Option("--format", "-f", help="As in: nf4, int
 
 # K at which bits per weight are quoted: no group of a built-in format is cut short.
 _REFERENCE_K = 4096
+_END = 1 << 31  # of sizes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -277,8 +278,8 @@ def _gguf_rows(path: Path) -> list[dict[str, Any]]:
 
 def _shape(text: str) -> tuple[int, int]:
     parts = text.replace("x", ",").split(",")
-    if len(parts) != 2 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
-        raise ValueError(f"shape must be N,K with positive integers, got {text!r}")
+    if len(parts) != 2 or not all(p.strip().isdecimal() and 0 < int(p) < _END for p in parts):
+        raise ValueError(f"shape must be N,K with positive integers below 2^31, got {text!r}")
     return int(parts[0]), int(parts[1])
 
 
@@ -295,7 +296,7 @@ def _dtype(name: str) -> Any:
 def explain(
     shape: Annotated[str, typer.Option(help="N,K of the weight.")],
     format: FormatName,
-    m: Annotated[int, typer.Option("--m", "-m", min=0, help="Rows of x.")] = 1,
+    m: Annotated[int, typer.Option("--m", "-m", min=0, max=_END - 1, help="Rows of x.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of x: fp32, bf16 or fp16.")] = "bf16",
     json_output: JsonFlag = False,
 ) -> None:

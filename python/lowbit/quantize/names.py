@@ -62,7 +62,7 @@ class Selection:
         if isinstance(skip, str):
             raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}")
         self._skip = [compile_pattern(pattern) for pattern in skip]
-        given = rules.items() if isinstance(rules, Mapping) else [(".*", rules)]
+        given = rules.items() if isinstance(rules, Mapping) else [("(?s:.*)", rules)]
         self._rules = [(compile_pattern(pattern), as_rule(rule)) for pattern, rule in given]
 
     def skipped(self, name: str) -> bool:
