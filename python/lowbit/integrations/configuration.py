@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from lowbit.io.container import Reader, tensor_files
-from lowbit.io.foreign import CONFIG_NAME
+from lowbit.io.foreign import CONFIG_NAME, read_json
 
 # Of every from_pretrained.
 LOADS_HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -36,6 +36,12 @@ def read_config(folder: Path) -> Any:
     file = folder / CONFIG_NAME
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: must be a folder of transformers, with a config.json")
+    kind = read_json(file).get("model_type")
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{file}: model_type must be a model of transformers {transformers.__version__}, got "
+            f"{kind!r:.100}; no code of a folder is run: quantize its .safetensors files by name"
+        )
     with errors_of(f"{file}: not a configuration that transformers reads"), quiet():
         return AutoConfig.from_pretrained(str(folder), **LOADS_HERE)
 
