@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutations import python
 
 MUTANTS = [
-    *python("formats.py", "formats", "quantize", "int8")(
+    *python("formats.py", "formats")(
         ("return 1 if self.group is None else -(-k // self.group)", "return 1 if self.group is None else k // self.group"),
         ("offset = 2 ** (self.bits - 1) if self.zero is None else 0", "offset = 2 ** (self.bits - 1) - 1 if self.zero is None else 0"),
         ("return float(step) if all(-128 <= v / step <= 127", "return float(step) if all(-128 <= v / step <= 128"),
@@ -20,7 +20,7 @@ MUTANTS = [
         ("{3: (2, 1), 5: (4, 1), 6: (4, 2)}", "{3: (1, 2), 5: (4, 1), 6: (4, 2)}"),
         ("        low += p\n    return torch.cat(planes)", "        low += 1\n    return torch.cat(planes)"),
     ),
-    *python("layouts.py", "ops", "kernels", "gradients")(
+    *python("layouts.py", "packing", "ops", "kernels", "gradients")(
         ("zeros = (zeros.to(torch.int16) + 2 ** (f.bits - 1)).to(torch.uint8)", "zeros = (zeros.to(torch.int16) + 2 ** f.bits).to(torch.uint8)"),
         ("padded = F.pad(values, (0, 0, 0, -n % lanes))\n    return padded.view(-1, lanes, groups).transpose(1, 2)", "padded = F.pad(values, (0, 0, 0, -n % lanes))\n    return padded.view(-1, groups, lanes)"),
         ('"dq8": torch.float32,\n}\n\n\n@dataclass', '"dq8": torch.bfloat16,\n}\n\n\n@dataclass'),
