@@ -106,9 +106,10 @@ def test_quantize_and_info(
     assert f"{weight.nbytes:,}" in text
     assert "70x96" in text
 
-    all_dense = tmp_path / "none.safetensors"
-    printed = run(capsys, "quantize", dense_file, all_dense, "-f", "nf4", "--skip", "proj")
-    assert "0 layers" in printed
+    nothing = tmp_path / "none.safetensors"
+    message = fail(capsys, "quantize", dense_file, nothing, "-f", "nf4", "--skip", "proj")
+    assert "nothing to quantize: 2 x skipped" in message
+    assert not nothing.exists()
 
 
 def test_info_of_a_gguf_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -162,6 +163,70 @@ def test_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert all(r["kernel"] in text for r in found["results"])
 
 
+HOSTILE = (
+    "[/x]",
+    "[red]w",
+    "w\x1b[2J\x1b]0;title\x07",
+    "a\nb\r",
+    "x\u202egnp",
+    ":smile:",
+    "\x9b1m",
+)
+
+
+def shown(text: str) -> str:
+    """What a terminal shows of it: ESC and the like as Python writes them."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+@pytest.mark.filterwarnings("ignore:.* of the weights stay dense")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_in_files_are_shown_and_not_obeyed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    """Neither as markup nor as control characters: in tables, reports and errors."""
+    weight = torch.randn(32, 32)
+    path = lowbit.save(
+        {name: lowbit.quantize(weight, "int4_g32"), name + "d": weight}, tmp_path / "a.safetensors"
+    )
+    dense = tmp_path / "dense.safetensors"
+    save_file({name + ".weight": weight, name + "d": weight.clone()}, dense)
+    texts = {
+        "info": run(capsys, "info", path),
+        "quantize": run(capsys, "quantize", dense, tmp_path / "out.safetensors", "-f", "int4"),
+        "path": fail(capsys, "info", tmp_path / f"absent{name}"),
+        "format": fail(capsys, "explain", "--shape", "8,8", "-f", name),
+    }
+    for command, text in texts.items():
+        assert all(c.isprintable() or c == "\n" for c in text), command
+        # In an error white space is one blank.
+        lines = " ".join(name.split()) if command == "path" else name
+        assert shown(lines) in text or (command == "format" and repr(name)[1:-1] in text), command
+    assert run_json(capsys, "info", path)["tensors"][0]["name"] == name
+
+
+def test_long_errors_are_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file may name a format of megabytes."""
+    message = fail(capsys, "explain", "--shape", "8,8", "-f", "x" * 10_000 + "end")
+    assert len(message) < 2100
+    assert message.startswith("lowbit: unknown format 'xxx")
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Python writes NaN and Infinity, which no other parser reads."""
+    from lowbit.text import as_json
+
+    data = {"a": [float("nan"), 1.5], "b": {"c": float("inf")}, "d": (1, -float("inf"), "\udc80")}
+    text = as_json(data)
+    strict = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert strict == {"a": [None, 1.5], "b": {"c": None}, "d": [1, None, "\udc80"]}
+
+
+def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.importlib.metadata, "version", {"lowbit": "1.2.3"}.__getitem__)
+    assert run(capsys, "--version") == "1.2.3\n"
+
+
 def test_bench_refuses_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "cache_bytes", lambda: 1 << 16)
     right = ops.linear
@@ -205,14 +270,17 @@ def test_run_passes_its_options(
     (
         (
             ("explain", "--shape", "70", "-f", "nf4"),
-            "shape must be N,K with positive integers, got '70'",
+            "shape must be N,K with positive integers below 2^31, got '70'",
         ),
+        (("explain", "--shape", f"8,{2**31}", "-f", "nf4"), "got '8,2147483648'"),
         (("explain", "--shape", "70,0", "-f", "nf4"), "got '70,0'"),
         (("explain", "--shape", "8,8", "-f", "nf5"), "unknown format 'nf5'"),
         (("explain", "--shape", "8,8", "-f", "nf4", "--dtype", "fp64"), "dtype must be one of"),
         (("bench", "--shape", "a,b"), "got 'a,b'"),
-        (("bench", "--seconds", "0"), "rows and seconds must be positive"),
-        (("bench", "--m", "0"), "rows and seconds must be positive"),
+        (("bench", "--seconds", "0"), "rows and seconds must be positive and finite"),
+        (("bench", "--seconds", "nan"), "rows and seconds must be positive and finite"),
+        (("bench", "--seconds", "inf"), "rows and seconds must be positive and finite"),
+        (("bench", "--m", "0"), "rows and seconds must be positive and finite"),
         (("info", "absent.safetensors"), "absent.safetensors"),
         (("info", "absent.gguf"), "absent.gguf"),
         (("quantize", "absent.safetensors", "out.safetensors", "-f", "nf4"), "absent.safetensors"),

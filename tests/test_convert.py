@@ -17,6 +17,9 @@ from lowbit.io.convert import quantize_file
 from lowbit.io.safetensors import load, load_tensors
 from lowbit.quantize import quantize, quantize_model
 
+# The file holds a convolution, integers and FP8, which stay as they are.
+pytestmark = pytest.mark.filterwarnings("ignore:.* of the weights stay dense")
+
 
 def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
@@ -40,6 +43,19 @@ def dense_file(path: Path) -> Path:
     return path
 
 
+def test_what_nobody_asked_to_leave_is_said(tmp_path: Path):
+    with pytest.warns(UserWarning, match=r"% of the weights stay dense.*layers\.0\.conv\.weight"):
+        report = quantize_file(
+            dense_file(tmp_path / "a.safetensors"),
+            tmp_path / "b.safetensors",
+            "nf4",
+            progress=False,
+        )
+    sizes = {name: t.numel() for name, t in tensors().items() if t.dim() > 1}
+    packed = sum(row.shape[0] * row.shape[1] for row in report.layers)
+    assert report.packed_share == packed / sum(sizes.values())
+
+
 def test_a_file(tmp_path: Path):
     src, dst = dense_file(tmp_path / "a.safetensors"), tmp_path / "new" / "b.safetensors"
     report = quantize_file(src, dst, "nf4", progress=False)
@@ -49,6 +65,8 @@ def test_a_file(tmp_path: Path):
         "lm_head.weight": "skipped",
         "model.embed_tokens.weight": "skipped",
         "model.layers.0.conv.weight": "not a matrix named *.weight",
+        "model.layers.0.fp8.weight": "float8_e4m3fn, not fp32, fp16 or bf16",
+        "model.layers.0.ids.weight": "int64, not fp32, fp16 or bf16",
         "model.scale": "not a matrix named *.weight",
     }
     read, given = load_tensors(dst), tensors()

@@ -20,8 +20,9 @@ from lowbit.formats import (
     as_format,
     parse,
 )
-from lowbit.reference import e8m0_values
+from lowbit.reference import dynamic_map, e8m0_values, effective_scales
 from lowbit.tables import E2M1_TABLE, IQ4_NL_TABLE, NF4_TABLE, float8_values, normal_float
+from lowbit.tensor import QuantTensor, tensor_specs
 from weights import ALL_FORMATS
 
 BYTES = np.arange(256, dtype=np.uint8)
@@ -262,3 +263,58 @@ def test_any_spec_is_a_format_or_a_value_error(fields, text):
         except ValueError:
             continue
         assert parse(format.spec) == format
+
+
+# Bits, group, scale and zero as papers, OCP MX, NVIDIA and ggml-common.h have them.
+STATED = {
+    "nf4": (4, 64, "fp16", None),
+    "mxfp4": (4, 32, "e8m0", None),
+    "nvfp4": (4, 16, "e4m3", None),
+    "q4_0": (4, 32, "fp16", None),
+    "q5_0": (5, 32, "fp16", None),
+    "q8_0": (8, 32, "fp16", None),
+    "q4_1": (4, 32, "fp16", "min"),
+    "q5_1": (5, 32, "fp16", "min"),
+    "iq4_nl": (4, 32, "fp16", None),
+    "tq2_0": (2, 256, "fp16", None),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_formats_of_others_are_as_they_state_them(name: str):
+    format = FORMATS[name]
+    assert (format.bits, format.group, format.scale, format.zero) == STATED[name]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_symmetric_integers_are_those_of_twos_complement(bits: int):
+    values = FORMATS[f"int{bits}"].values()
+    assert values == tuple(map(float, range(-(2 ** (bits - 1)), 2 ** (bits - 1))))
+    assert FORMATS[f"uint{bits}"].values() == tuple(map(float, range(2**bits)))
+
+
+def test_int8_activations_need_a_table_in_the_range_of_int8():
+    assert Format.lut(bits=1, table=(-128.0, 127.0), activation="int8").int8_step == 1
+    for table in ((1.0, 128.0), (-129.0, 2.0)):
+        assert Format.lut(bits=1, table=table).int8_step is None
+        with pytest.raises(ValueError, match="its table is not exact in int8"):
+            Format.lut(bits=1, table=table, activation="int8")
+
+
+def test_double_quantized_scales():
+    """QLoRA: the 8-bit code times the factor of 256 scales, plus the mean."""
+    n, groups = 5, 130
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (n, groups), generator=g, dtype=torch.uint8)
+    factors, offset = torch.rand(-(-n * groups // 256), generator=g), torch.tensor(0.75)
+    format = parse("nf4_g8_dq8")
+    tensors = {
+        name: torch.zeros(shape, dtype=dtype)
+        for name, (shape, dtype) in tensor_specs(format, n, 8 * groups).items()
+    }
+    tensors |= {"scales": codes, "scales2": factors, "scales2_offset": offset}
+    found = effective_scales(QuantTensor(format, (n, 8 * groups), tensors))
+    table = dynamic_map().numpy()
+    block = np.arange(n * groups) // 256
+    wanted = table[codes.numpy().ravel()] * factors.numpy()[block] + np.float32(0.75)
+    assert np.array_equal(found.numpy().ravel(), wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from oracle import assert_codes_are_best, normal
@@ -266,6 +267,51 @@ def test_hqq_follows_the_formulas():
         moved += got != plain.zeros.item()
     assert moved == 5
     assert same(quantize(weight, format, "hqq", iterations=0), plain)
+
+
+def test_hqq_counts_the_squared_part_more_in_each_iteration():
+    """beta * kappa^i in iteration i: the best zero on the way that the two formulas go."""
+    format = Format(
+        name="z", codec="affine", bits=2, zero="float", scale="fp32", scale_rule="minmax"
+    )
+    others = 0
+    for seed in range(8):
+        weight = normal(1, 64, seed=seed)
+        plain = quantize(weight, format)
+        w, scale, first = weight[0].double(), plain.scales.item(), plain.zeros.item()
+
+        def best(growth: float, w=w, scale=scale, first=first) -> float:
+            way = [first]
+            for i in range(6):
+                way.append(hqq_step(w, scale, way[-1], 3.0 * growth**i))
+            errors = [(w / scale - ((w / scale + z).round().clamp(0, 3) - z)).abs() for z in way]
+            sums = torch.stack([(e**0.7).sum() for e in errors])
+            return way[int(sums.argmin())]
+
+        got = quantize(weight, format, "hqq", beta=3.0, kappa=2.0, iterations=6).zeros.item()
+        assert abs(got - best(2.0)) < 1e-4
+        others += abs(got - best(0.5)) > 1e-2
+    assert others >= 3
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_importance_of_columns(act_order: bool):
+    """A table is fitted as if column j counted 1 / U_jj^2, (H + damping)^-1 = U^T U, numpy's U."""
+    weight, x = normal(12, 40), inputs(40)
+    hessian = second_moment(x).double().numpy()
+    order = np.argsort(-hessian.diagonal(), kind="stable") if act_order else np.arange(40)
+    damped = hessian[order][:, order] + 0.01 * hessian.diagonal().mean() * np.eye(40)
+    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+    importance = np.empty(40)
+    importance[order] = 1 / upper.diagonal() ** 2
+    how = {"damping": 0.01, "act_order": act_order}
+    made = gptq.quantize(weight, "kmeans3_pr", hessian=second_moment(x), **how)
+    wanted = quantize(
+        weight, "kmeans3_pr", "kmeans", weights=torch.from_numpy(importance / importance.max())
+    )
+    assert torch.allclose(made.table, wanted.table, rtol=1e-5, atol=1e-6)
+    plain = quantize(weight, "kmeans3_pr", "kmeans")
+    assert not torch.allclose(made.table, plain.table, atol=1e-3)
 
 
 def test_hqq_constant_and_zero_groups():

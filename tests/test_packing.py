@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit import _C, ops, packing  # noqa: F401  (ops registers torch.ops.lowbit)
+from lowbit import _C, layouts, ops, packing  # noqa: F401  (ops registers torch.ops.lowbit)
 from lowbit.formats import FORMATS, Format
-from weights import ALL_FORMATS, random_codes
+from weights import ALL_FORMATS, random_codes, random_weight
 
 # One format of each way to pack, and a table that does not use all codes.
 PACKINGS = list({(f.bits, f.packing, f.num_codes): f for f in ALL_FORMATS}.values())
@@ -157,3 +157,26 @@ def test_damage_is_found():
     packing.check_padding_and_range(torch.tensor([[1 + 3]], dtype=torch.uint8), two, 5)
     with pytest.raises(ValueError, match="'two_of_three' hold a code above 1"):
         packing.check_padding_and_range(torch.tensor([[2 + 3]], dtype=torch.uint8), two, 5)
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize("format", ALL_FORMATS, ids=lambda f: f.name)
+def test_operands_have_the_specs_that_checks_compare(format: Format, layout: str):
+    """Kernels read exactly the bytes of `operand_specs`."""
+    if layout == layouts.M16 and not layouts.fits_m16(format):
+        pytest.skip("no kernel has this layout of the format")
+    n, k = 70, 200
+    qt = random_weight(format, n, k)
+    op = layouts.to_operands(qt, layout)
+    found = {name: getattr(op, name) for name in ("codes", "scales", "zeros", "table")}
+    specs = layouts.operand_specs(format, layout, n, k)
+    for name, t in found.items():
+        assert (t is None) == (name not in specs), name
+        if t is not None:
+            assert (tuple(t.shape), t.dtype) == specs[name], name
+    again = layouts.from_operands(op)
+    assert all(
+        torch.equal(t.view(torch.uint8), again.tensors[name].view(torch.uint8))
+        for name, t in qt.tensors.items()
+        if t.dim()
+    )

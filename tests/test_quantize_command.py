@@ -73,6 +73,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(TOKENS).logits
 
 
+def only_report(printed: dict) -> dict:
+    """What the command prints without what it adds to the report."""
+    return {key: value for key, value in printed.items() if key not in ("written", "ignored")}
+
+
 def test_gptq_from_end_to_end(capsys, folder, text, tmp_path):
     """What the command writes and `load_folder` reads is the model that is quantized in memory."""
     target = tmp_path / "small"
@@ -88,7 +93,7 @@ def test_gptq_from_end_to_end(capsys, folder, text, tmp_path):
         model, "kmeans3_g32", method="gptq", calibration=batches, options={"act_order": True},
         skip=("lm_head", "down_proj"), progress=False,
     )  # fmt: skip
-    assert report == json.loads(json.dumps(wanted.to_dict()))
+    assert only_report(report) == json.loads(json.dumps(wanted.to_dict()))
     assert len(report["layers"]) == 2 * (len(LINEARS) - 1)
     loaded = load_folder(target)
     assert loaded.dtype == torch.bfloat16
@@ -120,7 +125,7 @@ def test_budget_and_report(capsys, folder, text, tmp_path):
     assert len(formats) > 1
     written = json.loads((plots / "report.json").read_text())
     assert written["allocation"] == report.pop("allocation")
-    assert written["report"] == report
+    assert written["report"] == only_report(report)
     for name in ("error_per_layer", "error_over_bits", "codebooks"):
         # The eight bytes that every PNG starts with.
         assert (plots / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -155,7 +160,7 @@ def test_recipe_with_calibration(capsys, folder, text, tmp_path):
     batches = calibration_tokens(text, folder, length=20, per_line=True)
     assert len(batches) == 7
     wanted = quantize_model(load_dense(folder), recipe, calibration=batches, progress=False)
-    assert report == json.loads(json.dumps(wanted.to_dict()))
+    assert only_report(report) == json.loads(json.dumps(wanted.to_dict()))
     capsys.readouterr()  # bars of transformers
     assert "method 'gptq' needs calibration" in fail(capsys, *arguments)
 

@@ -21,7 +21,7 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12, "python/lowbit/layouts.py": 12
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
-    ("files", "modes", "strides", "tables", "transforms"),
+    ("files", "modes", "strides", "tables", "text", "transforms"),
     ("formats", "_C", "_cuda"),
     ("codebooks", "forking", "packing", "planes", "fragments"),
     ("tensor",),

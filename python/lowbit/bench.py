@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -78,8 +79,10 @@ def bench(
     """
     chosen = [as_format(f) for f in formats]
     counts = list(rows)
-    if seconds <= 0 or any(m < 1 for m in counts):
-        raise ValueError(f"rows and seconds must be positive, got {counts} and {seconds}")
+    if not 0 < seconds < math.inf or any(m < 1 for m in counts):
+        raise ValueError(
+            f"rows and seconds must be positive and finite, got {counts} and {seconds}"
+        )
     results = []
     for n, k in shapes:
         if n < 1 or k < 1:

@@ -7,23 +7,25 @@ JSON object. Bad input ends in one line on stderr and exit status 1.
 from __future__ import annotations
 
 import dataclasses
-import json
+import importlib.metadata
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 try:
     import typer
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"lowbit: {error.name} is not installed; the commands need: pip install 'lowbit[cli]'"
     ) from None
 
 from lowbit.formats import FORMATS, Format, parse
+from lowbit.text import as_json, one_line, printable
 
 app = typer.Typer(
     name="lowbit",
@@ -39,19 +41,49 @@ FormatName = Annotated[str, typer.Option("--format", "-f", help="As in: nf4, int
 
 # K at which bits per weight are quoted: no group of a built-in format is cut short.
 _REFERENCE_K = 4096
+_END = 1 << 31  # of sizes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the command and turns errors of the user into one line."""
     try:
         app(args=arguments)
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as e:
-        print(f"lowbit: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except MemoryError as e:
+        _fail(f"not enough memory: {e}")
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, OverflowError) as e:
+        _fail(str(e))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"lowbit: {one_line(message)}", file=sys.stderr)
+    raise SystemExit(1) from None
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(importlib.metadata.version("lowbit"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Neural networks whose weights take 1 to 8 bits."""
+
+
+def _row(table: Table, *cells: str) -> None:
+    """A row of cells that may come from a file: neither markup nor control characters count."""
+    table.add_row(*(Text(printable(cell)) for cell in cells))
 
 
 def _table(title: str | None, columns: Sequence[str], numbers: Sequence[str] = ()) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=title and Text(printable(title)), title_justify="left", box=None, pad_edge=False
+    )
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
     return table
@@ -78,7 +110,7 @@ def formats() -> None:
         group = "row" if f.group is None else str(f.group)
         values = f"fitted per {f.table_scope}" if f.fitted else "fixed" if f.table else "-"
         cells = (f.name, f.codec, str(f.bits), group, f.scale or "-", f.zero or "-", values)
-        table.add_row(*cells, f"{bits_per_weight(f):.3f}")
+        _row(table, *cells, f"{bits_per_weight(f):.3f}")
     _print(table)
 
 
@@ -122,6 +154,11 @@ def quantize(
         typer.Option(help="Module names or regular expressions to leave dense, besides heads, "
                           "embeddings and norms. May be repeated."),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of what stays dense, and of the weights before they are quantized: fp32, "
+                          "bf16 or fp16. By default that of config.json, or of each tensor."),
+    ] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(help="Text, or token ids in a .npy or .safetensors file, to run the model on."),
@@ -137,7 +174,7 @@ def quantize(
     ] = None,
     json_output: JsonFlag = False,
 ) -> None:  # fmt: skip
-    """Quantizes a safetensors checkpoint; with --calibrate runs its model first."""
+    """Quantizes a safetensors file, or a folder of transformers; with --calibrate runs its model first."""
     from lowbit.quantize_command import QuantizeOptions, parse_options
     from lowbit.quantize_command import quantize as run_quantize
 
@@ -152,6 +189,7 @@ def quantize(
             method=method,
             options=parse_options(option or []),
             skip=tuple(skip or ()),
+            dtype=None if dtype is None else _dtype(dtype),
             calibrate=calibrate,
             length=length,
             samples=samples,
@@ -160,7 +198,7 @@ def quantize(
             report=report,
         )
     )
-    print(json.dumps(made["data"]) if json_output else made["text"])
+    print(as_json(made["data"]) if json_output else printable(made["text"], keep="\n"))
 
 
 @app.command()
@@ -179,7 +217,7 @@ def info(
         "quantized_bits_per_weight": packed["bits_per_weight"],
     }
     if json_output:
-        print(json.dumps({**summary, "tensors": rows}))
+        print(as_json({**summary, "tensors": rows}))
         return
     table = _table(
         None, ("tensor", "format", "shape", "bytes", "bits/weight"), ("bytes", "bits/weight")
@@ -187,7 +225,7 @@ def info(
     for row in rows:
         shape = "x".join(map(str, row["shape"])) or "scalar"
         cells = (row["name"], row["format"], shape, f"{row['bytes']:,}")
-        table.add_row(*cells, f"{_totals([row])['bits_per_weight']:.3f}")
+        _row(table, *cells, f"{_totals([row])['bits_per_weight']:.3f}")
     table.add_section()
     table.add_row(
         f"{len(rows)} tensors", "", "", f"{total['bytes']:,}", f"{total['bits_per_weight']:.3f}"
@@ -204,7 +242,7 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"bytes": size, "weights": weights, "bits_per_weight": 8 * size / max(1, weights)}
 
 
-def _row(
+def _info_row(
     name: str, format: str, shape: Sequence[int], nbytes: int, quantized: bool
 ) -> dict[str, Any]:
     return {
@@ -219,7 +257,7 @@ def _row(
 def _checkpoint_rows(path: Path) -> list[dict[str, Any]]:
     from lowbit.io.checkpoint import describe
 
-    return [_row(t.name, t.format, t.shape, t.nbytes, t.quantized) for t in describe(path)]
+    return [_info_row(t.name, t.format, t.shape, t.nbytes, t.quantized) for t in describe(path)]
 
 
 def _gguf_rows(path: Path) -> list[dict[str, Any]]:
@@ -227,7 +265,7 @@ def _gguf_rows(path: Path) -> list[dict[str, Any]]:
 
     dense = ("F", "BF", "I")  # F16, F32, F64, BF16, I8 .. I64, but not IQ4_NL
     return [
-        _row(
+        _info_row(
             t.name,
             t.type.name.lower(),
             t.shape,
@@ -240,8 +278,8 @@ def _gguf_rows(path: Path) -> list[dict[str, Any]]:
 
 def _shape(text: str) -> tuple[int, int]:
     parts = text.replace("x", ",").split(",")
-    if len(parts) != 2 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
-        raise ValueError(f"shape must be N,K with positive integers, got {text!r}")
+    if len(parts) != 2 or not all(p.strip().isdecimal() and 0 < int(p) < _END for p in parts):
+        raise ValueError(f"shape must be N,K with positive integers below 2^31, got {text!r}")
     return int(parts[0]), int(parts[1])
 
 
@@ -258,7 +296,7 @@ def _dtype(name: str) -> Any:
 def explain(
     shape: Annotated[str, typer.Option(help="N,K of the weight.")],
     format: FormatName,
-    m: Annotated[int, typer.Option("--m", "-m", min=0, help="Rows of x.")] = 1,
+    m: Annotated[int, typer.Option("--m", "-m", min=0, max=_END - 1, help="Rows of x.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of x: fp32, bf16 or fp16.")] = "bf16",
     json_output: JsonFlag = False,
 ) -> None:
@@ -268,9 +306,9 @@ def explain(
     n, k = _shape(shape)
     found = explain_request(parse(format), n, k, m, _dtype(dtype))
     if json_output:
-        print(json.dumps(dataclasses.asdict(found)))
+        print(as_json(dataclasses.asdict(found)))
     else:
-        print(found)
+        print(printable(str(found), keep="\n"))
 
 
 @app.command()
@@ -304,13 +342,14 @@ def bench(
         "torch": torch.__version__,
     }
     if json_output:
-        print(json.dumps({**machine, "results": [dataclasses.asdict(r) for r in results]}))
+        print(as_json({**machine, "results": [dataclasses.asdict(r) for r in results]}))
         return
     title = f"{machine['threads']} threads, {dtype} x, weights larger than the caches, medians"
     numbers = ("M", "us", "GB/s", "GFLOP/s", "dense us", "speed-up")
     table = _table(title, ("format", "N x K", *numbers, "kernel"), numbers)
     for r in results:
-        table.add_row(
+        _row(
+            table,
             r.format,
             f"{r.n} x {r.k}",
             str(r.m),

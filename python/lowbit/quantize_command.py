@@ -1,5 +1,6 @@
-"""What `lowbit quantize` does: a safetensors checkpoint is quantized tensor by tensor, or, to be
-calibrated, the model of a folder of transformers is run.
+"""What `lowbit quantize` does: a safetensors checkpoint is quantized tensor by tensor. If that does not
+give the model of a folder of transformers, or it is to be calibrated, the model is loaded; and what
+is written is compared with the model before the command is done.
 
 `quantize(options)` is all that the command line calls.
 """
@@ -7,19 +8,23 @@ calibrated, the model of a folder of transformers is run.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.formats import parse
-from lowbit.io.convert import DEFAULT_SKIP, DenseWeights, quantize_file
+from lowbit.io.checkpoint import describe
+from lowbit.io.convert import FILE_SKIP, DenseWeights, check_any, ignored_files, quantize_file
+from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
 from lowbit.quantize import Allocation, Recipe, Report, allocate, quantize_model
 from lowbit.quantize.allocate import OBJECTIVES
 from lowbit.quantize.methods import calibrates, check_options, keywords
-from lowbit.quantize.names import Rules
+from lowbit.quantize.names import Rules, Selection
 from lowbit.tensor import QuantTensor
 
 OnLayer = Callable[[str, Tensor, QuantTensor], object]
@@ -38,8 +43,10 @@ class QuantizeOptions:
         budget: average stored bits per weight that `allocate` must meet.
         objective: of `allocate`, with `calibrate`.
         method, options: as in `lowbit.quantize_model`.
-        skip: patterns of modules to leave dense, besides heads (and, in a file, embeddings and
-            norms).
+        skip: patterns of modules to leave dense, besides heads (and, without `calibrate`,
+            embeddings and norms).
+        dtype: of what stays dense and, before they are quantized, of the weights; None takes that
+            of config.json, or what each tensor has.
         calibrate: text or tokens, `lowbit.integrations.pretrained.calibration_tokens`.
         length, samples, per_line, seed: as there.
         report: a folder for tables and plots.
@@ -54,6 +61,7 @@ class QuantizeOptions:
     method: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
     skip: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
     calibrate: Path | None = None
     length: int = 512
     samples: int = 128
@@ -116,30 +124,94 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
         rules = Recipe.load(options.recipe)
     elif options.budget is None:
         rules = options.formats[0]
-    quantized = _quantize_file if options.calibrate is None else _quantize_model
-    report, allocation = quantized(options, rules, histograms)
+    report, allocation = _quantize(options, rules, histograms)
     if options.report is not None:
         plots.write_report(options.report, report, allocation, histograms)
-    data = report.to_dict()
+    written, ignored = _written(options.target), ignored_files(options.source)
+    data = {**report.to_dict(), "written": written, "ignored": ignored}
     text = str(report)
     if allocation is not None:
         data["allocation"] = allocation.to_dict()
         text = f"{allocation}\n\n{text}"
-    return {"text": text, "data": data}
+    lines = [f"not read: {name} (transformers loads another file)" for name in ignored]
+    lines.append(
+        f"written: {options.target}, {written['bytes']:,} bytes, {100 * written['packed']:.1f} % of "
+        f"{written['weights']:,} weights packed"
+    )
+    return {"text": "\n".join([text, *lines]), "data": data}
+
+
+def _written(target: Path) -> dict[str, Any]:
+    """Bytes, weights, and the share of the weights that is packed."""
+    rows = describe(target)
+    weights = sum(math.prod(row.shape) for row in rows)
+    packed = sum(math.prod(row.shape) for row in rows if row.quantized)
+    size = sum(row.nbytes for row in rows)
+    return {"bytes": size, "weights": weights, "packed": packed / max(1, weights)}
+
+
+def _quantize(
+    options: QuantizeOptions, rules: Rules | None, on_layer: OnLayer | None
+) -> tuple[Report, Allocation | None]:
+    if options.calibrate is None and not _is_transformers_folder(options.source):
+        return _quantize_file(options, rules, on_layer, options.dtype, None)
+    try:
+        from lowbit.integrations import pretrained
+        from lowbit.integrations.configuration import read_config
+    except ModuleNotFoundError as e:
+        raise ImportError(
+            f"{e.name} is not installed; a folder of transformers needs: pip install "
+            "'lowbit[models]'"
+        ) from None
+    refuse_quantized(options.source)
+    obstacles = None
+    if options.calibrate is None:
+        dtype = options.dtype or read_config(options.source).dtype
+        selection = Selection(rules or options.formats[0], _skip(options))
+        obstacles = pretrained.obstacles(options.source, selection, dtype)
+    if obstacles is not None:
+        done = _quantize_file(options, rules, on_layer, dtype, obstacles)
+    else:
+        done = _quantize_model(options, rules, on_layer)
+    if options.dtype is not None:
+        pretrained.set_dtype(options.target, options.dtype)
+    pretrained.check_folder(options.target)
+    return done
+
+
+def _is_transformers_folder(source: Path) -> bool:
+    config = source / CONFIG_NAME
+    return config.is_file() and "model_type" in read_json(config)
+
+
+def _skip(options: QuantizeOptions) -> tuple[str, ...]:
+    """Without calibration a folder gives what its file would give."""
+    return (*(FILE_SKIP if options.calibrate is None else ("lm_head",)), *options.skip)
 
 
 def _quantize_file(
-    options: QuantizeOptions, rules: Rules | None, on_layer: OnLayer | None
+    options: QuantizeOptions,
+    rules: Rules | None,
+    on_layer: OnLayer | None,
+    dtype: torch.dtype | None,
+    obstacles: dict[str, str] | None,
 ) -> tuple[Report, Allocation | None]:
-    skip = (*DEFAULT_SKIP, *options.skip)
+    skip = _skip(options)
     how: dict[str, Any] = {"method": options.method, "options": dict(options.options)}
     allocation = None
     if rules is None:
-        weights = DenseWeights(options.source, skip)
+        weights = DenseWeights(options.source, skip, dtype, obstacles)
         allocation = allocate(weights, options.formats, options.budget, skip=(), **how)
         rules = allocation.recipe
     report = quantize_file(
-        options.source, options.target, rules, skip=skip, on_layer=on_layer, **how
+        options.source,
+        options.target,
+        rules,
+        skip=skip,
+        dtype=dtype,
+        obstacles=obstacles,
+        on_layer=on_layer,
+        **how,
     )
     return report, allocation
 
@@ -147,42 +219,44 @@ def _quantize_file(
 def _quantize_model(
     options: QuantizeOptions, rules: Rules | None, on_layer: OnLayer | None
 ) -> tuple[Report, Allocation | None]:
-    try:
-        from lowbit.integrations import pretrained
-    except ModuleNotFoundError as e:
-        raise ImportError(
-            f"{e.name} is not installed; --calibrate needs: pip install 'lowbit[models]'"
-        ) from None
-    assert options.calibrate is not None
+    from lowbit.integrations import pretrained
+
     pretrained.check_folders(options.source, options.target)
-    batches = pretrained.calibration_tokens(
-        options.calibrate,
-        options.source,
-        length=options.length,
-        samples=options.samples,
-        per_line=options.per_line,
-        seed=options.seed,
-    )
-    model = pretrained.load_dense(options.source)
-    skip = ("lm_head", *options.skip)
+    batches = None
+    if options.calibrate is not None:
+        batches = pretrained.calibration_tokens(
+            options.calibrate,
+            options.source,
+            length=options.length,
+            samples=options.samples,
+            per_line=options.per_line,
+            seed=options.seed,
+        )
+    model, rest = pretrained.load_dense_and_rest(options.source, options.dtype)
+    skip = _skip(options)
     how: dict[str, Any] = {"method": options.method, "options": dict(options.options)}
     allocation = None
-    if rules is None:
-        allocation = allocate(
-            model,
-            options.formats,
-            options.budget,
-            skip=skip,
-            calibration=batches,
-            objective=options.objective,
-            **how,
+    with pretrained.plain_linears(model):
+        if rules is None:
+            allocation = allocate(
+                model,
+                options.formats,
+                options.budget,
+                skip=skip,
+                calibration=batches,
+                objective=options.objective,
+                **how,
+            )
+            rules = allocation.recipe
+        learns = options.recipe is not None or calibrates(options.method)
+        inputs = batches if learns else None
+        # An error ends the command, and the model with it.
+        report = quantize_model(
+            model, rules, skip=skip, calibration=inputs, on_layer=on_layer, atomic=False, **how
         )
-        rules = allocation.recipe
-    learns = options.recipe is not None or calibrates(options.method)
-    inputs = batches if learns else None
-    # An error ends the command, and the model with it.
-    how["atomic"] = False
-    report = quantize_model(model, rules, skip=skip, calibration=inputs, on_layer=on_layer, **how)
+    for name in rest:
+        report.leave(name, f"not part of a {type(model).__name__}, and not written")
+    check_any(options.source, report, len(report.layers))
     pretrained.save_folder(model, options.source, options.target)
     return report, allocation
 

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lowbit.backends.cpu import kernels, take_rows_run
 from lowbit.nn import PackedModule
 from lowbit.tensor import stored_bytes
+from lowbit.text import as_json, printable
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -124,7 +126,7 @@ def run(options: RunOptions) -> dict[str, Any]:
     if options.compare:
         result |= _compare(model, tokenizer, path, prompt_ids, options.max_new_tokens)
     if stream is None:
-        print(json.dumps(result))
+        print(as_json(result))
     else:
         stream.print(report(result))
     return result
@@ -183,13 +185,13 @@ def _answer(
         text = str(tokenizer.decode(tokens, skip_special_tokens=True))
         # A character of several tokens decodes to U+FFFD until it is complete.
         if not text.endswith("\ufffd"):
-            stream.out(text[len(printed) :], end="")
+            stream.out(printable(text[len(printed) :], keep="\n\t"), end="")
             printed = text
         watch.exclude(time.perf_counter() - start)
     rows_run["decode"] = take_rows_run()
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     if stream is not None:
-        stream.out(text[len(printed) :])
+        stream.out(printable(text[len(printed) :], keep="\n\t"))
     return {
         **watch.speeds(),
         "prompt_tokens": len(prompt_ids),
@@ -260,7 +262,7 @@ def _compare(
         if child.returncode != 0:
             raise RuntimeError(f"the dense model failed:\n{child.stderr[-2000:]}")
         result = json.loads((Path(out) / dense.RESULT).read_text())
-        reference = torch.load(Path(out) / dense.LOGITS, mmap=True)
+        reference = torch.load(Path(out) / dense.LOGITS, mmap=True, weights_only=True)
         with torch.inference_mode():
             logits = list(measure.window_logits(model, ids))
             divergence = measure.kl_divergence(reference, logits)
@@ -294,7 +296,7 @@ def report(result: dict[str, Any]) -> Table:
         f"{result['model']}, format {result['format']}, {result['dtype']}, "
         f"{result['threads']} threads, {result['prompt_tokens']} prompt tokens"
     )
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left")
     table.add_column("")
     table.add_column("lowbit", justify="right", overflow="fold")
     if dense:

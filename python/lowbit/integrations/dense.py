@@ -71,7 +71,11 @@ def run(request: Request) -> None:
         )
     start = time.perf_counter()
     model = LlamaForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.bfloat16
+        str(path.parent),
+        gguf_file=path.name,
+        dtype=torch.bfloat16,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     # transformers drops the factors and the scaling of the file.
     model.model.rotary_emb = rotary_embedding(file, config)

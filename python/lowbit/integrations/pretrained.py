@@ -1,13 +1,13 @@
 """Folders of transformers: loaded dense, with tokens to calibrate them, and quantized ones.
 
-A quantized folder holds the configuration and the tokenizer of the dense one and, as
-model.safetensors, a checkpoint of `lowbit.save`. Nothing is downloaded, and no code in a folder is
-run.
+A quantized folder holds the configuration and the tokenizer of the dense one and a checkpoint of
+`lowbit.save` or `quantize_file`. Nothing is downloaded, and no code in a folder is run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,31 +15,74 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
-from lowbit.io.container import INDEX_NAME, Reader
+from lowbit.files import write_atomically
+from lowbit.integrations.configuration import (
+    LOADS_HERE,
+    check_counts,
+    empty_model,
+    errors_of,
+    model_class,
+    quiet,
+    read_config,
+)
+from lowbit.io.checkpoint import Checkpoint
+from lowbit.io.container import Reader, tensor_files
 from lowbit.io.convert import check_target, copy_rest
+from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
+from lowbit.io.matching import Match
 from lowbit.io.safetensors import load, save
 from lowbit.nn import fuse
+from lowbit.quantize import Report, Selection
+from lowbit.quantize.model import plan_layers
 
 _GENERATION = "generation_config.json"
+_SHOWN = 8  # names in an error message
 
 
-def load_dense(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """Loads the model of a folder in the dtype and the class that its config.json names.
+def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Loads the model of a folder in the class that its config.json names.
+
+    Args:
+        folder: with a config.json and a dense checkpoint.
+        dtype: of the weights; None takes that of config.json, or of the checkpoint.
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: transformers cannot load it.
+        ValueError: the checkpoint is quantized already, lacks weights of the model, or transformers
+            cannot load it.
     """
+    return load_dense_and_rest(folder, dtype)[0]
+
+
+def load_dense_and_rest(
+    folder: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, list[str]]:
+    """As `load_dense`; also the names in the checkpoint that are no part of the model."""
     path = Path(folder)
-    kind = _model_class(_config(path))
-    try:
-        return kind.from_pretrained(str(path), local_files_only=True, dtype="auto").eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        raise ValueError(f"{path}: transformers cannot load the model: {e}") from e
+    refuse_quantized(path)
+    config = read_config(path)
+    check_counts(path, config)
+    kind = model_class(path, config)
+    with errors_of(f"{path}: transformers cannot load the model"), quiet():
+        model, info = kind.from_pretrained(
+            str(path), dtype=dtype or "auto", output_loading_info=True, **LOADS_HERE
+        )
+    name = kind.__name__
+    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes of")):
+        if names := sorted(map(str, info[key])):
+            shown = ", ".join(names[:_SHOWN])
+            raise ValueError(f"{path}: {what} {len(names)} weights of a {name}: {shown:.1000}")
+    if model._hf_peft_config_loaded:
+        raise ValueError(
+            f"{path}: holds an adapter of PEFT: merge it into the model, or take its "
+            "adapter_config.json away"
+        )
+    return model.eval(), sorted(info["unexpected_keys"])
 
 
 def save_folder(
@@ -62,11 +105,9 @@ def save_folder(
 
 def check_folders(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Raises ValueError if `save_folder` cannot write to `target`: it is `source`, a file, or holds
-    a checkpoint in several files, whose index would be read instead.
+    a checkpoint in several files.
     """
     check_target(Path(source), Path(target))
-    if (index := Path(target) / INDEX_NAME).exists():
-        raise ValueError(f"target must hold no other checkpoint, got {index}")
 
 
 def load_folder(folder: str | os.PathLike[str]) -> PreTrainedModel:
@@ -78,25 +119,122 @@ def load_folder(folder: str | os.PathLike[str]) -> PreTrainedModel:
     Raises:
         FileNotFoundError: there is no config.json, or no checkpoint.
         ImportError: accelerate is not installed.
-        ValueError: as `lowbit.load`.
+        ValueError: as `lowbit.load`; config.json is damaged, or names no model of transformers.
     """
-    try:
-        from accelerate import init_empty_weights
-    except ModuleNotFoundError:
-        raise ImportError(
-            "accelerate is not installed; loading a folder needs: pip install 'lowbit[models]'"
-        ) from None
     path = Path(folder)
-    config = _config(path)
-    # Parameters without memory; buffers that no file holds are real.
-    with _default_dtype(config.dtype or torch.float32), init_empty_weights(include_buffers=False):
-        model = _model_class(config)(config)
-    model.tie_weights()
+    model = empty_model(path)
+    _linears_for(model, Checkpoint(path))
     load(model, path)
     fuse(model)
     if (path / _GENERATION).exists():
-        model.generation_config = GenerationConfig.from_pretrained(str(path))
+        with errors_of(f"{path / _GENERATION}: transformers cannot read it"):
+            model.generation_config = GenerationConfig.from_pretrained(str(path))
     return model.eval()
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Raises what `load_folder` would, but for wrong values in tensors, which are not read."""
+    path = Path(folder)
+    model, checkpoint = empty_model(path), Checkpoint(path)
+    _linears_for(model, checkpoint)
+    Match(model, checkpoint)
+
+
+def obstacles(
+    folder: str | os.PathLike[str], selection: Selection, dtype: torch.dtype | None = None
+) -> dict[str, str] | None:
+    """Why modules of a folder's model cannot be quantized, for `quantize_file`.
+
+    None if that does not give what the model is: if transformers renames, fuses or converts tensors
+    of the checkpoint as it loads them, or keeps some in another dtype, or if weights to quantize
+    are stored transposed. Then the model must be loaded to be quantized.
+    """
+    model = empty_model(folder)
+    shapes = {
+        name: shape
+        for file in tensor_files(Path(folder))
+        for name, (shape, _) in Reader(file).specs.items()
+    }
+    state = model.state_dict(keep_vars=True)
+    stored = {id(t) for name, t in state.items() if name in shapes}
+    same = all(
+        tuple(t.shape) == shapes[name] if name in shapes else id(t) in stored
+        for name, t in state.items()
+    )
+    buffers = [t for name, t in model.named_buffers() if name in state]
+    own_dtypes = any(t.is_floating_point() for t in buffers)
+    own_dtypes = own_dtypes or bool(model._get_dtype_plan(dtype or model.dtype))
+    if not same or not shapes.keys() <= state.keys() or own_dtypes:
+        return None
+    left = Report()
+    with plain_linears(model) as transposed:
+        planned = {name for names in plan_layers(model, selection, left) for name in names}
+    return left.left if planned.isdisjoint(transposed) else None
+
+
+@contextlib.contextmanager
+def plain_linears(model: nn.Module) -> Iterator[set[str]]:
+    """Within the block every module of transformers that computes a linear under another name is an
+    nn.Linear of the same weight.
+
+    Gives the names of those that hold the weight transposed (Conv1D): what is still an nn.Linear
+    when the block ends becomes a Conv1D again, as its tensors are stored.
+    """
+    transposed = set()
+    for name, module in list(model.named_modules()):
+        if type(module) is Conv1D:
+            transposed.add(name)
+            _put(model, name, _linear(module))
+        elif type(module) is FalconLinear:
+            _put(model, name, _linear(module))
+    yield transposed
+    for name in transposed:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            _put(model, name, _conv1d(module))
+
+
+def _linears_for(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Puts an nn.Linear where a layer of the checkpoint has a Conv1D in the model."""
+    modules = dict(model.named_modules())
+    for name in checkpoint.header.layers:
+        module = modules.get(name)
+        if type(module) is Conv1D:
+            _put(model, name, _linear(module))
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _linear(module: Conv1D | FalconLinear) -> nn.Linear:
+    weight = module.weight.detach()
+    weight = weight.t() if isinstance(module, Conv1D) else weight
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight = nn.Parameter(weight, module.weight.requires_grad)
+    linear.bias = module.bias
+    return linear.train(module.training)
+
+
+def _conv1d(linear: nn.Linear) -> Conv1D:
+    with torch.device("meta"):
+        conv = Conv1D(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().t(), linear.weight.requires_grad)
+    conv.bias = linear.bias
+    return conv.train(linear.training)
+
+
+def set_dtype(folder: str | os.PathLike[str], dtype: torch.dtype) -> None:
+    """Makes `dtype` that of config.json, as transformers writes it."""
+    path = Path(folder) / CONFIG_NAME
+    content = read_json(path)
+    name = str(dtype).removeprefix("torch.")
+    for part in (content, *(v for v in content.values() if isinstance(v, dict))):
+        if part is content or "dtype" in part or "torch_dtype" in part:
+            part.pop("torch_dtype", None)
+            part["dtype"] = name
+    write_atomically(path, lambda f: f.write(json.dumps(content, indent=2).encode()))
 
 
 def calibration_tokens(
@@ -128,11 +266,16 @@ def calibration_tokens(
         ValueError: the file holds no tokens or something else, or an id that the model has not;
             there is no tokenizer; a number is out of range.
     """
-    path, config = Path(file), _config(Path(folder)).get_text_config()
+    path, config = Path(file), read_config(Path(folder)).get_text_config()
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        raise ValueError(
+            f"{folder}: calibration is for models of tokens, vocab_size is {vocabulary!r}"
+        )
     longest = getattr(config, "max_position_embeddings", None)
     if length < 1 or samples < 1:
         raise ValueError(f"length and samples must be at least 1, got {length} and {samples}")
-    if longest is not None and length > longest:
+    if isinstance(longest, int) and length > longest:
         raise ValueError(
             f"length must be at most {longest}, the positions of the model, got {length}"
         )
@@ -153,9 +296,9 @@ def calibration_tokens(
         raise ValueError(f"{path}: calibration is empty, it holds no tokens")
     for row in rows:
         low, high = int(row.min()), int(row.max())
-        if low < 0 or high >= config.vocab_size:
+        if low < 0 or high >= vocabulary:
             wrong = low if low < 0 else high
-            raise ValueError(f"{path}: token {wrong} is not in [0, {config.vocab_size})")
+            raise ValueError(f"{path}: token {wrong} is not in [0, {vocabulary})")
     if len(rows) > samples:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         rows = [rows[i] for i in sorted(order[:samples].tolist())]
@@ -164,10 +307,11 @@ def calibration_tokens(
 
 def _stored_tokens(path: Path) -> list[Tensor]:
     if path.suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as e:
-            raise ValueError(f"{path}: not a .npy file of numbers: {e}") from e
+        with errors_of(f"{path}: not a .npy file of numbers"):
+            # Mapped: a damaged header may promise more than there is memory for.
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise TypeError(f"it holds a {type(array).__name__}")
         if not np.issubdtype(array.dtype, np.integer):
             raise ValueError(f"{path}: token ids must be integers, got {array.dtype}")
         tokens = torch.from_numpy(array.astype(np.int64))
@@ -188,37 +332,13 @@ def _text_tokens(path: Path, folder: Path, per_line: bool) -> list[Tensor]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: not a text in UTF-8: {e}") from e
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as e:
-        raise ValueError(
-            f"{folder}: there is no tokenizer to read the text {path}; give token ids instead: {e}"
-        ) from e
+    missing = f"{folder}: there is no tokenizer to read the text {path}; give token ids instead"
+    with errors_of(missing), quiet():
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), **LOADS_HERE)
     documents = [line for line in text.splitlines() if line.strip()] if per_line else [text]
-    # Not verbose: the whole text may be longer than the model's window.
-    return [
-        torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
-        for document in documents
-    ]
-
-
-def _config(folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: must be a folder of transformers, with a config.json")
-    return AutoConfig.from_pretrained(str(folder), local_files_only=True)
-
-
-def _model_class(config: Any) -> Any:
-    """The class that the configuration names; else the headless model of its kind."""
-    name = (config.architectures or [""])[0]
-    return getattr(transformers, name, None) or AutoModel._model_mapping[type(config)]
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    with errors_of(f"{folder}: the tokenizer cannot read the text {path}"):
+        # Not verbose: the whole text may be longer than the model's window.
+        return [
+            torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
+            for document in documents
+        ]

@@ -105,7 +105,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             # Not AutoTokenizer: for the class name alone it parses the header once more, which
             # takes seconds.
             return PreTrainedTokenizerFast.from_pretrained(
-                str(source.parent), gguf_file=source.name
+                str(source.parent),
+                gguf_file=source.name,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         # Package tokenizers raises Exception itself.
         except Exception as e:

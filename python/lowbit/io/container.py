@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lowbit.files import InputFile, cut, kind_of, shown, write_atomically
 
-INDEX_NAME = "model.safetensors.index.json"
+FILE_NAME = "model.safetensors"
+INDEX_NAME = f"{FILE_NAME}.index.json"
 _METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000  # of the safetensors library
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -190,8 +191,8 @@ class Reader:
 
 
 def tensor_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the file itself, or what a folder's index or the
-    folder itself lists.
+    """The safetensors files of a checkpoint: the file itself, or of a folder those that transformers
+    loads: model.safetensors, else what its index lists; else the only one.
 
     Raises:
         FileNotFoundError: there is none.
@@ -202,13 +203,15 @@ def tensor_files(path: Path) -> list[Path]:
         if not os.path.exists(path):
             raise FileNotFoundError(f"no file or folder {shown(str(path))}")
         return [path]
-    index = path / INDEX_NAME
+    whole, index = path / FILE_NAME, path / INDEX_NAME
+    if whole.exists():
+        return [whole]
     if index.exists():
         return _indexed_files(index)
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise FileNotFoundError(
-            f"{path} must hold one .safetensors file or {index.name}, "
+            f"{path} must hold one .safetensors file, {FILE_NAME} or {INDEX_NAME}, "
             f"found {[f.name for f in files]}"
         )
     return files

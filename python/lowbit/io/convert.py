@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,22 +20,15 @@ from torch import Tensor
 from lowbit.files import write_atomically
 from lowbit.formats import Format
 from lowbit.io.checkpoint import Header, layer_source, write_checkpoint
-from lowbit.io.container import INDEX_NAME, Reader, Source, tensor_files
+from lowbit.io.container import FILE_NAME, INDEX_NAME, Reader, Source, Specs, tensor_files
+from lowbit.io.foreign import refuse_quantized
 from lowbit.quantize import Report, Rule, Selection
 from lowbit.quantize.model import Method, check_rules
-from lowbit.quantize.names import Rules
+from lowbit.quantize.names import FILE_SKIP, Rules
 from lowbit.quantize.progress import bar
 from lowbit.quantize.report import measure
 from lowbit.tensor import QuantTensor
 
-# A file does not say which module a matrix belongs to; these are the names of heads, embeddings and
-# norms in the models of transformers.
-DEFAULT_SKIP = (
-    "lm_head",
-    r"\w*embed\w*",
-    "wte|wpe|shared|relative_attention_bias",
-    r"\w*norm\w*|ln_\w+",
-)
 _WEIGHT = ".weight"
 # fp8 is left out: such a weight has a scale of its own beside it.
 _DENSE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -47,21 +42,24 @@ def quantize_file(
     dst: str | os.PathLike[str],
     format: Rules,
     *,
-    skip: Iterable[str] = DEFAULT_SKIP,
+    skip: Iterable[str] = FILE_SKIP,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    obstacles: Mapping[str, str] | None = None,
     progress: bool = True,
     on_layer: Callable[[str, Tensor, QuantTensor], object] | None = None,
 ) -> Report:
     """Quantizes a checkpoint on disk without building its model.
 
     Quantized are two-dimensional fp32, fp16, bf16 or fp64 tensors named "*.weight", but for those
-    of skipped modules; everything else is copied. A file does not tell an nn.Linear from another
+    of skipped modules; everything else is copied. Of a folder the files are read that transformers
+    loads (`tensor_files`). A file does not tell an nn.Linear from another
     module with a matrix (an embedding under an unusual name, the transposed Conv1D of GPT-2): name
     those in `skip`, or `lowbit.load` will refuse the file.
 
     Args:
-        src: a .safetensors file, or a folder with one or with model.safetensors.index.json.
+        src: a .safetensors file, or a folder with model.safetensors or an index.
         dst: for a file, a file; for a folder, another folder (made if needed), which also gets the
             configuration and tokenizer files. Each file is complete or not there; the index comes
             last.
@@ -70,6 +68,9 @@ def quantize_file(
         skip: patterns of modules to leave; by default heads, embeddings and norms.
         method, options, on_layer: as in `lowbit.quantize_model`; no model runs, so methods that
             need calibration are refused, and so is "nuuq", which makes formats of its own.
+        dtype: what fp64, fp32, fp16 and bf16 tensors are converted to as they are read; None keeps
+            what each has.
+        obstacles: why a module cannot be quantized, by its name.
         progress: show a bar on stderr.
 
     Returns:
@@ -77,19 +78,32 @@ def quantize_file(
 
     Raises:
         FileNotFoundError: `src` is not there.
-        ValueError: `src` is damaged, quantized already, the same as `dst`, or cannot be quantized;
-            the message names file and tensor.
+        ValueError: `src` is damaged, quantized already, the same as `dst`, or cannot be quantized
+            (the message names file and tensor), or holds nothing to quantize.
     """
     source, target = Path(src), Path(dst)
     selection = Selection(format, skip)
-    readers = _dense_readers(source)
-    paths = _target_paths(source, target, readers)
+    readers = _dense_readers(source, dtype)
+    indexed = _indexed(source, readers)
+    names = {reader.path.name for reader in readers}
+    check_target(source, target, {*names, INDEX_NAME} if indexed else names)
     report = Report()
     plans = [
         {k: rule.completed(method, options or {}) for k, rule in plan.items()}
-        for plan in (_plan(reader, selection, report) for reader in readers)
+        for plan in (_plan(reader, selection, obstacles or {}, report) for reader in readers)
     ]
     check_rules((rule for plan in plans for rule in plan.values()), calibrated=False)
+    check_any(source, report, sum(map(len, plans)))
+    selection.warn_unmatched(
+        name.removesuffix(_WEIGHT) for reader in readers for name in reader.specs
+    )
+    planned = (
+        math.prod(_shape(reader, layer))
+        for reader, plan in zip(readers, plans, strict=True)
+        for layer in plan
+    )
+    report.warn_unasked(sum(planned))
+    paths = _target_paths(source, target, readers)
     weight_map: dict[str, str] = {}
     size = 0
     with bar(sum(map(len, plans)), "quantizing", progress) as advance:
@@ -102,7 +116,7 @@ def quantize_file(
                 size += sum(torch.Size(s).numel() * d.itemsize for s, d in specs.values())
     if source.is_dir():
         copy_rest(source, target)
-        if (source / INDEX_NAME).exists():
+        if indexed:
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             text = json.dumps(index, indent=2, sort_keys=True)
             write_atomically(target / INDEX_NAME, lambda f: f.write(text.encode()))
@@ -114,13 +128,20 @@ class DenseWeights(Mapping[str, Tensor]):
     for; arguments and errors as there.
     """
 
-    def __init__(self, src: str | os.PathLike[str], skip: Iterable[str] = DEFAULT_SKIP) -> None:
+    def __init__(
+        self,
+        src: str | os.PathLike[str],
+        skip: Iterable[str] = FILE_SKIP,
+        dtype: torch.dtype | None = None,
+        obstacles: Mapping[str, str] | None = None,
+    ) -> None:
         selection, report = Selection("int8", skip), Report()
         self._readers = {
             name: reader
-            for reader in _dense_readers(Path(src))
-            for name in _plan(reader, selection, report)
+            for reader in _dense_readers(Path(src), dtype)
+            for name in _plan(reader, selection, obstacles or {}, report)
         }
+        check_any(Path(src), report, len(self._readers))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._readers[name].tensor(name + _WEIGHT)
@@ -132,29 +153,71 @@ class DenseWeights(Mapping[str, Tensor]):
         return len(self._readers)
 
 
-def _dense_readers(source: Path) -> list[Reader]:
-    readers = [Reader(file) for file in tensor_files(source)]
-    for reader in readers:
-        if "lowbit" in reader.metadata:
-            raise ValueError(f"{reader.path}: is a lowbit checkpoint already")
-    return readers
+class _DenseReader(Reader):
+    """A file whose tensors of dense dtypes are all read in one dtype, if one is given."""
+
+    def __init__(self, path: Path, dtype: torch.dtype | None) -> None:
+        super().__init__(path)
+        if dtype is not None:
+            self.specs: Specs = {
+                name: (shape, dtype if own in _DENSE_DTYPES else own)
+                for name, (shape, own) in self.specs.items()
+            }
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`, on the CPU, in the dtype of `specs`."""
+        return super().tensor(name).to(self.specs[name][1])
 
 
-def check_target(source: Path, target: Path) -> None:
-    """Raises ValueError if `target` is `source`, or is a file and `source` is a folder."""
+def _dense_readers(source: Path, dtype: torch.dtype | None) -> list[_DenseReader]:
+    refuse_quantized(source)
+    return [_DenseReader(file, dtype) for file in tensor_files(source)]
+
+
+def ignored_files(source: Path) -> list[str]:
+    """The .safetensors files of a folder that are not part of the checkpoint that is read."""
+    if not source.is_dir():
+        return []
+    read = set(tensor_files(source))
+    return [file.name for file in sorted(source.glob("*.safetensors")) if file not in read]
+
+
+def check_any(source: Path, report: Report, planned: int) -> None:
+    """Raises ValueError, with the reasons of the report, if nothing is left to quantize."""
+    if not planned:
+        why = "; ".join(
+            f"{count} x {reason}" for reason, count in Counter(report.left.values()).most_common(8)
+        )
+        raise ValueError(f"{source}: nothing to quantize: {why or 'it holds no matrix'}")
+
+
+def check_target(source: Path, target: Path, names: Iterable[str] = (FILE_NAME,)) -> None:
+    """Raises ValueError if files of these names cannot be written to `target`: it is `source`, it is
+    a file and `source` a folder, or it holds another checkpoint, which would be read instead.
+    """
     if source.resolve() == target.resolve():
         raise ValueError(f"dst must not be src, got {target} for both")
-    if source.is_dir() and target.exists() and not target.is_dir():
+    if not source.is_dir():
+        if target.suffix != ".safetensors":
+            raise ValueError(f"dst must end in .safetensors because src is a file, got {target}")
+        return
+    if target.exists() and not target.is_dir():
         raise ValueError(f"dst must be a folder because src is one, got the file {target}")
+    for name in {FILE_NAME, INDEX_NAME} - set(names):
+        if (target / name).exists():
+            raise ValueError(f"dst must hold no other checkpoint, got {target / name}")
 
 
-def _target_paths(source: Path, target: Path, readers: list[Reader]) -> list[Path]:
-    check_target(source, target)
+def _indexed(source: Path, readers: list[_DenseReader]) -> bool:
+    """Whether the files were found by the index of the folder."""
+    whole = source / FILE_NAME
+    return (source / INDEX_NAME).exists() and all(reader.path != whole for reader in readers)
+
+
+def _target_paths(source: Path, target: Path, readers: list[_DenseReader]) -> list[Path]:
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         return [target / reader.path.name for reader in readers]
-    if target.suffix != ".safetensors":
-        raise ValueError(f"dst must end in .safetensors because src is a file, got {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
     return [target]
 
@@ -169,22 +232,31 @@ def _format(rule: Rule) -> Format:
     return rule.format
 
 
-def _plan(reader: Reader, selection: Selection, report: Report) -> dict[str, Rule]:
+def _plan(
+    reader: Reader, selection: Selection, obstacles: Mapping[str, str], report: Report
+) -> dict[str, Rule]:
     """The layers of one file that are quantized; what is left is noted in the report."""
     plan = {}
     for name, (shape, dtype) in sorted(reader.specs.items()):
-        if len(shape) < 2 or dtype not in _DENSE_DTYPES:
+        if len(shape) < 2:
             continue
         layer = name.removesuffix(_WEIGHT)
         rule = selection.rule(layer)
-        if layer == name or len(shape) != 2 or 0 in shape:
-            report.left[name] = f"not a matrix named *{_WEIGHT}"
-        elif selection.skipped(layer):
-            report.left[name] = "skipped"
+        why, asked = None, False
+        if selection.skipped(layer):
+            why, asked = "skipped", True
+        elif dtype not in _DENSE_DTYPES:
+            why = f"{str(dtype).removeprefix('torch.')}, not fp32, fp16 or bf16"
+        elif layer == name or len(shape) != 2 or 0 in shape:
+            why = f"not a matrix named *{_WEIGHT}"
+        elif layer in obstacles:
+            why = obstacles[layer]
         elif rule.format is None:
-            report.left[name] = "not in the recipe"
-        else:
+            why, asked = "not in the recipe", True
+        if why is None:
             plan[layer] = rule
+        else:
+            report.leave(name, why, {name: math.prod(shape)}, asked)
     return plan
 
 

@@ -26,7 +26,7 @@ from lowbit.io.checkpoint import (
     prefix_of,
     write_checkpoint,
 )
-from lowbit.io.container import Source
+from lowbit.io.container import FILE_NAME, Source
 from lowbit.io.convert import quantize_file
 from lowbit.io.matching import Match, own_tensors
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
@@ -36,7 +36,6 @@ from lowbit.tensor import QuantTensor
 __all__ = ["load", "load_tensors", "quantize_file", "save"]
 
 SUFFIX = ".safetensors"
-FILE_NAME = "model.safetensors"
 
 
 @alone_after_fork

@@ -12,11 +12,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowbit.formats import Format, as_format
+from lowbit.text import printable
 
 # The parser of `re`, whose tree tells in how many ways a pattern can match.
 _sre: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 DEFAULT_SKIP = ("lm_head",)
+# A file does not say which module a matrix belongs to; these are the names of heads, embeddings and
+# norms in the models of transformers.
+FILE_SKIP = (
+    "lm_head",
+    r"\w*embed\w*",
+    "wte|wpe|shared|relative_attention_bias",
+    r"\w*norm\w*|ln_\w+",
+)
 # A repetition without an end counts as one of so many times: several share the letters of a name.
 _LENGTH = 32
 _MOST_WAYS = 10**7
@@ -71,8 +80,10 @@ class Selection:
 
     def __init__(self, rules: Rules, skip: Iterable[str] = ()) -> None:
         self.by_name = isinstance(rules, Mapping)
+        if isinstance(skip, str):
+            raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}")
         skipping = compile_patterns(skip)
-        given = rules if isinstance(rules, Mapping) else {".*": rules}
+        given = rules if isinstance(rules, Mapping) else {"(?s:.*)": rules}
         compiled = {pattern: compile_pattern(pattern) for pattern in given}
         self._skip = list(skipping.values())
         self._rules = [(compiled[pattern], as_rule(rule)) for pattern, rule in given.items()]
@@ -168,7 +179,7 @@ def warn_unmatched(
     where: str, patterns: Mapping[str, re.Pattern[str]], names: Iterable[str], stacklevel: int = 2
 ) -> None:
     """Warns of patterns that match none of the names, but for those of the default `skip`."""
-    rest = {text: p for text, p in patterns.items() if text not in DEFAULT_SKIP}
+    rest = {text: p for text, p in patterns.items() if text not in {*DEFAULT_SKIP, *FILE_SKIP}}
     for name in names:
         for text in [text for text, p in rest.items() if p.search(name)]:
             del rest[text]
@@ -183,6 +194,6 @@ def warn_unmatched(
 
 def listed(texts: Iterable[str]) -> str:
     """The first few of some texts, and how many more there are."""
-    every = list(texts)
+    every = [printable(text) for text in texts]
     more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
     return ", ".join(every[:_SHOWN]) + more

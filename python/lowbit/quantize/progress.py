@@ -14,7 +14,9 @@ def bar(total: int, description: str, shown: bool) -> Iterator[Callable[[], obje
         from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        # Elsewhere it would be an empty line.
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(description, total=total)
             yield lambda: progress.advance(task)
     elif shown and importlib.util.find_spec("tqdm"):

@@ -15,6 +15,7 @@ from lowbit import reference
 from lowbit.quantize import rtn
 from lowbit.quantize.names import listed
 from lowbit.tensor import QuantTensor
+from lowbit.text import printable
 
 # A larger share of the weights that stays dense unasked is worth a warning.
 UNASKED_SHARE = 0.05
@@ -164,13 +165,19 @@ class Report:
         lines = text_table([head, *rows, (total, "", "", *sizes, "")], left=3).splitlines()
         if self.packed_share is not None:
             lines.append(f"{self.packed_share:.1%} of the weights in matrices are packed")
-        lines += [f"{row.name}: {row.note}" for row in self.layers if row.note]
-        lines += [f"left dense: {name or 'the model'} ({why})" for name, why in self.left.items()]
+        lines += [printable(f"{row.name}: {row.note}") for row in self.layers if row.note]
+        lines += [
+            printable(f"left dense: {name or 'the model'} ({why})")
+            for name, why in self.left.items()
+        ]
         return "\n".join(lines)
 
 
 def text_table(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Rows of cells in columns of equal width, of which the first `left` are aligned left."""
+    """Rows of cells, made printable, in columns of equal width, of which the first `left` are aligned
+    left.
+    """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

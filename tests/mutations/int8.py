@@ -1,0 +1,39 @@
+"""int8 and binary activations, LLM.int8, in Python."""
+
+from __future__ import annotations
+
+from mutations import python
+
+MUTANTS = [
+    *python("reference.py", "int8", "static_int8", "binary")(
+        ("q = (x * (1 / scale)[:, None]).clamp(-127, 127)", "q = (x * (1 / scale)[:, None]).clamp(-128, 127)"),
+        ("inverse = (top / absmax).clamp(max=torch.finfo(torch.float32).max)", "inverse = top / absmax"),
+        ("return (x >= 0).to(torch.uint8), x.abs().mean(1)", "return (x > 0).to(torch.uint8), x.abs().mean(1)"),
+        ("top = finite.abs().max() / 127\n", "top = finite.abs().max() / 128\n"),
+        ("shift = zero * x.sum(1).float()[:, None]", "shift = zero * x.abs().sum(1).float()[:, None]"),
+        ("factor = table_step if x_scales.dim() == 2", "factor = 1.0 if x_scales.dim() == 2"),
+        ("(y * inverse).clamp(-128, 127).nan_to_num(0)", "(y * inverse).clamp(-127, 127).nan_to_num(0)"),
+    ),
+    *python("int8.py", "int8")(
+        ("lost = (shift > 31) | (multiplier == 0)", "lost = (shift > 30) | (multiplier == 0)"),
+        ("multiplier = (mantissa * 2**31 + 0.5).floor().long()", "multiplier = (mantissa * 2**31).floor().long()"),
+        ("carry = multiplier == 2**31", "carry = multiplier == 2**30"),
+        ("product = (left * multiplier + 2**30) >> 31", "product = (left * multiplier) >> 31"),
+        ("- (product < 0).long(), 0)", "- (product <= 0).long(), 0)"),
+        (".clamp(bounds.min, bounds.max)", ""),
+        ("if x_scales.dim() == 2 and format.group is not None and format.group % CHUNK_K:", "if x_scales.dim() == 2 and format.group is not None and format.group % 16:"),
+        ("q, scales.clone() if scale is not None else scales", "q, scales"),
+    ),
+    *python("binary.py", "binary")(
+        ("if bits.dim() != 2 or bits.shape[1] != -(-k // 8):", "if bits.dim() != 2 or bits.shape[1] < k // 8:"),
+        ("bits = bits if bits.stride(1) == 1 else bits.contiguous()", "bits = bits"),
+    ),
+    *python("nn/binary.py", "binary", "nn", "qat")(
+        ('self._parameters["bias"], x.dtype)', 'None, x.dtype)'),
+    ),
+    *python("nn/llm_int8.py", "llm_int8")(
+        ("features = (absmax.to(weight.device) > threshold)", "features = (absmax.to(weight.device) >= 2 * threshold)"),
+        ("return self.quantized(x.index_fill(-1, self.features, 0)) + large", "return self.quantized(x) + large"),
+        ("large = (x.detach().abs() > self.threshold)", "large = (x.detach() > self.threshold)"),
+    ),
+]  # fmt: skip

@@ -1,0 +1,44 @@
+"""Formats, packing, layouts, the reference and the ops of weights."""
+
+from __future__ import annotations
+
+from mutations import python
+
+MUTANTS = [
+    *python("formats.py", "formats")(
+        ("return 1 if self.group is None else -(-k // self.group)", "return 1 if self.group is None else k // self.group"),
+        ("offset = 2 ** (self.bits - 1) if self.zero is None else 0", "offset = 2 ** (self.bits - 1) - 1 if self.zero is None else 0"),
+        ("return float(step) if all(-128 <= v / step <= 127", "return float(step) if all(-128 <= v / step <= 128"),
+        ('lut(name="mxfp4", bits=4, group=32, scale="e8m0"', 'lut(name="mxfp4", bits=4, group=16, scale="e8m0"'),
+        ('if base**d <= 256)', 'if base**d < 256 // 2)'),
+    ),
+    *python("packing.py", "packing", "io_bad_files")(
+        ("shift = torch.arange(8, device=codes.device) * b\n    word = (_digits", "shift = torch.arange(8, device=codes.device).flip(0) * b\n    word = (_digits"),
+        ("elif format.num_codes < most and any(", "elif format.num_codes < most - 1 and any("),
+    ),
+    *python("planes.py", "triton", "packing")(
+        ("{3: (2, 1), 5: (4, 1), 6: (4, 2)}", "{3: (1, 2), 5: (4, 1), 6: (4, 2)}"),
+        ("        low += p\n    return torch.cat(planes)", "        low += 1\n    return torch.cat(planes)"),
+    ),
+    *python("layouts.py", "packing", "ops", "kernels", "gradients")(
+        ("zeros = (zeros.to(torch.int16) + 2 ** (f.bits - 1)).to(torch.uint8)", "zeros = (zeros.to(torch.int16) + 2 ** f.bits).to(torch.uint8)"),
+        ("padded = F.pad(values, (0, 0, 0, -n % lanes))\n    return padded.view(-1, lanes, groups).transpose(1, 2)", "padded = F.pad(values, (0, 0, 0, -n % lanes))\n    return padded.view(-1, groups, lanes)"),
+        ('"dq8": torch.float32,\n}\n\n\n@dataclass', '"dq8": torch.bfloat16,\n}\n\n\n@dataclass'),
+    ),
+    *python("reference.py", "formats", "kernels", "ops")(
+        ("code.to(torch.int32) - 127)\n    return torch.where(code == 255, torch.nan, value)", "code.to(torch.int32) - 126)\n    return torch.where(code == 255, torch.nan, value)"),
+        ('scale * values + zero if format.zero == "min" else scale * (values - zero)', 'scale * values + zero if format.zero == "min" else scale * (values + zero)'),
+        ("return (flat * factor + qt.tensors[\"scales2_offset\"]).view_as(scales)", "return (flat * factor - qt.tensors[\"scales2_offset\"]).view_as(scales)"),
+        ("return terms[:, :, None].expand(-1, -1, format.group).flatten(1)[:, :k]", "return terms[:, None, :].expand(-1, format.group, -1).flatten(1)[:, :k]"),
+    ),
+    *python("gradients.py", "gradients")(
+        ("grad = grad if f.zero == \"min\" or scales is None else -scales * grad", "grad = grad if f.zero == \"min\" or scales is None else scales * grad"),
+        ("if zeros is not None and f.zero != \"min\":", "if zeros is not None and f.zero == \"min\":"),
+    ),
+    *python("ops.py", "ops", "nn")(
+        ("if low < 0 or high >= n:", "if low < 0 or high > n:"),
+    ),
+    *python("outliers.py", "outliers", "outliers_quantize")(
+        ("reference.add_outliers(op(*weight, *meaning, torch.float32), columns, values).to(dtype)", "reference.add_outliers(op(*weight, *meaning, dtype), columns, values).to(dtype)"),
+    ),
+]  # fmt: skip
