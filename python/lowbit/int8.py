@@ -141,7 +141,10 @@ def dyadic(factor: float | Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a factor is negative, not finite or too large.
     """
-    f = torch.as_tensor(factor, dtype=torch.float64)
+    if isinstance(factor, Tensor):
+        f = factor.to(torch.float64)
+    else:
+        f = torch.tensor(factor, dtype=torch.float64, device="cpu")
     if not bool(((f >= 0) & (f < 2**31)).all()):
         raise ValueError(f"factor must be 0 or more and below 2^31, got {factor!r:.200}")
     mantissa, exponent = torch.frexp(f)

@@ -171,7 +171,8 @@ def _answer(
     tokens: list[int] = []
     printed = ""
     watch = Stopwatch(len(prompt_ids))
-    for token in runner.generate(torch.tensor(prompt_ids), max_new_tokens, stop):
+    prompt = torch.tensor(prompt_ids, dtype=torch.int64, device="cpu")
+    for token in runner.generate(prompt, max_new_tokens, stop):
         watch.tick()
         tokens.append(token)
         if stream is None:
@@ -233,7 +234,7 @@ def _kernels(
         # The head sees the last token of the prompt only.
         rows = {"prefill": 1 if name == "lm_head" else prompt_tokens, "decode": 1}
         for phase, m in rows.items():
-            x = torch.empty(m, module.in_features, dtype=dtype)
+            x = torch.empty(m, module.in_features, dtype=dtype, device="cpu")
             names[phase][explain(x, module.operands()).selected] = None
     return {phase: list(selected) for phase, selected in names.items()}
 
@@ -248,7 +249,8 @@ def _compare(
     """The dense bf16 model on the same prompt, and how far the packed one is from it on a text."""
     from lowbit.integrations import dense, measure
 
-    ids = torch.tensor(tokenizer(measure.sample_text())["input_ids"][:_TEXT_TOKENS])
+    text_ids = tokenizer(measure.sample_text())["input_ids"][:_TEXT_TOKENS]
+    ids = torch.tensor(text_ids, dtype=torch.int64, device="cpu")
     with tempfile.TemporaryDirectory() as out:
         request = dense.Request(
             model=str(path),

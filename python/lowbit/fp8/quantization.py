@@ -83,7 +83,7 @@ def quantize(
     if rounding == "nearest" and seed is not None:
         raise ValueError(f"seed must be None unless rounding is 'stochastic', got {seed}")
     if rounding == "stochastic" and seed is None:
-        seed = int(torch.randint(_MAX_SEED, ()))
+        seed = int(torch.randint(_MAX_SEED, (), dtype=torch.int64, device="cpu"))
     if maxima is not None and g.rows is None and maxima.dim():
         maxima = maxima.amax() if maxima.numel() else maxima.new_zeros(())
     q, scale, q_t = _quantize(

@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, GenerationConfig,
 from lowbit.io.container import INDEX_NAME, Reader
 from lowbit.io.convert import check_target, copy_rest
 from lowbit.io.safetensors import load, save
-from lowbit.nn import fuse
 
 _GENERATION = "generation_config.json"
 
@@ -93,7 +92,6 @@ def load_folder(folder: str | os.PathLike[str]) -> PreTrainedModel:
         model = _model_class(config)(config)
     model.tie_weights()
     load(model, path)
-    fuse(model)
     if (path / _GENERATION).exists():
         model.generation_config = GenerationConfig.from_pretrained(str(path))
     return model.eval()
@@ -157,7 +155,8 @@ def calibration_tokens(
             wrong = low if low < 0 else high
             raise ValueError(f"{path}: token {wrong} is not in [0, {config.vocab_size})")
     if len(rows) > samples:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        seeded = torch.Generator("cpu").manual_seed(seed)
+        order = torch.randperm(len(rows), generator=seeded, dtype=torch.int64, device="cpu")
         rows = [rows[i] for i in sorted(order[:samples].tolist())]
     return [row[None] for row in rows]
 
@@ -197,7 +196,9 @@ def _text_tokens(path: Path, folder: Path, per_line: bool) -> list[Tensor]:
     documents = [line for line in text.splitlines() if line.strip()] if per_line else [text]
     # Not verbose: the whole text may be longer than the model's window.
     return [
-        torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
+        torch.tensor(
+            tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64, device="cpu"
+        )
         for document in documents
     ]
 

@@ -156,7 +156,8 @@ class FP8Linear(nn.Linear):
             raise NotImplementedError(
                 f"linear is a {type(linear).__name__}, whose forward is not that of nn.Linear"
             )
-        layer = cls(linear.in_features, linear.out_features, False, granularity, "meta")
+        dtype = linear.weight.dtype
+        layer = cls(linear.in_features, linear.out_features, False, granularity, "meta", dtype)
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer.train(linear.training)
 

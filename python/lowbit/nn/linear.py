@@ -112,7 +112,10 @@ class QuantLinear(PackedModule):
             raise ValueError(
                 f"format {self.format.name!r} has outliers, which multiply activations as they are"
             )
-        value = torch.as_tensor(scale, dtype=torch.float32).detach()
+        if isinstance(scale, Tensor):
+            value = scale.detach().to(torch.float32)
+        else:
+            value = torch.tensor(scale, dtype=torch.float32, device="cpu")
         if value.numel() != 1 or not bool((value > 0) & value.isfinite()):
             raise ValueError(f"scale must be one positive, finite number, got {scale!r:.200}")
         value = value.reshape(()).to(self._buffers["codes"].device, copy=True)

@@ -105,7 +105,7 @@ class LLMInt8Linear(nn.Module):
             raise ValueError(f"absmax must be finite of shape ({k},), got {tuple(absmax.shape)}")
         weight = linear.weight.detach()
         features = (absmax.to(weight.device) > threshold).nonzero().flatten()
-        rest = nn.Linear(k, linear.out_features, bias=False, device="meta")
+        rest = nn.Linear(k, linear.out_features, False, device="meta", dtype=weight.dtype)
         rest.weight = nn.Parameter(weight.index_fill(1, features, 0), requires_grad=False)
         quantized = QuantLinear.from_linear(rest, format, method)
         if linear.bias is not None:

@@ -168,16 +168,16 @@ def _check_group(group: dict[str, Any]) -> None:
 def _rate(lr: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(lr, Tensor):
         return lr.to(device, torch.float32).reshape(())
-    return torch.full((), lr, device=device)
+    return torch.full((), lr, dtype=torch.float32, device=device)
 
 
 def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     terms = (reference.num_terms(group["expand"]), reference.num_groups(param.numel()))
-    state = {"step": torch.zeros((), device=param.device)}
+    state = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
     for name in _STATES:
         dtype = group[f"{name}_dtype"]
         state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
-        state[f"{name}_terms"] = torch.ones(terms, device=param.device)
+        state[f"{name}_terms"] = torch.ones(terms, dtype=torch.float32, device=param.device)
     return state
 
 

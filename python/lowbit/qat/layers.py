@@ -47,7 +47,10 @@ class Spec:
 
     def activation_quantizer(self, device: torch.device) -> ActivationQuantizer | None:
         """A new quantizer for the input, or None."""
-        return None if self.activation is None else self.activation().to(device)
+        if self.activation is None:
+            return None
+        with device:  # a quantizer makes its parameters on the default device
+            return self.activation().to(device)
 
 
 class FakeQuantLinear(nn.Module):
@@ -123,7 +126,7 @@ class BitLinear(FakeQuantLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Arguments and initialization as in nn.Linear, without a bias unless asked for."""
-        dense = nn.Linear(in_features, out_features, bias, device, dtype)
+        dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         quantizer = BitNet(dense.weight)
         super().__init__(dense.weight, dense.bias, quantizer, Int8Activation())
 

@@ -112,8 +112,9 @@ class LSQActivation(ActivationQuantizer):
         self.bits, self.signed = bits, signed
         self._low = -(2 ** (bits - 1)) if signed else 0
         self._high = 2 ** (bits - signed) - 1
-        self.step = nn.Parameter(torch.ones(()))
-        self.register_buffer("started", torch.tensor(False))
+        device = torch.get_default_device()
+        self.step = nn.Parameter(torch.ones((), dtype=torch.float32, device=device))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """step * clamp(round(x / step)) in the dtype of x.

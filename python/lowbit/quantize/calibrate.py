@@ -30,10 +30,12 @@ class InputStatistics:
     ) -> None:
         """`hessian`: whether the (K, K) sum is kept, too; else only sums per feature."""
         self.samples = 0
-        self.absmax = torch.zeros(features, device=device)
+        self.absmax = torch.zeros(features, dtype=torch.float32, device=device)
         self._abs = torch.zeros(features, dtype=torch.float64, device=device)
         self._square = torch.zeros(features, dtype=torch.float64, device=device)
-        self._outer = torch.zeros(features, features, device=device) if hessian else None
+        self._outer = (
+            torch.zeros(features, features, dtype=torch.float32, device=device) if hessian else None
+        )
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:

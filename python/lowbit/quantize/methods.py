@@ -104,7 +104,7 @@ def _with_outliers(
     importance = scopes.check_importance(given.pop("weights", None), weight)
     columns = outliers.find(weight, format, importance)
     if "weights" in keywords(method):
-        ones = torch.ones(1, device=weight.device).expand(weight.shape)
+        ones = torch.ones(1, dtype=torch.float32, device=weight.device).expand(weight.shape)
         given["weights"] = outliers.without(ones if importance is None else importance, columns)
     rest = outliers.fill(weight, format, columns)
     qt = quantize(rest, format.without_outliers, method, **given)

@@ -131,7 +131,7 @@ class _Cells(NamedTuple):
 
 
 def _cells(qt: QuantTensor, weight: Tensor, levels: int) -> _Cells:
-    mass = moment = torch.zeros(levels, dtype=torch.float64)
+    mass = moment = torch.zeros(levels, dtype=torch.float64, device="cpu")
     for rows, points, count in scopes.weight_points(qt, weight, None):
         codes = packing.unpack_codes(qt.tensors["codes"][rows], qt.format, qt.shape[1])
         part = _Cells.of(points, codes, count, levels)
@@ -146,7 +146,8 @@ def _integer_table(cells: _Cells, top: int, powers: bool) -> tuple[tuple[float, 
     if absmax == 0:
         return tuple(float(q - len(mean) // 2) for q in range(len(mean))), 0.0
     # One grid in a row: the largest mean is on it, or for powers of two near it.
-    unit = absmax / torch.arange(1, top + 1, dtype=torch.float64)[:, None]
+    integers = torch.arange(1, top + 1, dtype=torch.float64, device=mean.device)
+    unit = absmax / integers[:, None]
     if powers:
         unit = unit.log2().ceil().exp2()
     q = (mean / unit).round() + 0.0

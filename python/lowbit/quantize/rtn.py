@@ -181,7 +181,9 @@ def _rounder(rounding: str, top: int | None, generator: torch.Generator | None =
 
     def stochastic(ratio: Tensor) -> Tensor:
         below = ratio.floor()
-        noise = torch.rand(ratio.shape, generator=generator, device=ratio.device)
+        noise = torch.rand(
+            ratio.shape, generator=generator, dtype=torch.float32, device=ratio.device
+        )
         return below + (noise < ratio - below)
 
     rounders: dict[str, Round] = {
@@ -447,7 +449,7 @@ def find_codes(
 def _affine_codes(ratio: Tensor, format: Format, zero: Tensor | None, round: Round) -> Tensor:
     # The zero is added after rounding where it is an integer: before it would cost bits of the
     # ratio.
-    offset = torch.tensor(0.0 if format.zero else 2.0 ** (format.bits - 1), device=ratio.device)
+    offset = ratio.new_tensor(0.0 if format.zero else 2.0 ** (format.bits - 1))
     if zero is not None and format.zero != "min":
         offset = reference.per_weight(zero, format, ratio.shape[1])
     code = round(ratio + offset) if format.zero == "float" else round(ratio) + offset

@@ -112,7 +112,7 @@ def _store_dq8(tensors: dict[str, Tensor], scale: Tensor) -> None:  # (N, groups
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % DQ_BLOCK)).view(-1, DQ_BLOCK)
     factor = blocks.abs().amax(1, keepdim=True)
     ratio = torch.where(factor > 0, blocks / factor, 0.0)
-    index = nearest_codes(ratio, reference.dynamic_map().to(ratio.device))
+    index = nearest_codes(ratio, reference.dynamic_map(ratio.device))
     tensors["scales"].copy_(index.flatten()[: flat.numel()].view_as(scale))
     tensors["scales2"].copy_(factor.flatten())
     tensors["scales2_offset"].copy_(offset)

@@ -90,7 +90,7 @@ def awq_scales(
     if grid < 1:
         raise ValueError(f"grid must be at least 1, got {grid}")
     h = hessian.double()
-    best, least = torch.ones(k, device=absmean.device), torch.inf
+    best, least = torch.ones(k, dtype=torch.float32, device=absmean.device), torch.inf
     for step in range(grid + 1):
         s = absmean.float().clamp(min=_TINY) ** (step / grid)
         s = s / (s.max() * s.min()).sqrt()
@@ -157,7 +157,8 @@ def _divide(weight: Tensor, bias: Tensor | None, scales: Tensor) -> None:
 
 def _check_divides(norm: nn.Module, weight: Tensor, bias: Tensor | None, scales: Tensor) -> None:
     """Runs the norm with its weight halved: its output must be half as large."""
-    x = torch.linspace(-1, 2, 2 * len(scales), device=weight.device).sin().view(2, -1)
+    x = torch.linspace(-1, 2, 2 * len(scales), dtype=torch.float32, device=weight.device)
+    x = x.sin().view(2, -1)
     kept = weight.clone(), None if bias is None else bias.clone()
     before = norm(x.to(weight.dtype))
     _divide(weight, bias, torch.full_like(scales, 2.0))
