@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lowbit import binary
@@ -18,5 +19,9 @@ class BinaryLinear(QuantLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) gives (..., N) in its dtype; checks as `lowbit.binary`."""
         bits, scales = binary.quantize(x.reshape(-1, self.in_features))
-        y = binary.linear(bits, scales, self.operands(), self._parameters["bias"], x.dtype)
+        # Not self.operands(): torch.compile warns of a cache in the making of them.
+        w = {**self._buffers, **self._learned()}
+        tensors = (w["codes"], w["scales"], w["zeros"], w["table"], self._parameters["bias"])
+        meaning = (self._spec, self.layout, *self.shape)
+        y = torch.ops.lowbit.binary_linear(bits, scales, *tensors, *meaning, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)

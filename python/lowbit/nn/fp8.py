@@ -192,7 +192,8 @@ class FP8Linear(nn.Linear):
 
     def _inference_weight(self) -> _Quantized:
         w = self.weight
-        if self.training or w.is_inference() or torch.compiler.is_compiling():
+        # Dynamo cannot trace is_inference: the question whether it is at work comes first.
+        if torch.compiler.is_compiling() or self.training or w.is_inference():
             return self._quantize_weight()
         key = (w.data_ptr(), w._version, w.dtype, w.device, self.granularity)
         if self._kept is None or self._kept[0] != key:
