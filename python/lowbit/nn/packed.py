@@ -159,7 +159,14 @@ class PackedModule(nn.Module):
             for name, t in buffers.items():
                 self._buffers[name] = codes if name == "codes" else keep_dtype(t)
         else:
-            self._set_operands(layouts.to_operands(self.quant_tensor().map(keep_dtype)))
+            # What comes from the meta device holds no values (`to_empty`), and columns must be some.
+            empty = buffers["codes"].is_meta
+            weight = (
+                zero_weight(self.format, *self.shape, codes.device)
+                if empty
+                else self.quant_tensor().map(keep_dtype)
+            )
+            self._set_operands(layouts.to_operands(weight))
         done = {id(t) for _, t in self._weight_buffers()}
         return super()._apply(lambda t: t if id(t) in done else self._apply_other(fn, t), recurse)
 
