@@ -23,6 +23,7 @@ from lowbit.quantize import (
     nuuq,
     outliers,
     rtn,
+    scales,
     scopes,
     twn,
 )
@@ -75,6 +76,10 @@ def quantize(
     With outliers in the format, every method quantizes the rest of the weight as if they were not
     there: they take the mean of the others in their group, and k-means gives them no importance.
 
+    Warns:
+        UserWarning: scales or outliers are so small that their dtype loses them (fp16 below about 1e-6): how many, and
+            what to use instead.
+
     Raises:
         TypeError, ValueError: an argument is not what is said above, or a scale or an outlier does
             not fit the format's dtype.
@@ -94,7 +99,9 @@ def quantize(
     missing = sorted(key for key, p in known.items() if p.default is p.empty and key not in given)
     if missing:
         raise ValueError(f"method {name!r} needs {missing[0]}")
-    return METHODS[name](weight, format, **given)
+    made = METHODS[name](weight, format, **given)
+    scales.warn_of_tiny(made)
+    return made
 
 
 def _with_outliers(

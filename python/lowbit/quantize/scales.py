@@ -6,6 +6,7 @@ Both are rounded to their stored dtype here; a zero is chosen for the scale as s
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -85,6 +86,26 @@ def store_scales(
         stored = _round_up_tiny(single, SCALE_DTYPES[kind])
         _check_fits(qt, "scale", stored, scale)
         qt.tensors["scales"].copy_(stored)
+
+
+def warn_of_tiny(qt: QuantTensor) -> None:
+    """Warns once if scales are so small that rounding them moves the largest weight of a group by half a code."""
+    format = qt.format
+    if format.scale not in ("fp16", "e4m3"):
+        return
+    # Below the normal numbers the step of a dtype is constant. Codes reach twice as far with a zero.
+    info = torch.finfo(SCALE_DTYPES[format.scale])
+    codes = 2.0 ** (format.bits - (1 if format.zero else 2))
+    limit = min(info.smallest_normal, info.smallest_normal * info.eps * max(1.0, codes))
+    scales = qt.tensors["scales"].to(torch.float32)
+    tiny = (scales != 0) & (scales.abs() <= limit)
+    if count := int(tiny.sum()):
+        warnings.warn(
+            f"weight: {count} of {scales.numel()} groups ({count / scales.numel():.2%}) are so small that their scales "
+            f"lose digits or are rounded up in {format.scale}, the scale dtype of format {format.name!r}: use a format "
+            "with fp32 or bf16 scales, or scale the weight",
+            stacklevel=3,
+        )
 
 
 def _store_e8m0(qt: QuantTensor, scale: Tensor, rounding: str) -> None:
