@@ -15,7 +15,7 @@ from lowbit import packing, reference
 from lowbit.formats import DIGIT_BASES, Format, as_format
 from lowbit.quantize import kmeans, rtn, scopes
 from lowbit.quantize.report import measure
-from lowbit.quantize.scales import store_scales
+from lowbit.quantize.scales import count_tiny, store_scales
 from lowbit.tensor import QuantTensor
 
 
@@ -74,7 +74,8 @@ def quantize(
         store_scales(qt, _best_scales(qt, weight), power="nearest")
         rtn.fill_codes(qt, weight)
         error = measure("", weight, qt).relative_error
-        enough = error < least * (1 - 1e-3)
+        # Scales that their dtype rounds up choose codes that teach no table.
+        enough = error < least * (1 - 1e-3) and not count_tiny(qt)
         if error < least or best is None:
             best, least = qt, error
         if not enough:

@@ -88,24 +88,31 @@ def store_scales(
         qt.tensors["scales"].copy_(stored)
 
 
-def warn_of_tiny(qt: QuantTensor) -> None:
-    """Warns once if scales are so small that rounding them moves the largest weight of a group by half a code."""
+def count_tiny(qt: QuantTensor) -> int:
+    """How many scales are so small that rounding them moves the largest weight of a group by half a code."""
     format = qt.format
     if format.scale not in ("fp16", "e4m3"):
-        return
+        return 0
     # Below the normal numbers the step of a dtype is constant. Codes reach twice as far with a zero.
     info = torch.finfo(SCALE_DTYPES[format.scale])
     codes = 2.0 ** (format.bits - (1 if format.zero else 2))
     limit = min(info.smallest_normal, info.smallest_normal * info.eps * max(1.0, codes))
     scales = qt.tensors["scales"].to(torch.float32)
-    tiny = (scales != 0) & (scales.abs() <= limit)
-    if count := int(tiny.sum()):
-        warnings.warn(
-            f"weight: {count} of {scales.numel()} groups ({count / scales.numel():.2%}) are so small that their scales "
-            f"lose digits or are rounded up in {format.scale}, the scale dtype of format {format.name!r}: use a format "
-            "with fp32 or bf16 scales, or scale the weight",
-            stacklevel=3,
-        )
+    return int(((scales != 0) & (scales.abs() <= limit)).sum())
+
+
+def warn_of_tiny(qt: QuantTensor) -> None:
+    """Warns once of the scales that `count_tiny` finds."""
+    count = count_tiny(qt)
+    if not count:
+        return
+    groups, format = qt.tensors["scales"].numel(), qt.format
+    warnings.warn(
+        f"weight: {count} of {groups} groups ({count / groups:.2%}) are so small that their scales lose digits or "
+        f"are rounded up in {format.scale}, the scale dtype of format {format.name!r}: use a format with fp32 or "
+        "bf16 scales, or scale the weight",
+        stacklevel=3,
+    )
 
 
 def _store_e8m0(qt: QuantTensor, scale: Tensor, rounding: str) -> None:
