@@ -88,6 +88,8 @@ class QuantTensor:
             )
         for name, (expected_shape, dtype) in specs.items():
             t = tensors[name]
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
             if tuple(t.shape) != expected_shape or t.dtype != dtype:
                 raise ValueError(
                     f"{name} of a {self.shape} weight in format {self.format.name!r} must be {dtype} of shape "

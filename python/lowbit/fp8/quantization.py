@@ -77,6 +77,8 @@ def quantize(
         ValueError: granularity or rounding has another name, a shape does not fit, `seed` is out of range or given
             with "nearest".
     """
+    checks.check_tensors(x=x)
+    checks.check_optional(maxima=maxima)
     g = granularities.find(granularity)
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
@@ -108,6 +110,7 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> 
         TypeError: a dtype is not one of those above.
         ValueError: the shape of the scale fits no granularity.
     """
+    checks.check_tensors(q=q, scale=scale)
     return _dequantize(q, scale, dtype)
 
 
@@ -122,6 +125,7 @@ def absmax(x: Tensor, granularity: str = "tensor") -> Tensor:
         TypeError: x has another dtype.
         ValueError: granularity has another name.
     """
+    checks.check_tensors(x=x)
     return _absmax(x, granularity)
 
 
@@ -140,6 +144,7 @@ def cast(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, saturate: bool = T
     Raises:
         TypeError: a dtype is not one of those above.
     """
+    checks.check_tensors(x=x)
     return _cast(x, dtype, saturate)
 
 

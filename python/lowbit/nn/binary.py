@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit import binary
+from lowbit import binary, checks
 from lowbit.nn.linear import QuantLinear
 
 
@@ -18,6 +18,7 @@ class BinaryLinear(QuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) gives (..., N) in its dtype; checks as `lowbit.binary`."""
+        checks.check_tensors(x=x)
         bits, scales = binary.quantize(x.reshape(-1, self.in_features))
         # Not self.operands(): torch.compile warns of a cache in the making of them.
         w = {**self._buffers, **self._learned()}

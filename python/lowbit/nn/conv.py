@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
+from lowbit import checks
 from lowbit.formats import Format
 from lowbit.nn.linear import QuantLinear
 
@@ -89,6 +90,7 @@ class QuantConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) or (C, H, W) gives (B, N, H', W') or (N, H', W')."""
+        checks.check_tensors(x=x)
         if x.dim() == 3:
             return self.forward(x[None])[0]
         if any(self.padding):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lowbit import fused, layouts, ops
 
@@ -62,7 +63,9 @@ class Siblings:
 
     def product(self, layer: QuantLinear, x: Tensor) -> Tensor | None:
         """x W^T + bias of `layer`, or None if it has to compute it itself."""
-        if type(x) is not Tensor or not x.is_cpu or torch._C._are_functorch_transforms_active():
+        if type(x) is not Tensor or not x.is_cpu:
+            return None
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return None
         modes = (x.requires_grad, *_modes())
         pending: _Pending | None = getattr(self._pending, "value", None)

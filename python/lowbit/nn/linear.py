@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import int8, layouts, ops
+from lowbit import checks, int8, layouts, ops
 from lowbit.formats import Format
 from lowbit.layouts import Operands
 from lowbit.nn.fused import Siblings
@@ -152,6 +152,7 @@ class QuantLinear(PackedModule):
         Raises:
             ValueError: the bias has another shape.
         """
+        checks.check_optional(bias=bias)
         if bias is not None:
             if tuple(bias.shape) != weight.shape[:1]:
                 raise ValueError(

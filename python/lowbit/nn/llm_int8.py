@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit import layouts, ops
+from lowbit import checks, layouts, ops
 from lowbit.formats import Format, as_format
 from lowbit.nn.linear import QuantLinear, check_dense
 
@@ -120,6 +120,7 @@ class LLMInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) in fp32, bf16 or fp16 gives (..., N) in its dtype; gradients for x and the bias."""
+        checks.check_tensors(x=x)
         if self.features is None or self.columns is None:
             return self._forward_dynamic(x)
         if not len(self.features):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit import checks
 from lowbit.formats import Format
 from lowbit.nn import QuantConv2d, QuantLinear
 from lowbit.qat.activations import ActivationQuantizer, Int8Activation
@@ -86,6 +87,7 @@ class FakeQuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) gives (..., N)."""
+        checks.check_tensors(x=x)
         x = x if self.activation is None else self.activation(x)
         return F.linear(x, self.quantizer(self.weight), self.bias)
 

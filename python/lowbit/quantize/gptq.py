@@ -108,7 +108,10 @@ def _check_hessian(hessian: Tensor, weight: Tensor) -> None:
         )
     top = float(diagonal.max())
     if top == 0:
-        raise ValueError("hessian is zero on its diagonal: no input has reached this layer")
+        raise ValueError(
+            "hessian is zero on its diagonal: no input has reached this layer, or all were 0, or so small that "
+            "their squares are 0"
+        )
     # Sums in fp32 or less, in different orders on the two sides.
     skew = float((hessian - hessian.T).abs().max())
     if skew > 1e-2 * top:
