@@ -6,6 +6,7 @@ are what an optimizer and a state dict see. (COAT, Xi et al., arXiv 2410.19313; 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -139,7 +140,7 @@ class FP8Linear(nn.Linear):
                 f"granularity must be one of {list(_GRANULARITIES)}, got {granularity!r}"
             )
         self.granularity = granularity
-        self._kept: tuple[tuple[object, ...], _Quantized] | None = None
+        self._kept: tuple[weakref.ref[Tensor], tuple[object, ...], _Quantized] | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, granularity: str = "tensor") -> FP8Linear:
@@ -195,10 +196,11 @@ class FP8Linear(nn.Linear):
         # Dynamo cannot trace is_inference: the question whether it is at work comes first.
         if torch.compiler.is_compiling() or self.training or w.is_inference():
             return self._quantize_weight()
+        # Not by its address alone: another weight may lie where the last one did.
         key = (w.data_ptr(), w._version, w.dtype, w.device, self.granularity)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, self._quantize_weight()
-        return self._kept[1]
+        if self._kept is None or self._kept[0]() is not w or self._kept[1] != key:
+            self._kept = weakref.ref(w), key, self._quantize_weight()
+        return self._kept[2]
 
     def train(self, mode: bool = True) -> FP8Linear:
         """As in nn.Module; forgets the FP8 weight that inference has kept."""

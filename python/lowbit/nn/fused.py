@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lowbit import fused, layouts, ops
+from lowbit.nn.packed import same_bits
 
 if TYPE_CHECKING:
     from lowbit.nn.linear import QuantLinear
@@ -27,7 +28,6 @@ PATTERNS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_pr
 _GROUPS = "_lowbit_siblings"
 # Numbers that a group keeps between calls: x, and the other layers' products, scales and tables.
 _MAX_KEPT = 1 << 18
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 class Siblings:
@@ -71,7 +71,7 @@ class Siblings:
         pending: _Pending | None = getattr(self._pending, "value", None)
         if pending is None:
             return self._compute(layer, x, modes)
-        if pending.modes == modes and _same(pending.x, x):
+        if pending.modes == modes and same_bits(pending.x, x):
             result = pending.results.pop(id(layer), None)
             if not pending.results:
                 self._pending.value = None
@@ -134,7 +134,7 @@ class _Weight:
         return (
             layer._buffers["codes"] is self._codes
             and self._codes._version == self._version
-            and all(_same(a, b) for a, b in zip(self._copies, _small(layer), strict=True))
+            and all(same_bits(a, b) for a, b in zip(self._copies, _small(layer), strict=True))
         )
 
 
@@ -162,16 +162,6 @@ def _small(layer: QuantLinear) -> tuple[Tensor | None, ...]:
 
 def _numel(layer: QuantLinear) -> int:
     return sum(t.numel() for t in _small(layer) if t is not None)
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are equal bit for bit."""
-    if a is None or b is None:
-        return a is b
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    bits = _BITS[a.element_size()]
-    return torch.equal(a.view(bits), b.view(bits))
 
 
 def fuse(model: nn.Module) -> int:
