@@ -176,6 +176,18 @@ def test_inference_keeps_the_weight_until_it_changes(granularity: str) -> None:
     torch.testing.assert_close(layer(x).detach(), y)
 
 
+def test_a_weight_that_is_replaced_is_not_kept() -> None:
+    """By one at the address of the last but one, with the version counter of a new tensor."""
+    layer, x = layer_of(48, 200, "tensor").eval(), torch.randn(6, 200)
+    with torch.no_grad():
+        for _ in range(10):
+            layer(x)
+            for _ in range(2):
+                layer.weight = torch.nn.Parameter(torch.randn(48, 200))
+            kept = layer(x)
+            assert torch.equal(layer.eval()(x), kept)
+
+
 def test_training_follows_the_dense_layer() -> None:
     """A regression that a dense layer solves: the loss falls by 100 in each granularity."""
     torch.manual_seed(1)

@@ -9,6 +9,7 @@ import pickle
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,21 +178,98 @@ def test_a_gradient_that_is_wanted_later_is_not_lost(attention: Attention) -> No
     assert attention.k_proj(x).requires_grad
 
 
-@pytest.mark.parametrize("change", ("in place", "view", "data"))
-def test_x_that_changes_between_calls(attention: Attention, change: str) -> None:
-    def write(x: torch.Tensor) -> None:
-        if change == "in place":
-            x.mul_(2)
-        elif change == "view":
-            x[0].fill_(1)
-        else:
-            x.data = torch.ones_like(x)
+def from_numpy_alias(x: torch.Tensor) -> None:
+    x.numpy()[...] *= 2
 
-    attention.between = write
-    x = torch.randn(2, K)
+
+# Ways to write to a tensor, most of which its version counter does not see.
+WRITES: dict[str, Callable[[torch.Tensor], object]] = {
+    "in place": lambda x: x.mul_(2),
+    "view": lambda x: x[:1].fill_(1),
+    "data": lambda x: x.data.mul_(2),
+    "new data": lambda x: setattr(x, "data", torch.ones_like(x)),
+    "numpy": from_numpy_alias,
+    "detached": lambda x: x.detach().mul_(2),
+    "dlpack": lambda x: torch.from_dlpack(x.detach()).mul_(2),
+    "storage": lambda x: x.untyped_storage().fill_(0),
+}
+
+
+@pytest.mark.parametrize("inference", (False, True), ids=("normal", "inference mode"))
+@pytest.mark.parametrize("change", WRITES)
+def test_x_that_changes_between_calls(attention: Attention, change: str, inference: bool) -> None:
+    attention.between = WRITES[change]
+    with torch.inference_mode(inference):
+        x = torch.randn(2, K)
+        q = separate(attention, x)[0]
+        y = attention(x)
+        assert_same(y, [q, *separate(attention, x)[1:]])
+
+
+def test_x_that_shares_memory_with_numpy(attention: Attention) -> None:
+    array = np.random.default_rng(0).standard_normal((2, K)).astype(np.float32)
+    x = torch.from_numpy(array)
     q = separate(attention, x)[0]
-    y = attention(x)
-    assert_same(y, [q, *separate(attention, x)[1:]])
+    attention.between = lambda _: array.__imul__(2)
+    assert_same(attention(x), [q, *separate(attention, x)[1:]])
+
+
+def test_nan_in_x_is_no_change(attention: Attention, calls: list[int]) -> None:
+    x = torch.randn(2, K)
+    x[0, 3] = torch.nan
+    for _ in range(2):
+        for y, expected in zip(attention(x), separate(attention, x), strict=True):
+            torch.testing.assert_close(y, expected, equal_nan=True, rtol=0, atol=0)
+    assert calls == [3, 3]
+
+
+@pytest.mark.parametrize("change", WRITES)
+@pytest.mark.parametrize("name", ("scales", "bias"))
+def test_weights_that_are_written_to_between_calls(
+    attention: Attention, name: str, change: str
+) -> None:
+    layer, x = attention.k_proj, torch.randn(2, K)
+    layer.register_parameter("bias", nn.Parameter(torch.full((33,), 3.0), requires_grad=False))
+    attention.between = lambda _: WRITES[change](getattr(layer, name))
+    before = separate(attention, x)[1]
+    k = attention(x)[1]
+    assert torch.equal(k, separate(attention, x)[1])
+    assert not torch.equal(k, before)
+
+
+def test_codes_that_are_written_to_between_calls(attention: Attention) -> None:
+    attention.between = lambda _: attention.k_proj.codes.bitwise_xor_(1)
+    x = torch.randn(2, K)
+    before = separate(attention, x)[1]
+    k = attention(x)[1]
+    assert torch.equal(k, separate(attention, x)[1])
+    assert not torch.equal(k, before)
+
+
+@pytest.mark.parametrize("name", ("scales", "table", "bias"))
+def test_weights_that_are_replaced(attention: Attention, calls: list[int], name: str) -> None:
+    """By a tensor of the same shape, before a call and between calls."""
+    x, layer = torch.randn(2, K), attention.k_proj
+    layer.register_parameter("bias", nn.Parameter(torch.ones(33), requires_grad=False))
+    attention(x)
+    for _ in range(2):
+        new = getattr(layer, name).detach() * 2
+        setattr(layer, name, nn.Parameter(new, requires_grad=False) if name == "bias" else new)
+        assert_same(attention(x), separate(attention, x))
+        attention.between = lambda _: setattr(layer, name, getattr(layer, name))
+    assert calls == [3, 3, 3]
+
+
+def test_what_is_kept_is_bounded(attention: Attention, calls: list[int]) -> None:
+    x = torch.randn(100_000, K)
+    y = attention.q_proj(x)
+    assert torch.equal(y, separate(attention, x)[0])
+    assert calls == []
+    assert getattr(attention.q_proj._siblings._pending, "value", None) is None
+    attention.q_proj(x[:2])
+    kept = attention.q_proj._siblings._pending.value
+    sizes = [y.numel() for _, y in kept.results.values()]
+    assert sum(sizes) + kept.x.numel() == 2 * (33 + 64 + K)
 
 
 @pytest.mark.parametrize("what", ("bias", "load", "assign"))
@@ -268,10 +346,16 @@ def test_layers_called_apart(attention: Attention) -> None:
 def test_inference_tensors_and_autocast(attention: Attention, calls: list[int]) -> None:
     with torch.inference_mode():
         x = torch.randn(2, K)
+        assert_same(attention(x), separate(attention, x))
+        assert calls == [3]
+        attention.q_proj(x)
+    assert not attention.k_proj(x.clone()).is_inference()
+    fuse(attention)
+    with torch.inference_mode():
         attention.between = lambda x: x.mul_(2)
+        x = torch.randn(2, K)
         q = separate(attention, x)[0]
         assert_same(attention(x), [q, *separate(attention, x)[1:]])
-    assert calls == []
     x = torch.randn(2, K)
     with torch.autocast("cpu", torch.bfloat16):
         q = attention.q_proj(x)
@@ -351,7 +435,7 @@ def llama() -> LlamaForCausalLM:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_llama_has_the_same_logits(calls: list[int], dtype: torch.dtype) -> None:
     model = llama().to(dtype)
-    lowbit.quantize_model(model, "int4_g32", progress=False)
+    lowbit.quantize_model(model, "int4_g32", progress=False, fuse=True)
     assert fuse(model) == 0  # done already: q/k/v and gate/up of two layers
     plain = copy.deepcopy(model)
     unfuse(plain)

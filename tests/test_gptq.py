@@ -57,6 +57,34 @@ def test_outputs_are_nearer_than_with_round_to_nearest(format: Format):
     assert loss(weight, qt, x) < 0.9 * loss(weight, quantize(weight, format), x)
 
 
+@pytest.mark.parametrize("act_order", (False, True))
+@pytest.mark.parametrize("format", [f for f in ALL_FORMATS if f.fitted], **ids)
+def test_tables_weigh_columns_by_their_inputs(format: Format, act_order: bool):
+    """Of independent inputs the mean square is what an error in a column counts: k-means with that importance."""
+    square = torch.logspace(-3, 3, 200)[torch.randperm(200)]
+    weight = normal(12, 200) * 0.02
+    hessian = torch.diag(square)
+    options = {"hessian": hessian, "damping": 0.0, "act_order": act_order}
+    made = quantize(weight, format, "gptq", **options)
+    expected = quantize(weight, format, "kmeans", weights=square)
+    torch.testing.assert_close(made.table, expected.table, rtol=1e-4, atol=1e-6)
+    error = [
+        (weight - qt.dequantize()).double().square() @ square.double() for qt in (made, expected)
+    ]
+    torch.testing.assert_close(*error, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ("kmeans2", "kmeans3", "kmeans3_pr"))
+def test_importance_points_the_right_way(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Its inverse makes outputs worse where inputs differ much."""
+    x, weight = inputs(200) * torch.logspace(-2, 2, 200), normal(12, 200) * 0.02
+    hessian = second_moment(x)
+    right = loss(weight, quantize(weight, name, "gptq", hessian=hessian), x)
+    importance = gptq._Sweep.importance
+    monkeypatch.setattr(gptq._Sweep, "importance", lambda self: importance(self).reciprocal())
+    assert right < 0.95 * loss(weight, quantize(weight, name, "gptq", hessian=hessian), x)
+
+
 @pytest.mark.parametrize("format", ALL_FORMATS, **ids)
 def test_independent_inputs_give_round_to_nearest(format: Format):
     """Codes, scales and tables, bit for bit."""

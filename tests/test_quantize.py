@@ -316,6 +316,7 @@ def test_constant_weights(name: str, value: float):
     assert (deq - value).abs().max() <= 2 * 2**-11 * abs(value)
 
 
+@pytest.mark.filterwarnings("ignore:weight. .* groups .* so small:UserWarning")
 @pytest.mark.parametrize("tiny", [1e-45, 1e-40, 1e-8, 6e-8])
 @pytest.mark.parametrize("format", ALL_FORMATS, **ids)
 def test_tiny_weights(format: Format, tiny: float):
@@ -333,6 +334,7 @@ def test_tiny_weights(format: Format, tiny: float):
         assert error.max() <= 2**-24 * 64
 
 
+@pytest.mark.filterwarnings("ignore:weight. .* groups .* so small:UserWarning")
 @pytest.mark.parametrize("name", ["int4", "uint4", "q4_1", "nf4", "binary", "nvfp4", "kmeans4"])
 def test_no_scale_vanishes(name: str):
     """Next to a large group, too, where a scale in e4m3 is relative to the largest."""
@@ -343,6 +345,7 @@ def test_no_scale_vanishes(name: str):
     assert scales.float().min() == smallest
 
 
+@pytest.mark.filterwarnings("ignore:weight. .* groups .* so small:UserWarning")
 def test_scales_that_overflow():
     weight = torch.ones(4, 300)
     weight[2, 140] = 1e6

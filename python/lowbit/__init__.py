@@ -46,6 +46,18 @@ __all__ = [
 ]  # fmt: skip
 
 
+def _rebuild(*args: Any) -> Any:
+    from lowbit.tensor import _rebuild as rebuild
+
+    return rebuild(*args)
+
+
+if "torch" in sys.modules:
+    # torch.load(weights_only=True) looks a pickled QuantTensor up by this name; it need not be imported for that.
+    _rebuild.__module__ = "lowbit.tensor"
+    sys.modules["torch"].serialization.add_safe_globals([_rebuild])
+
+
 def formats() -> dict[str, Format]:
     """The built-in formats by name."""
     return dict(FORMATS)

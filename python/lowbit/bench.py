@@ -87,13 +87,15 @@ def bench(
     for n, k in shapes:
         if n < 1 or k < 1:
             raise ValueError(f"shapes must be positive, got ({n}, {k})")
-        weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
+        seeded = torch.Generator("cpu").manual_seed(0)
+        weight = torch.randn(n, k, generator=seeded, dtype=torch.float32, device="cpu")
         dense = _copies(weight.to(dtype), weight.numel() * dtype.itemsize)
         for format in chosen:
             qt = quantize(weight, format)
             copies = _rotation(ops.operands(qt))
             for m in counts:
-                x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+                seeded.manual_seed(m)
+                x = torch.randn(m, k, generator=seeded, dtype=torch.float32, device="cpu").to(dtype)
                 row = backends.explain(x, copies[0])
                 _check(x, qt, copies[0], row.selected)
                 us, dense_us = _median_us(((_linear(x), copies), (_dense(x), dense)), seconds)

@@ -46,6 +46,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: x has another dtype.
         ValueError: x is not 2-D or empty along K.
     """
+    checks.check_tensors(x=x)
     return _quantize(x)
 
 
@@ -76,6 +77,8 @@ def linear(
     """
     w = ops.operands(weight)
     arguments = (w.codes, w.scales, w.zeros, w.table, bias, w.spec, w.layout, *w.shape)
+    checks.check_tensors(bits=bits, x_scales=x_scales)
+    checks.check_optional(bias=bias)
     return _linear(bits, x_scales, *arguments, out_dtype)
 
 

@@ -21,6 +21,18 @@ ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh")
 _OPERANDS = ("codes", "scales", "zeros", "table")
 
 
+def check_tensors(**given: object) -> None:
+    """Raises TypeError unless every argument, given by its name, is a tensor: lists and arrays are none."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_optional(**given: object) -> None:
+    """`check_tensors` for arguments that may be None."""
+    check_tensors(**{name: value for name, value in given.items() if value is not None})
+
+
 def requires_grad(*tensors: Tensor | None) -> bool:
     """Whether any of the tensors requires grad."""
     for t in tensors:  # noqa: SIM110 (half the time of any())

@@ -31,8 +31,10 @@ def pack_fragments(codes: Tensor, bits: int) -> Tensor:  # (N, K) uint8 -> (word
         # (tile n, row / 8, row % 8, tile k, k / 16, k / 8 % 2, k / 2 % 4, k % 2)
         parts = block.view(-1, 2, 8, block.shape[1] // TILE_K, 4, 2, 4, 2)
         strings = parts.permute(0, 3, 2, 6, 4, 5, 1, 7).reshape(-1, _LANES * TILE_N * 2, 1)
-        single = (strings.long() >> torch.arange(bits, device=codes.device)) & 1
-        fields = single.reshape(-1, _LANES, bits, 32) << torch.arange(32, device=codes.device)
+        single = (strings.long() >> torch.arange(bits, dtype=torch.int64, device=codes.device)) & 1
+        fields = single.reshape(-1, _LANES, bits, 32) << torch.arange(
+            32, dtype=torch.int64, device=codes.device
+        )
         # A word whose highest bit is set wraps around, as it must.
         lanes = fields.sum(-1).to(torch.int32).view(-1, _LANES, bits // _group(bits), _group(bits))
         part.copy_(lanes.transpose(1, 2).reshape(-1))
@@ -46,8 +48,12 @@ def unpack_fragments(
     codes = torch.empty((n, k), dtype=torch.uint8, device=words.device)
     for rows, part in _slices(words, bits, n, k):
         lanes = part.view(-1, bits // _group(bits), _LANES, _group(bits)).transpose(1, 2)
-        single = (lanes.reshape(-1, bits, 1) >> torch.arange(32, device=words.device)) & 1
-        fields = single.reshape(-1, 32, bits) << torch.arange(bits, device=words.device)
+        single = (
+            lanes.reshape(-1, bits, 1) >> torch.arange(32, dtype=torch.int64, device=words.device)
+        ) & 1
+        fields = single.reshape(-1, 32, bits) << torch.arange(
+            bits, dtype=torch.int64, device=words.device
+        )
         strings = fields.sum(-1).to(torch.uint8).view(-1, -(-k // TILE_K), 8, 4, 4, 2, 2, 2)
         block = strings.permute(0, 6, 2, 1, 4, 5, 3, 7).reshape(-1, -(-k // TILE_K) * TILE_K)
         codes[rows] = block[: codes[rows].shape[0], :k]

@@ -52,6 +52,7 @@ def quantize(
         ValueError: x is not 2-D or empty along K, group is below 1 or given with `scale`, or a scale is not positive
             and finite or of another shape.
     """
+    checks.check_tensors(x=x)
     if scale is not None:
         scale = _static_scale(scale, x)
     return _quantize(x, group, scale)
@@ -85,6 +86,8 @@ def linear(
             superfluous or not positive.
     """
     w = ops.operands(weight)
+    checks.check_tensors(q=q, x_scales=x_scales)
+    checks.check_optional(bias=bias)
     arguments = (w.codes, w.scales, w.zeros, w.table, bias, w.spec, w.layout, *w.shape)
     return _linear(q, x_scales, *arguments, out_dtype, out_scale)
 
@@ -104,6 +107,8 @@ def static_linear(
         (..., N) in the dtype of x. No gradients. NaN in a row of x makes its results NaN.
     """
     w = ops.operands(weight)
+    checks.check_tensors(x_scale=x_scale)
+    checks.check_optional(bias=bias)
     arguments = (w.codes, w.scales, w.zeros, w.table, bias, w.spec, w.layout, *w.shape)
     return call_static_linear(x, x_scale, *arguments)
 
@@ -122,9 +127,9 @@ def call_static_linear(
     k: int,
 ) -> Tensor:
     """`static_linear` on loose operands."""
+    x = ops.autocast(x)
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x must have shape (..., {k}), got {tuple(x.shape)}")
-    x = ops.autocast(x)
     rows = x.reshape(-1, k)
     q, x_scales = _quantize(rows, None, x_scale.expand(rows.shape[0]).contiguous())
     y = _linear(q, x_scales, codes, scales, zeros, table, bias, spec, layout, n, k, x.dtype, None)
@@ -144,7 +149,10 @@ def dyadic(factor: float | Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a factor is negative, not finite or too large.
     """
-    f = torch.as_tensor(factor, dtype=torch.float64)
+    if isinstance(factor, Tensor):
+        f = factor.to(torch.float64)
+    else:
+        f = torch.tensor(factor, dtype=torch.float64, device="cpu")
     if not bool(((f >= 0) & (f < 2**31)).all()):
         raise ValueError(f"factor must be 0 or more and below 2^31, got {factor!r:.200}")
     mantissa, exponent = torch.frexp(f)
@@ -183,6 +191,7 @@ def requantize(
         ValueError: a shape, a device or a number does not fit.
     """
     for name, t in (("acc", acc), ("multiplier", multiplier), ("shift", shift)):
+        checks.check_tensors(**{name: t})
         if t.dtype != torch.int32:
             raise TypeError(f"{name} must be int32, got {t.dtype}")
     n = acc.shape[-1] if acc.dim() else 1

@@ -331,7 +331,7 @@ def from_lanes(values: Tensor, n: int) -> Tensor:  # (ceil(n / lanes), groups, l
 def kernel_table(format: Format, table: Tensor | None) -> Tensor:
     """The "n16" and "m16" table of a format: see the top of this file. Differentiable in a fitted table."""
     if table is None:
-        values = torch.tensor(format.values(), dtype=torch.float32)
+        values = torch.tensor(format.values(), dtype=torch.float32, device="cpu")
         if format.zero == "int":
             values = values - 2 ** (format.bits - 1)
         return F.pad(values, (0, 2**format.bits - values.numel()))

@@ -110,6 +110,7 @@ def linear(
         ValueError: a shape, device, layout or the activation does not fit.
     """
     w = operands(weight)
+    checks.check_optional(bias=bias, gate=gate, residual=residual)
     spec, (n, k) = w.spec_without_outliers, w.shape
     sparse = () if w.outlier_columns is None else (w.outlier_columns, w.outlier_values)
     if activation is None and gate is None and residual is None:
@@ -154,6 +155,8 @@ def linear_many(
         raise ValueError(
             f"biases must have one entry for each of {len(weights)} weights, got {len(biases)}"
         )
+    for bias in biases:
+        checks.check_optional(biases=bias)
     return call_linear_many(x, [operands(w) for w in weights], biases)
 
 
@@ -222,6 +225,8 @@ def call_linear(
 
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast asks for, if it is on for its device."""
+    if not isinstance(x, Tensor):
+        checks.check_tensors(x=x)
     device_type = "cpu" if x.is_cpu else x.device.type
     if (
         # torch.compile cannot ask whether a device type has autocast.
@@ -279,6 +284,7 @@ def call_embedding(
     values: Tensor | None = None,
 ) -> Tensor:
     """`embedding` on loose operands; `spec` as for `call_linear`."""
+    checks.check_tensors(indices=indices)
     weight = (codes, scales, zeros, table, spec, layout, n, k)
     if columns is None or values is None:
         return _embedding(indices, *weight, dtype)

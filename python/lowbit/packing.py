@@ -95,7 +95,7 @@ def _digits(codes: Tensor, per_unit: int) -> Tensor:
 
 
 def _places(base: int, device: torch.device) -> Tensor:  # (digits,) int64
-    return base ** torch.arange(digits_per_byte(base), device=device)
+    return base ** torch.arange(digits_per_byte(base), dtype=torch.int64, device=device)
 
 
 def _pack_slice(codes: Tensor, format: Format) -> Tensor:
@@ -104,9 +104,9 @@ def _pack_slice(codes: Tensor, format: Format) -> Tensor:
         place = _places(format.base, codes.device)
         return (_digits(codes, len(place)) * place).sum(-1).to(torch.uint8)
     b = format.bits
-    shift = torch.arange(8, device=codes.device) * b
+    shift = torch.arange(8, dtype=torch.int64, device=codes.device) * b
     word = (_digits(codes, 8) << shift).sum(-1)
-    byte_shift = torch.arange(b, device=codes.device) * 8
+    byte_shift = torch.arange(b, dtype=torch.int64, device=codes.device) * 8
     stream = ((word.unsqueeze(-1) >> byte_shift) & 0xFF).to(torch.uint8)
     return stream.view(n, -1)[:, : format.row_bytes(k)]
 
@@ -118,8 +118,8 @@ def _unpack_slice(packed: Tensor, format: Format, k: int) -> Tensor:
         digits = (packed.long().unsqueeze(-1) // place) % format.base
         return digits.to(torch.uint8).view(n, -1)[:, :k]
     b = format.bits
-    byte_shift = torch.arange(b, device=packed.device) * 8
+    byte_shift = torch.arange(b, dtype=torch.int64, device=packed.device) * 8
     word = (_digits(packed, b) << byte_shift).sum(-1)
-    shift = torch.arange(8, device=packed.device) * b
+    shift = torch.arange(8, dtype=torch.int64, device=packed.device) * b
     codes = (word.unsqueeze(-1) >> shift) & (2**b - 1)
     return codes.to(torch.uint8).view(n, -1)[:, :k]

@@ -38,7 +38,7 @@ def pack_planes(codes: Tensor, bits: int) -> Tensor:  # (N, K) uint8 -> (words,)
     planes, low = [], 0
     for p, blocks in zip(plane_widths(bits), plane_blocks(bits, k), strict=True):
         plane = torch.empty((blocks, n, CHUNK), dtype=torch.int32, device=codes.device)
-        shifts = (torch.arange(32 // p, device=codes.device) * p).view(-1, 1)
+        shifts = (torch.arange(32 // p, dtype=torch.int64, device=codes.device) * p).view(-1, 1)
         for rows in _row_slices(n, k):
             fields = (codes[rows].long() >> low) & (2**p - 1)
             fields = F.pad(fields, (0, blocks * (32 // p) * CHUNK - k))
@@ -58,7 +58,11 @@ def unpack_planes(
     low = start = 0
     for p, blocks in zip(plane_widths(bits), plane_blocks(bits, k), strict=True):
         plane = words[start : start + blocks * n * CHUNK].view(blocks, n, 1, CHUNK)
-        shifts = (torch.arange(32 // p, device=words.device) * p).to(torch.int32).view(-1, 1)
+        shifts = (
+            (torch.arange(32 // p, dtype=torch.int64, device=words.device) * p)
+            .to(torch.int32)
+            .view(-1, 1)
+        )
         for rows in _row_slices(n, k):
             fields = (plane[:, rows] >> shifts) & (2**p - 1)  # (blocks, rows, chunks, 16)
             fields = fields.transpose(0, 1).reshape(-1, blocks * (32 // p) * CHUNK)[:, :k]

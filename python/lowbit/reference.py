@@ -20,20 +20,26 @@ INT8_PART = 65536  # csrc/int8.h kMaxInt8Group: weights whose products with int8
 INT8_SUMS = 128  # csrc/int8.h kSumParts: groups whose fp32 sum stands apart
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 @modes.outside()
-def dynamic_map() -> Tensor:  # (256,) fp32, ascending, in [-1, 1]
+def _dynamic_values() -> tuple[float, ...]:
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32, device="cpu")
+        means = (edges[:-1] + edges[1:]) / 2.0
+        decade = (10.0 ** (i - 6)) * means
+        values += decade.tolist() + (-decade).tolist()
+    return tuple(sorted(values))
+
+
+def dynamic_map(
+    device: torch.device | str = "cpu",
+) -> Tensor:  # (256,) fp32, ascending, in [-1, 1]
     """The signed 8-bit dynamic code of double quantization (Dettmers, arXiv 1511.04561 and 2110.02861).
 
     Seven decades 10^-6 .. 1; decade i holds 2^i means of a linear division of [0.1, 1], with both signs.
     """
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**i + 1)
-        means = (edges[:-1] + edges[1:]) / 2.0
-        decade = (10.0 ** (i - 6)) * means
-        values += decade.tolist() + (-decade).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(_dynamic_values(), dtype=torch.float32, device=device)
 
 
 def e8m0_values(code: Tensor) -> Tensor:
@@ -52,7 +58,7 @@ def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
     if qt.format.scale == "e4m3":
         return scales.to(torch.float32) * qt.tensors["scales2"]
     if qt.format.scale == "dq8":
-        flat = dynamic_map().to(qt.device)[scales.flatten().long()]
+        flat = dynamic_map(qt.device)[scales.flatten().long()]
         factor = qt.tensors["scales2"].repeat_interleave(DQ_BLOCK)[: flat.numel()]
         return (flat * factor + qt.tensors["scales2_offset"]).view_as(scales)
     return scales.to(torch.float32)
@@ -60,7 +66,7 @@ def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
 
 def group_index(format: Format, k: int, device: torch.device) -> Tensor:  # (K,) int64
     """The group of each weight in a row of k."""
-    return torch.arange(k, device=device) // (format.group or max(1, k))
+    return torch.arange(k, dtype=torch.int64, device=device) // (format.group or max(1, k))
 
 
 def per_weight(terms: Tensor, format: Format, k: int) -> Tensor:  # (N, groups) -> (N, K) or (N, 1)
@@ -84,7 +90,7 @@ def code_values(
         return table[index]
     if format.table_scope == "row":
         return table.gather(1, index)
-    rows = torch.arange(codes.shape[0], device=codes.device).unsqueeze(1)
+    rows = torch.arange(codes.shape[0], dtype=torch.int64, device=codes.device).unsqueeze(1)
     return table[rows, group_index(format, codes.shape[1], codes.device), index]
 
 
@@ -238,13 +244,14 @@ def int8_linear(
     sums, in order.
     """
     m, k = q.shape
-    values = torch.tensor(format.values(), device=q.device) if table is None else table
-    table_step = torch.ones((), device=q.device)
+    if table is None:
+        table = torch.tensor(format.values(), dtype=torch.float32, device=q.device)
+    table_step = torch.ones((), dtype=torch.float32, device=q.device)
     if format.codec != "affine":
         exact = format.activation != "int8_table"
-        values, table_step = table_int8(values, format.int8_step if exact else None)
-    weight = values.double()[codes.long()]
-    y = torch.zeros(m, codes.shape[0], device=q.device)
+        table, table_step = table_int8(table, format.int8_step if exact else None)
+    weight = table.double()[codes.long()]
+    y = torch.zeros(m, codes.shape[0], dtype=torch.float32, device=q.device)
     size = format.group or k
     parts = (
         (g, slice(start, min(start + INT8_PART, (g + 1) * size, k)))
@@ -260,7 +267,9 @@ def int8_linear(
         if zero is not None and format.zero == "int":
             w, zero = w - zero[:, None].double(), None
         term = (x @ w.T).float()
-        scale = torch.ones((), device=q.device) if scales is None else scales[:, g]
+        scale = (
+            torch.ones((), dtype=torch.float32, device=q.device) if scales is None else scales[:, g]
+        )
         if zero is None:
             term = scale * term
         else:
@@ -275,7 +284,7 @@ def int8_linear(
 
 def requantize(y: Tensor, scale: float) -> Tensor:
     """y * (1 / scale) in fp32, to nearest even, saturated to -128 .. 127; int8 has no NaN, which becomes 0."""
-    inverse = 1 / torch.tensor(scale, dtype=torch.float32)
+    inverse = 1 / torch.tensor(scale, dtype=torch.float32, device=y.device)
     return (y * inverse).clamp(-128, 127).nan_to_num(0).round().to(torch.int8)
 
 

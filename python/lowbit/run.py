@@ -174,7 +174,8 @@ def _answer(
     tokens: list[int] = []
     printed = ""
     watch = Stopwatch(len(prompt_ids))
-    for token in runner.generate(torch.tensor(prompt_ids), max_new_tokens, stop):
+    prompt = torch.tensor(prompt_ids, dtype=torch.int64, device="cpu")
+    for token in runner.generate(prompt, max_new_tokens, stop):
         watch.tick()
         if not tokens:
             rows_run["prefill"] = take_rows_run()
@@ -243,7 +244,8 @@ def _compare(
     """The dense bf16 model on the same prompt, and how far the packed one is from it on a text."""
     from lowbit.integrations import dense, measure
 
-    ids = torch.tensor(tokenizer(measure.sample_text())["input_ids"][:_TEXT_TOKENS])
+    text_ids = tokenizer(measure.sample_text())["input_ids"][:_TEXT_TOKENS]
+    ids = torch.tensor(text_ids, dtype=torch.int64, device="cpu")
     with tempfile.TemporaryDirectory() as out:
         request = dense.Request(
             model=str(path),

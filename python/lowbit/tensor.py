@@ -88,6 +88,8 @@ class QuantTensor:
             )
         for name, (expected_shape, dtype) in specs.items():
             t = tensors[name]
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
             if tuple(t.shape) != expected_shape or t.dtype != dtype:
                 raise ValueError(
                     f"{name} of a {self.shape} weight in format {self.format.name!r} must be {dtype} of shape "
@@ -184,7 +186,8 @@ class QuantTensor:
     def __reduce__(self) -> tuple[object, ...]:
         # As bytes: torch can write float8 tensors with pickle but not read them.
         raw = {k: t.view(torch.uint8) if t.dtype == _FLOAT8 else t for k, t in self.tensors.items()}
-        return (_rebuild, (self.format, self.shape, raw))
+        # Nothing but what torch.load reads with weights_only=True, and `_rebuild`.
+        return (_rebuild, (self.format.spec, self.shape, raw))
 
     def __repr__(self) -> str:
         n, k = self.shape
@@ -194,6 +197,8 @@ class QuantTensor:
         )
 
 
-def _rebuild(format: Format, shape: tuple[int, int], raw: dict[str, Tensor]) -> QuantTensor:
+def _rebuild(format: Format | str, shape: tuple[int, int], raw: dict[str, Tensor]) -> QuantTensor:
+    """What `QuantTensor.__reduce__` names; `lowbit/__init__.py` makes it known to torch.load."""
+    format = as_format(format)
     specs = tensor_specs(format, *shape)
     return QuantTensor(format, shape, {name: t.view(specs[name][1]) for name, t in raw.items()})

@@ -107,6 +107,8 @@ def explain(x: Tensor, weight: QuantTensor | Operands) -> Explanation:
         TypeError: x has another dtype.
         ValueError: the last dimension of x is not K.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPE_NAMES:
         raise TypeError(f"x must be float32, bfloat16, float16 or bits in uint8, got {x.dtype}")
     n, k = weight.shape

@@ -123,7 +123,7 @@ def linear(
     `row` is an index of `_C.kernels()` that must serve the request; -1 chooses by cost.
     """
     m = x.shape[0]
-    out = torch.empty((m, n), dtype=x.dtype)
+    out = torch.empty((m, n), dtype=x.dtype, device="cpu")
     x_address, x_stride = address_of_rows(x)
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
     w.linear_ptr(
@@ -158,7 +158,7 @@ def linear_epilogue(
 ) -> Tensor:  # (M, N) in `dtype`, by default that of x
     """activation(x W^T + bias) + residual, or activation(gate) * (x W^T + bias) + residual, rounded once."""
     m = x.shape[0]
-    out = torch.empty((m, n), dtype=dtype or x.dtype)
+    out = torch.empty((m, n), dtype=dtype or x.dtype, device="cpu")
     gate_address, gate_stride = address_of_rows(gate)
     residual_address, residual_stride = address_of_rows(residual)
     others = next((t.dtype for t in (gate, residual) if t is not None), x.dtype)
@@ -212,7 +212,7 @@ def outlier_product(
 ) -> Tensor:  # (M, N) fp32
     """`reference.outlier_product` of x in fp32; `isa` caps the instruction set as LOWBIT_ISA does."""
     (m, k), (n, count) = x.shape, columns.shape
-    out = torch.empty((m, n), dtype=torch.float32)
+    out = torch.empty((m, n), dtype=torch.float32, device="cpu")
     x_address, x_stride = address_of_rows(x)
     _C.multiply_outliers_ptr(
         x_address,
@@ -244,7 +244,7 @@ def linear_many(
     m = x.shape[0]
     outs, entries = [], []
     for operands, bias, format, n in zip(weights, biases, formats, ns, strict=True):
-        out = torch.empty((m, n), dtype=x.dtype)
+        out = torch.empty((m, n), dtype=x.dtype, device="cpu")
         w, addresses = _operands(*operands, format, n, k)
         bias_dtype = 0 if bias is None else CODES[bias.dtype]
         entries.append((w, *addresses, address(bias), bias_dtype, address(out)))
@@ -268,7 +268,7 @@ def _linear_quantized(
     row: int,
 ) -> Tensor:
     m = x.shape[0]
-    out = torch.empty((m, n), dtype=dtype)
+    out = torch.empty((m, n), dtype=dtype, device="cpu")
     x_address, x_stride = address_of_rows(x)
     w, addresses = _operands(*operands, format, n, k)
     w.linear_quantized_ptr(
@@ -343,8 +343,10 @@ def int8_quantize(
     """`reference.quantize_int8`."""
     m, k = x.shape
     shape = (m,) if group is None else (m, -(-k // group))
-    scales = torch.empty(shape, dtype=torch.float32) if scale is None else scale.clone()
-    q = torch.empty((m, k), dtype=torch.int8)
+    scales = (
+        torch.empty(shape, dtype=torch.float32, device="cpu") if scale is None else scale.clone()
+    )
+    q = torch.empty((m, k), dtype=torch.int8, device="cpu")
     x_address, x_stride = address_of_rows(x)
     _C.quantize_int8_ptr(
         x_address,
@@ -366,8 +368,8 @@ def binary_quantize(
 ) -> tuple[Tensor, Tensor]:
     """`reference.quantize_binary`, the codes in canonical packing."""
     m, k = x.shape
-    bits = torch.empty((m, -(-k // 8)), dtype=torch.uint8)
-    scales = torch.empty(m, dtype=torch.float32)
+    bits = torch.empty((m, -(-k // 8)), dtype=torch.uint8, device="cpu")
+    scales = torch.empty(m, dtype=torch.float32, device="cpu")
     x_address, x_stride = address_of_rows(x)
     _C.quantize_binary_ptr(
         x_address,
@@ -430,7 +432,7 @@ def dequantize(
     row: int = -1,
 ) -> Tensor:  # (N, K)
     """The weight in fp32, rounded once to `dtype`."""
-    out = torch.empty((n, k), dtype=dtype)
+    out = torch.empty((n, k), dtype=dtype, device="cpu")
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
     w.dequantize_ptr(*addresses, address(out), CODES[dtype], torch.get_num_threads(), row)
     return out
@@ -449,7 +451,7 @@ def embedding(
 ) -> Tensor:  # (M, K)
     """Rows of the dequantized weight; only these rows are decoded."""
     m = indices.shape[0]
-    out = torch.empty((m, k), dtype=dtype)
+    out = torch.empty((m, k), dtype=dtype, device="cpu")
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
     w.embedding_ptr(
         address(indices), m, *addresses, address(out), CODES[dtype], torch.get_num_threads()

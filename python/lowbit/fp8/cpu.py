@@ -30,7 +30,7 @@ def absmax(
     isa: str = "",
 ) -> Tensor:  # fp32 of scale_shape
     """`reference.absmax` of at least one element."""
-    out = torch.empty(granularity.scale_shape(*x.shape), dtype=torch.float32)
+    out = torch.empty(granularity.scale_shape(*x.shape), dtype=torch.float32, device="cpu")
     x_address, x_stride = address_of_rows(x)
     _C.fp8_maxima_ptr(
         blocks(granularity, *x.shape),
@@ -56,9 +56,9 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # (R, K), scales, (K, R) if transposed
     """`reference.quantize` of at least one element."""
     rows, k = x.shape
-    q = torch.empty((rows, k), dtype=dtype)
-    q_t = torch.empty((k, rows), dtype=dtype) if transposed else None
-    scale = torch.empty(granularity.scale_shape(rows, k), dtype=scale_dtype)
+    q = torch.empty((rows, k), dtype=dtype, device="cpu")
+    q_t = torch.empty((k, rows), dtype=dtype, device="cpu") if transposed else None
+    scale = torch.empty(granularity.scale_shape(rows, k), dtype=scale_dtype, device="cpu")
     x_address, x_stride = address_of_rows(x)
     _C.fp8_quantize_ptr(
         blocks(granularity, rows, k),
@@ -87,7 +87,7 @@ def dequantize(
     isa: str = "",
 ) -> Tensor:  # (R, K) in `dtype`
     """`reference.dequantize` of at least one element."""
-    out = torch.empty(q.shape, dtype=dtype)
+    out = torch.empty(q.shape, dtype=dtype, device="cpu")
     _C.fp8_dequantize_ptr(
         blocks(granularity, *q.shape),
         address(q),
@@ -109,7 +109,7 @@ def cast(
     isa: str = "",
 ) -> Tensor:  # the shape of x
     """`reference.cast`."""
-    q = torch.empty(x.shape, dtype=dtype)
+    q = torch.empty(x.shape, dtype=dtype, device="cpu")
     _C.fp8_cast_ptr(
         address(x),
         CODES[x.dtype],

@@ -68,6 +68,8 @@ def scaled_mm(
         ValueError: K of a and b differ or is 0, the shape of a scale fits no granularity, the bias is not (N,), tensors
             are on different devices, or `requantize` has another name.
     """
+    checks.check_tensors(a=a, b=b, scale_a=scale_a, scale_b=scale_b)
+    checks.check_optional(bias=bias)
     if requantize is None:
         return _scaled_mm(a, b, scale_a, scale_b, bias, out_dtype or torch.bfloat16)
     check_requantize(requantize)

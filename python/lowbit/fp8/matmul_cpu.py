@@ -25,7 +25,7 @@ def scaled_mm(
 ) -> Tensor:  # (M, N) in `dtype`
     """`reference.scaled_mm` in fp32, rounded once to `dtype`."""
     (m, k), n = a.shape, b.shape[0]
-    out = torch.empty((m, n), dtype=dtype)
+    out = torch.empty((m, n), dtype=dtype, device="cpu")
     _C.fp8_matmul_ptr(
         m,
         n,

@@ -78,13 +78,15 @@ def quantize(
         ValueError: granularity or rounding has another name, a shape does not fit, `seed` is out of range or given
             with "nearest".
     """
+    checks.check_tensors(x=x)
+    checks.check_optional(maxima=maxima)
     g = granularities.find(granularity)
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
     if rounding == "nearest" and seed is not None:
         raise ValueError(f"seed must be None unless rounding is 'stochastic', got {seed}")
     if rounding == "stochastic" and seed is None:
-        seed = int(torch.randint(_MAX_SEED, ()))
+        seed = int(torch.randint(_MAX_SEED, (), dtype=torch.int64, device="cpu"))
     if maxima is not None and g.rows is None and maxima.dim():
         maxima = maxima.amax() if maxima.numel() else maxima.new_zeros(())
     q, scale, q_t = _quantize(
@@ -109,6 +111,7 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> 
         TypeError: a dtype is not one of those above.
         ValueError: the shape of the scale fits no granularity.
     """
+    checks.check_tensors(q=q, scale=scale)
     return _dequantize(q, scale, dtype)
 
 
@@ -123,6 +126,7 @@ def absmax(x: Tensor, granularity: str = "tensor") -> Tensor:
         TypeError: x has another dtype.
         ValueError: granularity has another name.
     """
+    checks.check_tensors(x=x)
     return _absmax(x, granularity)
 
 
@@ -141,6 +145,7 @@ def cast(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, saturate: bool = T
     Raises:
         TypeError: a dtype is not one of those above.
     """
+    checks.check_tensors(x=x)
     return _cast(x, dtype, saturate)
 
 

@@ -117,10 +117,11 @@ def noise(seed: int, rows: int, k: int, device: torch.device | None = None) -> T
     h(h(column ^ a) + b) with a = h(row + h(seed_high ^ h(seed_low))), b = h(a ^ 0x9e3779b9), and h the mixer
     "lowbias32" (Wellons, hash prospector).
     """
-    low, high = (torch.tensor(seed >> s & _WORD, device=device) for s in (0, 32))
-    a = _mix(torch.arange(rows, device=device) + _mix(high ^ _mix(low)) & _WORD)[:, None]
+    low, high = (torch.tensor(seed >> s & _WORD, dtype=torch.int64, device=device) for s in (0, 32))
+    row, column = (torch.arange(n, dtype=torch.int64, device=device) for n in (rows, k))
+    a = _mix(row + _mix(high ^ _mix(low)) & _WORD)[:, None]
     b = _mix(a ^ 0x9E3779B9)
-    return _mix(_mix(torch.arange(k, device=device) ^ a) + b & _WORD)
+    return _mix(_mix(column ^ a) + b & _WORD)
 
 
 def _mix(h: Tensor) -> Tensor:  # int64 in [0, 2^32)

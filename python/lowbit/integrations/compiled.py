@@ -32,10 +32,10 @@ class CompiledDecoder:
         config, dtype = model.config, model.model.norm.weight.dtype
         attention = model.model.layers[0].self_attn
         dim = attention.head_dim
-        self._logits = torch.empty(config.vocab_size, dtype=dtype)
+        self._logits = torch.empty(config.vocab_size, dtype=dtype, device="cpu")
         # The compiled decoder holds addresses; these tensors must live as long as it does.
         self._kept: list[object] = [self._logits]
-        positions = torch.arange(max_length).unsqueeze(0)
+        positions = torch.arange(max_length, dtype=torch.int64, device="cpu").unsqueeze(0)
         cos, sin = (t[0].float() for t in model.model.rotary_emb(self._logits, positions))
         # rotate_half(x) * sin is (x with its halves swapped) * (sin with its first half negated).
         sin[:, : dim // 2].neg_()

@@ -84,7 +84,7 @@ def run(request: Request) -> None:
         p.dtype != torch.bfloat16 for p in model.parameters()
     ):
         raise ValueError(f"{path}: transformers did not load this model as dense bf16")
-    prompt = torch.tensor([request.prompt_ids])
+    prompt = torch.tensor([request.prompt_ids], dtype=torch.int64, device="cpu")
     streamer = _Streamer(prompt.shape[1])
     tokens = model.generate(  # type: ignore[misc]
         prompt,
@@ -102,7 +102,7 @@ def run(request: Request) -> None:
         "weight_bytes": weight_bytes,
         "bits_per_weight": 8 * weight_bytes / model.num_parameters(),
     }
-    ids = torch.tensor(request.text_ids)
+    ids = torch.tensor(request.text_ids, dtype=torch.int64, device="cpu")
     with torch.inference_mode():
         logits = list(measure.window_logits(model, ids))
     result["perplexity"] = measure.perplexity(logits, ids)

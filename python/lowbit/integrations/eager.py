@@ -92,12 +92,12 @@ class EagerDecoder:
         self._mlp = empty(2, 1, config.intermediate_size)
         self._logits = empty(1, config.vocab_size)
         self._scores = self._logits[0].float()
-        positions = torch.arange(self.max_length, device=norm.device)
+        positions = torch.arange(self.max_length, dtype=torch.int64, device=norm.device)
         cos, sin = self.model.model.rotary_emb(self._residual, positions.unsqueeze(0))
         # rotate_half(x) * sin is (x with its halves swapped) * (sin with its first half negated).
         half = dim // 2
         self._cos, self._sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=1)
-        self._swap = torch.arange(dim, device=norm.device).roll(half)
+        self._swap = torch.arange(dim, dtype=torch.int64, device=norm.device).roll(half)
 
     def _bind_layer(self, index: int) -> _Layer:
         layer, cache = self.model.model.layers[index], self._cache[index]

@@ -36,7 +36,6 @@ from lowbit.io.convert import check_target, copy_rest
 from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
 from lowbit.io.matching import Match
 from lowbit.io.safetensors import load, save
-from lowbit.nn import fuse
 from lowbit.quantize import Report, Selection
 from lowbit.quantize.model import plan_layers
 
@@ -125,7 +124,6 @@ def load_folder(folder: str | os.PathLike[str]) -> PreTrainedModel:
     model = empty_model(path)
     _linears_for(model, Checkpoint(path))
     load(model, path)
-    fuse(model)
     if (path / _GENERATION).exists():
         with errors_of(f"{path / _GENERATION}: transformers cannot read it"):
             model.generation_config = GenerationConfig.from_pretrained(str(path))
@@ -300,7 +298,8 @@ def calibration_tokens(
             wrong = low if low < 0 else high
             raise ValueError(f"{path}: token {wrong} is not in [0, {vocabulary})")
     if len(rows) > samples:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        seeded = torch.Generator("cpu").manual_seed(seed)
+        order = torch.randperm(len(rows), generator=seeded, dtype=torch.int64, device="cpu")
         rows = [rows[i] for i in sorted(order[:samples].tolist())]
     return [row[None] for row in rows]
 
@@ -339,6 +338,8 @@ def _text_tokens(path: Path, folder: Path, per_line: bool) -> list[Tensor]:
     with errors_of(f"{folder}: the tokenizer cannot read the text {path}"):
         # Not verbose: the whole text may be longer than the model's window.
         return [
-            torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
+            torch.tensor(
+                tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64, device="cpu"
+            )
             for document in documents
         ]

@@ -99,4 +99,4 @@ class LlamaRunner:
             yield token
             if token in stop:
                 return
-            ids = torch.tensor([token], device=ids.device)
+            ids = torch.tensor([token], dtype=torch.int64, device=ids.device)

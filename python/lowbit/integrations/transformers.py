@@ -156,7 +156,8 @@ def _read(file: GGUFFile, name: str, target: Format | None) -> QuantTensor | Ten
 
 def _unpermute(tensor: QuantTensor | Tensor, head_dim: int) -> QuantTensor | Tensor:
     """Undoes llama.cpp's order of a head's rows: the two of a rotated pair are neighbours."""
-    rows = torch.arange(tensor.shape[0]).view(-1, head_dim // 2, 2).transpose(1, 2).flatten()
+    order = torch.arange(tensor.shape[0], dtype=torch.int64, device=tensor.device)
+    rows = order.view(-1, head_dim // 2, 2).transpose(1, 2).flatten()
     return tensor.map(lambda t: t[rows]) if isinstance(tensor, QuantTensor) else tensor[rows]
 
 

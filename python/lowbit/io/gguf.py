@@ -113,7 +113,7 @@ class GGUFFile(Mapping[str, "QuantTensor | Tensor"]):
         n, k = info.shape
         fmt = block.format
         out = {
-            key: torch.empty(shape, dtype=dtype)
+            key: torch.empty(shape, dtype=dtype, device="cpu")
             for key, (shape, dtype) in tensor_specs(fmt, n, k).items()
         }
         _, block_bytes = gguf.GGML_QUANT_SIZES[info.type]

@@ -60,7 +60,7 @@ class Match:
                 static = f"{prefix_of(name)}input_scale"
                 if static in self._available and isinstance(module, nn.Linear | QuantLinear):
                     # Loading makes it where the model has none.
-                    own.setdefault(static, torch.empty(()))
+                    own.setdefault(static, torch.empty((), dtype=torch.float32, device="cpu"))
             elif isinstance(module, PackedModule):
                 problems.append(
                     f"layer {shown(name)} is {module.format.name} in the model and not in the file"

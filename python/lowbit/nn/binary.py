@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from lowbit import binary
+from lowbit import binary, checks
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear
 from lowbit.strides import shaped
@@ -21,6 +22,11 @@ class BinaryLinear(QuantLinear):
         """x (..., K) gives (..., N) in its dtype; checks as `lowbit.binary`."""
         if isinstance(x, Proxy):
             return node_of(self, x)
+        checks.check_tensors(x=x)
         bits, scales = binary.quantize(x.reshape(-1, self.in_features))
-        y = binary.linear(bits, scales, self.operands(), self._parameters["bias"], x.dtype)
+        # Not self.operands(): torch.compile warns of a cache in the making of them.
+        w = {**self._buffers, **self._learned()}
+        tensors = (w["codes"], w["scales"], w["zeros"], w["table"], self._parameters["bias"])
+        meaning = (self._spec, self.layout, *self.shape)
+        y = torch.ops.lowbit.binary_linear(bits, scales, *tensors, *meaning, x.dtype)
         return shaped(y, *x.shape[:-1], self.out_features)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
+from lowbit import checks
 from lowbit.formats import Format
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear
@@ -141,6 +142,7 @@ class QuantConv2d(HasPackedWeight):
         """x (B, C, H, W) or (C, H, W) gives (B, N, H', W') or (N, H', W')."""
         if isinstance(x, Proxy):
             return node_of(self, x)
+        checks.check_tensors(x=x)
         if x.dim() == 3:
             y = self.forward(x[None])
             return shaped(y, *y.shape[1:])

@@ -6,6 +6,7 @@ are what an optimizer and a state dict see. (COAT, Xi et al., arXiv 2410.19313; 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -141,7 +142,7 @@ class FP8Linear(nn.Linear):
                 f"granularity must be one of {list(_GRANULARITIES)}, got {granularity!r}"
             )
         self.granularity = granularity
-        self._kept: tuple[tuple[object, ...], _Quantized] | None = None
+        self._kept: tuple[weakref.ref[Tensor], tuple[object, ...], _Quantized] | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, granularity: str = "tensor") -> FP8Linear:
@@ -158,7 +159,8 @@ class FP8Linear(nn.Linear):
             raise NotImplementedError(
                 f"linear is a {type(linear).__name__}, whose forward is not that of nn.Linear"
             )
-        layer = cls(linear.in_features, linear.out_features, False, granularity, "meta")
+        dtype = linear.weight.dtype
+        layer = cls(linear.in_features, linear.out_features, False, granularity, "meta", dtype)
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer.train(linear.training)
 
@@ -207,11 +209,12 @@ class FP8Linear(nn.Linear):
             or modes.active()
         ):
             return self._quantize_weight()
+        # Not by its address alone: another weight may lie where the last one did.
         key = (w.data_ptr(), w._version, w.dtype, w.device, self.granularity)
-        if self._kept is None or self._kept[0] != key:
+        if self._kept is None or self._kept[0]() is not w or self._kept[1] != key:
             with modes.outside():
-                self._kept = key, self._quantize_weight()
-        return self._kept[1]
+                self._kept = weakref.ref(w), key, self._quantize_weight()
+        return self._kept[2]
 
     def train(self, mode: bool = True) -> FP8Linear:
         """As in nn.Module; forgets the FP8 weight that inference has kept."""

@@ -35,12 +35,14 @@ def _load(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return fp8.dequantize(torch.atleast_1d(q), scale, dtype).view(q.shape)
 
 
-def _plain(*tensors: Tensor | None) -> bool:
+def _plain(x: Tensor, y: Tensor | None = None, *parameters: Tensor | None) -> bool:
     """Whether the plain op does: no gradient is needed, there is nothing to save, or what is saved is not autograd's:
     inside a transform of torch.func or for forward-mode AD.
     """
+    checks.check_tensors(x=x)
     if not torch.compiler.is_compiling() and modes.active():
         return True
+    tensors = (x, y, *parameters)
     empty = any(t is not None and not t.numel() for t in tensors)
     return empty or not (torch.is_grad_enabled() and checks.requires_grad(*tensors))
 
@@ -155,6 +157,7 @@ def fp8_gelu(x: Tensor, approximate: str = "none") -> Tensor:
 
 def fp8_mul(x: Tensor, y: Tensor) -> Tensor:
     """x * y, which broadcast, that saves in FP8 those that the gradients need."""
+    checks.check_tensors(y=y)
     if _plain(x, y):
         return x * y
     if x is y:
@@ -167,6 +170,7 @@ def fp8_add(x: Tensor, y: Tensor) -> tuple[Tensor, Saved | None]:
 
     The gradient needs neither; the FP8 copy, None without gradients, is what the normalization would make and save.
     """
+    checks.check_tensors(x=x, y=y)
     total = x + y
     return total, None if _plain(total) else _save(total)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import fused, layouts, modes, ops
+from lowbit.nn.packed import same_bits
 
 if TYPE_CHECKING:
     from lowbit.nn.linear import QuantLinear
@@ -24,17 +25,20 @@ _logger = logging.getLogger("lowbit")
 # Names of the children that Llama-like and BERT-like modules call with the same x.
 PATTERNS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 _GROUPS = "_lowbit_siblings"
+# Numbers that a group keeps between calls: x, and the other layers' products, scales and tables.
+_MAX_KEPT = 1 << 18
 
 
 class Siblings:
-    """Products of several QuantLinear with one x.
+    """Products of several QuantLinear with one x, on the CPU.
 
-    A product that is handed out belongs to the same tensor object x, unchanged (its version
-    counter), to the same weights, unchanged, to the same autocast, and to the calling thread.
-    Otherwise a layer computes its own: also if a gradient is needed, under torch.compile, inside
-    transforms of torch.func, for tensor subclasses, and for inference tensors, which have no
-    version counter. Once a product is not asked for (a layer was replaced, or is given another x),
-    the group dissolves itself.
+    A product that is handed out is that of the numbers that x, scales, zeros, table and bias hold at
+    that moment: copies of them are kept beside it and compared bit for bit, so that writes which no
+    version counter sees (`x.data`, numpy) count, too. Of the codes, which are large, it is the tensor
+    and its version counter. A layer computes its own product where something differs, a gradient is
+    needed, or what is kept would be large; also under torch.compile, in transforms of torch.func, and for tensor
+    subclasses. Once a product is not asked for (a layer was replaced, or is given another x), the
+    group dissolves itself.
     """
 
     def __init__(self, layers: Sequence[QuantLinear]) -> None:
@@ -46,8 +50,6 @@ class Siblings:
     def __setstate__(self, layers: list[QuantLinear]) -> None:
         self.layers = layers
         self._pending = threading.local()
-        self._held: Sequence[tuple[Tensor, Tensor | None]] = ()
-        self._arguments: tuple[Any, ...] = ()
         fused.groups[id(self)] = self
         for layer in layers:
             layer._siblings = self
@@ -56,41 +58,30 @@ class Siblings:
         """Lets every layer compute its own product from now on."""
         for layer in self.layers:
             layer._siblings = None
-        self.layers, self._held, self._arguments = [], (), ()
+        self.layers, self._pending = [], threading.local()
 
     def product(self, layer: QuantLinear, x: Tensor) -> Tensor | None:
         """x W^T + bias of `layer`, or None if it has to compute it itself."""
-        if type(x) is not Tensor or x.is_inference():
+        if type(x) is not Tensor or not x.is_cpu:
             return None
+        if modes.active():
+            return None
+        setting = (x.requires_grad, *_modes())
         pending: _Pending | None = getattr(self._pending, "value", None)
-        if (pending is None or pending.x is not x) and modes.active():
-            return None
-        call = (x._version, x.data_ptr(), x.requires_grad, *_modes())
-        if pending is not None and pending.x is x and pending.call == call:
+        if pending is None:
+            return self._compute(layer, x, setting)
+        if pending.modes == setting and same_bits(pending.x, x):
             result = pending.results.pop(id(layer), None)
             if not pending.results:
                 self._pending.value = None
-            return result[1] if result is not None and result[0] == _state(layer) else None
-        if pending is not None:
-            self._pending.value = None
-            _logger.info("%r is not called with the x of its siblings: not fused", layer)
-            self.dissolve()
-            return None
-        return self._compute(layer, x, call)
+            return result[1] if result is not None and result[0].holds(layer) else None
+        self._pending.value = None
+        _logger.info("%r is not called with the x of its siblings: not fused", layer)
+        self.dissolve()
+        return None
 
     def arguments(self) -> tuple[Any, ...]:
-        """What lowbit::linear_many takes after x, made anew when a layer has other tensors."""
-        held = [(each._buffers["codes"], each._parameters["bias"]) for each in self.layers]
-        for (codes, bias), (old_codes, old_bias) in zip(held, self._held, strict=False):
-            if codes is not old_codes or bias is not old_bias:
-                break
-        else:
-            if self._held:
-                return self._arguments
-        self._held, self._arguments = held, self._make_arguments()
-        return self._arguments
-
-    def _make_arguments(self) -> tuple[Any, ...]:
+        """What lowbit::linear_many takes after x."""
         buffers = [each._buffers for each in self.layers]
         return (
             [b["codes"] for b in buffers],
@@ -104,32 +95,57 @@ class Siblings:
             self.layers[0].shape[1],
         )
 
-    def _compute(self, layer: QuantLinear, x: Tensor, call: tuple[Any, ...]) -> Tensor | None:
+    def _compute(self, layer: QuantLinear, x: Tensor, modes: tuple[Any, ...]) -> Tensor | None:
         grad = torch.is_grad_enabled()
+        others = [each for each in self.layers if each is not layer]
         for each in self.layers:
             bias = each._parameters["bias"]
             if each._trained or (grad and bias is not None and bias.requires_grad):
                 return None
-            if each._buffers["codes"].device != x.device:
+            codes = each._buffers["codes"]
+            if codes.device != x.device or codes.is_inference():  # which has no version counter
                 return None
         if (grad and x.requires_grad) or torch.jit.is_tracing():
             return None
+        rows = x.numel() // max(1, layer.in_features)
+        kept = x.numel() + sum(rows * each.out_features + _numel(each) for each in others)
+        if kept > _MAX_KEPT:
+            return None
         ys = ops.linear_siblings(ops.autocast(x), id(self))
-        results = {id(each): (_state(each), y) for each, y in zip(self.layers, ys, strict=True)}
-        own: Tensor = results.pop(id(layer))[1]
-        self._pending.value = _Pending(x, call, results)
-        return own
+        products = {id(each): y for each, y in zip(self.layers, ys, strict=True)}
+        results = {id(each): (_Weight(each), products[id(each)]) for each in others}
+        self._pending.value = _Pending(x.detach().clone(), modes, results)
+        return products[id(layer)]
+
+
+class _Weight:
+    """What the product of a layer was computed with."""
+
+    __slots__ = ("_codes", "_copies", "_version")
+
+    def __init__(self, layer: QuantLinear) -> None:
+        self._codes = layer._buffers["codes"]
+        self._version = self._codes._version
+        self._copies = [None if t is None else t.detach().clone() for t in _small(layer)]
+
+    def holds(self, layer: QuantLinear) -> bool:
+        """Whether the layer would compute the same."""
+        return (
+            layer._buffers["codes"] is self._codes
+            and self._codes._version == self._version
+            and all(same_bits(a, b) for a, b in zip(self._copies, _small(layer), strict=True))
+        )
 
 
 class _Pending:
-    """Products of one x that were not asked for yet, with the state of the weights they used."""
+    """Products that were not asked for yet, with the x and the weights that they are of."""
 
-    __slots__ = ("call", "results", "x")
+    __slots__ = ("modes", "results", "x")
 
     def __init__(
-        self, x: Tensor, call: tuple[Any, ...], results: dict[int, tuple[Any, Tensor]]
+        self, x: Tensor, modes: tuple[Any, ...], results: dict[int, tuple[_Weight, Tensor]]
     ) -> None:
-        self.x, self.call, self.results = x, call, results
+        self.x, self.modes, self.results = x, modes, results
 
 
 def _modes() -> tuple[Any, ...]:
@@ -138,24 +154,23 @@ def _modes() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, dtype
 
 
-def _state(layer: QuantLinear) -> tuple[Any, ...]:
-    """What loading, moving and training change. Only of the bias is a write in place noticed: the
-    codebook's tensors belong to the layer.
-    """
-    bias = layer._parameters["bias"]
-    if bias is None:
-        return (id(layer._buffers["codes"]),)
-    return (id(layer._buffers["codes"]), id(bias), 0 if bias.is_inference() else bias._version)
+def _small(layer: QuantLinear) -> tuple[Tensor | None, ...]:
+    b = layer._buffers
+    return b["scales"], b["zeros"], b["table"], layer._parameters["bias"]
+
+
+def _numel(layer: QuantLinear) -> int:
+    return sum(t.numel() for t in _small(layer) if t is not None)
 
 
 def fuse(model: nn.Module) -> int:
     """Lets the q/k/v and gate/up projections of a model compute their products together.
 
-    Results are bit for bit those of separate calls. It saves parallel regions: worth trying where
-    several threads run small layers. One thread gains nothing. A module qualifies if it has children of these
+    Results are bit for bit those of separate calls. It saves parallel regions on the CPU: worth trying where several
+    threads run small layers on few rows. One thread gains nothing. A module qualifies if it has children of these
     names that are QuantLinear with the same number of input features and without outliers; one that is fused already
-    stays so. What the fused layers require of x: `Siblings`. deepcopy and pickle of the modules
-    around them keep them fused, those of a single layer do not.
+    stays so. When a layer computes its own product all the same: `Siblings`. deepcopy and pickle of the modules around
+    them keep them fused, those of a single layer do not.
 
     Returns:
         The number of groups made.

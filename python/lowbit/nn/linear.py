@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import int8, layouts, ops
+from lowbit import checks, int8, layouts, ops
 from lowbit.formats import Format
 from lowbit.nn.fused import Siblings
 from lowbit.nn.leaf import Proxy, node_of
@@ -116,7 +116,10 @@ class QuantLinear(PackedModule):
             raise ValueError(
                 f"format {self.format.name!r} has outliers, which multiply activations as they are"
             )
-        value = torch.as_tensor(scale, dtype=torch.float32).detach()
+        if isinstance(scale, Tensor):
+            value = scale.detach().to(torch.float32)
+        else:
+            value = torch.tensor(scale, dtype=torch.float32, device="cpu")
         if value.numel() != 1 or not bool((value > 0) & value.isfinite()):
             raise ValueError(f"input_scale must be one positive, finite number, got {scale!r:.200}")
         return value.reshape(()).to(device, copy=True)
@@ -157,6 +160,7 @@ class QuantLinear(PackedModule):
         Raises:
             ValueError: the bias has another shape.
         """
+        checks.check_optional(bias=bias)
         if bias is not None:
             if tuple(bias.shape) != weight.shape[:1]:
                 raise ValueError(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit import layouts, ops
+from lowbit import checks, layouts, ops
 from lowbit.formats import Format, as_format
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear, check_dense
@@ -109,7 +109,7 @@ class LLMInt8Linear(HasPackedWeight):
             raise ValueError(f"absmax must be finite of shape ({k},), got {tuple(absmax.shape)}")
         weight = linear.weight.detach()
         features = (absmax.to(weight.device) > threshold).nonzero().flatten()
-        rest = nn.Linear(k, linear.out_features, bias=False, device="meta")
+        rest = nn.Linear(k, linear.out_features, False, device="meta", dtype=weight.dtype)
         rest.weight = nn.Parameter(weight.index_fill(1, features, 0), requires_grad=False)
         quantized = QuantLinear.from_linear(rest, format, method)
         if linear.bias is not None:
@@ -147,6 +147,7 @@ class LLMInt8Linear(HasPackedWeight):
         """x (..., K) in fp32, bf16 or fp16 gives (..., N) in its dtype; gradients for x and the bias."""
         if isinstance(x, Proxy):
             return node_of(self, x)
+        checks.check_tensors(x=x)
         if self.features is None or self.columns is None:
             return self._forward_dynamic(x)
         if not len(self.features):

@@ -31,7 +31,7 @@ _SECOND = {name: f"second_{name}" for name in ("scales", "scales2", "scales2_off
 _BUFFERS = (*_OPERANDS, *_SECOND.values())
 
 # Codes buffer -> the canonical tensors last made from it, so that tied modules put the same tensors
-# into a state dict and it shows that they are tied.
+# into a state dict and it shows that they are tied; only while they hold what the module does.
 _exports = WeakTensorKeyDictionary()
 # What all tensors of a weight are multiplied by to multiply the weight, by the kind of its scales.
 _FACTORS = {
@@ -43,7 +43,19 @@ _FACTORS = {
     "bf16": ("scales",),
 }
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
 Self = TypeVar("Self", bound="PackedModule")
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are equal bit for bit."""
+    if a is None or b is None:
+        return a is b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    bits = _BITS[a.element_size()]
+    return torch.equal(a.view(bits), b.view(bits))
 
 
 @alone_after_fork
@@ -248,7 +260,14 @@ class PackedModule(HasPackedWeight):
             for name, t in buffers.items():
                 self._buffers[name] = codes if name == "codes" else keep_dtype(t)
         else:
-            self._set_operands(layouts.to_operands(self.quant_tensor().map(keep_dtype)))
+            # What comes from the meta device holds no values (`to_empty`), and columns must be some.
+            empty = buffers["codes"].is_meta
+            weight = (
+                zero_weight(self.format, *self.shape, codes.device)
+                if empty
+                else self.quant_tensor().map(keep_dtype)
+            )
+            self._set_operands(layouts.to_operands(weight))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=codes.device)).dtype
         done = {id(t) for _, t in self._weight_buffers()}
         return super()._apply(lambda t: t if id(t) in done else self._apply_other(fn, t), recurse)
@@ -257,18 +276,11 @@ class PackedModule(HasPackedWeight):
         return fn(t)
 
     def _canonical_tensors(self) -> dict[str, Tensor]:
-        codes = self._buffers["codes"]
-        held = [t for _, t in self._weight_buffers()]
-        held += [
-            p for name, p in self._parameters.items() if p is not None and name in TENSOR_NAMES
-        ]
-        state = [(id(t), t.is_inference() or t._version) for t in held]
-        old_state, references = _exports.get(codes, (None, {}))
-        tensors = {name: reference() for name, reference in references.items()}
-        if old_state == state and all(t is not None for t in tensors.values()):
-            return tensors
-        tensors = self.quant_tensor().tensors
-        _exports[codes] = (state, {name: weakref.ref(t) for name, t in tensors.items()})
+        codes, tensors = self._buffers["codes"], self.quant_tensor().tensors
+        made = {name: reference() for name, reference in _exports.get(codes, {}).items()}
+        if made and all(_holds(made[name], t) for name, t in tensors.items()):
+            return made
+        _exports[codes] = {name: weakref.ref(t) for name, t in tensors.items()}
         return tensors
 
     def other_tensors(self) -> dict[str, Tensor]:
@@ -402,6 +414,10 @@ class PackedModule(HasPackedWeight):
             for name in states.under(state_dict, prefix)
             if name not in known and name.split(".", 1)[0] not in self._modules
         ]
+
+
+def _holds(made: Tensor | None, t: Tensor) -> bool:
+    return made is not None and (t.is_meta or same_bits(made, t))
 
 
 def _is_float8(t: Tensor) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowbit import checks
-from lowbit.fp8.dtypes import check_float8
+from lowbit.fp8.dtypes import FLOAT8, check_float8
 from lowbit.optim import ops, reference
 
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -126,6 +127,16 @@ class FP8AdamW(Optimizer):
             group["maximize"],
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        # As bytes: torch can write float8 tensors with pickle but not read them.
+        states = {p: {n: _as_bytes(t) for n, t in s.items()} for p, s in self.state.items()}
+        return {**state, "state": states}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        states = {p: {n: _from_bytes(t) for n, t in s.items()} for p, s in state["state"].items()}
+        super().__setstate__({**state, "state": defaultdict(dict, states)})
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state dict of an FP8AdamW with the same parameters; states are copied to their devices.
 
@@ -165,19 +176,27 @@ def _check_group(group: dict[str, Any]) -> None:
         checks.check_float("params", param.dtype)
 
 
+def _as_bytes(t: Tensor) -> Tensor | tuple[Tensor, torch.dtype]:
+    return (t.view(torch.uint8), t.dtype) if t.dtype in FLOAT8 else t
+
+
+def _from_bytes(t: Tensor | tuple[Tensor, torch.dtype]) -> Tensor:
+    return t if isinstance(t, Tensor) else t[0].view(t[1])
+
+
 def _rate(lr: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(lr, Tensor):
         return lr.to(device, torch.float32).reshape(())
-    return torch.full((), lr, device=device)
+    return torch.full((), lr, dtype=torch.float32, device=device)
 
 
 def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     terms = (reference.num_terms(group["expand"]), reference.num_groups(param.numel()))
-    state = {"step": torch.zeros((), device=param.device)}
+    state = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
     for name in _STATES:
         dtype = group[f"{name}_dtype"]
         state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
-        state[f"{name}_terms"] = torch.ones(terms, device=param.device)
+        state[f"{name}_terms"] = torch.ones(terms, dtype=torch.float32, device=param.device)
     return state
 
 

@@ -81,7 +81,7 @@ def quantize(x: Tensor, dtype: torch.dtype, expand: bool) -> tuple[Tensor, Tenso
 
 def dequantize(codes: Tensor, terms: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The state (P,) that codes and terms stand for, computed in `dtype`."""
-    group = torch.arange(codes.numel(), device=codes.device) // GROUP
+    group = torch.arange(codes.numel(), dtype=torch.int64, device=codes.device) // GROUP
     z = codes.reshape(-1).to(dtype) * terms[0].to(dtype)[group]
     if len(terms) == 1:
         return z

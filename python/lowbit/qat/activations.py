@@ -53,7 +53,9 @@ class PACT(ActivationQuantizer):
         if not clip > 0:
             raise ValueError(f"clip must be positive, got {clip!r}")
         self.bits = bits
-        self.clip = nn.Parameter(torch.tensor(float(clip)))
+        self.clip = nn.Parameter(
+            torch.tensor(float(clip), dtype=torch.float32, device=torch.get_default_device())
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """The clipped and rounded x.
@@ -156,7 +158,7 @@ class XNORActivation(ActivationQuantizer):
         with torch.no_grad():
             codes, scales = reference.quantize_binary(x.detach().reshape(-1, x.shape[-1]))
             scale = scales.view(*x.shape[:-1], 1)
-            values = scale * (2.0 * codes.view(x.shape) - 1)
+            values = scale * (2 * codes.view(x.shape).to(torch.float32) - 1)
             slope = scale * (x.abs() <= 1)
         return straight_through(x * slope.to(x.dtype), values.to(x.dtype))
 

@@ -43,7 +43,8 @@ class BWN(STE):
         scales = reference.effective_scales(qt)
         assert scales is not None
         alpha = reference.per_weight(scales, self.format, k)
-        n = reference.per_weight(rtn.group_sizes(weight, self.format)[None], self.format, k)
+        sizes = rtn.group_sizes(weight, self.format).to(scales)
+        n = reference.per_weight(sizes[None], self.format, k)
         slope = 1 / n + alpha * (weight.detach().abs() <= 1)
         return weight * slope.to(weight.dtype)
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit import checks
 from lowbit.formats import Format
 from lowbit.nn import QuantConv2d, QuantLinear
 from lowbit.nn.leaf import Proxy, node_of
@@ -52,7 +53,10 @@ class Spec:
 
     def activation_quantizer(self, device: torch.device) -> ActivationQuantizer | None:
         """A new quantizer for the input, or None."""
-        return None if self.activation is None else self.activation().to(device)
+        if self.activation is None:
+            return None
+        with device:  # a quantizer makes its parameters on the default device
+            return self.activation().to(device)
 
 
 class FakeQuantLinear(nn.Module):
@@ -90,6 +94,7 @@ class FakeQuantLinear(nn.Module):
         """x (..., K) gives (..., N)."""
         if isinstance(x, Proxy):
             return node_of(self, x)
+        checks.check_tensors(x=x)
         x = x if self.activation is None else self.activation(x)
         return F.linear(x, self.quantizer(self.weight), self.bias)
 
@@ -130,7 +135,7 @@ class BitLinear(FakeQuantLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Arguments and initialization as in nn.Linear, without a bias unless asked for."""
-        dense = nn.Linear(in_features, out_features, bias, device, dtype)
+        dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         quantizer = BitNet(dense.weight)
         super().__init__(dense.weight, dense.bias, quantizer, Int8Activation())
 

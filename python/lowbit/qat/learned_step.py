@@ -111,10 +111,12 @@ class LSQActivation(ActivationQuantizer):
         if not isinstance(bits, int) or not 1 + signed <= bits <= 8:
             raise ValueError(f"bits must be {1 + signed} to 8, got {bits!r}")
         self.bits, self.signed = bits, signed
+        self._zeros = 0  # batches in training mode that could not start the step
         self._low = -(2 ** (bits - 1)) if signed else 0
         self._high = 2 ** (bits - signed) - 1
-        self.step = nn.Parameter(torch.ones(()))
-        self.register_buffer("started", torch.tensor(False))
+        device = torch.get_default_device()
+        self.step = nn.Parameter(torch.ones((), dtype=torch.float32, device=device))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """step * clamp(round(x / step)) in the dtype of x.
@@ -138,15 +140,25 @@ class LSQActivation(ActivationQuantizer):
     @torch.no_grad()
     def _start(self, x: Tensor) -> None:
         if not self.training:
-            raise ValueError("step has no value yet: run a batch in training mode first")
+            seen = (
+                f"the {self._zeros} batches seen in training mode held only zeros"
+                if self._zeros
+                else "no batch was seen in training mode"
+            )
+            raise ValueError(
+                f"step has no value yet: it starts from the mean magnitude of x, and {seen}; run one "
+                "with other values in training mode first"
+            )
         mean = x.float().abs().mean()
         if not bool(torch.isfinite(mean)):
             raise ValueError(
                 "x must be finite and not empty: the step starts from its mean magnitude"
             )
-        if mean > 0:
-            self.step.copy_(2 * mean / math.sqrt(self._high))
-            self.started.fill_(True)
+        if not mean > 0:
+            self._zeros += 1
+            return
+        self.step.copy_(2 * mean / math.sqrt(self._high))
+        self.started.fill_(True)
 
     def extra_repr(self) -> str:
         """Bits and sign."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lowbit import checks
 from lowbit.quantize.padding import Padding
 
 # Rows of an input that are converted to fp32 at a time hold about this many values.
@@ -51,6 +52,7 @@ class InputStatistics:
             ValueError: x has another number of features, or holds NaN or inf; no row of the slice
                 that holds it is counted then.
         """
+        checks.check_tensors(x=x)
         features = len(self.absmax)
         if x.dim() == 0 or x.shape[-1] != features:
             raise ValueError(f"x must have {features} features, got shape {tuple(x.shape)}")

@@ -76,12 +76,13 @@ def entropy_threshold(counts: Tensor, levels: int) -> int:
         return bins
     p = counts.double().cpu()
     total = p.sum()
-    kept = torch.arange(levels, bins + 1)
+    kept = torch.arange(levels, bins + 1, dtype=torch.int64, device="cpu")
     last = p[kept - 1]
     beyond = total - p.cumsum(0)[kept - 1]
     # Sums over the first bins: of counts, of counts that are not 0, of p log p.
     before = [torch.nn.functional.pad(t.cumsum(0), (1, 0)) for t in (p, (p > 0).double())]
-    edges = kept[:, None] * torch.arange(levels + 1) // levels
+    edges = torch.arange(levels + 1, dtype=torch.int64, device="cpu")
+    edges = kept[:, None] * edges // levels
     inside, used = (t[edges].diff(dim=1) for t in before)
     used[:, -1] += (last == 0) & (beyond > 0)
     mean = torch.where(used > 0, inside / used, 0.0)

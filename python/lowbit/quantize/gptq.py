@@ -134,7 +134,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:  # (K, K) fp64, u
             "damping or more calibration data"
         )
     upper = lower.flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(h)).to(h), upper=True)
+    return torch.linalg.solve_triangular(
+        upper, torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True
+    )
 
 
 class _Grid:
@@ -232,7 +234,7 @@ class _Sweep:
     def of(
         cls, hessian: Tensor, damping: float, act_order: bool, follows: bool, block: int
     ) -> _Sweep:
-        order = torch.arange(len(hessian), device=hessian.device)
+        order = torch.arange(len(hessian), dtype=torch.int64, device=hessian.device)
         if act_order:
             order = hessian.diagonal().argsort(descending=True, stable=True)
             hessian = hessian[order][:, order]

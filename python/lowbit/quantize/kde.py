@@ -128,12 +128,13 @@ class _Drawn:
     def density(self, nodes: int, bandwidth: float | None) -> tuple[Tensor, Tensor]:
         """Points (R, C), ascending, and what they count: the tails, and a grid of `nodes`."""
         first, last = _bounds(self.low, self.body, self.high)
-        share = torch.linspace(0, 1, nodes, dtype=torch.float64)
+        share = torch.linspace(0, 1, nodes, dtype=torch.float64, device=first.device)
         x = torch.minimum(first + (last - first) * share, last)
         width = _silverman(self.body, self.body_count, bandwidth)
         step = (last - first) / (nodes - 1)
         step = torch.where(step > 0, step, 1.0)
-        split = torch.arange(len(first)).split(max(1, _SLICE_VALUES // nodes))
+        rows = torch.arange(len(first), dtype=torch.int64, device=first.device)
+        split = rows.split(max(1, _SLICE_VALUES // nodes))
         tensors = (self.body, self.body_count, first, step, width)
         y = torch.cat([_smoothed(nodes, *(t[rows] for t in tensors)) for rows in split])
         # Where the sample has nothing the density is flat.
@@ -176,10 +177,13 @@ def _sampled(
     low = high = None
     for points, count in problems.parts():
         if drawn is None:
-            drawn = torch.randint(problems.size, (len(points), n), generator=generator)
+            shape, device = (len(points), n), generator.device
+            drawn = torch.randint(
+                problems.size, shape, generator=generator, dtype=torch.int64, device=device
+            )
             drawn = drawn.sort(dim=1).values.to(points.device)
         # A problem that comes in several parts is alone, so that its row says which indices are here.
-        ends = torch.tensor([begin, begin + points.shape[1]], device=points.device)
+        ends = drawn.new_tensor([begin, begin + points.shape[1]])
         first, last = torch.searchsorted(drawn[0], ends).tolist()
         sample.append(_gather(points, count, drawn[:, first:last] - begin))
         begin += points.shape[1]
@@ -247,7 +251,7 @@ def _silverman(body: Tensor, count: Tensor, bandwidth: float | None) -> Tensor: 
     if bandwidth is not None:
         return bandwidth * deviation
     values, order = body.sort(dim=1)
-    quartiles = lloyd.quantiles(values, count.gather(1, order), torch.tensor([0.25, 0.75]))
+    quartiles = lloyd.quantiles(values, count.gather(1, order), values.new_tensor([0.25, 0.75]))
     spread = quartiles.diff(dim=1) / 1.34
     spread = torch.where(spread > 0, torch.minimum(spread, deviation), deviation)
     # Points that count unequally are worth fewer equal ones.
@@ -264,12 +268,13 @@ def _smoothed(
     place = ((body - first) / step).clamp(0, nodes - 1)
     left = place.floor().clamp(max=nodes - 2)
     part = place - left
-    y = torch.zeros(len(body), nodes, dtype=torch.float64)
+    y = torch.zeros(len(body), nodes, dtype=torch.float64, device=body.device)
     y.scatter_add_(1, left.long(), count * (1 - part)).scatter_add_(
         1, left.long() + 1, count * part
     )
     y = torch.where(y.any(1, keepdim=True), y, 1.0)
-    wave = 2 * math.pi * torch.fft.rfftfreq(2 * nodes, dtype=torch.float64) / step
+    frequency = torch.fft.rfftfreq(2 * nodes, dtype=torch.float64, device=body.device)
+    wave = 2 * math.pi * frequency / step
     spectrum = torch.fft.rfft(torch.cat([y, y.flip(1)], 1)) * torch.exp(-0.5 * (wave * width) ** 2)
     return torch.fft.irfft(spectrum, n=2 * nodes)[:, :nodes].clamp(min=0)
 

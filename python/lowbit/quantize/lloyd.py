@@ -94,7 +94,7 @@ def iterate(
     moment = torch.cat([zero, (count * (points - mean)).cumsum(1)], 1)
     spread = ((count * (points - mean).square()).sum(1, keepdim=True) / mass[:, -1:]).sqrt()
     result, entries = start.clone(), start
-    rows = torch.arange(len(points))
+    rows = torch.arange(len(points), dtype=torch.int64, device=points.device)
     moving = torch.ones_like(rows, dtype=torch.bool)
     for _ in range(iterations):
         moved = _step(points, mass, moment, mean, entries)
@@ -136,14 +136,20 @@ def quantiles(points: Tensor, count: Tensor, probability: Tensor) -> Tensor:  # 
 
 def middles(entries: int) -> Tensor:  # (entries,) fp64
     """(i + 1/2) / entries."""
-    return (torch.arange(entries, dtype=torch.float64) + 0.5) / entries
+    return (torch.arange(entries, dtype=torch.float64, device="cpu") + 0.5) / entries
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:  # fp64
+    device = generator.device
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
 
 
 def _linear(points: Tensor, count: Tensor, entries: int, generator: torch.Generator) -> Tensor:
     counted = count > 0
     low = torch.where(counted, points, torch.inf).amin(1, keepdim=True)
     high = torch.where(counted, points, -torch.inf).amax(1, keepdim=True)
-    return low + (high - low) * torch.linspace(0, 1, entries, dtype=torch.float64)
+    share = torch.linspace(0, 1, entries, dtype=torch.float64, device=points.device)
+    return low + (high - low) * share
 
 
 def _density(points: Tensor, count: Tensor, entries: int, generator: torch.Generator) -> Tensor:
@@ -152,7 +158,7 @@ def _density(points: Tensor, count: Tensor, entries: int, generator: torch.Gener
 
 def _forgy(points: Tensor, count: Tensor, entries: int, generator: torch.Generator) -> Tensor:
     # The order of waiting times is that of drawing without replacement in proportion to `count`.
-    uniform = torch.rand(points.shape, generator=generator, dtype=torch.float64)
+    uniform = _uniform(points.shape, generator)
     wait = torch.where(count > 0, -torch.log1p(-uniform) / count, torch.inf)
     time, drawn = wait.topk(min(entries, points.shape[1]), dim=1, largest=False)
     # Rows with fewer points that count than entries repeat the first one.
@@ -165,7 +171,7 @@ def _plus_plus(points: Tensor, count: Tensor, entries: int, generator: torch.Gen
     chance, distance, drawn = count, torch.full_like(points, torch.inf), []
     for _ in range(entries):
         share = chance.cumsum(1)
-        uniform = torch.rand(len(points), 1, generator=generator, dtype=torch.float64)
+        uniform = _uniform((len(points), 1), generator)
         at = torch.searchsorted(share, uniform * share[:, -1:], right=True)
         # Where every point is an entry already, any of them will do.
         drawn.append(points.gather(1, at.clamp(max=points.shape[1] - 1)))

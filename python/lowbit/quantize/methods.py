@@ -24,6 +24,7 @@ from lowbit.quantize import (
     nuuq,
     outliers,
     rtn,
+    scales,
     scopes,
     twn,
 )
@@ -77,6 +78,10 @@ def quantize(
     With outliers in the format, every method quantizes the rest of the weight as if they were not
     there: they take the mean of the others in their group, and k-means gives them no importance.
 
+    Warns:
+        UserWarning: scales or outliers are so small that their dtype loses them (fp16 below about 1e-6): how many, and
+            what to use instead.
+
     Raises:
         TypeError, ValueError: an argument is not what is said above, or a scale or an outlier does
             not fit the format's dtype.
@@ -96,7 +101,9 @@ def quantize(
     missing = sorted(key for key, p in known.items() if p.default is p.empty and key not in given)
     if missing:
         raise ValueError(f"method {name!r} needs {missing[0]}")
-    return METHODS[name](weight, format, **given)
+    made = METHODS[name](weight, format, **given)
+    scales.warn_of_tiny(made)
+    return made
 
 
 def _with_outliers(
@@ -106,7 +113,7 @@ def _with_outliers(
     importance = scopes.check_importance(given.pop("weights", None), weight)
     columns = outliers.find(weight, format, importance)
     if "weights" in keywords(method):
-        ones = torch.ones(1, device=weight.device).expand(weight.shape)
+        ones = torch.ones(1, dtype=torch.float32, device=weight.device).expand(weight.shape)
         given["weights"] = outliers.without(ones if importance is None else importance, columns)
     rest = outliers.fill(weight, format, columns)
     qt = quantize(rest, format.without_outliers, method, **given)

@@ -47,7 +47,7 @@ def quantize_model(
     skip: Iterable[str] = DEFAULT_SKIP,
     method: str | None = None,
     progress: bool = True,
-    fuse: bool = True,
+    fuse: bool = False,
     calibration: Iterable[Any] | None = None,
     options: Mapping[str, Any] | None = None,
     observer: str | None = None,

@@ -71,8 +71,10 @@ def _tables(points: Tensor, count: Tensor | None, bits: int, iterations: int) ->
     x = points.double()
     weight = torch.ones_like(x) if count is None else count
     weight = weight / weight.sum(1, keepdim=True)
-    entries = torch.arange(2**bits, device=x.device)
-    signs = ((entries[:, None] >> torch.arange(bits, device=x.device) & 1) * 2 - 1).double()
+    entries = torch.arange(2**bits, dtype=torch.int64, device=x.device)
+    signs = (
+        (entries[:, None] >> torch.arange(bits, dtype=torch.int64, device=x.device) & 1) * 2 - 1
+    ).double()
     a, residual = x.new_empty(len(x), bits), x
     for i in range(bits):
         a[:, i] = (weight * residual.abs()).sum(1)

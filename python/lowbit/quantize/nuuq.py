@@ -15,7 +15,7 @@ from lowbit import packing, reference
 from lowbit.formats import DIGIT_BASES, Format, as_format
 from lowbit.quantize import kmeans, rtn, scopes
 from lowbit.quantize.report import measure
-from lowbit.quantize.scales import store_scales
+from lowbit.quantize.scales import count_tiny, store_scales
 from lowbit.tensor import QuantTensor
 
 
@@ -74,7 +74,8 @@ def quantize(
         store_scales(qt, _best_scales(qt, weight), power="nearest")
         rtn.fill_codes(qt, weight)
         error = measure("", weight, qt).relative_error
-        enough = error < least * (1 - 1e-3)
+        # Scales that their dtype rounds up choose codes that teach no table.
+        enough = error < least * (1 - 1e-3) and not count_tiny(qt)
         if error < least or best is None:
             best, least = qt, error
         if not enough:
@@ -131,7 +132,7 @@ class _Cells(NamedTuple):
 
 
 def _cells(qt: QuantTensor, weight: Tensor, levels: int) -> _Cells:
-    mass = moment = torch.zeros(levels, dtype=torch.float64)
+    mass = moment = torch.zeros(levels, dtype=torch.float64, device="cpu")
     for rows, points, count in scopes.weight_points(qt, weight, None):
         codes = packing.unpack_codes(qt.tensors["codes"][rows], qt.format, qt.shape[1])
         part = _Cells.of(points, codes, count, levels)
@@ -146,7 +147,8 @@ def _integer_table(cells: _Cells, top: int, powers: bool) -> tuple[tuple[float, 
     if absmax == 0:
         return tuple(float(q - len(mean) // 2) for q in range(len(mean))), 0.0
     # One grid in a row: the largest mean is on it, or for powers of two near it.
-    unit = absmax / torch.arange(1, top + 1, dtype=torch.float64)[:, None]
+    integers = torch.arange(1, top + 1, dtype=torch.float64, device=mean.device)
+    unit = absmax / integers[:, None]
     if powers:
         unit = unit.log2().ceil().exp2()
     q = (mean / unit).round() + 0.0

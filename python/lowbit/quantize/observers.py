@@ -166,8 +166,8 @@ class HistogramObserver(Observer):
     def __init__(self) -> None:
         super().__init__()
         self._top = 0.0
-        self._counts = torch.zeros(2 * BINS, dtype=torch.float64)
-        self._sums = torch.zeros(2 * BINS, dtype=torch.float64)
+        self._counts = torch.zeros(2 * BINS, dtype=torch.float64, device="cpu")
+        self._sums = torch.zeros(2 * BINS, dtype=torch.float64, device="cpu")
 
     def _update(self, values: Tensor, low: float, high: float) -> None:
         super()._update(values, low, high)
@@ -175,7 +175,8 @@ class HistogramObserver(Observer):
         self._top = self._top or absmax
         while absmax > self._top:
             self._top *= 2
-            index = (torch.arange(2 * BINS) - BINS) // 2 + BINS
+            index = torch.arange(2 * BINS, dtype=torch.int64, device="cpu")
+            index = (index - BINS) // 2 + BINS
             self._counts = torch.zeros_like(self._counts).index_add_(0, index, self._counts)
             self._sums = torch.zeros_like(self._sums).index_add_(0, index, self._sums)
         for part in values.split(_SLICE_VALUES):
@@ -220,7 +221,7 @@ class MSEObserver(HistogramObserver):
             grid = Grid.of(float(low), float(high), bits, symmetric)
             return (counts * (values - grid.rounded(values)).square()).sum()
 
-        ends = torch.tensor([self._min, self._max], dtype=torch.float64)
+        ends = values.new_tensor([self._min, self._max])
         low, high = clipping.least_error(ends[0], ends[1], error)
         return float(low), float(high)
 

@@ -7,6 +7,7 @@ without the outliers, and S holds what Q lacks there.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def add(
     """
     dtype = SCALE_DTYPES[format.outlier_dtype]
     values = torch.empty(columns.shape, dtype=dtype, device=weight.device)
-    scales = reference.effective_scales(qt)
+    scales, lost = reference.effective_scales(qt), 0
     for rows, w in rtn.slices(weight):
         index = columns[rows].long()
         rest = (w - reference.dequantize_rows(qt, rows, scales)).gather(1, index)
@@ -96,6 +97,15 @@ def add(
                 f"value {float(rest[n, i]):g}, which does not fit {format.outlier_dtype}: use fp32 outliers"
             )
         values[rows] = stored
+        # Half a code of the weight itself.
+        error = (stored.to(torch.float32) - rest).abs()
+        lost += int((error > w.gather(1, index).abs() / 2**format.bits).sum())
+    if lost:
+        warnings.warn(
+            f"weight: {lost} of {values.numel()} outliers ({lost / values.numel():.2%}) are so small that "
+            f"{format.outlier_dtype} loses them in format {format.name!r}: use fp32 outliers, or scale the weight",
+            stacklevel=4,
+        )
     sparse = {"outlier_columns": columns, "outlier_values": values}
     if qt.format != format.without_outliers:
         format = dataclasses.replace(

@@ -70,7 +70,7 @@ def histogram(weight: Tensor, qt: QuantTensor) -> WeightHistogram:
     low, values, high = _values(qt)
     margin = 0.15 * float(values[-1] - values[0]) or 1.0
     start, end = float(values[0]) - margin, float(values[-1]) + margin
-    scales, counts = reference.effective_scales(qt), torch.zeros(_BINS)
+    scales, counts = reference.effective_scales(qt), values.new_zeros(_BINS)
     for rows, w in rtn.slices(weight):
         zero = None if qt.zeros is None else qt.zeros[rows].float()
         offset = qt.format.zero == "min"
@@ -80,7 +80,7 @@ def histogram(weight: Tensor, qt: QuantTensor) -> WeightHistogram:
             ratio = ratio + zero[:, reference.group_index(qt.format, w.shape[1], w.device)]
         counts += torch.histc(ratio.clamp(start, end), _BINS, start, end).cpu()
     width = (end - start) / _BINS
-    edges = torch.linspace(start, end, _BINS + 1)
+    edges = torch.linspace(start, end, _BINS + 1, dtype=torch.float32, device="cpu")
     density = counts / (counts.sum() * width)
     return WeightHistogram(qt.format.name, edges, density, values, low, high)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lowbit import ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
+from lowbit import checks, ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
 from lowbit.formats import Format, as_format
 from lowbit.quantize import clipping as clip
 from lowbit.quantize.nearest import Nearest, nearest_codes
@@ -83,7 +83,7 @@ def quantize(
     Temporaries are small but for "percentile" of a tensor, which copies the weight.
 
     Raises:
-        TypeError: weight is not a floating tensor.
+        TypeError: weight is not a floating tensor, or table no tensor.
         ValueError: weight is not a matrix, is empty, holds NaN, inf or a value above 2^126, or
             needs a scale beyond the format's dtype; `table` is missing, not wanted, of the wrong
             shape or not finite; the scale rule does not fit the codec; an option is unknown, out of
@@ -181,7 +181,9 @@ def _rounder(rounding: str, top: int | None, generator: torch.Generator | None =
 
     def stochastic(ratio: Tensor) -> Tensor:
         below = ratio.floor()
-        noise = torch.rand(ratio.shape, generator=generator, device=ratio.device)
+        noise = torch.rand(
+            ratio.shape, generator=generator, dtype=torch.float32, device=ratio.device
+        )
         return below + (noise < ratio - below)
 
     rounders: dict[str, Round] = {
@@ -368,9 +370,11 @@ def set_table(qt: QuantTensor, table: Tensor) -> None:
     """Stores the table of a fitted format."""
     if qt.table is None:
         raise ValueError(f"table is only for fitted formats, {qt.format.name!r} has its own values")
-    if not isinstance(table, Tensor) or table.shape != qt.table.shape:
-        got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
-        raise ValueError(f"table must be a tensor of shape {tuple(qt.table.shape)}, got {got}")
+    checks.check_tensors(table=table)
+    if table.shape != qt.table.shape:
+        raise ValueError(
+            f"table must be of shape {tuple(qt.table.shape)}, got {tuple(table.shape)}"
+        )
     qt.tensors["table"].copy_(table)
     if not bool(torch.isfinite(qt.table).all()):
         raise ValueError("table must be finite in fp32, it holds NaN or inf")
@@ -447,7 +451,7 @@ def find_codes(
 def _affine_codes(ratio: Tensor, format: Format, zero: Tensor | None, round: Round) -> Tensor:
     # The zero is added after rounding where it is an integer: before it would cost bits of the
     # ratio.
-    offset = torch.tensor(0.0 if format.zero else 2.0 ** (format.bits - 1), device=ratio.device)
+    offset = ratio.new_tensor(0.0 if format.zero else 2.0 ** (format.bits - 1))
     if zero is not None and format.zero != "min":
         offset = reference.per_weight(zero, format, ratio.shape[1])
     code = round(ratio + offset) if format.zero == "float" else round(ratio) + offset

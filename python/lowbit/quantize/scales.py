@@ -6,6 +6,7 @@ Both are rounded to their stored dtype here; a zero is chosen for the scale as s
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -87,6 +88,33 @@ def store_scales(
         qt.tensors["scales"].copy_(stored)
 
 
+def count_tiny(qt: QuantTensor) -> int:
+    """How many scales are so small that rounding them moves the largest weight of a group by half a code."""
+    format = qt.format
+    if format.scale not in ("fp16", "e4m3"):
+        return 0
+    # Below the normal numbers the step of a dtype is constant. Codes reach twice as far with a zero.
+    info = torch.finfo(SCALE_DTYPES[format.scale])
+    codes = 2.0 ** (format.bits - (1 if format.zero else 2))
+    limit = min(info.smallest_normal, info.smallest_normal * info.eps * max(1.0, codes))
+    scales = qt.tensors["scales"].to(torch.float32)
+    return int(((scales != 0) & (scales.abs() <= limit)).sum())
+
+
+def warn_of_tiny(qt: QuantTensor) -> None:
+    """Warns once of the scales that `count_tiny` finds."""
+    count = count_tiny(qt)
+    if not count:
+        return
+    groups, format = qt.tensors["scales"].numel(), qt.format
+    warnings.warn(
+        f"weight: {count} of {groups} groups ({count / groups:.2%}) are so small that their scales lose digits or "
+        f"are rounded up in {format.scale}, the scale dtype of format {format.name!r}: use a format with fp32 or "
+        "bf16 scales, or scale the weight",
+        stacklevel=3,
+    )
+
+
 def _store_e8m0(qt: QuantTensor, scale: Tensor, rounding: str) -> None:
     # scale = mantissa * 2^exponent with mantissa in [0.5, 1): floor(log2 scale) = exponent - 1.
     mantissa, exponent = torch.frexp(scale)
@@ -112,7 +140,7 @@ def _store_dq8(tensors: dict[str, Tensor], scale: Tensor) -> None:  # (N, groups
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % DQ_BLOCK)).view(-1, DQ_BLOCK)
     factor = blocks.abs().amax(1, keepdim=True)
     ratio = torch.where(factor > 0, blocks / factor, 0.0)
-    index = nearest_codes(ratio, reference.dynamic_map().to(ratio.device))
+    index = nearest_codes(ratio, reference.dynamic_map(ratio.device))
     tensors["scales"].copy_(index.flatten()[: flat.numel()].view_as(scale))
     tensors["scales2"].copy_(factor.flatten())
     tensors["scales2_offset"].copy_(offset)

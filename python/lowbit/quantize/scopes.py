@@ -50,7 +50,7 @@ class Problems:
         return values.cpu(), None if count is None else count.gather(1, order).cpu()
 
     def _bins(self) -> tuple[Tensor, Tensor]:
-        total = moment = torch.zeros(())
+        total = moment = torch.zeros((), dtype=torch.float64, device="cpu")
         for points, count in self.parts():
             square = points.double().square()
             total = total + (points.shape[1] if count is None else count.sum(1))
@@ -60,7 +60,7 @@ class Problems:
         rows = len(rms)
         counts = torch.zeros(rows * MAX_POINTS, dtype=torch.float64, device=rms.device)
         sums = torch.zeros_like(counts)
-        first = MAX_POINTS * torch.arange(rows, device=rms.device)[:, None]
+        first = MAX_POINTS * torch.arange(rows, dtype=torch.int64, device=rms.device)[:, None]
         for points, count in self.parts():
             exact = points.double()
             key = exact / (exact.abs() + rms)

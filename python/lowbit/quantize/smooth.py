@@ -91,7 +91,7 @@ def awq_scales(
     if grid < 1:
         raise ValueError(f"grid must be at least 1, got {grid}")
     h = hessian.double()
-    best, least = torch.ones(k, device=absmean.device), torch.inf
+    best, least = torch.ones(k, dtype=torch.float32, device=absmean.device), torch.inf
     for step in range(grid + 1):
         s = absmean.float().clamp(min=_TINY) ** (step / grid)
         s = s / (s.max() * s.min()).sqrt()

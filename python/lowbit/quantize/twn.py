@@ -89,7 +89,7 @@ def _best_alpha(weight: Tensor, format: Format, per_tensor: bool) -> Tensor:  # 
 
     def best(g: Tensor) -> Tensor:
         sums = g.abs().sort(-1, descending=True).values.double().cumsum(-1)
-        m = torch.arange(1, g.shape[-1] + 1, device=g.device)
+        m = torch.arange(1, g.shape[-1] + 1, dtype=torch.int64, device=g.device)
         at = (sums.square() / m).argmax(-1, keepdim=True)
         return (sums.gather(-1, at) / (at + 1)).squeeze(-1)
 
