@@ -161,3 +161,19 @@ def test_opcheck_and_compile() -> None:
         return binary.linear(*binary.quantize(x), w)
 
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+
+
+def test_bits_and_activations_by_column() -> None:
+    """A stride along K other than 1: the values count, not where they lie."""
+    qt = random_weight(parse("binary_g64_fp32"), 70, 192)
+    codes, bits = signs(5, 192)
+    x_scales = torch.rand(5)
+    want = binary.linear(bits, x_scales, qt)
+    across = bits.t().contiguous().t()
+    assert across.stride(1) != 1
+    assert torch.equal(binary.linear(across, x_scales, qt), want)
+    x = codes.float() * 3
+    for got, expected in zip(
+        binary.quantize(x.t().contiguous().t()), binary.quantize(x), strict=True
+    ):
+        assert torch.equal(got, expected)

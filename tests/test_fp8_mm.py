@@ -232,3 +232,10 @@ def test_opcheck_and_compile() -> None:
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(a, scale_a)
     for got, want in zip(compiled, f(a, scale_a), strict=True):
         assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+def test_products_are_bf16_unless_asked_otherwise() -> None:
+    a, b = (torch.ones(2, 32).to(E4M3) for _ in range(2))
+    one = torch.tensor(1.0)
+    assert fp8.scaled_mm(a, b, one, one).dtype == torch.bfloat16
+    assert fp8.scaled_mm(a, b, one, one, requantize="row")[0].dtype == E4M3

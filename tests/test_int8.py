@@ -312,3 +312,23 @@ def test_opcheck_and_compile() -> None:
         return int8.linear(*int8.quantize(x), w)
 
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+
+
+def test_rows_of_subnormal_numbers() -> None:
+    """The inverse of the scale is at most the largest fp32: 0 stays 0 and nothing is NaN."""
+    tiny = torch.tensor([1e-40, 0.0, -5e-41, 3e-45])
+    x = torch.stack([tiny, -tiny, torch.tensor([1.0, -127.0, 0.0, 2.0]), torch.zeros(4)])
+    top = torch.finfo(torch.float32).max
+    inverse = (127 / x.double().abs().amax(1)).clamp(max=top)
+    wanted = (x.double() * inverse[:, None]).round()
+    for q, scales in (int8.quantize(x), reference.quantize_int8(x)):
+        assert torch.equal(q.double(), wanted)
+        assert bool(scales.isfinite().all())
+
+
+@pytest.mark.parametrize("group", [16, 48, 20])
+def test_scales_by_group_need_groups_of_whole_chunks(group: int) -> None:
+    qt = random_weight(parse(f"int4_g{group}"), 8, 240)
+    q = torch.ones(2, 240, dtype=torch.int8)
+    with pytest.raises(ValueError, match=f"multiples of 32, got {group}"):
+        int8.linear(q, torch.ones(2, -(-240 // group)), qt)

@@ -159,3 +159,15 @@ def test_bad_input(linear: nn.Linear) -> None:
         lowbit.quantize_llm_int8(nn.Sequential(linear), calibration=[], progress=False)
     with pytest.raises(ValueError, match="0: format must have int8 activations"):
         lowbit.quantize_llm_int8(nn.Sequential(linear), "int4", progress=False)
+
+
+def test_outliers_are_found_by_magnitude(linear: nn.Linear) -> None:
+    """Found in every call: the layer without its bias is odd, so outliers of either sign count."""
+    plain = nn.Linear(256, 96, bias=False)
+    layer = LLMInt8Linear.from_linear(plain)
+    x = torch.randn(7, 256)
+    x[:, PLANTED] = -70.0
+    with torch.no_grad():
+        assert torch.equal(layer(-x), -layer(x))
+        exact = plain(x)
+        assert (layer(x) - exact).norm() < 0.02 * exact.norm()

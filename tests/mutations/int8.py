@@ -14,7 +14,7 @@ MUTANTS = [
         ("factor = table_step if x_scales.dim() == 2", "factor = 1.0 if x_scales.dim() == 2"),
         ("(y * inverse).clamp(-128, 127).nan_to_num(0)", "(y * inverse).clamp(-127, 127).nan_to_num(0)"),
     ),
-    *python("int8.py", "int8")(
+    *python("int8.py", "requantize", "int8")(
         ("lost = (shift > 31) | (multiplier == 0)", "lost = (shift > 30) | (multiplier == 0)"),
         ("multiplier = (mantissa * 2**31 + 0.5).floor().long()", "multiplier = (mantissa * 2**31).floor().long()"),
         ("carry = multiplier == 2**31", "carry = multiplier == 2**30"),
