@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lowbit import Format, QuantTensor, codebooks, explain, linear
 from lowbit.backends import REFERENCE_ROW
-from lowbit.quantize import quantize
-from lowbit.quantize.smooth import awq_scales
+from lowbit.methods import quantize
+from lowbit.ptq.smooth import awq_scales
 
 GROUP = 64
 IDENTITY_ROWS = 64

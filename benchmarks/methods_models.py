@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from methods_data import CALIBRATION_IMAGES, TEST_IMAGES, crops, docstrings
 from torch import Tensor, nn
 
-from lowbit.quantize import Allocation, InputStatistics, allocate, collect, fisher_diagonal
-from lowbit.quantize.calibrate import attach
+from lowbit.ptq import Allocation, InputStatistics, allocate, collect, fisher_diagonal
+from lowbit.ptq.calibration import attach
 
 Weights = dict[str, Tensor]
 CANDIDATES = [f"int{bits}_g64" for bits in (2, 3, 4, 5)]
@@ -186,9 +186,9 @@ class SmolLM(Subject):
     def __init__(self) -> None:
         from transformers import LlamaForCausalLM
 
-        from lowbit.integrations import measure
+        from lowbit.cli import measure
+        from lowbit.cli.run import default_model
         from lowbit.integrations.transformers import load_tokenizer
-        from lowbit.run import default_model
 
         self.measure = measure
         path = default_model()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lowbit import ops
-from lowbit.quantize import quantize
+from lowbit.methods import quantize
 
 N = 64
 CALLS, ROUNDS = 2000, 15

@@ -108,7 +108,7 @@ def load_lowbit(path: str, threads: int) -> tuple[Forward, Callable[[], None], C
     """(appends tokens, forgets them, the logits after the last) of the model in `path`."""
     import torch
 
-    from lowbit.integrations.runner import LlamaRunner
+    from lowbit.decoder.runner import LlamaRunner
     from lowbit.integrations.transformers import load_gguf
 
     torch.set_num_threads(threads)
@@ -221,7 +221,7 @@ def main() -> None:
         library, path, threads, vocab, out = arguments.work
         print(json.dumps(vars(work(library, path, int(threads), int(vocab), out))))
         return
-    from lowbit.run import default_model
+    from lowbit.cli.run import default_model
 
     results = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.layouts import Operands
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

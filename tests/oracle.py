@@ -7,7 +7,7 @@ import math
 import torch
 
 from lowbit import reference
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 
 
 def normal(n: int, k: int, seed: int = 0) -> torch.Tensor:

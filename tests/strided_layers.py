@@ -18,8 +18,8 @@ from lowbit import fp8, qat
 from lowbit.fp8.granularity import GRANULARITIES
 from lowbit.nn import fp8_activations as activations
 from lowbit.optim import ops as optim
-from lowbit.quantize.calibrate import InputStatistics
-from lowbit.quantize.smooth import smooth_scales
+from lowbit.ptq.calibration import InputStatistics
+from lowbit.ptq.smooth import smooth_scales
 
 N, K = 70, 96
 

@@ -15,7 +15,7 @@ import lowbit
 from lowbit import _C, int8, layouts, ops
 from lowbit.formats import parse
 from lowbit.layouts import Operands
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 from weights import random_weight
 
 N, K = 70, 96

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
-from lowbit.quantize import InputStatistics, Rule, allocate, knapsack, quantize, quantize_model
-from lowbit.quantize import model as model_module
+from lowbit.methods import quantize
+from lowbit.nn.names import Rule
+from lowbit.ptq import InputStatistics, allocate, knapsack, quantize_model
+from lowbit.ptq import model as model_module
 
 ITEM = st.lists(st.tuples(st.integers(0, 40), st.floats(0, 100)), min_size=1, max_size=4)
 

@@ -13,8 +13,8 @@ from oracle import assert_codes_are_best, normal
 import lowbit
 from lowbit.backends import REFERENCE_ROW
 from lowbit.formats import Format
-from lowbit.quantize import quantize
-from lowbit.quantize.report import measure
+from lowbit.methods import quantize
+from lowbit.ptq.report import measure
 
 TERNARY = ("ternary_fp32", "ternary_trits_g64_bf16", "tq2_0", "ternary_row_dq8", "ternary_g32_e8m0")
 

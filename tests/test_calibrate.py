@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from lowbit import nn as qnn
-from lowbit.quantize import InputStatistics, collect, quantize, quantize_model
-from lowbit.quantize import calibrate as calibrate_module
-from lowbit.quantize import model as model_module
-from lowbit.quantize.progress import bar
+from lowbit.methods import quantize
+from lowbit.ptq import InputStatistics, collect, quantize_model
+from lowbit.ptq import calibration as calibrate_module
+from lowbit.ptq import model as model_module
+from lowbit.ptq.progress import bar
 
 
 class Net(nn.Module):

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lowbit
-from lowbit import bench, cli, ops
+from lowbit import ops
+from lowbit.cli import bench, main
 from lowbit.formats import FORMATS, parse
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The output of a command that must succeed."""
     with pytest.raises(SystemExit) as ended:
-        cli.main([str(a) for a in arguments])
+        main.main([str(a) for a in arguments])
     output = capsys.readouterr()
     assert ended.value.code == 0, output.err
     return output.out
@@ -39,7 +40,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
 def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The message of a command that must fail on its input."""
     with pytest.raises(SystemExit) as ended:
-        cli.main([str(a) for a in arguments])
+        main.main([str(a) for a in arguments])
     output = capsys.readouterr()
     assert ended.value.code == 1
     assert output.out == ""
@@ -74,7 +75,7 @@ def test_formats(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bits_per_weight_is_that_of_a_weight() -> None:
     for name in ("nf4_g64_dq8", "nvfp4", "uint3", "kmeans3_pr"):
         qt = lowbit.quantize(torch.randn(64, 300), name)
-        assert cli.bits_per_weight(parse(name), 64, 300) == qt.bits_per_weight
+        assert main.bits_per_weight(parse(name), 64, 300) == qt.bits_per_weight
 
 
 def test_quantize_and_info(
@@ -223,7 +224,7 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
 
 
 def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.importlib.metadata, "version", {"lowbit": "1.2.3"}.__getitem__)
+    monkeypatch.setattr(main.importlib.metadata, "version", {"lowbit": "1.2.3"}.__getitem__)
     assert run(capsys, "--version") == "1.2.3\n"
 
 
@@ -244,7 +245,7 @@ def test_bench_weights_exceed_twice_the_cache() -> None:
 def test_run_passes_its_options(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = pytest.importorskip("lowbit.run")
+    module = pytest.importorskip("lowbit.cli.run")
     asked = []
     monkeypatch.setattr(module, "run", asked.append)
     run(capsys, "run")
@@ -320,7 +321,7 @@ def test_usage_errors_have_status_2(capsys: pytest.CaptureFixture[str]) -> None:
         ["explain", "--shape", "8,8", "-f", "nf4", "-m", "-1"],
     ):
         with pytest.raises(SystemExit) as ended:
-            cli.main(arguments)
+            main.main(arguments)
         assert ended.value.code == 2
         assert "Usage" in capsys.readouterr().err
 
@@ -336,7 +337,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_typer_the_message_says_what_to_install() -> None:
-    ended = python("sys.modules['typer'] = None; import lowbit.cli")
+    ended = python("sys.modules['typer'] = None; import lowbit.cli.main")
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == (
         "lowbit: typer is not installed; the commands need: pip install 'lowbit[cli]'"

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.formats import FORMATS
-from lowbit.io.convert import quantize_file
-from lowbit.io.safetensors import load, load_tensors
-from lowbit.quantize import quantize, quantize_model
+from lowbit.io.save_load import load, load_tensors
+from lowbit.methods import quantize
+from lowbit.ptq import quantize_model
+from lowbit.ptq.file import quantize_file
 
 # The file holds a convolution, integers and FP8, which stay as they are.
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the weights stay dense")

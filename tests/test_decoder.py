@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowbit
 from lowbit import _C
-from lowbit.integrations.compiled import CompiledDecoder
-from lowbit.integrations.eager import EagerDecoder
-from lowbit.integrations.runner import LlamaRunner
+from lowbit.decoder.compiled import CompiledDecoder
+from lowbit.decoder.eager import EagerDecoder
+from lowbit.decoder.runner import LlamaRunner
 from lowbit.nn import BinaryLinear, LLMInt8Linear, QuantLinear
 
 LENGTH = 150  # more than two blocks of 64 positions

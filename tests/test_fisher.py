@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.quantize import Rule, allocate, output_fisher, quantize, quantize_model
+from lowbit.methods import quantize
+from lowbit.nn.names import Rule
+from lowbit.ptq import allocate, output_fisher, quantize_model
 
 WIDTH, CLASSES = 32, 20
 

@@ -15,8 +15,8 @@ from oracle import assert_codes_are_best, normal
 import lowbit
 from lowbit.backends import REFERENCE_ROW
 from lowbit.formats import Format
-from lowbit.quantize import kde, quantize, rtn, scopes
-from lowbit.tensor import QuantTensor
+from lowbit.methods import fitting, kde, quantize, rtn
+from lowbit.weights.quantized import QuantTensor
 
 FITS = ("distq", "kde", "kmeans", "lloyd")
 SCOPES = ("tensor", "row", "group")
@@ -129,7 +129,7 @@ def test_an_entry_without_points_stays():
 def test_lloyd_of_many_points_is_binned(monkeypatch: pytest.MonkeyPatch):
     weight = normal(30, 300)
     exact = quantize(weight, plain(3), "lloyd", init="density").table
-    monkeypatch.setattr(scopes, "MAX_POINTS", 4096)
+    monkeypatch.setattr(fitting, "MAX_POINTS", 4096)
     binned = quantize(weight, plain(3), "lloyd", init="density").table
     # Bins are 1/2048 wide in v / (|v| + rms): 2e-3 at 1 of 1, and both stop within the tolerance.
     assert (binned - exact).abs().max() < 0.02
@@ -174,7 +174,7 @@ def test_kde_counts_and_tails(monkeypatch: pytest.MonkeyPatch):
 def test_kde_without_tails_is_the_density_of_scipy():
     stats = pytest.importorskip("scipy.stats")
     weight = normal(1, 900)
-    problems = scopes.Problems(900, lambda: [(weight, None)])
+    problems = fitting.Problems(900, lambda: [(weight, None)])
     drawn = kde._draw(problems, 1.0, 0.0, 1, torch.Generator())
     points, count = drawn.density(2048, 0.2)
     # The bandwidth of scipy is relative to the deviation with n - 1.

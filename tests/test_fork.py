@@ -13,7 +13,7 @@ SETUP = """
 import os, sys, torch, lowbit
 from torch import nn
 from lowbit.formats import parse
-from lowbit.tensor import QuantTensor, tensor_specs
+from lowbit.weights.quantized import QuantTensor, tensor_specs
 torch.set_num_threads(2)
 n = k = 1024
 def weight(name):

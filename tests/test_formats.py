@@ -22,7 +22,7 @@ from lowbit.formats import (
 )
 from lowbit.reference import dynamic_map, e8m0_values, effective_scales
 from lowbit.tables import E2M1_TABLE, IQ4_NL_TABLE, NF4_TABLE, float8_values, normal_float
-from lowbit.tensor import QuantTensor, tensor_specs
+from lowbit.weights.quantized import QuantTensor, tensor_specs
 from weights import ALL_FORMATS
 
 BYTES = np.arange(256, dtype=np.uint8)

@@ -29,9 +29,9 @@ from gguf_files import (
     write,
     write_llama,
 )
-from lowbit.io.gguf import GGUFFile
-from lowbit.io.safetensors import load_tensors, save
-from lowbit.tensor import QuantTensor
+from lowbit.io.readers.gguf import GGUFFile
+from lowbit.io.save_load import load_tensors, save
+from lowbit.weights.quantized import QuantTensor
 
 # Examples are made from the seed of the test's name, so that a failure is found again.
 fuzz = settings(

@@ -20,10 +20,10 @@ from gguf import GGMLQuantizationType as GGMLType  # noqa: E402
 from gguf_files import HALF_FIELDS, random_blocks, raw_file, string, tensor_entry, write  # noqa: E402
 from lowbit import reference  # noqa: E402
 from lowbit.formats import parse  # noqa: E402
-from lowbit.io import gguf as reader  # noqa: E402
-from lowbit.io.gguf import GGUFFile  # noqa: E402
-from lowbit.io.safetensors import load_tensors  # noqa: E402
-from lowbit.tensor import QuantTensor  # noqa: E402
+from lowbit.io.readers import gguf as reader  # noqa: E402
+from lowbit.io.readers.gguf import GGUFFile  # noqa: E402
+from lowbit.io.save_load import load_tensors  # noqa: E402
+from lowbit.weights.quantized import QuantTensor  # noqa: E402
 
 TYPES = list(HALF_FIELDS)
 each_type = pytest.mark.parametrize("kind", TYPES, ids=lambda t: t.name)

@@ -29,11 +29,11 @@ from gguf_files import (  # noqa: E402
     write,
     write_llama,
 )
-from lowbit.integrations import dense  # noqa: E402
+from lowbit.cli import baseline  # noqa: E402
+from lowbit.decoder.runner import LlamaRunner  # noqa: E402
 from lowbit.integrations import transformers as integration  # noqa: E402
-from lowbit.integrations.runner import LlamaRunner  # noqa: E402
 from lowbit.integrations.transformers import load_gguf, load_tokenizer, packed_modules  # noqa: E402
-from lowbit.io.gguf import GGUFFile  # noqa: E402
+from lowbit.io.readers.gguf import GGUFFile  # noqa: E402
 
 SPEC = Llama()
 TOKENS = torch.arange(40) * 7 % SPEC.vocab
@@ -130,11 +130,11 @@ def test_the_dense_side_of_a_comparison_has_the_files_frequencies(tmp_path):
         tmp_path / "a.gguf", {"rope_freqs.weight": (FACTORS["growing"], None)},
         **{"llama.rope.scaling.factor": 2.0},
     )  # fmt: skip
-    request = dense.Request(
+    request = baseline.Request(
         str(path), [1, 2], TOKENS.tolist(), 2, torch.get_num_threads(), str(tmp_path)
     )
-    dense.run(request)
-    got = torch.cat(torch.load(tmp_path / dense.LOGITS)).float()
+    baseline.run(request)
+    got = torch.cat(torch.load(tmp_path / baseline.LOGITS)).float()
     oracle = dense_model(path)
     with torch.inference_mode():
         without = oracle(TOKENS[None]).logits[0]
@@ -146,7 +146,9 @@ def test_what_transformers_cannot_load_is_not_compared(tmp_path):
     bias = {f"blk.{i}.attn_q.bias": (np.ones(SPEC.hidden, np.float32), None) for i in range(2)}
     path = changed(tmp_path / "a.gguf", bias)
     with pytest.raises(NotImplementedError, match="no dense model to compare with"):
-        dense.run(dense.Request(str(path), [1], [1, 2], 1, torch.get_num_threads(), str(tmp_path)))
+        baseline.run(
+            baseline.Request(str(path), [1], [1, 2], 1, torch.get_num_threads(), str(tmp_path))
+        )
 
 
 def test_the_base_of_a_file_that_names_none(tmp_path):

@@ -17,14 +17,7 @@ from torch.utils import _device
 
 import lowbit
 from lowbit import qat, reference
-from lowbit.quantize import (
-    OBSERVERS,
-    allocate,
-    fisher_diagonal,
-    output_fisher,
-    plots,
-    smooth,
-)
+from lowbit.ptq import OBSERVERS, allocate, fisher_diagonal, output_fisher, plots, smooth
 
 PACKAGE = Path(lowbit.__file__).parent
 # torch's own list of the functions that obey its default device, by dotted name below torch.

@@ -12,7 +12,7 @@ from oracle import assert_codes_are_best, normal
 import lowbit
 from lowbit import reference
 from lowbit.formats import FORMATS, Format
-from lowbit.quantize import gptq, hqq, quantize
+from lowbit.methods import gptq, hqq, quantize
 from weights import ALL_FORMATS, assert_close
 
 ids = {"ids": lambda f: f.name}

@@ -12,7 +12,7 @@ import lowbit
 from lowbit import layouts, ops, reference
 from lowbit.formats import Format, parse
 from lowbit.layouts import CANONICAL, N16
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 from weights import ALL_FORMATS, random_weight
 
 LAYOUTS = (CANONICAL, N16)

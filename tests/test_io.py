@@ -18,12 +18,13 @@ from torch import nn
 
 from lowbit import nn as qnn
 from lowbit.formats import FORMATS
-from lowbit.io import container
-from lowbit.io.checkpoint import describe
-from lowbit.io.container import Source
-from lowbit.io.safetensors import load, load_tensors, save
-from lowbit.quantize import quantize, quantize_model
-from lowbit.tensor import QuantTensor
+from lowbit.io import safetensors_file
+from lowbit.io.native import describe
+from lowbit.io.safetensors_file import Source
+from lowbit.io.save_load import load, load_tensors, save
+from lowbit.methods import quantize
+from lowbit.ptq import quantize_model
+from lowbit.weights.quantized import QuantTensor
 from weights import ALL_FORMATS, random_weight
 
 DTYPES = [
@@ -136,7 +137,7 @@ def test_the_container_is_that_of_the_library(tmp_path: Path):
         Source({name: (tuple(t.shape), t.dtype)}, lambda name=name, t=t: {name: t})
         for name, t in tensors.items()
     ]
-    container.write(tmp_path / "ours", sources, metadata)
+    safetensors_file.write(tmp_path / "ours", sources, metadata)
     save_file(tensors, tmp_path / "theirs", metadata)
     ours, theirs = ((tmp_path / name).read_bytes() for name in ("ours", "theirs"))
     sizes = [struct.unpack("<Q", data[:8])[0] for data in (ours, theirs)]

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lowbit.formats import FORMATS
-from lowbit.io.container import Reader
-from lowbit.io.safetensors import load_tensors, save
-from lowbit.quantize import quantize
+from lowbit.io.safetensors_file import Reader
+from lowbit.io.save_load import load_tensors, save
+from lowbit.methods import quantize
 
 WEIGHT = quantize(torch.randn(4, 100, generator=torch.Generator().manual_seed(0)), "ternary")
 DEEP = "[" * 100_000

@@ -14,8 +14,8 @@ from test_io import dense_tensors, equal
 from torch import nn
 
 import lowbit
-from lowbit.io.container import Reader
-from lowbit.io.safetensors import load, load_tensors, save
+from lowbit.io.safetensors_file import Reader
+from lowbit.io.save_load import load, load_tensors, save
 
 STATE = {"w": lowbit.quantize(torch.randn(64, 64), "int4_g32_o2"), "d": torch.randn(2048)}
 
@@ -70,7 +70,7 @@ def test_copies_survive_a_file_that_changes(damage: str, tmp_path: Path):
 def test_a_mapped_file_that_is_cut_kills_the_process_as_documented(tmp_path: Path):
     path = save({"d": torch.randn(1 << 20)}, tmp_path / "x.safetensors")
     code = (
-        "import os, sys; from lowbit.io.safetensors import load_tensors\n"
+        "import os, sys; from lowbit.io.save_load import load_tensors\n"
         "t = load_tensors(sys.argv[1], mmap=sys.argv[2] == 'mmap')['d']; os.truncate(sys.argv[1], 4096); print(t.sum())"
     )
     codes = [

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowbit.formats import FORMATS
-from lowbit.io import container
-from lowbit.io.checkpoint import describe
-from lowbit.io.convert import quantize_file
-from lowbit.io.safetensors import load, load_tensors, save
+from lowbit.io import safetensors_file
+from lowbit.io.native import describe
+from lowbit.io.save_load import load, load_tensors, save
 from lowbit.nn import QuantLinear
-from lowbit.tensor import TENSOR_NAMES
+from lowbit.ptq.file import quantize_file
+from lowbit.weights.quantized import TENSOR_NAMES
 from weights import random_weight
 
 LAYER = random_weight(FORMATS["int4"], 2, 8)
@@ -75,7 +75,7 @@ def test_tensors_of_other_layouts_are_refused(tmp_path: Path):
 
 
 def test_a_header_that_no_reader_takes_is_refused(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(container, "_MAX_HEADER", 1000)
+    monkeypatch.setattr(safetensors_file, "_MAX_HEADER", 1000)
     refused({"x" * 1000: ONE}, ValueError, "the header must take at most 1000 bytes", tmp_path)
 
 

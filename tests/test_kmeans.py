@@ -18,8 +18,8 @@ from oracle import assert_codes_are_best, normal
 
 from lowbit import _C, reference
 from lowbit.formats import Format
-from lowbit.quantize import quantize, scopes
-from lowbit.tensor import QuantTensor
+from lowbit.methods import fitting, quantize
+from lowbit.weights.quantized import QuantTensor
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +212,7 @@ def test_bins_cost_next_to_nothing(outliers: bool, importance: str | None, monke
         weights = torch.rand(weight.shape) * (importance == "some")
     format = Format.lut(bits=4, scale=None, group=None)
     exact = quantize(weight, format, weights=weights).dequantize()
-    monkeypatch.setattr(scopes, "MAX_POINTS", 16384)
+    monkeypatch.setattr(fitting, "MAX_POINTS", 16384)
     binned = quantize(weight, format, weights=weights).dequantize()
     count = 1 if weights is None or not weights.any() else weights
     error, least = (((w - weight).double().square() * count).sum() for w in (binned, exact))
@@ -228,7 +228,7 @@ def test_long_rows_are_binned(monkeypatch: pytest.MonkeyPatch):
     weight = normal(3, 3000)
     format = Format.lut(bits=3, scale=None, group=None, table_scope="row")
     exact = quantize(weight, format)
-    monkeypatch.setattr(scopes, "MAX_POINTS", 2048)
+    monkeypatch.setattr(fitting, "MAX_POINTS", 2048)
     binned = quantize(weight, format)
     # Bins are 1/1024 wide in v / (|v| + rms), 4e-3 of a standard deviation at 1; entries are means
     # of many.

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from lowbit import nn as qnn
 from lowbit import qat
-from lowbit.quantize import allocate, quantize_llm_int8, quantize_model
+from lowbit.ptq import allocate, quantize_llm_int8, quantize_model
 
 transformers.logging.set_verbosity_error()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit import _C, binary, fp8, int8, layouts, ops
-from lowbit.bound import bind_linear
+from lowbit.decoder.bound import bind_linear
 from lowbit.formats import parse
 from lowbit.fp8.granularity import GRANULARITIES
 from lowbit.layouts import CANONICAL, K16, N16

@@ -18,7 +18,7 @@ from lowbit import reference
 from lowbit.formats import Format, parse
 from lowbit.layouts import CANONICAL, N16
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
-from lowbit.tensor import QuantTensor, tensor_specs
+from lowbit.weights.quantized import QuantTensor, tensor_specs
 from weights import ALL_FORMATS, random_weight
 
 # One for every operand that can be present or absent, and each kind of two-level scale.

@@ -13,8 +13,9 @@ from torch import nn
 import lowbit
 from lowbit import binary, fp8, int8, ops, qat
 from lowbit import nn as lnn
-from lowbit.quantize import OBSERVERS, InputStatistics, quantize
-from lowbit.tensor import QuantTensor
+from lowbit.methods import quantize
+from lowbit.ptq import OBSERVERS, InputStatistics
+from lowbit.weights.quantized import QuantTensor
 
 K, N = 64, 32
 X, W = torch.randn(3, K), torch.randn(N, K)

@@ -15,10 +15,10 @@ import lowbit
 from lowbit import reference
 from lowbit.backends import REFERENCE_ROW
 from lowbit.formats import Format, parse
-from lowbit.io.convert import quantize_file
-from lowbit.io.safetensors import load_tensors
-from lowbit.quantize import quantize
-from lowbit.tensor import QuantTensor
+from lowbit.io.save_load import load_tensors
+from lowbit.methods import quantize
+from lowbit.ptq.file import quantize_file
+from lowbit.weights.quantized import QuantTensor
 
 
 def error(weight: torch.Tensor, qt: QuantTensor) -> float:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.quantize import OBSERVERS, Grid, Observer, attach, clipping
-from lowbit.quantize.observers import (
+from lowbit.methods import clipping
+from lowbit.ptq import OBSERVERS, Grid, Observer, attach
+from lowbit.ptq.observers import (
     BINS,
     EMAObserver,
     KLObserver,

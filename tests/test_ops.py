@@ -18,7 +18,7 @@ import lowbit
 from lowbit import _C, backends, layouts, ops, packing, reference
 from lowbit.formats import FORMATS, Format, parse
 from lowbit.layouts import CANONICAL, N16, Operands
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 from weights import ALL_FORMATS, random_codes, random_weight
 
 LAYOUTS = (CANONICAL, N16)

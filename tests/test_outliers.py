@@ -20,11 +20,11 @@ from torch import nn
 import lowbit
 from lowbit import _C, backends, int8, layouts, ops, reference
 from lowbit.backends import cpu
-from lowbit.bound import bind_linear
+from lowbit.decoder.bound import bind_linear
 from lowbit.formats import Format, parse
 from lowbit.layouts import CANONICAL, K16, N16
 from lowbit.nn import QuantEmbedding, QuantLinear, fuse
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 from weights import random_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,8 +8,8 @@ from oracle import normal
 
 import lowbit
 from lowbit.formats import parse
-from lowbit.quantize import kmeans, outliers, rtn
-from lowbit.tensor import QuantTensor
+from lowbit.methods import kmeans, rtn, sparse
+from lowbit.weights.quantized import QuantTensor
 
 
 def test_the_largest_weights_are_outliers_and_exact() -> None:
@@ -117,5 +117,5 @@ def test_bad_weights() -> None:
 def test_fill_takes_the_mean_of_the_others() -> None:
     w = torch.tensor([[1.0, 2.0, 30.0, 4.0, 50.0, 60.0]])
     columns = torch.tensor([[2, 4, 5]], dtype=torch.int32)
-    filled = outliers.fill(w, parse("int4_g4_o3"), columns)
+    filled = sparse.fill(w, parse("int4_g4_o3"), columns)
     assert torch.equal(filled, torch.tensor([[1.0, 2.0, 7 / 3, 4.0, 0.0, 0.0]]))

@@ -7,14 +7,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lowbit.quantize import (
-    OBSERVERS,
-    attach,
-    collect,
-    output_fisher,
-    quantize_llm_int8,
-    quantize_model,
-)
+from lowbit.ptq import OBSERVERS, attach, collect, output_fisher, quantize_llm_int8, quantize_model
 
 transformers.logging.set_verbosity_error()
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]

@@ -11,7 +11,8 @@ from torch import nn
 pytest.importorskip("matplotlib")
 
 from lowbit.formats import FORMATS, parse
-from lowbit.quantize import allocate, plots, quantize, quantize_model
+from lowbit.methods import quantize
+from lowbit.ptq import allocate, plots, quantize_model
 
 
 @pytest.mark.parametrize("name", ["nf4", "uint4_g32", "uint4_zfloat", "q4_1", "e4m3", "int2_a8"])

@@ -16,7 +16,7 @@ from oracle import assert_codes_are_best, normal
 
 from lowbit import reference
 from lowbit.formats import FORMATS, Format
-from lowbit.quantize import quantize, rtn
+from lowbit.methods import quantize, rtn
 from weights import ALL_FORMATS, random_weight
 
 FIXED = [f for f in ALL_FORMATS if not f.fitted]

@@ -11,10 +11,10 @@ from torch import nn
 
 from lowbit import nn as qnn
 from lowbit import qat
-from lowbit.nn import fused
-from lowbit.quantize import model as model_module
-from lowbit.quantize import quantize_llm_int8, quantize_model, smooth
-from lowbit.quantize import swap as swap_module
+from lowbit.nn import siblings
+from lowbit.ptq import model as model_module
+from lowbit.ptq import quantize_llm_int8, quantize_model, smooth
+from lowbit.ptq import swap as swap_module
 
 
 class Attention(nn.Module):
@@ -130,14 +130,14 @@ def test_fuse_is_undone(monkeypatch: pytest.MonkeyPatch):
     model = nn.ModuleList([Attention(), Attention()])
     made: list[int] = []
 
-    class Failing(fused.Siblings):
+    class Failing(siblings.Siblings):
         def __init__(self, layers: list[qnn.QuantLinear]) -> None:
             super().__init__(layers)
             made.append(1)
             if len(made) == 2:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(fused, "Siblings", Failing)
+    monkeypatch.setattr(siblings, "Siblings", Failing)
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
         quantize_model(model, "int4", progress=False, fuse=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lowbit.formats import Format
-from lowbit.quantize import METHODS, quantize, rtn
+from lowbit.methods import METHODS, quantize, rtn
 from weights import ALL_FORMATS
 
 

@@ -24,7 +24,7 @@ from lowbit.integrations.pretrained import (  # noqa: E402
     load_folder,
     save_folder,
 )
-from lowbit.quantize import Recipe, Rule, quantize_model  # noqa: E402
+from lowbit.ptq import Recipe, Rule, quantize_model  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(60)]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -146,7 +146,7 @@ def test_budget_of_a_file(capsys, tmp_path):
     save_file({**weights, "norm.weight": torch.ones(64)}, source)
     arguments = ["quantize", source, target, "-f", "int2_g32", "-f", "int4_g32", "--budget", 3.5]
     printed = run(capsys, *arguments, "--report", tmp_path / "plots")
-    state = lowbit.io.safetensors.load_tensors(target)
+    state = lowbit.io.save_load.load_tensors(target)
     assert {name: state[name].format.name for name in "ab"} == {"a": "int2_g32", "b": "int4_g32"}
     assert "3.500" in printed
     assert (tmp_path / "plots" / "codebooks.png").exists()
@@ -316,7 +316,7 @@ MISSING = [
     (
         "matplotlib",
         "matplotlib.figure",
-        "lowbit.quantize.plots",
+        "lowbit.ptq.plots",
         "-f nf4 --report r",
         "lowbit[plots]",
     ),
@@ -345,7 +345,7 @@ def test_missing_packages_are_named(package, gone, module, arguments, extra, cap
 
 
 def test_options_have_the_values_of_json():
-    from lowbit.quantize_command import parse_options
+    from lowbit.cli.quantize import parse_options
 
     assert parse_options(["a=true", "b=1", "c=0.5", 'd="x=y"']) == (
         ("a", True),

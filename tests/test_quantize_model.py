@@ -15,8 +15,10 @@ from torch import nn
 
 from lowbit import nn as qnn
 from lowbit.formats import FORMATS
-from lowbit.quantize import Selection, quantize, quantize_model
-from lowbit.quantize import model as model_module
+from lowbit.methods import quantize
+from lowbit.nn.names import Selection
+from lowbit.ptq import model as model_module
+from lowbit.ptq import quantize_model
 
 
 class Block(nn.Module):
@@ -223,7 +225,7 @@ def test_dense_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch):
 
 PEAK = """
 import re, sys, torch
-from lowbit.quantize import quantize_model
+from lowbit.ptq import quantize_model
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowbit.formats import FORMATS, Format
-from lowbit.quantize import Recipe, Rule, Selection, quantize, quantize_model
-from lowbit.quantize.names import compile_pattern
+from lowbit.methods import quantize
+from lowbit.nn.names import Rule, Selection, compile_pattern
+from lowbit.ptq import Recipe, quantize_model
 
 MINE = Format.lut(bits=2, table=[-1, -0.25, 0.5, 1], group=32)
 RECIPE = Recipe(

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit import _C, bound, int8, layouts, ops, reference
+from lowbit import _C, int8, layouts, ops, reference
+from lowbit.decoder import bound
 from lowbit.formats import FORMATS, parse
 from lowbit.layouts import CANONICAL, K16, M16
 from lowbit.nn import LLMInt8Linear, QuantConv2d, QuantEmbedding, QuantLinear, fuse
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 from weights import random_weight
 
 N, K = 70, 96

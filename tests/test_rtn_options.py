@@ -17,7 +17,7 @@ from oracle import assert_codes_are_best, normal
 import lowbit
 from lowbit.backends import REFERENCE_ROW
 from lowbit.formats import Format
-from lowbit.quantize import clipping, quantize
+from lowbit.methods import clipping, quantize
 
 FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3)
 

@@ -12,11 +12,11 @@ pytest.importorskip("transformers")
 
 import lowbit
 from gguf_files import Llama, llama_tensors, write_llama
-from lowbit import run as job
-from lowbit.integrations import measure
-from lowbit.integrations.runner import LlamaRunner
+from lowbit.cli import measure
+from lowbit.cli import run as job
+from lowbit.cli.run import RunOptions, default_model, run
+from lowbit.decoder.runner import LlamaRunner
 from lowbit.integrations.transformers import load_gguf, load_tokenizer
-from lowbit.run import RunOptions, default_model, run
 
 KEYS = {
     "bits_per_weight", "decode_tokens_per_second", "dtype", "format", "import_seconds", "kernels",

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.quantize import fisher_diagonal, quantize, quantize_model
+from lowbit.methods import quantize
+from lowbit.ptq import fisher_diagonal, quantize_model
 
 
 class Net(nn.Module):

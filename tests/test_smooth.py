@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from lowbit import int8
-from lowbit.quantize import InputStatistics, quantize
-from lowbit.quantize.smooth import awq_scales, fold, smooth_scales
+from lowbit.methods import quantize
+from lowbit.ptq import InputStatistics
+from lowbit.ptq.smooth import awq_scales, fold, smooth_scales
 
 
 class ShiftedNorm(nn.Module):

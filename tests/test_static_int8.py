@@ -12,7 +12,7 @@ from torch import nn
 import lowbit
 from lowbit import int8
 from lowbit.nn import QuantLinear, fuse
-from lowbit.quantize import OBSERVERS, attach, quantize_model
+from lowbit.ptq import OBSERVERS, attach, quantize_model
 
 
 def layer(n: int = 70, k: int = 96, format: str = "int4_g32_a8") -> QuantLinear:

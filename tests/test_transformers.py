@@ -16,11 +16,11 @@ from transformers import LlamaForCausalLM  # noqa: E402
 
 import lowbit  # noqa: E402
 from gguf_files import Llama, llama_fields, llama_tensors, write, write_llama  # noqa: E402
-from lowbit.integrations.runner import LlamaRunner  # noqa: E402
+from lowbit.cli.run import default_model  # noqa: E402
+from lowbit.decoder.runner import LlamaRunner  # noqa: E402
 from lowbit.integrations.transformers import load_gguf, load_tokenizer, packed_modules  # noqa: E402
-from lowbit.io.gguf import GGUFFile  # noqa: E402
+from lowbit.io.readers.gguf import GGUFFile  # noqa: E402
 from lowbit.nn import QuantEmbedding, QuantLinear  # noqa: E402
-from lowbit.run import default_model  # noqa: E402
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPTS = (

@@ -14,7 +14,7 @@ from lowbit import backends, binary, int8, layouts, ops, planes, reference
 from lowbit.backends import triton as backend
 from lowbit.formats import FORMATS, Format
 from lowbit.layouts import K16, Operands
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 from weights import ALL_FORMATS, assert_close, random_weight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.quantize import (
+from lowbit.methods import quantize  # fmt: skip
+from lowbit.ptq import (
     InputStatistics,
     allocate,
     fisher_diagonal,
     output_fisher,
-    quantize,
     quantize_llm_int8,
     quantize_model,
-)  # fmt: skip
+)
 
 
 class Moe(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from lowbit import packing, reference
 from lowbit.formats import FORMATS, Format
-from lowbit.tensor import QuantTensor, tensor_specs
+from lowbit.weights.quantized import QuantTensor, tensor_specs
 
 # Formats that no built-in covers: odd groups, short tables, every table scope with groups, each scale dtype.
 EXTRA_FORMATS = (

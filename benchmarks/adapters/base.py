@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit.bench import cache_bytes
+from lowbit.cli.bench import cache_bytes
 
 # Relative Frobenius error against float64 on the candidate's own dequantized weight. bf16 weights, x
 # and y each round by at most 2^-8 (0.2 % rms); int8 activations by absmax / 254 a group, 0.4 to 0.9 %

@@ -9,8 +9,8 @@ from adapters.base import Candidate, eager, group_of, num_copies
 from lowbit import backends, ops
 from lowbit.formats import as_format
 from lowbit.layouts import Operands
-from lowbit.quantize import quantize
-from lowbit.tensor import QuantTensor
+from lowbit.methods import quantize
+from lowbit.weights.quantized import QuantTensor
 
 _MARKS = {"int8": "_a8", "int8_table": "_a8t"}
 

@@ -9,7 +9,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("torch") is not None:
@@ -24,20 +23,21 @@ if TYPE_CHECKING:
     from lowbit import binary, codebooks, fp8, int8, integrations, nn, optim, qat
     from lowbit._C import kernels
     from lowbit.backends import explain
-    from lowbit.io.safetensors import load, save
+    from lowbit.io.save_load import load, save
+    from lowbit.methods import quantize
     from lowbit.ops import dequantize, linear, linear_many
-    from lowbit.quantize import quantize, quantize_llm_int8, quantize_model
-    from lowbit.tensor import QuantTensor
+    from lowbit.ptq import quantize_llm_int8, quantize_model
+    from lowbit.weights.quantized import QuantTensor
 
 # Where each name lives; None for a module.
 _HOMES = {
-    "QuantTensor": "lowbit.tensor", "binary": None, "codebooks": None, "dequantize": "lowbit.ops",
+    "QuantTensor": "lowbit.weights.quantized", "binary": None, "codebooks": None, "dequantize": "lowbit.ops",
     "explain": "lowbit.backends",
     "fp8": None, "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops",
     "linear_many": "lowbit.ops",
-    "load": "lowbit.io.safetensors", "nn": None, "optim": None, "qat": None,
-    "quantize": "lowbit.quantize", "quantize_llm_int8": "lowbit.quantize",
-    "quantize_model": "lowbit.quantize", "save": "lowbit.io.safetensors",
+    "load": "lowbit.io.save_load", "nn": None, "optim": None, "qat": None,
+    "quantize": "lowbit.methods", "quantize_llm_int8": "lowbit.ptq",
+    "quantize_model": "lowbit.ptq", "save": "lowbit.io.save_load",
 }  # fmt: skip
 __all__ = [
     "Format", "QuantTensor", "__version__", "binary", "codebooks", "dequantize", "explain", "formats", "fp8", "int8",
@@ -47,14 +47,14 @@ __all__ = [
 
 
 def _rebuild(*args: Any) -> Any:
-    from lowbit.tensor import _rebuild as rebuild
+    from lowbit.weights.quantized import _rebuild as rebuild
 
     return rebuild(*args)
 
 
 if "torch" in sys.modules:
     # torch.load(weights_only=True) looks a pickled QuantTensor up by this name; it need not be imported for that.
-    _rebuild.__module__ = "lowbit.tensor"
+    _rebuild.__module__ = "lowbit.weights.quantized"
     sys.modules["torch"].serialization.add_safe_globals([_rebuild])
 
 
@@ -78,11 +78,5 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: object) -> None:
-        # Importing lowbit.quantize would bind the name of the function `quantize` to the module.
-        if not (isinstance(value, ModuleType) and name in ("formats", "kernels", "quantize")):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -17,7 +17,7 @@ from lowbit import backends, checks, ops, transforms
 from lowbit.formats import Format, parse
 from lowbit.layouts import CHUNK_K, Operands
 from lowbit.strides import contiguous, rows_of, shaped
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 
 _WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table"
 _SCHEMAS = {

@@ -27,7 +27,7 @@ from torch import Tensor
 from lowbit import _C, fragments, modes, packing, planes, reference, strides
 from lowbit.forking import alone_after_fork
 from lowbit.formats import Format
-from lowbit.tensor import SCALE_DTYPES, QuantTensor, tensor_specs
+from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor, tensor_specs
 
 CANONICAL = "canonical"
 N16 = "n16"

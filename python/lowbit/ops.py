@@ -34,7 +34,7 @@ from lowbit import (
 )
 from lowbit.layouts import Operands
 from lowbit.strides import contiguous, rows_of, shaped
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 
 _WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table"
 _MEANING = "str format, str layout, SymInt n, SymInt k"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowbit import modes, packing
 from lowbit.formats import DQ_BLOCK, Format
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 
 INT8_PART = 65536  # csrc/int8.h kMaxInt8Group: weights whose products with int8 are summed in int32
 INT8_SUMS = 128  # csrc/int8.h kSumParts: groups whose fp32 sum stands apart

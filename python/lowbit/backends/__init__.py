@@ -18,7 +18,7 @@ from lowbit import layouts
 from lowbit.backends import cpu, cuda, reference, triton
 from lowbit.formats import Format
 from lowbit.layouts import CANONICAL, K16, M16, N16, Operands
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 
 _BACKENDS: dict[tuple[str, str], ModuleType] = {
     ("cpu", N16): cpu,

@@ -17,8 +17,8 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from lowbit.io.container import Reader, tensor_files
 from lowbit.io.foreign import CONFIG_NAME, read_json
+from lowbit.io.safetensors_file import Reader, tensor_files
 
 # Of every from_pretrained.
 LOADS_HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

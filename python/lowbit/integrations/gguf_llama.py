@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lowbit.files import shown
-from lowbit.io.gguf import GGUFFile
-from lowbit.tensor import QuantTensor
+from lowbit.io.readers.gguf import GGUFFile
+from lowbit.weights.quantized import QuantTensor
 
 T = TypeVar("T")
 

@@ -30,14 +30,15 @@ from lowbit.integrations.configuration import (
     quiet,
     read_config,
 )
-from lowbit.io.checkpoint import Checkpoint
-from lowbit.io.container import Reader, tensor_files
-from lowbit.io.convert import check_target, copy_rest
 from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
-from lowbit.io.matching import Match
-from lowbit.io.safetensors import load, save
-from lowbit.quantize import Report, Selection
-from lowbit.quantize.model import plan_layers
+from lowbit.io.match import Match
+from lowbit.io.native import Checkpoint
+from lowbit.io.safetensors_file import Reader, tensor_files
+from lowbit.io.save_load import load, save
+from lowbit.nn.names import Selection
+from lowbit.ptq import Report
+from lowbit.ptq.file import check_target, copy_rest
+from lowbit.ptq.model import plan_layers
 
 _GENERATION = "generation_config.json"
 _SHOWN = 8  # names in an error message
@@ -110,7 +111,7 @@ def check_folders(source: str | os.PathLike[str], target: str | os.PathLike[str]
 
 
 def load_folder(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """Loads a folder that `save_folder` or `lowbit.io.convert.quantize_file` wrote.
+    """Loads a folder that `save_folder` or `lowbit.ptq.file.quantize_file` wrote.
 
     No dense form of a quantized weight is made. Sibling projections compute their products
     together, as `lowbit.quantize_model` leaves them.

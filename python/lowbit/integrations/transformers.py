@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import lowbit
 from lowbit.files import cut
 from lowbit.formats import Format, as_format
 from lowbit.integrations.gguf_llama import (
@@ -31,11 +30,12 @@ from lowbit.integrations.gguf_llama import (
     rotary_embedding,
     token_id,
 )
-from lowbit.io.gguf import GGUFFile
-from lowbit.io.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
+from lowbit.io.readers.gguf import GGUFFile
+from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
+from lowbit.methods import quantize
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.nn.surgery import replace
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 
 
 def load_gguf(
@@ -178,7 +178,7 @@ def _fill(
         bias = torch.zeros(weight.shape[0])
     if target is not None:
         dense = weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
-        weight = lowbit.quantize(dense, target)
+        weight = quantize(dense, target)
         del dense
         _return_freed_memory()
     if not isinstance(weight, QuantTensor):

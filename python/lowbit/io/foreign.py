@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lowbit.io.container import Reader, tensor_files
+from lowbit.io.safetensors_file import Reader, tensor_files
 
 CONFIG_NAME = "config.json"
 # Written by the programs that quantize, beside the weights.

@@ -1,5 +1,6 @@
 """Modules with quantized weights, with outlier features apart, and with FP8 products and activations."""
 
+from lowbit.nn.base import PackedModule
 from lowbit.nn.binary import BinaryLinear
 from lowbit.nn.conv import QuantConv2d
 from lowbit.nn.embedding import QuantEmbedding
@@ -14,10 +15,9 @@ from lowbit.nn.fp8_activations import (
     fp8_rms_norm,
     fp8_silu,
 )
-from lowbit.nn.fused import fuse, unfuse
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.llm_int8 import LLMInt8Linear
-from lowbit.nn.packed import PackedModule
+from lowbit.nn.siblings import fuse, unfuse
 
 __all__ = [
     "BinaryLinear", "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "LLMInt8Linear", "PackedModule", "QuantConv2d",

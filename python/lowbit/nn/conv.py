@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lowbit
 from lowbit import checks
 from lowbit.formats import Format
+from lowbit.methods import quantize
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.weight import HasPackedWeight
@@ -96,7 +96,7 @@ class QuantConv2d(HasPackedWeight):
             TypeError, ValueError, NotImplementedError: as `like` and `lowbit.quantize`.
         """
         made = cls.like(conv, nn.Identity())
-        weight = lowbit.quantize(conv.weight.detach().flatten(1), format, method)
+        weight = quantize(conv.weight.detach().flatten(1), format, method)
         made.linear = QuantLinear.from_quant_tensor(weight, conv.bias).train(conv.training)
         made.set_weight_dtype(conv.weight.dtype)
         return made

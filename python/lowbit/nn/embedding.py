@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import lowbit
 from lowbit import checks, layouts, ops
 from lowbit.formats import Format
+from lowbit.methods import quantize
+from lowbit.nn.base import PackedModule, zero_weight
 from lowbit.nn.leaf import Proxy, node_of
-from lowbit.nn.packed import PackedModule, zero_weight
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 
 
 class QuantEmbedding(PackedModule):
@@ -62,7 +62,7 @@ class QuantEmbedding(PackedModule):
             )
         if embedding.max_norm is not None:
             raise NotImplementedError(f"max_norm must be None, got {embedding.max_norm}")
-        weight = lowbit.quantize(embedding.weight.detach(), format, method)
+        weight = quantize(embedding.weight.detach(), format, method)
         made = cls.from_quant_tensor(weight, embedding.weight.dtype, embedding.padding_idx)
         return made.train(embedding.training)
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import Tensor, nn
 
-import lowbit
 from lowbit import checks, int8, layouts, ops
 from lowbit.formats import Format
-from lowbit.nn.fused import Siblings
+from lowbit.methods import quantize
+from lowbit.nn.base import PackedModule, zero_weight
 from lowbit.nn.leaf import Proxy, node_of
-from lowbit.nn.packed import PackedModule, zero_weight
-from lowbit.tensor import SCALE_DTYPES, QuantTensor
+from lowbit.nn.siblings import Siblings
+from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
 
 TRAINABLE = ("bias", "scales", "zeros", "table")
 # Stored scales that are the learnable number itself, not a code for it.
@@ -140,7 +140,7 @@ class QuantLinear(PackedModule):
             NotImplementedError: it is a subclass that computes something else.
         """
         check_dense(linear)
-        weight = lowbit.quantize(linear.weight.detach(), format, method)
+        weight = quantize(linear.weight.detach(), format, method)
         layer = cls.from_quant_tensor(weight, linear.bias)
         layer.set_weight_dtype(linear.weight.dtype)
         return layer.train(linear.training)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lowbit.nn.packed import PackedModule
+from lowbit.nn.base import PackedModule
 from lowbit.nn.weight import HasPackedWeight
 
 # Handles of hooks refer to these very dicts, so the new module gets the dicts themselves.

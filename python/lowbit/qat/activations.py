@@ -15,7 +15,7 @@ from lowbit import int8, reference
 from lowbit.nn import BinaryLinear, QuantLinear
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.qat.base import straight_through
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 
 
 class ActivationQuantizer(nn.Module):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lowbit import modes, reference
 from lowbit.formats import Format, as_format
-from lowbit.quantize import quantize, rtn
-from lowbit.tensor import QuantTensor
+from lowbit.methods import quantize, rtn
+from lowbit.weights.quantized import QuantTensor
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.formats import Format
+from lowbit.methods import kmeans, rtn
 from lowbit.nn import QuantLinear
 from lowbit.qat.base import WeightQuantizer, set_codes
-from lowbit.quantize import kmeans, rtn
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 
 
 def train_tables(model: nn.Module, bias: bool = True) -> list[nn.Parameter]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lowbit import reference
 from lowbit.formats import Format
+from lowbit.methods import rtn
+from lowbit.methods.bitnet import BINARY
 from lowbit.qat.base import STE, WeightQuantizer, set_codes
-from lowbit.quantize import rtn
-from lowbit.quantize.bitnet import BINARY
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 
 
 class BWN(STE):

@@ -19,13 +19,13 @@ from lowbit import checks
 from lowbit.formats import Format
 from lowbit.nn import QuantConv2d, QuantLinear
 from lowbit.nn.leaf import Proxy, node_of
+from lowbit.nn.names import compile_patterns, warn_unmatched
 from lowbit.nn.surgery import obstacle
+from lowbit.ptq.plan import READS_WEIGHTS, names_in
+from lowbit.ptq.swap import swapping
 from lowbit.qat.activations import ActivationQuantizer, Int8Activation
 from lowbit.qat.base import STE, WeightQuantizer
 from lowbit.qat.few_levels import BitNet
-from lowbit.quantize.names import compile_patterns, warn_unmatched
-from lowbit.quantize.plan import READS_WEIGHTS, names_in
-from lowbit.quantize.swap import swapping
 
 _SHAPE = ("in_features", "out_features")
 MakeWeight = Callable[[Tensor], WeightQuantizer]

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lowbit import reference
 from lowbit.formats import Format
+from lowbit.methods import rtn
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.qat.activations import ActivationQuantizer
 from lowbit.qat.base import WeightQuantizer, scale_gradient, straight_through
-from lowbit.quantize import rtn
-from lowbit.tensor import SCALE_DTYPES, QuantTensor
+from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
 
 _FLOAT_SCALES = ("fp32", "fp16", "bf16")
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lowbit import modes
 from lowbit.formats import BITS, Format
+from lowbit.methods import kmeans, rtn
 from lowbit.qat.base import WeightQuantizer
-from lowbit.quantize import kmeans, rtn
-from lowbit.tensor import QuantTensor
+from lowbit.weights.quantized import QuantTensor
 
 MODES = ("unrolled", "implicit", "jfb")
 DISTANCES = ("plain", "squared")

@@ -1,0 +1,282 @@
+"""What `lowbit quantize` does: a safetensors checkpoint is quantized tensor by tensor. If that does not
+give the model of a folder of transformers, or it is to be calibrated, the model is loaded; and what
+is written is compared with the model before the command is done.
+
+`quantize(options)` is all that the command line calls.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import parse
+from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
+from lowbit.io.native import describe
+from lowbit.methods.registry import calibrates, check_options, keywords
+from lowbit.nn.names import Rules, Selection
+from lowbit.ptq import Allocation, Recipe, Report, allocate, quantize_model
+from lowbit.ptq.allocate import OBJECTIVES
+from lowbit.ptq.file import FILE_SKIP, DenseWeights, check_any, ignored_files, quantize_file
+from lowbit.weights.quantized import QuantTensor
+
+OnLayer = Callable[[str, Tensor, QuantTensor], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """What `lowbit quantize` was asked for.
+
+    Attributes:
+        source: a .safetensors file, or a folder with some; with `calibrate` a folder of
+            transformers.
+        target: the file or folder to write.
+        formats: one, or with `budget` the candidates.
+        recipe: a file of `Recipe` instead of formats.
+        budget: average stored bits per weight that `allocate` must meet.
+        objective: of `allocate`, with `calibrate`.
+        method, options: as in `lowbit.quantize_model`.
+        skip: patterns of modules to leave dense, besides heads (and, without `calibrate`,
+            embeddings and norms).
+        dtype: of what stays dense and, before they are quantized, of the weights; None takes that
+            of config.json, or what each tensor has.
+        calibrate: text or tokens, `lowbit.integrations.pretrained.calibration_tokens`.
+        length, samples, per_line, seed: as there.
+        report: a folder for tables and plots.
+    """
+
+    source: Path
+    target: Path
+    formats: tuple[str, ...] = ()
+    recipe: Path | None = None
+    budget: float | None = None
+    objective: str = "kl"
+    method: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    skip: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
+    calibrate: Path | None = None
+    length: int = 512
+    samples: int = 128
+    per_line: bool = False
+    seed: int = 0
+    report: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.formats:
+            parse(name)
+        if (self.recipe is None) == (not self.formats):
+            raise ValueError("give --format or --recipe, one of the two")
+        if self.budget is not None and self.recipe is not None:
+            raise ValueError("--budget chooses between formats, and a recipe has chosen already")
+        if len(self.formats) > 1 and self.budget is None:
+            raise ValueError("several formats are candidates for --budget, which is not given")
+        if len(self.formats) == 1 and self.budget is not None:
+            raise ValueError("--budget chooses between formats: give --format several times")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"--objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("length", "samples", "per_line", "seed", "objective"):
+            if self.calibrate is None and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for --calibrate, which is not given"
+                )
+        if self.budget is None and self.objective != defaults["objective"]:
+            raise ValueError("--objective is for --budget, which is not given")
+        if self.method is not None:
+            check_options(self.method, dict(self.options))
+            if "hessian" in keywords(self.method) and self.calibrate is None:
+                raise ValueError(f"method {self.method!r} needs --calibrate FILE")
+        elif self.options:
+            raise ValueError("--option is for a method: give --method")
+        learns = self.budget is not None or self.recipe is not None or calibrates(self.method)
+        if self.calibrate is not None and not learns:
+            raise ValueError(
+                f"--calibrate is for --budget, or a method that learns, not {self.method}"
+            )
+
+
+def quantize(options: QuantizeOptions) -> dict[str, Any]:
+    """Runs the command.
+
+    Returns:
+        The report as text, and as plain data for JSON.
+
+    Raises:
+        FileNotFoundError, ImportError, TypeError, ValueError: a file or a package is missing, or
+            cannot be used.
+    """
+    histograms = None
+    if options.report is not None:
+        # Before the work, as it may not be installed.
+        from lowbit.ptq import plots
+
+        histograms = plots.WeightHistograms()
+    rules: Rules | None = None
+    if options.recipe is not None:
+        rules = Recipe.load(options.recipe)
+    elif options.budget is None:
+        rules = options.formats[0]
+    report, allocation = _quantize(options, rules, histograms)
+    if options.report is not None:
+        plots.write_report(options.report, report, allocation, histograms)
+    written, ignored = _written(options.target), ignored_files(options.source)
+    data = {**report.to_dict(), "written": written, "ignored": ignored}
+    text = str(report)
+    if allocation is not None:
+        data["allocation"] = allocation.to_dict()
+        text = f"{allocation}\n\n{text}"
+    lines = [f"not read: {name} (transformers loads another file)" for name in ignored]
+    lines.append(
+        f"written: {options.target}, {written['bytes']:,} bytes, {100 * written['packed']:.1f} % of "
+        f"{written['weights']:,} weights packed"
+    )
+    return {"text": "\n".join([text, *lines]), "data": data}
+
+
+def _written(target: Path) -> dict[str, Any]:
+    """Bytes, weights, and the share of the weights that is packed."""
+    rows = describe(target)
+    weights = sum(math.prod(row.shape) for row in rows)
+    packed = sum(math.prod(row.shape) for row in rows if row.quantized)
+    size = sum(row.nbytes for row in rows)
+    return {"bytes": size, "weights": weights, "packed": packed / max(1, weights)}
+
+
+def _quantize(
+    options: QuantizeOptions, rules: Rules | None, on_layer: OnLayer | None
+) -> tuple[Report, Allocation | None]:
+    if options.calibrate is None and not _is_transformers_folder(options.source):
+        return _quantize_file(options, rules, on_layer, options.dtype, None)
+    try:
+        from lowbit.integrations import pretrained
+        from lowbit.integrations.configuration import read_config
+    except ModuleNotFoundError as e:
+        raise ImportError(
+            f"{e.name} is not installed; a folder of transformers needs: pip install "
+            "'lowbit[models]'"
+        ) from None
+    refuse_quantized(options.source)
+    obstacles = None
+    if options.calibrate is None:
+        dtype = options.dtype or read_config(options.source).dtype
+        selection = Selection(rules or options.formats[0], _skip(options))
+        obstacles = pretrained.obstacles(options.source, selection, dtype)
+    if obstacles is not None:
+        done = _quantize_file(options, rules, on_layer, dtype, obstacles)
+    else:
+        done = _quantize_model(options, rules, on_layer)
+    if options.dtype is not None:
+        pretrained.set_dtype(options.target, options.dtype)
+    pretrained.check_folder(options.target)
+    return done
+
+
+def _is_transformers_folder(source: Path) -> bool:
+    config = source / CONFIG_NAME
+    return config.is_file() and "model_type" in read_json(config)
+
+
+def _skip(options: QuantizeOptions) -> tuple[str, ...]:
+    """Without calibration a folder gives what its file would give."""
+    return (*(FILE_SKIP if options.calibrate is None else ("lm_head",)), *options.skip)
+
+
+def _quantize_file(
+    options: QuantizeOptions,
+    rules: Rules | None,
+    on_layer: OnLayer | None,
+    dtype: torch.dtype | None,
+    obstacles: dict[str, str] | None,
+) -> tuple[Report, Allocation | None]:
+    skip = _skip(options)
+    how: dict[str, Any] = {"method": options.method, "options": dict(options.options)}
+    allocation = None
+    if rules is None:
+        weights = DenseWeights(options.source, skip, dtype, obstacles)
+        allocation = allocate(weights, options.formats, options.budget, skip=(), **how)
+        rules = allocation.recipe
+    report = quantize_file(
+        options.source,
+        options.target,
+        rules,
+        skip=skip,
+        dtype=dtype,
+        obstacles=obstacles,
+        on_layer=on_layer,
+        **how,
+    )
+    return report, allocation
+
+
+def _quantize_model(
+    options: QuantizeOptions, rules: Rules | None, on_layer: OnLayer | None
+) -> tuple[Report, Allocation | None]:
+    from lowbit.integrations import pretrained
+
+    pretrained.check_folders(options.source, options.target)
+    batches = None
+    if options.calibrate is not None:
+        batches = pretrained.calibration_tokens(
+            options.calibrate,
+            options.source,
+            length=options.length,
+            samples=options.samples,
+            per_line=options.per_line,
+            seed=options.seed,
+        )
+    model, rest = pretrained.load_dense_and_rest(options.source, options.dtype)
+    skip = _skip(options)
+    how: dict[str, Any] = {"method": options.method, "options": dict(options.options)}
+    allocation = None
+    with pretrained.plain_linears(model):
+        if rules is None:
+            allocation = allocate(
+                model,
+                options.formats,
+                options.budget,
+                skip=skip,
+                calibration=batches,
+                objective=options.objective,
+                **how,
+            )
+            rules = allocation.recipe
+        learns = options.recipe is not None or calibrates(options.method)
+        inputs = batches if learns else None
+        # An error ends the command, and the model with it.
+        report = quantize_model(
+            model, rules, skip=skip, calibration=inputs, on_layer=on_layer, atomic=False, **how
+        )
+    for name in rest:
+        report.leave(name, f"not part of a {type(model).__name__}, and not written")
+    check_any(options.source, report, len(report.layers))
+    pretrained.save_folder(model, options.source, options.target)
+    return report, allocation
+
+
+def parse_options(given: tuple[str, ...] | list[str]) -> tuple[tuple[str, Any], ...]:
+    """Keywords of a method, each from KEY=VALUE with a value in JSON.
+
+    Raises:
+        ValueError: a text is not of this form, or a key comes twice.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not key or not equals or key in found:
+            raise ValueError(f"--option must be KEY=VALUE, each key once, got {text!r}")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError(
+                f"--option {key}: value must be a number, true or false, or a string in "
+                f"double quotes, got {value!r}"
+            ) from None
+    return tuple(found.items())

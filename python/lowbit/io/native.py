@@ -1,0 +1,252 @@
+"""What a lowbit checkpoint holds: safetensors files of canonical tensors and a JSON header that
+gives them meaning.
+
+The metadata key "lowbit" holds {"version": 1, "layers": {module: {"format": spec, "shape": [N,
+K]}}, "tied": {}}. The tensors of layer m are m.codes, m.scales, ... (`tensor.tensor_specs`); every
+other tensor is dense, the bias of a layer (m.bias) among them. "tied" maps the names of layers and
+dense tensors that are not stored to those that they share: {"lm_head": "model.embed_tokens"}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.files import cut, shown
+from lowbit.formats import Format, as_format
+from lowbit.io.safetensors_file import Reader, Source, Specs, tensor_files, write
+from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, stored_bytes, tensor_specs
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the metadata say: format and shape of each layer, and the names that share another's
+    tensors.
+    """
+
+    layers: dict[str, tuple[Format, tuple[int, int]]]
+    tied: dict[str, str]
+
+    def metadata(self) -> dict[str, str]:
+        """The header as safetensors metadata."""
+        layers = {
+            name: {"format": format.spec, "shape": list(shape)}
+            for name, (format, shape) in self.layers.items()
+        }
+        content = {"version": VERSION, "layers": layers, "tied": self.tied}
+        return {"format": "pt", "lowbit": json.dumps(content, separators=(",", ":"))}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One line of `describe`: a layer with its format, or a dense tensor with its dtype."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+    quantized: bool
+
+
+def prefix_of(name: str) -> str:
+    """What stands before the names of a module's tensors."""
+    return f"{name}." if name else ""
+
+
+def layer_source(
+    name: str, format: Format, shape: tuple[int, int], make: Callable[[], QuantTensor]
+) -> Source:
+    """The tensors of one layer, to be written."""
+    prefix = prefix_of(name)
+    specs = {prefix + key: spec for key, spec in tensor_specs(format, *shape).items()}
+    return Source(specs, lambda: {prefix + key: t for key, t in make().tensors.items()})
+
+
+def dense_source(name: str, t: Tensor) -> Source:
+    """One dense tensor, to be written."""
+    return Source({name: (tuple(t.shape), t.dtype)}, lambda: {name: t})
+
+
+def write_checkpoint(
+    path: Path, sources: list[Source], header: Header, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes one file of a checkpoint; `metadata` are entries besides the header's.
+
+    Raises:
+        TypeError, ValueError: as `container.write`; or a dense tensor has the name of a layer or of
+            a tensor that a layer may have, and could not be told from it when the file is read.
+            Nothing is written then.
+    """
+    own = {
+        prefix_of(layer) + key
+        for layer, (format, shape) in header.layers.items()
+        for key in tensor_specs(format, *shape)
+    }
+    taken = {
+        name: layer
+        for layer in header.layers
+        for name in (layer, *(prefix_of(layer) + key for key in TENSOR_NAMES))
+    }
+    stored = {name for source in sources for name in source.specs}
+    for name in sorted((stored - own | header.tied.keys()) & taken.keys()):
+        raise ValueError(
+            f"tensor {shown(name)} would be read as a part of the layer {shown(taken[name])}"
+        )
+    write(path, sources, {**(metadata or {}), **header.metadata()})
+
+
+class Checkpoint:
+    """An open checkpoint of one or more files whose header agrees with its tensors.
+
+    Args:
+        path: a file, or a folder with one or with an index.
+        mmap: map the files into memory; else every tensor is a copy.
+
+    Attributes:
+        header: the headers of all files together.
+        dense: shape and dtype of every stored tensor that belongs to no layer.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], mmap: bool = True) -> None:
+        self.path = Path(path)
+        self.header = Header({}, {})
+        self._readers: dict[str, Reader] = {}
+        specs: Specs = {}
+        for file in tensor_files(self.path):
+            reader = Reader(file, mmap)
+            header = parse_header(file, reader.metadata)
+            for name in (set(reader.specs) & set(specs)) | (
+                set(header.layers) & set(self.header.layers)
+            ):
+                raise ValueError(f"{file}: {shown(name)} is in another file of the checkpoint too")
+            self.header.layers.update(header.layers)
+            self.header.tied.update(header.tied)
+            self._readers.update(dict.fromkeys(reader.specs, reader))
+            specs.update(reader.specs)
+        for name, (format, shape) in self.header.layers.items():
+            self._check_layer(name, format, shape, specs)
+        self.dense = specs
+        self._check_ties()
+
+    def _check_layer(
+        self,
+        name: str,
+        format: Format,
+        shape: tuple[int, int],
+        specs: Specs,
+    ) -> None:
+        """Compares the tensors of a layer with its format and takes them out of `specs`."""
+        prefix = prefix_of(name)
+        expected = tensor_specs(format, *shape)
+        for key in TENSOR_NAMES:
+            full = prefix + key
+            found = specs.pop(full, None)
+            if key not in expected:
+                if found:
+                    raise ValueError(
+                        f"{self.path}: {cut(full)} is not part of format {shown(format.name)}"
+                    )
+            elif not found:
+                raise ValueError(
+                    f"{self.path}: {cut(full)} is missing, layer {shown(name)} is {shown(format.name)}"
+                )
+            elif found != expected[key]:
+                raise ValueError(
+                    f"{self.path}: {cut(full)} of a {shape} weight in format {shown(format.name)} must be "
+                    f"{expected[key][1]} of shape {expected[key][0]}, "
+                    f"got {found[1]} of shape {found[0]}"
+                )
+
+    def _check_ties(self) -> None:
+        for name, first in self.header.tied.items():
+            stored = first in self.header.layers or first in self.dense
+            if not stored or name in self.header.layers or name in self.dense:
+                raise ValueError(
+                    f"{self.path}: the header ties {shown(name)} to {shown(first)}, which cannot be"
+                )
+
+    def layer(self, name: str, device: torch.device | str = "cpu") -> QuantTensor:
+        """The weight of a stored layer, its values checked."""
+        format, shape = self.header.layers[name]
+        prefix = prefix_of(name)
+        tensors = {
+            key: self._readers[prefix + key].tensor(prefix + key).to(device)
+            for key in tensor_specs(format, *shape)
+        }
+        try:
+            return QuantTensor(format, shape, tensors).validate()
+        except ValueError as e:
+            raise ValueError(f"{self.path}: layer {shown(name)}: {e}") from e
+
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """A stored dense tensor."""
+        return self._readers[name].tensor(name).to(device)
+
+
+def parse_header(file: Path, metadata: Mapping[str, str]) -> Header:
+    """Reads and checks the header of one file.
+
+    Raises:
+        ValueError: it is missing, not what `Header.metadata` writes, of another version, or names
+            an unknown format.
+    """
+    if "lowbit" not in metadata:
+        raise ValueError(f"{file}: not a lowbit checkpoint, its metadata have no 'lowbit' entry")
+    try:
+        content = json.loads(metadata["lowbit"])
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: the 'lowbit' metadata are not JSON: {e}") from e
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        version = content.get("version") if isinstance(content, dict) else content
+        raise ValueError(f"{file}: version must be {VERSION}, got {shown(version)}")
+    layers, tied = content.get("layers"), content.get("tied", {})
+    if not isinstance(layers, dict) or not isinstance(tied, dict):
+        raise ValueError(f"{file}: 'layers' and 'tied' of the header must be objects")
+    for name, first in tied.items():
+        if not isinstance(first, str):
+            raise ValueError(
+                f"{file}: {shown(name)} is tied to {shown(first)}, which is not a name"
+            )
+    return Header({name: _parse_layer(file, name, entry) for name, entry in layers.items()}, tied)
+
+
+def _parse_layer(file: Path, name: str, entry: object) -> tuple[Format, tuple[int, int]]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("format"), str):
+        raise ValueError(
+            f"{file}: layer {shown(name)} must have a format and a shape, got {shown(entry)}"
+        )
+    shape = entry.get("shape")
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(type(s) is int and 0 < s < 2**31 for s in shape)
+    ):
+        raise ValueError(
+            f"{file}: layer {shown(name)}: shape must be two integers from 1 to 2^31 - 1, "
+            f"got {shown(shape)}"
+        )
+    try:
+        return as_format(entry["format"]), (shape[0], shape[1])
+    except (ValueError, TypeError, OverflowError, RecursionError) as e:
+        raise ValueError(f"{file}: layer {shown(name)}: {e}") from e
+
+
+def describe(path: str | os.PathLike[str]) -> list[TensorInfo]:
+    """Lists a checkpoint without reading its tensors; errors as `load_tensors`."""
+    checkpoint = Checkpoint(path)
+    rows = []
+    for name, (format, shape) in checkpoint.header.layers.items():
+        rows.append(TensorInfo(name, format.name, shape, stored_bytes(format, *shape), True))
+    for name, (dense_shape, dtype) in checkpoint.dense.items():
+        label = str(dtype).removeprefix("torch.")
+        nbytes = torch.Size(dense_shape).numel() * dtype.itemsize
+        rows.append(TensorInfo(name, label, dense_shape, nbytes, False))
+    return rows

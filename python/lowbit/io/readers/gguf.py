@@ -1,0 +1,140 @@
+"""Reads GGUF files: block-quantized tensors stay packed, value for value; others come as dense
+tensors.
+
+`GGUFFile(path)` is a mapping from tensor name to `QuantTensor` or `Tensor`; nothing but the header
+is read until a name is looked up, and then one tensor, a MiB at a time, into memory of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.files import shown
+from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES, BlockType
+from lowbit.io.readers.gguf_header import TensorInfo, read_header
+from lowbit.packing import pack_codes
+from lowbit.weights.quantized import QuantTensor, tensor_specs
+
+# Bytes of blocks that are converted at a time.
+_SLICE_BYTES = 1 << 20
+
+
+class GGUFFile(Mapping[str, "QuantTensor | Tensor"]):
+    """An open GGUF file; any part of a split file stands for all of them.
+
+    Looking up a name returns a `QuantTensor` with the very values of the file for the types of
+    `lowbit.io.readers.gguf_blocks`, and a dense tensor for F32, F16 and BF16. Other types raise
+    NotImplementedError; damaged ones ValueError naming the file, the tensor and the value. Tensors
+    are copies: what happens to the file later does not change them.
+
+    Attributes:
+        path: the file.
+        files: the paths of the file, or of all parts of a split one.
+        metadata: the key-value pairs; an array is a numpy array, or a list of strings or arrays.
+        tensors: a `TensorInfo` for every tensor, in file order.
+        plain: whether all strings are UTF-8 and no array holds arrays, which others cannot read.
+
+    Raises:
+        FileNotFoundError, PermissionError: the file cannot be opened.
+        ValueError: it is damaged or something else, or a part is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        header = read_header(self.path)
+        self._files = header.files
+        self.files = [file.path for file in header.files]
+        self.metadata = header.metadata
+        self.tensors = header.tensors
+        self.plain = header.plain
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, name: str) -> QuantTensor | Tensor:
+        info = self.tensors[name]
+        try:
+            if info.type in DENSE_TYPES:
+                return self._read_dense(info)
+            if info.type in BLOCK_TYPES:
+                return self._read_blocks(info, BLOCK_TYPES[info.type])
+        except ValueError as e:
+            raise ValueError(
+                f"{self.files[info.part]}: tensor {shown(name)} ({info.type.name}): {e}"
+            ) from e
+        supported = ", ".join(t.name for t in (*BLOCK_TYPES, *DENSE_TYPES))
+        raise NotImplementedError(
+            f"{self.files[info.part]}: tensor {shown(name)} has type {info.type.name}; "
+            f"expected one of {supported}"
+        )
+
+    def dequantized(self, name: str) -> Tensor:
+        """The fp32 values of a tensor of any type that package `gguf` knows; errors as a look-up."""
+        info = self.tensors[name]
+        data = np.frombuffer(self._bytes(info, 0, info.nbytes), np.uint8)
+        try:
+            values = gguf.dequantize(data.reshape(*info.shape[:-1], -1), info.type)
+        except (NotImplementedError, KeyError) as e:
+            raise NotImplementedError(
+                f"{self.files[info.part]}: package gguf cannot dequantize tensor {shown(name)} of "
+                f"type {info.type.name}"
+            ) from e
+        out = torch.from_numpy(np.asarray(values, np.float32))
+        if not bool(torch.isfinite(out).all()):
+            raise ValueError(
+                f"{self.files[info.part]}: tensor {shown(name)} ({info.type.name}): the values "
+                "hold NaN or inf"
+            )
+        return out
+
+    def _read_dense(self, info: TensorInfo) -> Tensor:
+        data = torch.frombuffer(self._bytes(info, 0, info.nbytes), dtype=torch.uint8)
+        out = data.view(DENSE_TYPES[info.type]).view(info.shape)
+        if not bool(torch.isfinite(out).all()):
+            raise ValueError("the values hold NaN or inf")
+        return out
+
+    def _read_blocks(self, info: TensorInfo, block: BlockType) -> QuantTensor:
+        if len(info.shape) != 2:
+            raise NotImplementedError(
+                f"{self.files[info.part]}: tensor {shown(info.name)} ({info.type.name}) has shape "
+                f"{info.shape}; expected two dimensions"
+            )
+        n, k = info.shape
+        fmt = block.format
+        out = {
+            key: torch.empty(shape, dtype=dtype, device="cpu")
+            for key, (shape, dtype) in tensor_specs(fmt, n, k).items()
+        }
+        _, block_bytes = gguf.GGML_QUANT_SIZES[info.type]
+        row_bytes = info.nbytes // n
+        step = max(1, _SLICE_BYTES // row_bytes)
+        for start in range(0, n, step):
+            stop = min(n, start + step)
+            data = self._bytes(info, start * row_bytes, (stop - start) * row_bytes)
+            # What is not finite is found below.
+            with np.errstate(invalid="ignore"):
+                parts = block.split(np.frombuffer(data, np.uint8).reshape(-1, block_bytes))
+            codes = torch.from_numpy(parts.codes.reshape(stop - start, k))
+            # 4-bit rows are whole bytes of two nibbles: no need for the general bit stream.
+            out["codes"][start:stop] = (
+                codes[:, 0::2] | codes[:, 1::2] << 4 if fmt.bits == 4 else
+                codes if fmt.bits == 8 else pack_codes(codes, fmt)
+            )  # fmt: skip
+            for key, values in (("scales", parts.scales), ("zeros", parts.zeros)):
+                if values is not None:
+                    out[key][start:stop] = torch.from_numpy(values).view(stop - start, -1)
+        return QuantTensor(fmt, (n, k), out).validate()
+
+    def _bytes(self, info: TensorInfo, offset: int, count: int) -> bytearray:
+        return self._files[info.part].read(info.offset + offset, count)

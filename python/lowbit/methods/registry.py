@@ -1,0 +1,159 @@
+"""The table of quantization methods and the one function that calls them."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.forking import alone_after_fork
+from lowbit.formats import Format, as_format
+from lowbit.methods import (
+    bitnet,
+    distq,
+    fitting,
+    gptq,
+    hqq,
+    kde,
+    kmeans,
+    lloyd,
+    multibit,
+    nuuq,
+    rtn,
+    scales,
+    sparse,
+    twn,
+)
+from lowbit.weights.quantized import QuantTensor
+
+METHODS: dict[str, Callable[..., QuantTensor]] = {
+    "bitnet": bitnet.quantize,
+    "distq": distq.quantize,
+    "gptq": gptq.quantize,
+    "hqq": hqq.quantize,
+    "kde": kde.quantize,
+    "kmeans": kmeans.quantize,
+    "lloyd": lloyd.quantize,
+    "multibit": multibit.quantize,
+    "nuuq": nuuq.quantize,
+    "rtn": rtn.quantize,
+    "twn": twn.quantize,
+}
+
+
+@alone_after_fork
+def quantize(
+    weight: Tensor,
+    format: Format | str,
+    method: str | None = None,
+    *,
+    weights: Tensor | None = None,
+    table: Tensor | None = None,
+    hessian: Tensor | None = None,
+    **options: Any,
+) -> QuantTensor:
+    """Quantizes a weight matrix.
+
+    Args:
+        weight: (N, K) in fp32, bf16, fp16 or fp64, finite, not empty; on any device, where the
+            result is too.
+        format: a Format, or a name that `lowbit.formats.parse` reads.
+        method: "rtn" (round to nearest), "gptq" (least error of outputs), "hqq" (fits float zeros),
+            "twn" (ternary with a threshold), "bitnet" (binary and ternary by mean|w|), or, for the
+            tables of a format without values of its own, "kmeans" (the best ones), "lloyd" (Lloyd's
+            algorithm), "kde" (from a sample), "distq" (quantiles), "multibit" (sums of signs) or
+            "nuuq" (integers; the result has another format); by default "rtn" or "kmeans", as the
+            format wants.
+        weights: (N, K) or (K,), the importance of each weight; only for "kmeans", "lloyd",
+            "multibit" and the choice of outliers.
+        table: the values of a fitted format, fp32 in the shape that its `table_scope` asks for;
+            only for "rtn" and "gptq".
+        hessian: (K, K), the second moment of the inputs; only for "gptq", which needs it.
+        options: further keywords of the method's own function, as `act_order` of "gptq".
+
+    With outliers in the format, every method quantizes the rest of the weight as if they were not
+    there: they take the mean of the others in their group, and k-means gives them no importance.
+
+    Warns:
+        UserWarning: scales or outliers are so small that their dtype loses them (fp16 below about 1e-6): how many, and
+            what to use instead.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above, or a scale or an outlier does
+            not fit the format's dtype.
+    """
+    format = as_format(format)
+    name = method
+    if name is None:
+        name = default_method(format) if table is None else "rtn"
+    check_options(name, options)
+    tensors = {"weights": weights, "table": table, "hessian": hessian}
+    given = {key: value for key, value in tensors.items() if value is not None} | options
+    known = keywords(name)
+    if format.outliers:
+        return _with_outliers(weight, format, name, given)
+    if unused := sorted(given.keys() - known.keys()):
+        raise ValueError(f"method {name!r} takes no {unused[0]}")
+    missing = sorted(key for key, p in known.items() if p.default is p.empty and key not in given)
+    if missing:
+        raise ValueError(f"method {name!r} needs {missing[0]}")
+    made = METHODS[name](weight, format, **given)
+    scales.warn_of_tiny(made)
+    return made
+
+
+def _with_outliers(
+    weight: Tensor, format: Format, method: str, given: dict[str, Any]
+) -> QuantTensor:
+    rtn.check_weight(weight, format.without_outliers)
+    importance = fitting.check_importance(given.pop("weights", None), weight)
+    columns = sparse.find(weight, format, importance)
+    if "weights" in keywords(method):
+        ones = torch.ones(1, dtype=torch.float32, device=weight.device).expand(weight.shape)
+        given["weights"] = sparse.without(ones if importance is None else importance, columns)
+    rest = sparse.fill(weight, format, columns)
+    qt = quantize(rest, format.without_outliers, method, **given)
+    return sparse.add(qt, format, weight, columns)
+
+
+def default_method(format: Format) -> str:
+    """The method of a format where none is asked for."""
+    return "kmeans" if format.fitted else "rtn"
+
+
+def check_options(method: str, options: Mapping[str, object]) -> None:
+    """Compares further keywords of a method with what it takes.
+
+    Raises:
+        ValueError: there is no such method, or it takes no such keyword.
+        TypeError: a value is not of the kind of the keyword's default: a bool or a number.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
+    known = keywords(method)
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"method {method!r} takes no {key}")
+        if value is None and "None" in str(known[key].annotation):
+            continue
+        default = known[key].default
+        kinds: dict[type, type] = {bool: bool, int: numbers.Integral, float: numbers.Real}
+        kind = kinds.get(type(default))
+        if kind and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            expected = type(default).__name__
+            raise TypeError(f"{key} of method {method!r} must be {expected}, got {value!r:.100}")
+
+
+def calibrates(method: str | None) -> bool:
+    """Whether a method takes what `quantize_model` learns from calibration."""
+    return method is not None and not {"hessian", "weights"}.isdisjoint(keywords(method))
+
+
+def keywords(method: str) -> dict[str, inspect.Parameter]:
+    """What a method takes besides the weight and the format."""
+    parameters = inspect.signature(METHODS[method]).parameters
+    return {key: p for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY}

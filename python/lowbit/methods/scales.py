@@ -1,0 +1,191 @@
+"""Scales and zeros as a format stores them, from the range of every group.
+
+Both are rounded to their stored dtype here; a zero is chosen for the scale as stored.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from lowbit import reference
+from lowbit.formats import DQ_BLOCK, Format
+from lowbit.methods.nearest import nearest_codes
+from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
+
+SYMMETRIC_RANGES = ("balanced", "full", "restricted")
+_E4M3_MAX = 448.0
+_FP32_TINY = torch.finfo(torch.float32).tiny
+
+
+def store(
+    qt: QuantTensor, low: Tensor, high: Tensor, symmetric_range: str = SYMMETRIC_RANGES[0]
+) -> None:
+    """Fits scales and zeros to the range of every group, (N, groups) fp64 each.
+
+    For the rules "rms" and "mean" `high` is that statistic, and the scale.
+    """
+    format = qt.format
+    if format.scale_rule == "minmax":
+        if format.zero != "min":
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        store_scales(qt, (high - low) / (2**format.bits - 1))
+        _store_zeros(qt, _range_zeros(qt, low, high))
+        return
+    absmax = format.scale_rule == "absmax"
+    store_scales(qt, high / _unit(format, symmetric_range) if absmax else high)
+    middle = 2 ** (format.bits - 1)
+    if format.zero == "min":
+        _store_zeros(qt, -middle * _effective(qt))
+    elif format.zero is not None:
+        qt.tensors["zeros"].fill_(middle)
+
+
+def _unit(format: Format, symmetric_range: str) -> float:
+    """The value that absmax is scaled to; a power of two for "e8m0", whose scale is rounded
+    down.
+    """
+    if format.codec == "affine":
+        short = {"balanced": 0.5, "full": 0.0, "restricted": 1.0}[symmetric_range]
+        unit = 2 ** (format.bits - 1) - short
+    elif format.fitted:
+        unit = 1.0
+    else:
+        unit = max(abs(v) for v in format.values() or () if math.isfinite(v))
+    return 2.0 ** (math.frexp(unit)[1] - 1) if format.scale == "e8m0" else unit
+
+
+def store_scales(
+    qt: QuantTensor,
+    scale: Tensor,  # (N, groups) fp64, not negative
+    power: str | None = None,
+) -> None:
+    """Stores given scales in the format's dtype.
+
+    Args:
+        power: how an "e8m0" scale becomes a power of two, "down", "up" or "nearest"; by default as
+            the format's scale rule wants it.
+
+    Raises:
+        ValueError: a scale does not fit the dtype.
+    """
+    kind = qt.format.scale or ""
+    if kind == "e8m0":
+        rule = {"absmax": "down", "minmax": "up"}.get(qt.format.scale_rule, "nearest")
+        _store_e8m0(qt, scale, power or rule)
+        return
+    single = _round_up_tiny(scale, torch.float32)
+    if kind == "e4m3":
+        _store_e4m3(qt.tensors, single)
+    elif kind == "dq8":
+        _store_dq8(qt.tensors, single)
+    else:
+        stored = _round_up_tiny(single, SCALE_DTYPES[kind])
+        _check_fits(qt, "scale", stored, scale)
+        qt.tensors["scales"].copy_(stored)
+
+
+def count_tiny(qt: QuantTensor) -> int:
+    """How many scales are so small that rounding them moves the largest weight of a group by half a code."""
+    format = qt.format
+    if format.scale not in ("fp16", "e4m3"):
+        return 0
+    # Below the normal numbers the step of a dtype is constant. Codes reach twice as far with a zero.
+    info = torch.finfo(SCALE_DTYPES[format.scale])
+    codes = 2.0 ** (format.bits - (1 if format.zero else 2))
+    limit = min(info.smallest_normal, info.smallest_normal * info.eps * max(1.0, codes))
+    scales = qt.tensors["scales"].to(torch.float32)
+    return int(((scales != 0) & (scales.abs() <= limit)).sum())
+
+
+def warn_of_tiny(qt: QuantTensor) -> None:
+    """Warns once of the scales that `count_tiny` finds."""
+    count = count_tiny(qt)
+    if not count:
+        return
+    groups, format = qt.tensors["scales"].numel(), qt.format
+    warnings.warn(
+        f"weight: {count} of {groups} groups ({count / groups:.2%}) are so small that their scales lose digits or "
+        f"are rounded up in {format.scale}, the scale dtype of format {format.name!r}: use a format with fp32 or "
+        "bf16 scales, or scale the weight",
+        stacklevel=3,
+    )
+
+
+def _store_e8m0(qt: QuantTensor, scale: Tensor, rounding: str) -> None:
+    # scale = mantissa * 2^exponent with mantissa in [0.5, 1): floor(log2 scale) = exponent - 1.
+    mantissa, exponent = torch.frexp(scale)
+    power = exponent - 1
+    if rounding == "up":
+        power = torch.where(mantissa == 0.5, power, exponent)
+    elif rounding == "nearest":
+        power = torch.where(mantissa < math.sqrt(0.5), power, exponent)
+    code = torch.where(scale > 0, power + 127, 0).clamp(0, 254)
+    qt.tensors["scales"].copy_(code)
+
+
+def _store_e4m3(tensors: dict[str, Tensor], scale: Tensor) -> None:  # (N, groups) fp32
+    factor = (scale.max() / _E4M3_MAX).clamp(min=_FP32_TINY)
+    tensors["scales2"].copy_(factor)
+    code = _round_up_tiny((scale / factor).clamp(max=_E4M3_MAX), torch.float8_e4m3fn)
+    tensors["scales"].copy_(code)
+
+
+def _store_dq8(tensors: dict[str, Tensor], scale: Tensor) -> None:  # (N, groups) fp32
+    offset = scale.double().mean().to(torch.float32)
+    flat = scale.flatten() - offset
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % DQ_BLOCK)).view(-1, DQ_BLOCK)
+    factor = blocks.abs().amax(1, keepdim=True)
+    ratio = torch.where(factor > 0, blocks / factor, 0.0)
+    index = nearest_codes(ratio, reference.dynamic_map(ratio.device))
+    tensors["scales"].copy_(index.flatten()[: flat.numel()].view_as(scale))
+    tensors["scales2"].copy_(factor.flatten())
+    tensors["scales2_offset"].copy_(offset)
+
+
+def _store_zeros(qt: QuantTensor, zero: Tensor) -> None:
+    stored = zero.to(torch.float32).to(qt.tensors["zeros"].dtype)
+    _check_fits(qt, "zero", stored, zero)
+    qt.tensors["zeros"].copy_(stored)
+
+
+def _round_up_tiny(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds to `dtype`, but a positive scale never to 0."""
+    info = torch.finfo(dtype)
+    # finfo.smallest_normal over 2^mantissa bits; eps is 2^-mantissa bits.
+    smallest = info.smallest_normal * info.eps
+    rounded = torch.where(scale > 0, scale.clamp(min=smallest), scale)
+    return rounded.to(torch.float32).to(dtype)
+
+
+def _check_fits(qt: QuantTensor, what: str, stored: Tensor, wanted: Tensor) -> None:
+    """Of the float dtypes only fp16 is too small for weights up to MAX_MAGNITUDE."""
+    bad = ~torch.isfinite(stored)
+    if bool(bad.any()):
+        n, g = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"weight: row {n}, group {g} needs the {what} {float(wanted[n, g]):g}, which does not "
+            f"fit {qt.format.scale}: use a format with fp32 or bf16 scales"
+        )
+
+
+def _effective(qt: QuantTensor) -> Tensor:  # (N, groups) fp64
+    scales = reference.effective_scales(qt)
+    assert scales is not None
+    return scales.double()
+
+
+def _range_zeros(qt: QuantTensor, low: Tensor, high: Tensor) -> Tensor:
+    """Zeros that put the first code at the low end of the range."""
+    if qt.format.zero == "min":
+        return low
+    scale = _effective(qt)
+    # Double quantization may give a small scale the wrong sign; the first code is then at the high
+    # end.
+    end = torch.where(scale < 0, high, low)
+    zero = torch.where(scale == 0, 0.0, -end / scale)
+    top = 2**qt.format.bits - 1
+    return zero.round().clamp(0, top) if qt.format.zero == "int" else zero.clamp(0, top)

@@ -1,0 +1,395 @@
+"""quantize_model: swaps the linears (and, by recipe, embeddings) of a model for quantized ones, in
+place.
+
+One layer at a time. Modules and weights that were shared stay shared. Calibration runs the model once
+for every chunk of layers whose statistics fit in memory, with the chunks before it quantized.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from lowbit.methods.fitting import check_importance
+from lowbit.methods.registry import calibrates, check_options, default_method, keywords, quantize
+from lowbit.methods.rtn import check_weight
+from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
+from lowbit.nn import fuse as fuse_siblings
+from lowbit.nn.names import DEFAULT_SKIP, Rule, Rules, Selection, listed
+from lowbit.ptq.calibration import InputStatistics, as_batches, attach, calibrate
+from lowbit.ptq.observers import OBSERVERS, Observer
+from lowbit.ptq.plan import Names, plan_layers
+from lowbit.ptq.progress import bar
+from lowbit.ptq.report import LayerReport, Report, measure
+from lowbit.ptq.swap import Swap, swapping
+from lowbit.weights.quantized import QuantTensor
+
+# The Hessians of one chunk of layers take at most this, or are one.
+_HESSIAN_BYTES = 1 << 31
+Plan = Mapping[Names, tuple[Rule, int]]  # with the identity of the weight
+
+
+def quantize_model(
+    model: nn.Module,
+    format: Rules,
+    *,
+    skip: Iterable[str] = DEFAULT_SKIP,
+    method: str | None = None,
+    progress: bool = True,
+    fuse: bool = False,
+    calibration: Iterable[Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    observer: str | None = None,
+    sensitivities: Mapping[str, Tensor] | None = None,
+    on_layer: Callable[[str, Tensor, QuantTensor], object] | None = None,
+    atomic: bool = True,
+) -> Report:
+    """Quantizes a model in place.
+
+    If it raises anything, the model is as it was before. For that the dense layers stay in memory
+    until the end, so that memory peaks at the dense model, which is there at the start, plus the
+    result; `atomic=False` frees each at once.
+
+    A layer that calibration says nothing of (no input has reached it, as an expert that a router
+    never picks, or all of them were 0) is quantized as without calibration, with the default method
+    of its format if its own one needs calibration, and has no static scale of activations. Its row
+    in the report has a note, and there is one warning.
+
+    Args:
+        model: any module. Its `nn.Linear` layers become `lowbit.nn.QuantLinear`; everything else
+            stays, but for an `nn.Embedding` that a recipe names.
+        format: a Format or its name for every linear, or a recipe {pattern: format, `Rule` or
+            None}, as a `Recipe` or `allocate` makes it: the first pattern that matches the module's
+            name counts, and no match means None, "leave it". How a pattern matches:
+            `lowbit.quantize.Selection`.
+        skip: patterns of modules to leave as they are.
+        method: as in `lowbit.quantize`, for every layer whose rule has none.
+        progress: show a bar on stderr, if rich or tqdm is installed.
+        fuse: let q/k/v and gate/up projections compute their products together, bit for bit as
+            before: `lowbit.nn.fuse`. State dicts stay per layer.
+        calibration: inputs of the model, each a tensor, a tuple of arguments or a mapping of
+            keywords; for "gptq", which needs it, for "kmeans", "lloyd" and "multibit", where a weight
+            then counts the mean square of its input, and for `observer`, which needs it. Tokens that
+            an `attention_mask` (batch, tokens) hides do not count. Layers are calibrated in the order
+            of `named_modules`, with those before them quantized. Embeddings take no part: they get
+            the default method of their format, and so does a linear that shares the weight of one.
+        options: further keywords of the method, as `{"act_order": True}`.
+        observer: one of `OBSERVERS`, "minmax", "ema", "percentile", "mse" or "kl": layers whose format
+            quantizes activations (suffix _a8 or _a8t) then do so by one scale that it finds (static
+            quantization), not by one per row of x.
+        sensitivities: what an error of each weight counts, (N, K) by the name of a layer, as
+            `fisher_diagonal` finds it; for the methods that take `weights`, instead of calibration.
+            Layers without one are quantized as without calibration.
+        on_layer: called with the name, the dense weight and what was made of it, once for every
+            weight that is quantized.
+        atomic: whether the model is put back if something raises. If not, the layers before are
+            quantized then; a note of the error says up to which.
+
+    Returns:
+        Bytes and error per layer, and the reason for every parameter of two or more dimensions that
+        was left.
+
+    Warns:
+        UserWarning: more than 5 % of the weights stay dense that nobody asked to leave (`Report`
+            says which count), a pattern matches nothing in the model, or calibration says nothing
+            of a layer.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or a weight cannot be quantized (the message
+            starts with the layer's name); the method needs calibration, or takes none; no input
+            reaches any layer; there is an observer and no format quantizes activations; a layer
+            that `sensitivities` names takes none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    selection = Selection(format, skip)
+    report = Report()
+    plan = {
+        names: (rule.completed(method, options or {}), weight_id)
+        for names, (rule, weight_id) in plan_layers(model, selection, report).items()
+    }
+    batches = None if calibration is None else as_batches(calibration)
+    rules = [rule for rule, _ in plan.values()] or [Rule(None, method)]
+    check_rules(rules, batches is not None)
+    _check_sensitivities(plan, sensitivities or {}, batches is not None)
+    check_layers(model, plan, sensitivities or {})
+    observed = _observers(model, plan, observer, batches is not None)
+    methods = dict.fromkeys(rule.method for rule in rules)
+    if batches is not None and not observed and not any(map(calibrates, methods)):
+        listing = " and ".join(map(repr, methods))
+        raise ValueError(f"method {listing} takes no calibration: use 'gptq' or 'kmeans'")
+    # Linears that learn from calibration, and whether a Hessian.
+    learning = {
+        names[0]: "hessian" in keywords(rule.method or "")
+        for names, (rule, _) in plan.items()
+        if calibrates(rule.method) and isinstance(model.get_submodule(names[0]), nn.Linear)
+    }
+    hessians = {name for name, wanted in learning.items() if wanted}
+    parts = list(chunks(model, plan, hessians)) if batches is not None else [list(plan)]
+    steps = len(plan) + len(parts) * len(batches or ())
+    made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
+    calibrated = {*learning, *observed}
+    with swapping(model, keep=atomic) as swap, bar(steps, "quantizing", progress) as advance:
+        for chunk in parts:
+            statistics: dict[str, InputStatistics] = {}
+            if batches is not None:
+                firsts = [names[0] for names in chunk]
+                wanted = [name for name in firsts if name in learning]
+                with attach(model, {name: observed[name] for name in firsts if name in observed}):
+                    statistics = calibrate(model, wanted, hessians, batches, advance)
+            for names in chunk:
+                rule, weight_id = plan[names]
+                assert rule.format is not None
+                key = weight_id, rule.format.spec
+                try:
+                    # No name for the statistics: they go when the layer is done.
+                    how, note = informed(
+                        rule, statistics.pop(names[0], None) or _given(names, sensitivities)
+                    )
+                    first = made.get(key)
+                    module, row = _make(model, names[0], how, first, on_layer)
+                    del how
+                    note = None if first else note
+                    if names[0] in observed:
+                        note = _set_input_scale(module, observed.pop(names[0])) or note
+                except (TypeError, ValueError) as e:
+                    raise type(e)(f"{names[0]}: {e}") from e
+                if swap_or_leave(swap, names, module, replace(row, note=note), report):
+                    made.setdefault(key, (names[0], module))
+                advance()
+        check_notes(report, calibrated, stacklevel=2)
+        if fuse:
+            fuse_siblings(model)
+    return report
+
+
+def swap_or_leave(
+    swap: Swap, names: Names, module: nn.Module, row: LayerReport, report: Report
+) -> bool:
+    """Replaces a layer and adds its row to the report; or notes there, with a warning, what hinders
+    that, as an attribute of the layer that has the name of something of the new one.
+    """
+    try:
+        swap(names, module)
+    except NotImplementedError as e:
+        report.leave(names[0], str(e), {f"{names[0]}.weight": math.prod(row.shape)})
+        warnings.warn(f"{names[0]} stays dense: {e}", stacklevel=3)
+        return False
+    report.layers.append(row)
+    return True
+
+
+class Inputs(Protocol):
+    """What a method may ask for, up to a factor: the second moment of a linear's inputs, or its
+    diagonal.
+    """
+
+    @property
+    def relative_hessian(self) -> Tensor:
+        """(K, K)."""
+
+    @property
+    def relative_diagonal(self) -> Tensor:
+        """(K,)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A completed rule with what its method learns from calibration."""
+
+    rule: Rule
+    inputs: Inputs | None
+
+    def __call__(self, dense: nn.Module | None, weight: Tensor) -> QuantTensor:
+        """Quantizes the weight of `dense`; an embedding has no inputs, whatever the method."""
+        format, method = self.rule.format, self.rule.method
+        assert format is not None
+        given = {}
+        if self.inputs is not None and calibrates(method):
+            if "hessian" in keywords(method or ""):
+                given = {"hessian": self.inputs.relative_hessian}
+            else:
+                given = {"weights": self.inputs.relative_diagonal}
+        elif isinstance(dense, nn.Embedding) and method and "hessian" in keywords(method):
+            return quantize(weight, format)
+        return quantize(weight, format, method, **given, **self.rule.options)
+
+
+def informed(rule: Rule, inputs: Inputs | None) -> tuple[Method, str | None]:
+    """A rule with what calibration says of a layer. If that is nothing, the rule without
+    calibration, and a note of it.
+    """
+    if not isinstance(inputs, InputStatistics) or inputs.missing is None:
+        return Method(rule, inputs), None
+    if rule.method and "hessian" in keywords(rule.method):
+        rule = Rule(rule.format)
+    assert rule.format is not None
+    name = rule.method or default_method(rule.format)
+    return Method(rule, None), f"{inputs.missing}: quantized without calibration, by {name!r}"
+
+
+def _set_input_scale(module: PackedModule, observer: Observer) -> str | None:
+    """Makes the scale of a layer's activations static, or says why it is not."""
+    assert isinstance(module, QuantLinear)
+    if observer.missing is not None:
+        return f"{observer.missing}: its activations have a scale per row of x"
+    module.set_input_scale(observer.grid().scale)
+    return None
+
+
+def check_notes(report: Report, calibrated: Collection[str], stacklevel: int = 2) -> None:
+    """Warns of the layers that calibration says nothing of, by their notes.
+
+    Raises:
+        ValueError: they are all of the calibrated ones.
+    """
+    noted = [row for row in report.layers if row.note is not None]
+    if not noted:
+        return
+    if not set(calibrated) - {row.name for row in noted}:
+        raise ValueError(
+            f"calibration is empty or 0, for every layer: {noted[0].name}: {noted[0].note}"
+        )
+    warnings.warn(
+        f"calibration says nothing of {listed(row.name for row in noted)}: the rows of the report "
+        "have notes of what was done",
+        stacklevel=stacklevel + 1,
+    )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A sensitivity in the place of what calibration finds."""
+
+    relative_diagonal: Tensor  # (N, K)
+
+    @property
+    def relative_hessian(self) -> Tensor:
+        raise ValueError("a sensitivity of each weight is no Hessian")
+
+
+def _given(names: Names, sensitivities: Mapping[str, Tensor] | None) -> _Given | None:
+    found = [t for name, t in (sensitivities or {}).items() if name in names]
+    return _Given(found[0]) if found else None
+
+
+def check_layers(model: nn.Module, plan: Plan, sensitivities: Mapping[str, Tensor]) -> None:
+    """Raises what `lowbit.quantize` would of the weight of a layer and its sensitivity, with the
+    layer's name, before anything is quantized.
+    """
+    for names, (rule, _) in plan.items():
+        weight = model.get_parameter(f"{names[0]}.weight").detach()
+        assert rule.format is not None
+        try:
+            check_weight(weight, rule.format.without_outliers)
+            if (given := _given(names, sensitivities)) is not None:
+                check_importance(given.relative_diagonal, weight)
+        except (TypeError, ValueError) as e:
+            raise type(e)(f"{names[0]}: {e}") from e
+
+
+def _check_sensitivities(plan: Plan, sensitivities: Mapping[str, Tensor], calibrated: bool) -> None:
+    if sensitivities and calibrated:
+        raise ValueError("give calibration or sensitivities, not both")
+    methods = {name: rule.method for names, (rule, _) in plan.items() for name in names}
+    for name in sensitivities:
+        if name not in methods:
+            raise ValueError(f"sensitivities names {name!r}, which is not a layer to quantize")
+        method = methods[name]
+        if method is None or "weights" not in keywords(method):
+            raise ValueError(f"{name}: method {method!r} takes no sensitivities: use 'kmeans'")
+
+
+def _observers(
+    model: nn.Module,
+    plan: Plan,
+    observer: str | None,
+    calibrated: bool,
+) -> dict[str, Observer]:
+    """One for every linear whose format quantizes activations, by its first name."""
+    if observer is None:
+        return {}
+    if observer not in OBSERVERS:
+        raise ValueError(f"observer must be one of {sorted(OBSERVERS)}, got {observer!r}")
+    if not calibrated:
+        raise ValueError(f"observer {observer!r} needs calibration: inputs of the model")
+    made = {
+        names[0]: OBSERVERS[observer]()
+        for names, (rule, _) in plan.items()
+        if rule.format is not None
+        and rule.format.activation is not None
+        and isinstance(model.get_submodule(names[0]), nn.Linear)
+    }
+    if not made:
+        raise ValueError(
+            f"observer {observer!r} is for linears whose format quantizes activations (suffix _a8 "
+            "or _a8t), the model has none"
+        )
+    return made
+
+
+def check_rules(rules: Iterable[Rule], calibrated: bool) -> None:
+    """Compares the methods of completed rules with their options.
+
+    Raises:
+        TypeError, ValueError: as `check_options`; a method needs calibration and there is none.
+    """
+    for rule in rules:
+        name = rule.method or (default_method(rule.format) if rule.format else None)
+        if name is not None:
+            check_options(name, rule.options)
+        if rule.method and "hessian" in keywords(rule.method) and not calibrated:
+            raise ValueError(f"method {rule.method!r} needs calibration: inputs of the model")
+
+
+def chunks(
+    model: nn.Module, plan: Iterable[Names], hessians: Collection[str], copies: int = 1
+) -> Iterator[list[Names]]:
+    """Runs of layers whose Hessians fit in memory together: so many copies for each layer of which
+    the first name is among `hessians`.
+    """
+    chunk: list[Names] = []
+    used = 0
+    for names in plan:
+        features: Any = getattr(model.get_submodule(names[0]), "in_features", 0)
+        size = 4 * copies * features**2 if names[0] in hessians else 0
+        if chunk and used + size > _HESSIAN_BYTES:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(names)
+        used += size
+    if chunk:
+        yield chunk
+
+
+def _make(
+    model: nn.Module,
+    name: str,
+    method: Method,
+    first: tuple[str, PackedModule] | None,
+    on_layer: Callable[[str, Tensor, QuantTensor], object] | None,
+) -> tuple[PackedModule, LayerReport]:
+    """Makes the quantized module of the dense one `name`; `first` has quantized the same weight
+    already.
+    """
+    dense: Any = model.get_submodule(name)
+    weight = dense.weight.detach()
+    qt = first[1].quant_tensor() if first else method(dense, weight)
+    row = measure(name, weight, qt)
+    if on_layer is not None and not first:
+        on_layer(name, weight, qt)
+    made: PackedModule
+    if isinstance(dense, nn.Embedding):
+        made = QuantEmbedding.from_quant_tensor(qt, weight.dtype, dense.padding_idx)
+        if first:
+            made.share_weight(first[1])
+    elif first:
+        made = QuantLinear.tied_to(first[1], dense.bias)
+    else:
+        made = QuantLinear.from_quant_tensor(qt, dense.bias)
+    return made.train(dense.training), replace(row, tied_to=first[0] if first else None)

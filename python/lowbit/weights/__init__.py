@@ -1,0 +1,1 @@
+"""Weights: what a quantized matrix consists of."""
