@@ -15,7 +15,7 @@ from oracle import assert_codes_are_best, normal
 import lowbit
 from lowbit.backends import REFERENCE_ROW
 from lowbit.formats import Format
-from lowbit.methods import fitting, kde, quantize, rtn
+from lowbit.methods import fitting, grid, kde, quantize
 from lowbit.weights.quantized import QuantTensor
 
 FITS = ("distq", "kde", "kmeans", "lloyd")
@@ -162,7 +162,7 @@ def test_kde_counts_and_tails(monkeypatch: pytest.MonkeyPatch):
         table = quantize(weight, format, "kde", sample=0.01).table.view(-1, 8)
         assert table.max() == 1e4
         assert table.min() == -3e3
-        monkeypatch.setattr(rtn, "_SLICE_WEIGHTS", 200 * 7)
+        monkeypatch.setattr(grid, "_SLICE_WEIGHTS", 200 * 7)
         parts = quantize(weight, format, "kde", sample=0.01).table.view(-1, 8)
         assert scope == "row" or torch.equal(parts, table)
         monkeypatch.undo()

@@ -16,7 +16,7 @@ from oracle import assert_codes_are_best, normal
 
 from lowbit import reference
 from lowbit.formats import FORMATS, Format
-from lowbit.methods import quantize, rtn
+from lowbit.methods import grid, nearest, quantize
 from weights import ALL_FORMATS, random_weight
 
 FIXED = [f for f in ALL_FORMATS if not f.fitted]
@@ -65,7 +65,7 @@ def test_a_boundary_is_exact_when_it_is_no_fp32_number():
     """The middle of 1 and 1 + 2^-23 lies between two fp32 values: neither may change sides."""
     numbers = [1.0, 1 + 2**-23, 1 + 2**-22, 1 + 3 * 2**-23]
     for table in (torch.tensor(pair) for pair in itertools.pairwise(numbers)):
-        assert rtn.nearest_codes(table.unsqueeze(0), table).tolist() == [[0, 1]]
+        assert nearest.nearest_codes(table.unsqueeze(0), table).tolist() == [[0, 1]]
 
 
 def group_scale(w: np.ndarray, f: Format) -> float:
@@ -380,7 +380,7 @@ def test_slices_do_not_show(format: Format, monkeypatch: pytest.MonkeyPatch):
     weight = normal(7, 150)
     whole = quantize(weight, format)
     for size in (1, 320):
-        monkeypatch.setattr(rtn, "_SLICE_WEIGHTS", size)
+        monkeypatch.setattr(grid, "_SLICE_WEIGHTS", size)
         for key, t in quantize(weight, format).tensors.items():
             assert torch.equal(
                 t.view(-1).view(torch.uint8), whole.tensors[key].view(-1).view(torch.uint8)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lowbit.formats import Format
-from lowbit.methods import METHODS, quantize, rtn
+from lowbit.methods import METHODS, grid, quantize
 from weights import ALL_FORMATS
 
 
@@ -121,7 +121,7 @@ small = st.integers(1, 5)
 )
 def test_any_weight_is_quantized_or_refused(weight: np.ndarray, format: Format):
     """A refusal names the place; what is not refused is valid and holds no NaN."""
-    bad = np.argwhere(~(np.abs(weight) <= rtn.MAX_MAGNITUDE))
+    bad = np.argwhere(~(np.abs(weight) <= grid.MAX_MAGNITUDE))
     refused = None
     try:
         qt = quantize(torch.from_numpy(weight), format).validate()

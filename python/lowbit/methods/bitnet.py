@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit import reference
 from lowbit.formats import Format, as_format
-from lowbit.methods import rtn
+from lowbit.methods import grid
 from lowbit.methods.scales import store
 from lowbit.methods.twn import TERNARY
 from lowbit.weights.quantized import QuantTensor
@@ -43,18 +43,18 @@ def quantize(weight: Tensor, format: Format | str, *, granularity: str = "tensor
             f"method 'bitnet' needs a format with scales and the table {BINARY} or {TERNARY}, such "
             f"as 'binary' or 'ternary', got {format.name!r}"
         )
-    per_tensor = rtn.check_granularity(granularity, format)
-    rtn.check_weight(weight, format)
-    qt = rtn.empty(weight, format)
+    per_tensor = grid.check_granularity(granularity, format)
+    grid.check_weight(weight, format)
+    qt = grid.empty(weight, format)
     by_mean = dataclasses.replace(format, scale_rule="mean")
-    store(qt, *rtn.ranges(weight, by_mean, per_tensor))
+    store(qt, *grid.ranges(weight, by_mean, per_tensor))
     scale = reference.effective_scales(qt)
     assert scale is not None
     center = _means(weight, format, per_tensor) if format.table == BINARY else None
     group = reference.group_index(format, weight.shape[1], weight.device)
-    for rows, w in rtn.slices(weight):
+    for rows, w in grid.slices(weight):
         if center is None:
-            codes = 1 + rtn.scaled(w, format, scale[rows]).round().clamp(-1, 1)
+            codes = 1 + grid.scaled(w, format, scale[rows]).round().clamp(-1, 1)
         else:
             # Double quantization may give a small scale the wrong sign.
             above = (w.double() - center[rows][:, group]) * scale[rows][:, group].sign()
@@ -64,8 +64,8 @@ def quantize(weight: Tensor, format: Format | str, *, granularity: str = "tensor
 
 
 def _means(weight: Tensor, format: Format, per_tensor: bool) -> Tensor:  # (N, groups) fp64
-    means = rtn.reduce(weight, format, lambda g: g.double().mean(-1))
+    means = grid.reduce(weight, format, lambda g: g.double().mean(-1))
     if not per_tensor:
         return means
-    total = (means * rtn.group_sizes(weight, format)).sum()
+    total = (means * grid.group_sizes(weight, format)).sum()
     return (total / weight.numel()).expand_as(means)

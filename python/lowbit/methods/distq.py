@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit.codebooks.distributions import Array
 from lowbit.codebooks.fitted import DISTRIBUTIONS, Moments, fitted_quantiles
 from lowbit.formats import Format, as_format
-from lowbit.methods import fitting, lloyd, rtn
+from lowbit.methods import fitting, grid, lloyd
 from lowbit.weights.quantized import QuantTensor
 
 TAILS = ("absmax", "quantile")
@@ -52,7 +52,7 @@ def quantize(
         raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {TAILS}, got {tail!r}")
-    rtn.check_weight(weight, format)
+    grid.check_weight(weight, format)
 
     def solve(problems: fitting.Problems, entries: int) -> Tensor:
         moments, low, high = _moments(problems)
@@ -61,9 +61,9 @@ def quantize(
             table = _stretched(table, moments.mean, low, high)
         return torch.from_numpy(table)
 
-    qt = rtn.start(weight, format)
+    qt = grid.start(weight, format)
     fitting.fit_tables(qt, weight, None, solve)
-    rtn.fill_codes(qt, weight)
+    grid.fill_codes(qt, weight)
     return qt
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit import reference
-from lowbit.methods import rtn
+from lowbit.methods import grid
 from lowbit.weights.quantized import QuantTensor
 
 
@@ -17,7 +17,7 @@ from lowbit.weights.quantized import QuantTensor
 def errors(weight: Tensor, qt: QuantTensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Slices of rows of a weight, fp32, and their errors W - W^, fp64."""
     scales = reference.effective_scales(qt)
-    for rows, w in rtn.slices(weight):
+    for rows, w in grid.slices(weight):
         yield w, (w - reference.dequantize_rows(qt, rows, scales)).double()
 
 

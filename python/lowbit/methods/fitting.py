@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowbit import reference
 from lowbit.formats import Format
-from lowbit.methods import rtn
+from lowbit.methods import grid
 from lowbit.weights.quantized import QuantTensor
 
 MAX_POINTS = 65536
@@ -90,7 +90,7 @@ def check_importance(weights: Tensor | None, weight: Tensor) -> Tensor | None:  
     """
     if weights is None:
         return None
-    if not isinstance(weights, Tensor) or weights.dtype not in rtn.WEIGHT_DTYPES:
+    if not isinstance(weights, Tensor) or weights.dtype not in grid.WEIGHT_DTYPES:
         got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights must be a floating tensor, got {got}")
     if weights.shape == weight.shape[1:]:
@@ -100,7 +100,7 @@ def check_importance(weights: Tensor | None, weight: Tensor) -> Tensor | None:  
             f"weights must have the shape and device of weight, {tuple(weight.shape)} on "
             f"{weight.device}, or the shape of a row, got {tuple(weights.shape)} on {weights.device}"
         )
-    for rows, w in rtn.slices(weights):
+    for rows, w in grid.slices(weights):
         bad = ~(torch.isfinite(w) & (w >= 0))
         if bool(bad.any()):
             n, k = (int(i) for i in bad.nonzero()[0])
@@ -126,8 +126,8 @@ def fit_tables(qt: QuantTensor, weight: Tensor, importance: Tensor | None, solve
             table[rows] = solve(_single(points, count), entries).to(table)
             continue
         begin = 0
-        counts = None if count is None else rtn.group_parts(count, qt.format)
-        for i, part in enumerate(rtn.group_parts(points, qt.format)):
+        counts = None if count is None else grid.group_parts(count, qt.format)
+        for i, part in enumerate(grid.group_parts(points, qt.format)):
             own = None if counts is None else counts[i].flatten(0, 1)
             tables = solve(_single(part.flatten(0, 1), own), entries)
             groups = slice(begin, begin + part.shape[1])
@@ -140,8 +140,8 @@ def weight_points(
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Slice by slice: rows, points (R, K) fp32, and what each counts, (R, K) fp64 or None for 1."""
     scales = reference.effective_scales(qt)
-    for rows, w in rtn.slices(weight):
-        points = rtn.scaled(w, qt.format, None if scales is None else scales[rows])
+    for rows, w in grid.slices(weight):
+        points = grid.scaled(w, qt.format, None if scales is None else scales[rows])
         count = None if importance is None else importance[rows].double()
         if scales is not None:
             group = reference.group_index(qt.format, w.shape[1], w.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit import ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
 from lowbit.formats import Format, as_format
-from lowbit.methods import kmeans, rtn
+from lowbit.methods import grid, kmeans, nearest
 from lowbit.weights.quantized import QuantTensor
 
 # Rows that are swept together hold about this many weights in fp64: 128 MiB.
@@ -63,7 +63,7 @@ def quantize(
             singular with this damping; `damping` or `block` is out of range.
     """
     format = as_format(format)
-    rtn.check_weight(weight, format)
+    grid.check_weight(weight, format)
     _check_hessian(hessian, weight)
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping must be finite and at least 0, got {damping}")
@@ -76,9 +76,9 @@ def quantize(
         importance = sweep.importance().expand(weight.shape)
         qt = kmeans.quantize(weight, format, weights=importance)
     else:
-        qt = rtn.start(weight, format)
+        qt = grid.start(weight, format)
     if table is not None:
-        rtn.set_table(qt, table)
+        grid.set_table(qt, table)
     n, k = weight.shape
     step = max(1, _SLICE_WEIGHTS // k)
     for begin in range(0, n, step):
@@ -89,7 +89,7 @@ def quantize(
 
 
 def _check_hessian(hessian: Tensor, weight: Tensor) -> None:
-    if not isinstance(hessian, Tensor) or hessian.dtype not in rtn.WEIGHT_DTYPES:
+    if not isinstance(hessian, Tensor) or hessian.dtype not in grid.WEIGHT_DTYPES:
         got = hessian.dtype if isinstance(hessian, Tensor) else type(hessian).__name__
         raise TypeError(f"hessian must be a floating tensor, got {got}")
     k = weight.shape[1]
@@ -151,13 +151,13 @@ class _Grid:
     ) -> None:
         self.format, self.scale, self.table = format, scale, table
         self.zero = None if zero is None else zero.to(torch.float32)
-        self.nearest = rtn.Nearest(table) if format.codec == "lut" else table
+        self.nearest = nearest.Nearest(table) if format.codec == "lut" else table
 
     def round(self, w: Tensor) -> tuple[Tensor, Tensor]:  # (R, 1) fp32 -> uint8 and fp32, (R,)
         """The nearest codes and what they stand for, scaled."""
         low = self.zero if self.format.zero == "min" else None
-        ratio = rtn.scaled(w, self.format, self.scale, low)
-        codes = rtn.find_codes(ratio, self.format, self.zero, self.nearest)
+        ratio = grid.scaled(w, self.format, self.scale, low)
+        codes = grid.find_codes(ratio, self.format, self.zero, self.nearest)
         index = codes.long()
         values = self.table[index] if self.table.dim() == 1 else self.table.gather(1, index)
         values = reference.apply_scales(values, self.format, self.scale, self.zero)
@@ -173,7 +173,7 @@ class _Grids:
         self.scales = None if scales is None else scales[rows]
         self.grids: dict[int, _Grid] = {}
         fitted = qt.format.fitted
-        self.fixed = None if fitted else rtn.fixed_table(qt.format, qt.device)
+        self.fixed = None if fitted else grid.fixed_table(qt.format, qt.device)
 
     def __getitem__(self, group: int) -> _Grid:
         if group not in self.grids:
@@ -199,7 +199,7 @@ class _Grids:
                 importance = self.sweep.importance()[columns].expand(w.shape)
                 part = kmeans.quantize(single, format, weights=importance)
             else:
-                part = rtn.start(single, format)
+                part = grid.start(single, format)
         except ValueError as e:
             raise ValueError(f"columns {columns.start} to {columns.stop} as updated: {e}") from None
         names = {"scales", "zeros"} & set(qt.tensors)

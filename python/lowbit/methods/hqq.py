@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowbit import reference
 from lowbit.formats import Format, as_format
-from lowbit.methods import rtn
+from lowbit.methods import grid
 from lowbit.weights.quantized import QuantTensor
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -59,15 +59,15 @@ def quantize(
             f"format {format.name!r} has zero {format.zero!r}"
         )
     _check_numbers(p, beta, kappa, iterations)
-    rtn.check_weight(weight, format)
-    qt = rtn.start(weight, format)
-    for rows, w in rtn.slices(weight):
+    grid.check_weight(weight, format)
+    qt = grid.start(weight, format)
+    for rows, w in grid.slices(weight):
         first = 0
-        for part in rtn.group_parts(w, format):
+        for part in grid.group_parts(w, format):
             groups = slice(first, first + part.shape[1])
             _Lines(qt, rows, groups, part, p).solve(beta, kappa, iterations, fit_scale)
             first = groups.stop
-    rtn.fill_codes(qt, weight)
+    grid.fill_codes(qt, weight)
     return qt
 
 
@@ -109,10 +109,10 @@ class _Lines:
 
     def _round(self) -> Tensor:  # (R, 1)
         """Codes by the rules of `rtn`, their error in units of the scale, and sum |W - W^|^p."""
-        ratio = rtn.scaled(
+        ratio = grid.scaled(
             self.w, self.format, self.scale, self.zero if self.format.zero == "min" else None
         )
-        codes = rtn.find_codes(ratio, self.format, self.zero, self.scale)
+        codes = grid.find_codes(ratio, self.format, self.zero, self.scale)
         self.codes = codes.to(torch.float32)
         self.values = reference.apply_scales(self.codes, self.format, self.scale, self.zero)
         self.error = (self.w - self.values).div_(self.scale)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format, as_format
-from lowbit.methods import fitting, kmeans, lloyd, rtn
+from lowbit.methods import fitting, kmeans, lloyd
+from lowbit.methods.grid import check_weight, fill_codes, start
 from lowbit.weights.quantized import QuantTensor
 
 SOLVERS = ("km", "lm")
@@ -66,7 +67,7 @@ def quantize(
     """
     format = as_format(format)
     fitting.check_fitted(format, "kde")
-    rtn.check_weight(weight, format)
+    check_weight(weight, format)
     _check_numbers(solver, sample, tails, strata, grid, bandwidth)
     generator = torch.Generator().manual_seed(seed)
 
@@ -79,9 +80,9 @@ def quantize(
         start = _panter_dite(points, count, entries)
         return lloyd.iterate(points, count, start, iterations=300, tolerance=1e-4)
 
-    qt = rtn.start(weight, format)
+    qt = start(weight, format)
     fitting.fit_tables(qt, weight, None, solve)
-    rtn.fill_codes(qt, weight)
+    fill_codes(qt, weight)
     return qt
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit import _C
 from lowbit.formats import Format, as_format
-from lowbit.methods import fitting, rtn
+from lowbit.methods import fitting, grid
 from lowbit.weights.quantized import QuantTensor
 
 
@@ -37,11 +37,11 @@ def quantize(weight: Tensor, format: Format | str, *, weights: Tensor | None = N
     """
     format = as_format(format)
     fitting.check_fitted(format, "kmeans")
-    rtn.check_weight(weight, format)
+    grid.check_weight(weight, format)
     weights = fitting.check_importance(weights, weight)
-    qt = rtn.start(weight, format)
+    qt = grid.start(weight, format)
     fitting.fit_tables(qt, weight, weights, solve)
-    rtn.fill_codes(qt, weight)
+    grid.fill_codes(qt, weight)
     return qt
 
 

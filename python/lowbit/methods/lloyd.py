@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format, as_format
-from lowbit.methods import fitting, rtn
+from lowbit.methods import fitting, grid
 from lowbit.weights.quantized import QuantTensor
 
 
@@ -62,7 +62,7 @@ def quantize(
         raise ValueError(f"iterations must be at least 0, got {iterations}")
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be finite and at least 0, got {tolerance}")
-    rtn.check_weight(weight, format)
+    grid.check_weight(weight, format)
     weights = fitting.check_importance(weights, weight)
     generator = torch.Generator().manual_seed(seed)
 
@@ -73,9 +73,9 @@ def quantize(
         start = INITS[init](exact, counts, entries, generator)
         return iterate(exact, counts, start, iterations, tolerance)
 
-    qt = rtn.start(weight, format)
+    qt = grid.start(weight, format)
     fitting.fit_tables(qt, weight, weights, solve)
-    rtn.fill_codes(qt, weight)
+    grid.fill_codes(qt, weight)
     return qt
 
 

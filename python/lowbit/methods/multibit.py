@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format, as_format
-from lowbit.methods import fitting, rtn
+from lowbit.methods import fitting, grid, nearest
 from lowbit.weights.quantized import QuantTensor
 
 MAX_BITS = 4
@@ -54,15 +54,15 @@ def quantize(
         )
     if iterations < 0:
         raise ValueError(f"iterations must be at least 0, got {iterations}")
-    rtn.check_weight(weight, format)
+    grid.check_weight(weight, format)
     importance = fitting.check_importance(weights, weight)
-    qt = rtn.start(weight, format)
+    qt = grid.start(weight, format)
 
     def solve(problems: fitting.Problems, entries: int) -> Tensor:
         return _tables(*problems.sorted_points(), entries.bit_length() - 1, iterations)
 
     fitting.fit_tables(qt, weight, importance, solve)
-    rtn.fill_codes(qt, weight)
+    grid.fill_codes(qt, weight)
     return qt
 
 
@@ -82,7 +82,7 @@ def _tables(points: Tensor, count: Tensor | None, bits: int, iterations: int) ->
     best, least = a, torch.full_like(a[:, 0], torch.inf)
     for step in range(iterations + 1):
         table = a @ signs.T
-        index = rtn.nearest_codes(points, table.float()).long()
+        index = nearest.nearest_codes(points, table.float()).long()
         error = (weight * (x - table.gather(1, index)).square()).sum(1)
         better = error < least
         if not bool(better.any()):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit import packing, reference
 from lowbit.formats import DIGIT_BASES, Format, as_format
-from lowbit.methods import fitting, kmeans, rtn
+from lowbit.methods import fitting, grid, kmeans, nearest
 from lowbit.methods.errors import norms
 from lowbit.methods.scales import count_tiny, store_scales
 from lowbit.weights.quantized import QuantTensor
@@ -61,18 +61,18 @@ def quantize(
         )
     levels = 2**format.bits if levels is None else levels
     _check_numbers(levels, table_bits, iterations, format)
-    rtn.check_weight(weight, format)
-    start = rtn.start(weight, format)
+    grid.check_weight(weight, format)
+    start = grid.start(weight, format)
     points, count = fitting.whole(start, weight, None).sorted_points()
     centers = kmeans.centers(points, count, levels)
-    scales, sums = start, _Cells.of(points, rtn.nearest_codes(points, centers), count, levels)
+    scales, sums = start, _Cells.of(points, nearest.nearest_codes(points, centers), count, levels)
     best, least = None, math.inf
     for _ in range(iterations):
         table, step = _integer_table(sums, 2 ** (table_bits - 1) - 1, format.scale == "e8m0")
-        qt = rtn.empty(weight, _integer_format(format, table))
+        qt = grid.empty(weight, _integer_format(format, table))
         store_scales(qt, _effective(scales) * step, power="nearest")
         store_scales(qt, _best_scales(qt, weight), power="nearest")
-        rtn.fill_codes(qt, weight)
+        grid.fill_codes(qt, weight)
         error, _ = norms(weight, qt)
         # Scales that their dtype rounds up choose codes that teach no table.
         enough = error < least * (1 - 1e-3) and not count_tiny(qt)
@@ -166,11 +166,11 @@ def _effective(qt: QuantTensor) -> Tensor:  # (N, groups) fp64
 
 def _best_scales(qt: QuantTensor, weight: Tensor) -> Tensor:  # (N, groups) fp64
     """<w, q> / <q, q> of every group for the codes that its stored scale chooses."""
-    best, table = _effective(qt), rtn.fixed_table(qt.format, qt.device)
-    nearest = rtn.Nearest(table)
-    for rows, w in rtn.slices(weight):
-        codes = nearest(rtn.scaled(w, qt.format, best[rows].float()))
-        parts = (rtn.group_parts(t.double(), qt.format) for t in (w, table[codes.long()]))
+    best, table = _effective(qt), grid.fixed_table(qt.format, qt.device)
+    find = nearest.Nearest(table)
+    for rows, w in grid.slices(weight):
+        codes = find(grid.scaled(w, qt.format, best[rows].float()))
+        parts = (grid.group_parts(t.double(), qt.format) for t in (w, table[codes.long()]))
         pairs = list(zip(*parts, strict=True))
         product = torch.cat([(w * q).sum(-1) for w, q in pairs], 1)
         square = torch.cat([(q * q).sum(-1) for _, q in pairs], 1)

@@ -17,6 +17,7 @@ from lowbit.methods import (
     distq,
     fitting,
     gptq,
+    grid,
     hqq,
     kde,
     kmeans,
@@ -109,7 +110,7 @@ def quantize(
 def _with_outliers(
     weight: Tensor, format: Format, method: str, given: dict[str, Any]
 ) -> QuantTensor:
-    rtn.check_weight(weight, format.without_outliers)
+    grid.check_weight(weight, format.without_outliers)
     importance = fitting.check_importance(given.pop("weights", None), weight)
     columns = sparse.find(weight, format, importance)
     if "weights" in keywords(method):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowbit import reference
 from lowbit.formats import Format
-from lowbit.methods import rtn
+from lowbit.methods import grid
 from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
 
 
@@ -32,7 +32,7 @@ def find(
     n, k = weight.shape
     count = format.num_outliers(k)
     columns = torch.empty((n, count), dtype=torch.int32, device=weight.device)
-    for rows, w in rtn.slices(weight):
+    for rows, w in grid.slices(weight):
         if format.zero is not None:
             w = w - _group_means(w, format)
         # fp64: squares of fp32 numbers underflow and overflow.
@@ -54,7 +54,7 @@ def fill(
     the error of that mean, which S takes away.
     """
     filled = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    for rows, w in rtn.slices(weight):
+    for rows, w in grid.slices(weight):
         index = columns[rows].long()
         others = torch.ones_like(w).scatter_(1, index, 0.0)
         count = _group_sums(others, format)
@@ -85,7 +85,7 @@ def add(
     dtype = SCALE_DTYPES[format.outlier_dtype]
     values = torch.empty(columns.shape, dtype=dtype, device=weight.device)
     scales, lost = reference.effective_scales(qt), 0
-    for rows, w in rtn.slices(weight):
+    for rows, w in grid.slices(weight):
         index = columns[rows].long()
         rest = (w - reference.dequantize_rows(qt, rows, scales)).gather(1, index)
         stored = rest.to(dtype)
@@ -118,9 +118,9 @@ def add(
 
 
 def _group_sums(values: Tensor, format: Format) -> Tensor:  # (R, K) -> (R, groups) fp32
-    return torch.cat([part.sum(-1) for part in rtn.group_parts(values, format)], 1)
+    return torch.cat([part.sum(-1) for part in grid.group_parts(values, format)], 1)
 
 
 def _group_means(w: Tensor, format: Format) -> Tensor:  # (R, K) fp32
-    means = torch.cat([part.mean(-1) for part in rtn.group_parts(w, format)], 1)
+    means = torch.cat([part.mean(-1) for part in grid.group_parts(w, format)], 1)
     return means[:, reference.group_index(format, w.shape[1], w.device)]

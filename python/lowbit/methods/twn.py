@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit import reference
 from lowbit.formats import Format, as_format
-from lowbit.methods import rtn
+from lowbit.methods import grid
 from lowbit.methods.scales import store
 from lowbit.weights.quantized import QuantTensor
 
@@ -49,21 +49,21 @@ def quantize(
         )
     if threshold is not None and not 0 <= threshold < float("inf"):
         raise ValueError(f"threshold must be finite and not negative, got {threshold}")
-    per_tensor = rtn.check_granularity(granularity, format)
-    rtn.check_weight(weight, format)
-    qt = rtn.empty(weight, format)
+    per_tensor = grid.check_granularity(granularity, format)
+    grid.check_weight(weight, format)
+    qt = grid.empty(weight, format)
     if threshold is None:
         alpha = _best_alpha(weight, format, per_tensor)
         store(qt, -alpha, alpha)
-        rtn.fill_codes(qt, weight)
+        grid.fill_codes(qt, weight)
         return qt
-    mean = rtn.ranges(weight, dataclasses.replace(format, scale_rule="mean"), per_tensor)[1]
+    mean = grid.ranges(weight, dataclasses.replace(format, scale_rule="mean"), per_tensor)[1]
     bound = (threshold * mean).float()
     group = reference.group_index(format, weight.shape[1], weight.device)
     total, count = torch.zeros_like(mean), torch.zeros_like(mean)
-    for rows, w in rtn.slices(weight):
+    for rows, w in grid.slices(weight):
         above = torch.where(w.abs() > bound[rows][:, group], w.abs(), 0.0).double()
-        parts = rtn.group_parts(above, format)
+        parts = grid.group_parts(above, format)
         total[rows] = torch.cat([g.sum(-1) for g in parts], 1)
         count[rows] = torch.cat([(g > 0).double().sum(-1) for g in parts], 1)
     if per_tensor:
@@ -72,7 +72,7 @@ def quantize(
     store(qt, -alpha, alpha)
     # Double quantization may give a small scale the wrong sign.
     sign = reference.effective_scales(qt).sign()  # type: ignore[union-attr]
-    for rows, w in rtn.slices(weight):
+    for rows, w in grid.slices(weight):
         bounds, signed = bound[rows][:, group], w * sign[rows][:, group]
         codes = 1 + (signed > bounds).to(torch.uint8) - (signed < -bounds).to(torch.uint8)
         qt.tensors["codes"][rows] = torch.ops.lowbit.pack(codes, format.spec)
@@ -93,4 +93,4 @@ def _best_alpha(weight: Tensor, format: Format, per_tensor: bool) -> Tensor:  # 
         at = (sums.square() / m).argmax(-1, keepdim=True)
         return (sums.gather(-1, at) / (at + 1)).squeeze(-1)
 
-    return rtn.reduce(weight, format, best).expand(shape)
+    return grid.reduce(weight, format, best).expand(shape)

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lowbit.methods.fitting import check_importance
+from lowbit.methods.grid import check_weight
 from lowbit.methods.registry import calibrates, check_options, default_method, keywords, quantize
-from lowbit.methods.rtn import check_weight
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.nn import fuse as fuse_siblings
 from lowbit.nn.names import DEFAULT_SKIP, Rule, Rules, Selection, listed

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowbit import reference
 from lowbit.files import write_atomically
-from lowbit.methods import rtn
+from lowbit.methods import grid
 from lowbit.ptq.allocation import Allocation
 from lowbit.ptq.report import LayerReport, Report
 from lowbit.weights.quantized import QuantTensor
@@ -71,11 +71,11 @@ def histogram(weight: Tensor, qt: QuantTensor) -> WeightHistogram:
     margin = 0.15 * float(values[-1] - values[0]) or 1.0
     start, end = float(values[0]) - margin, float(values[-1]) + margin
     scales, counts = reference.effective_scales(qt), values.new_zeros(_BINS)
-    for rows, w in rtn.slices(weight):
+    for rows, w in grid.slices(weight):
         zero = None if qt.zeros is None else qt.zeros[rows].float()
         offset = qt.format.zero == "min"
         scale = None if scales is None else scales[rows]
-        ratio = rtn.scaled(w, qt.format, scale, zero if offset else None)
+        ratio = grid.scaled(w, qt.format, scale, zero if offset else None)
         if zero is not None and not offset:
             ratio = ratio + zero[:, reference.group_index(qt.format, w.shape[1], w.device)]
         counts += torch.histc(ratio.clamp(start, end), _BINS, start, end).cpu()
@@ -88,7 +88,7 @@ def histogram(weight: Tensor, qt: QuantTensor) -> WeightHistogram:
 def _values(qt: QuantTensor) -> tuple[Tensor, Tensor, Tensor]:
     """Percentiles 5, 50 and 95 of the tables' values, (E,) each."""
     if qt.table is None:
-        values = rtn.fixed_table(qt.format, torch.device("cpu")).sort().values
+        values = grid.fixed_table(qt.format, torch.device("cpu")).sort().values
         values = values[values.isfinite()]
         return values, values, values
     tables = qt.table.flatten(0, -2) if qt.table.dim() > 1 else qt.table[None]

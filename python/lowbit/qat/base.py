@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowbit import modes, reference
 from lowbit.formats import Format, as_format
-from lowbit.methods import quantize, rtn
+from lowbit.methods import grid, quantize
 from lowbit.weights.quantized import QuantTensor
 
 
@@ -93,7 +93,7 @@ class WeightQuantizer(nn.Module):
         Raises:
             TypeError, ValueError: as `lowbit.quantize`.
         """
-        rtn.check_weight(weight, self.format)
+        grid.check_weight(weight, self.format)
         return self.encode(weight.detach().to(torch.float32))
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.formats import Format
-from lowbit.methods import kmeans, rtn
+from lowbit.methods import grid, kmeans
 from lowbit.nn import QuantLinear
 from lowbit.qat.base import WeightQuantizer, set_codes
 from lowbit.weights.quantized import QuantTensor
@@ -68,7 +68,7 @@ class ClusterMeans(WeightQuantizer):
 
     def encode(self, weight: Tensor) -> QuantTensor:
         """The means, summed in fp64, and the labels."""
-        qt = rtn.empty(weight, self.format)
+        qt = grid.empty(weight, self.format)
         index = self.labels.flatten().long()
         entries = len(self._start)
         sums = torch.zeros(entries, dtype=torch.float64, device=weight.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowbit import reference
 from lowbit.formats import Format
-from lowbit.methods import rtn
+from lowbit.methods import grid
 from lowbit.methods.bitnet import BINARY
 from lowbit.qat.base import STE, WeightQuantizer, set_codes
 from lowbit.weights.quantized import QuantTensor
@@ -43,7 +43,7 @@ class BWN(STE):
         scales = reference.effective_scales(qt)
         assert scales is not None
         alpha = reference.per_weight(scales, self.format, k)
-        sizes = rtn.group_sizes(weight, self.format).to(scales)
+        sizes = grid.group_sizes(weight, self.format).to(scales)
         n = reference.per_weight(sizes[None], self.format, k)
         slope = 1 / n + alpha * (weight.detach().abs() <= 1)
         return weight * slope.to(weight.dtype)
@@ -98,7 +98,7 @@ class TTQ(WeightQuantizer):
         super().__init__(Format.lut(bits=2, group=None, scale=None))
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold must be in [0, 1), got {threshold!r}")
-        rtn.check_weight(weight, self.format)
+        grid.check_weight(weight, self.format)
         self.threshold = threshold
         w = weight.detach().double()
         codes = self._codes(w)
@@ -110,9 +110,9 @@ class TTQ(WeightQuantizer):
 
     def encode(self, weight: Tensor) -> QuantTensor:
         """Codes by the threshold, the table (-wn, 0, wp, 0)."""
-        qt = rtn.empty(weight, self.format)
+        qt = grid.empty(weight, self.format)
         zero = torch.zeros_like(self.wp)
-        rtn.set_table(qt, torch.stack([-self.wn, zero, self.wp, zero]).detach())
+        grid.set_table(qt, torch.stack([-self.wn, zero, self.wp, zero]).detach())
         return set_codes(qt, self._codes(weight))
 
     def surrogate(self, weight: Tensor, qt: QuantTensor, codes: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class DoReFa(WeightQuantizer):
         """Codes of a table without a scale."""
         levels = 2**self.format.bits - 1
         ratio = (_unit_tanh(weight) / 2 + 0.5) * levels
-        return set_codes(rtn.empty(weight, self.format), ratio.round().to(torch.uint8))
+        return set_codes(grid.empty(weight, self.format), ratio.round().to(torch.uint8))
 
     def surrogate(self, weight: Tensor, qt: QuantTensor, codes: Tensor) -> Tensor:
         """tanh(w) / max |tanh w|."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowbit import reference
 from lowbit.formats import Format
-from lowbit.methods import rtn
+from lowbit.methods import grid
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.qat.activations import ActivationQuantizer
 from lowbit.qat.base import WeightQuantizer, scale_gradient, straight_through
@@ -48,22 +48,22 @@ class LSQ(WeightQuantizer):
         self, weight: Tensor, format: Format | str = "int4_row_fp32", granularity: str = "tensor"
     ) -> None:
         super().__init__(format)
-        per_tensor = rtn.check_granularity(granularity, self.format)
+        per_tensor = grid.check_granularity(granularity, self.format)
         f = self.format
         if f.fitted or f.zero is not None or f.scale not in _FLOAT_SCALES:
             raise ValueError(
                 f"format must have a table, no zeros and scales in {_FLOAT_SCALES}, got {f.name!r}"
             )
-        rtn.check_weight(weight, f)
-        table = rtn.fixed_table(f, weight.device)
+        grid.check_weight(weight, f)
+        table = grid.fixed_table(f, weight.device)
         table = table[table.isfinite()]
         self._low, self._high = float(table.min()), float(table.max())
         if self._high <= 0:
             raise ValueError(f"the largest value of format {f.name!r} must be positive")
         by_mean = dataclasses.replace(f, scale_rule="mean")
-        mean = rtn.ranges(weight.detach(), by_mean, per_tensor)[1].float()
+        mean = grid.ranges(weight.detach(), by_mean, per_tensor)[1].float()
         step = 2 * mean / math.sqrt(self._high)
-        sizes = rtn.group_sizes(weight, f).float()
+        sizes = grid.group_sizes(weight, f).float()
         if per_tensor:
             step, sizes = step[:1, :1], sizes.new_tensor(weight.numel())
         self.step = nn.Parameter(torch.where(step > 0, step, 1.0))
@@ -71,18 +71,18 @@ class LSQ(WeightQuantizer):
 
     def encode(self, weight: Tensor) -> QuantTensor:
         """The nearest codes for the steps."""
-        qt = rtn.empty(weight, self.format)
+        qt = grid.empty(weight, self.format)
         stored = self.step.detach().to(SCALE_DTYPES[self.format.scale or ""])
         _check_positive(stored)
         qt.tensors["scales"].copy_(stored.expand_as(qt.tensors["scales"]))
-        rtn.fill_codes(qt, weight)
+        grid.fill_codes(qt, weight)
         return qt
 
     def surrogate(self, weight: Tensor, qt: QuantTensor, codes: Tensor) -> Tensor:
         """Linear in weight and step, with the gradients of LSQ."""
         k = weight.shape[1]
         scales = reference.effective_scales(qt)
-        v = rtn.scaled(weight.detach().float(), self.format, scales)
+        v = grid.scaled(weight.detach().float(), self.format, scales)
         quantized = reference.code_values(codes, self.format, None)
         step = scale_gradient(self.step, self._grad_scale).expand_as(qt.tensors["scales"])
         return _surrogate(

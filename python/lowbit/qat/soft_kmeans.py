@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit import modes
 from lowbit.formats import BITS, Format
-from lowbit.methods import kmeans, rtn
+from lowbit.methods import grid, kmeans
 from lowbit.qat.base import WeightQuantizer
 from lowbit.weights.quantized import QuantTensor
 
@@ -275,7 +275,7 @@ class SoftKMeans(WeightQuantizer):
         if bits not in BITS:
             raise ValueError(f"bits must be one of {BITS}, got {bits!r}")
         super().__init__(Format.lut(bits=bits, group=None, scale=None))
-        rtn.check_weight(weight, self.format)
+        grid.check_weight(weight, self.format)
         if dim < 1 or weight.numel() % dim:
             raise ValueError(f"dim must divide the {weight.numel()} weights, got {dim!r}")
         self.dim, self.tau, self.mode, self.distance = dim, tau, mode, distance
@@ -317,9 +317,9 @@ class SoftKMeans(WeightQuantizer):
             raise NotImplementedError(
                 f"vectors of dim {self.dim} have no packed kernel: soft_kmeans.harden gives dense values and codes"
             )
-        qt = rtn.empty(weight, self.format)
-        rtn.set_table(qt, self.centers[:, 0])
-        rtn.fill_codes(qt, weight)
+        qt = grid.empty(weight, self.format)
+        grid.set_table(qt, self.centers[:, 0])
+        grid.fill_codes(qt, weight)
         return qt
 
     def extra_repr(self) -> str:
