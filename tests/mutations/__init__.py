@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,11 @@ class Mutant:
 
 def python(path: str, *tests: str) -> _File:
     """Mutants of a file of the package, seen by test files named without "test_" and ".py"."""
-    return _File(f"python/lowbit/{path}", tuple(f"tests/test_{name}.py" for name in tests))
+    found = {name: list(TESTS.rglob(f"test_{name}.py")) for name in tests}
+    if missing := [name for name, files in found.items() if len(files) != 1]:
+        raise ValueError(f"each test must be the name of one file, got {missing}")
+    files = (str(path.relative_to(TESTS.parent)) for (path,) in found.values())
+    return _File(f"python/lowbit/{path}", tuple(files))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutations import python
 
 MUTANTS = [
-    *python("io/gguf.py", "gguf")(
+    *python("io/readers/gguf.py", "gguf")(
         ("return np.concatenate((qs & 15, qs >> 4), axis=1)", "return np.concatenate((qs >> 4, qs & 15), axis=1)"),
         ('return np.unpackbits(qh, axis=1, bitorder="little") << 4', 'return np.unpackbits(qh, axis=1, bitorder="big") << 4'),
         ("lambda b: b[:, 2:] ^ 0x80", "lambda b: b[:, 2:]"),
@@ -20,15 +20,15 @@ MUTANTS = [
         ('tie_word_embeddings="output.weight" not in file.tensors', 'tie_word_embeddings="output.weight" in file.tensors'),
         ('"llama.attention.head_count_kv", int, default=heads', '"llama.attention.head_count_kv", int, default=1'),
     ),
-    *python("io/container.py", "io", "io_bad_files")(
+    *python("io/safetensors_file.py", "io", "io_bad_files")(
         ("key=lambda i: (-i[1][1].itemsize, i[0])", "key=lambda i: i[0]"),
         ("if not isinstance(name, str) or Path(name).name != name:", "if not isinstance(name, str):"),
     ),
-    *python("io/checkpoint.py", "io", "io_bad_files")(
+    *python("io/native.py", "io", "io_bad_files")(
         ("elif found != expected[key]:", "elif found[1] != expected[key][1]:"),
         ("self.header.tied.update(header.tied)", "self.header.tied.update({})"),
     ),
-    *python("quantize/names.py", "recipe", "quantize_model")(
+    *python("nn/names.py", "recipe", "quantize_model")(
         (r'return re.compile(rf"(?:^|(?<=\.))(?:{pattern})(?=\.|$)")', r'return re.compile(rf"(?:{pattern})(?=\.|$)")'),
         ("replace(self, method=method, options={**options, **self.options})", "replace(self, method=method, options={**self.options, **options})"),
     ),
@@ -37,7 +37,7 @@ MUTANTS = [
         ("if not same or not shapes.keys() <= state.keys() or own_dtypes:", "if not same or own_dtypes:"),
         ("return left.left if planned.isdisjoint(transposed) else None", "return left.left"),
     ),
-    *python("io/convert.py", "folders", "convert")(
+    *python("ptq/file.py", "folders", "convert")(
         ("return super().tensor(name).to(self.specs[name][1])", "return super().tensor(name)"),
     ),
 ]  # fmt: skip

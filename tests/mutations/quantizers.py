@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutations import python
 
 MUTANTS = [
-    *python("quantize/scales.py", "quantize", "rtn_options")(
+    *python("methods/scales.py", "quantize", "rtn_options")(
         ("store_scales(qt, (high - low) / (2**format.bits - 1))", "store_scales(qt, (high - low) / 2**format.bits)"),
         ('"balanced": 0.5, "full": 0.0, "restricted": 1.0', '"balanced": 0.5, "full": 1.0, "restricted": 0.0'),
         ("power = torch.where(mantissa == 0.5, power, exponent)", "power = torch.where(mantissa > 0.5, power, exponent)"),
@@ -13,34 +13,34 @@ MUTANTS = [
         ("end = torch.where(scale < 0, high, low)", "end = low"),
         ("mantissa < math.sqrt(0.5)", "mantissa < 0.5"),
     ),
-    *python("quantize/rtn.py", "quantize", "rtn_options")(
+    *python("methods/rtn.py", "quantize", "rtn_options")(
         ("return below + (noise < ratio - below)", "return below + (noise > ratio - below)"),
         ('"rms": lambda v: ((v.square() * sizes).sum() / weight.numel()).sqrt()', '"rms": lambda v: v.square().mean().sqrt()'),
         ('code = round(ratio + offset) if format.zero == "float" else round(ratio) + offset', "code = round(ratio) + offset"),
         ("low = reduce(weight, format, lambda g: clip.quantile(g, 1 - fraction))", "low = reduce(weight, format, lambda g: clip.quantile(g, fraction))"),
     ),
-    *python("quantize/nearest.py", "quantize", "kmeans")(
+    *python("methods/nearest.py", "quantize", "kmeans")(
         ("torch.searchsorted(self._middle, values.contiguous())", "torch.searchsorted(self._middle, values.contiguous(), right=True)"),
     ),
-    *python("quantize/gptq.py", "gptq")(
+    *python("methods/gptq.py", "gptq")(
         ("lost[j - begin] = (w - q) / self.factor[j, j]", "lost[j - begin] = w - q"),
         ("hessian = hessian[order][:, order]", "hessian = hessian[order]"),
         ("order = hessian.diagonal().argsort(descending=True, stable=True)", "order = hessian.diagonal().argsort(stable=True)"),
         ("by_column[self.order] = square.min() / square", "by_column[self.order] = square / square.max()"),
         ("damping * float(h.diagonal().mean())", "damping * float(h.diagonal().max())"),
     ),
-    *python("quantize/hqq.py", "gptq", "quantize")(
+    *python("methods/hqq.py", "gptq", "quantize")(
         ("self._step(beta * kappa**i, fit_scale, dtype)", "self._step(beta / kappa**i, fit_scale, dtype)"),
     ),
-    *python("quantize/observers.py", "observers")(
+    *python("ptq/observers.py", "observers")(
         ("top = 2 ** (bits - 1) - 1\n        if low == high", "top = 2 ** (bits - 1)\n        if low == high"),
         ("below = float(clipping.quantile(values, 1 - self.percentile))", "below = float(values.min())"),
     ),
-    *python("quantize/smooth.py", "smooth")(
+    *python("ptq/smooth.py", "smooth")(
         ("columns.clamp(min=_TINY) ** (1 - alpha)", "columns.clamp(min=_TINY) ** alpha"),
         ("s = s / (s.max() * s.min()).sqrt()", "s = s / s.max()"),
     ),
-    *python("quantize/knapsack.py", "allocate")(
+    *python("ptq/knapsack.py", "allocate")(
         ("state = int(best[: (capacity - base) // unit + 1].argmin())", "state = int(best[: (capacity - base) // unit].argmin())"),
     ),
 ]  # fmt: skip

@@ -168,7 +168,7 @@ def test_one_openmp_runtime_in_the_process() -> None:
 def test_thread_count_follows_torch() -> None:
     done = python("""
     import os, sys, torch
-    sys.path.insert(0, "tests")
+    sys.path.insert(0, "tests/backends")
     torch.set_num_threads(1)
     from test_dispatch import big_call
     call = big_call()
@@ -221,7 +221,7 @@ def test_concurrent_calls_agree() -> None:
 def test_calls_after_fork() -> None:
     done = python("""
     import os, sys, torch
-    sys.path.insert(0, "tests")
+    sys.path.insert(0, "tests/backends")
     torch.set_num_threads(2)
     from test_dispatch import big_call
     call = big_call()

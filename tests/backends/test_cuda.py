@@ -21,7 +21,7 @@ from lowbit.formats import FORMATS, Format
 from lowbit.layouts import M16
 from weights import ALL_FORMATS, random_weight
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FITTING = [format for format in ALL_FORMATS if layouts.fits_m16(format)]
 
 

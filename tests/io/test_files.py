@@ -16,7 +16,7 @@ import pytest
 
 from lowbit.files import InputFile, cut, shown, write_atomically
 
-PACKAGE = Path(__file__).parents[1] / "python" / "lowbit"
+PACKAGE = Path(__file__).parents[2] / "python" / "lowbit"
 
 
 def put(path: Path, data: bytes) -> None:
