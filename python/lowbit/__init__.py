@@ -52,7 +52,7 @@ def _rebuild(*args: Any) -> Any:
     return rebuild(*args)
 
 
-if "torch" in sys.modules:
+if sys.modules.get("torch") is not None:
     # torch.load(weights_only=True) looks a pickled QuantTensor up by this name; it need not be imported for that.
     _rebuild.__module__ = "lowbit.weights.quantized"
     sys.modules["torch"].serialization.add_safe_globals([_rebuild])
