@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,6 +41,14 @@ def one_thread() -> Iterator[None]:
 def _seed() -> None:
     random.seed(SEED)
     torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    """torch.compile gives up on code that was compiled too often, by all tests of a process together."""
+    if "torch._dynamo" in sys.modules and torch._dynamo.utils.counters["frames"]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -138,7 +138,7 @@ def outlier_product(
     n, count = columns.shape  # bags by their offsets, as P = 0 makes them empty
     if not x.shape[0]:  # which embedding_bag does not take
         return x.new_empty(0, n)
-    offsets = torch.arange(n, device=columns.device) * count
+    offsets = torch.arange(n, dtype=torch.int64, device=columns.device) * count
     weights = values.to(x.dtype).flatten()
     return F.embedding_bag(
         columns.flatten(), x.t().contiguous(), offsets, mode="sum", per_sample_weights=weights

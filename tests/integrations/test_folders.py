@@ -87,6 +87,7 @@ def dequantized(model: nn.Module, loaded: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.* of the weights stay dense")  # the experts of a mixture
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_what_is_written_loads(capsys, tmp_path: Path, kind: str):
     dense(kind).save_pretrained(tmp_path / "dense")
@@ -218,6 +219,22 @@ def test_names_without_the_prefix(capsys, tmp_path: Path):
     save_file(old, file, {"format": "pt"})
     printed = run_json(capsys, "quantize", tmp_path / "dense", tmp_path / "out", "-f", "int4_g32")
     assert printed["left"]["rotary.extra"] == "not part of a LlamaForCausalLM, and not written"
+    loaded = pretrained.load_folder(tmp_path / "out")
+    assert torch.allclose(
+        output(loaded, "Llama"), output(dequantized(model, loaded), "Llama"), atol=1e-4
+    )
+
+
+def test_tensors_that_the_model_has_not(capsys, tmp_path: Path):
+    """As checkpoints of old versions hold buffers: said, and not written."""
+    model = dense("Llama")
+    model.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    extra = {"model.layers.0.mlp.masked_bias": torch.ones(()), "model.old.weight": torch.ones(4, 4)}
+    save_file({**load_file(file), **extra}, file, {"format": "pt"})
+    printed = run_json(capsys, "quantize", tmp_path / "dense", tmp_path / "out", "-f", "int4_g32")
+    assert printed["left"]["model.old.weight"] == "not part of a LlamaForCausalLM, and not written"
+    assert len(printed["layers"]) == 14
     loaded = pretrained.load_folder(tmp_path / "out")
     assert torch.allclose(
         output(loaded, "Llama"), output(dequantized(model, loaded), "Llama"), atol=1e-4

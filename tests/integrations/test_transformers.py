@@ -18,6 +18,7 @@ import lowbit  # noqa: E402
 from gguf_files import Llama, llama_fields, llama_tensors, write, write_llama  # noqa: E402
 from lowbit.cli.run import default_model  # noqa: E402
 from lowbit.decoder.runner import LlamaRunner  # noqa: E402
+from lowbit.integrations.gguf_llama import llama_config  # noqa: E402
 from lowbit.integrations.transformers import load_gguf, load_tokenizer, packed_modules  # noqa: E402
 from lowbit.io.readers.gguf import GGUFFile  # noqa: E402
 from lowbit.nn import QuantEmbedding, QuantLinear  # noqa: E402
@@ -168,6 +169,23 @@ def test_biases(tmp_path):
         ]
         assert getattr(attention, name).bias.tolist() == [float(b) for b in expected]
     assert attention.o_proj.bias.tolist() == stored["blk.1.attn_output.bias"][0].tolist()
+
+
+def test_keys_that_files_may_leave_out(tmp_path):
+    """llama.cpp's defaults: as many key heads as heads, rope theta 10000."""
+    spec = Llama(heads=4, kv_heads=4)
+    whole = write_llama(tmp_path / "whole.gguf", spec)
+    optional = {"llama.attention.head_count_kv": None, "llama.rope.freq_base": None}
+    optional["llama.rope.dimension_count"] = None
+    bare = write_llama(tmp_path / "bare.gguf", spec, **optional)
+    stated, defaults = (llama_config(GGUFFile(path)) for path in (whole, bare))
+    assert defaults.num_key_value_heads == stated.num_key_value_heads == 4
+    assert defaults.rope_parameters["rope_theta"] == stated.rope_parameters["rope_theta"] == 1e4
+    assert defaults.head_dim == stated.head_dim
+    tokens = torch.arange(12)[None]
+    with torch.inference_mode():
+        a, b = (load_gguf(path, dtype=torch.float32)(tokens).logits for path in (whole, bare))
+    assert torch.equal(a, b)
 
 
 def broken_files():

@@ -19,7 +19,7 @@ MUTANTS = [
         ("multiplier = (mantissa * 2**31 + 0.5).floor().long()", "multiplier = (mantissa * 2**31).floor().long()"),
         ("carry = multiplier == 2**31", "carry = multiplier == 2**30"),
         ("product = (left * multiplier + 2**30) >> 31", "product = (left * multiplier) >> 31"),
-        ("- (product < 0).long(), 0)", "- (product <= 0).long(), 0)"),
+        ("- (product < 0).long(), 0)", "- (product > 0).long(), 0)"),
         (".clamp(bounds.min, bounds.max)", ""),
         ("if x_scales.dim() == 2 and format.group is not None and format.group % CHUNK_K:", "if x_scales.dim() == 2 and format.group is not None and format.group % 16:"),
         ("q, scales.clone() if scale is not None else scales", "q, scales"),

@@ -37,6 +37,6 @@ MUTANTS = [
     ),
     *python("optim/adamw.py", "fp8_optimizer")(
         ('state["step"] += 1\n        ops', 'state["step"] += 0\n        ops'),
-        ("without = {**state_dict, \"state\": {}}", "without = {**state_dict}"),
+        ("        t.copy_(value)\n    return expected", "    return expected"),
     ),
 ]  # fmt: skip

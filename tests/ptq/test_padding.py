@@ -173,6 +173,8 @@ def test_fisher():
         torch.testing.assert_close(got[name].outputs, wanted[name].outputs, rtol=1e-3, atol=1e-5)
 
 
+# Almost every feature of so small a model is an outlier, and what is left of a row is small.
+@pytest.mark.filterwarnings("ignore:weight. .* so small")
 @pytest.mark.parametrize("how", ["gptq", "llm_int8"])
 def test_models_are_quantized_by_their_real_tokens(how: str, monkeypatch: pytest.MonkeyPatch):
     ids, mask = padded()

@@ -210,7 +210,7 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 def _linear(module: Conv1D | FalconLinear) -> nn.Linear:
     weight = module.weight.detach()
     weight = weight.t() if isinstance(module, Conv1D) else weight
-    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(weight, module.weight.requires_grad)
     linear.bias = module.bias
     return linear.train(module.training)

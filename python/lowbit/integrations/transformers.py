@@ -175,7 +175,7 @@ def _fill(
         raise NotImplementedError(f"{name}.bias must be dense, got {bias}")
     if bias is None and getattr(module, "bias", None) is not None:
         # A file may leave out some of the biases that transformers has together.
-        bias = torch.zeros(weight.shape[0])
+        bias = torch.zeros(weight.shape[0], dtype=dtype, device="cpu")
     if target is not None:
         dense = weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
         weight = quantize(dense, target)
@@ -186,7 +186,7 @@ def _fill(
         if bias is not None:
             module.register_parameter("bias", nn.Parameter(bias.to(dtype)))
         return
-    made: nn.Module
+    made: PackedModule
     if isinstance(module, nn.Linear):
         made = QuantLinear.from_quant_tensor(weight, bias, dtype)
     elif isinstance(module, nn.Embedding):
@@ -194,6 +194,7 @@ def _fill(
     else:
         raise NotImplementedError(f"{name}.weight must be dense, got {weight}")
     replace(model, name, made)
+    made.set_weight_dtype(dtype)  # not that of the empty model
 
 
 def _return_freed_memory() -> None:
@@ -206,6 +207,8 @@ def _return_freed_memory() -> None:
 def _tie_head(model: LlamaForCausalLM) -> None:
     embedding = model.model.embed_tokens
     if isinstance(embedding, QuantEmbedding):
-        replace(model, "lm_head", QuantLinear.tied_to(embedding))
+        head = QuantLinear.tied_to(embedding)
+        replace(model, "lm_head", head)
+        head.set_weight_dtype(embedding.dtype)
     else:
         model.lm_head.weight = embedding.weight

@@ -304,7 +304,11 @@ class QuantLinear(PackedModule):
                 self._parameters[name] = nn.Parameter(value.to(old.dtype), old.requires_grad)
 
     def _made_by_loading(self, names: Collection[str]) -> dict[str, Tensor]:
-        return {"input_scale": torch.empty((), device="cpu")} if "input_scale" in names else {}
+        return (
+            {"input_scale": torch.empty((), dtype=torch.float32, device="cpu")}
+            if "input_scale" in names
+            else {}
+        )
 
     def _other_value(
         self, name: str, old: Tensor, value: Tensor, device: torch.device, assign: bool
