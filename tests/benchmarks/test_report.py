@@ -80,6 +80,16 @@ def test_table_of_readme_has_a_line_where_dense_wins():
     assert any(f"{worst:.2f}x" in line for line in lines)
 
 
+def test_every_method_is_of_a_family_of_the_plot():
+    pytest.importorskip("matplotlib")
+    import plots
+
+    models = report.load(report.RESULTS / "methods.json").values()
+    named = [name for members in plots.FAMILIES.values() for name in members]
+    assert len(named) == len(set(named))
+    assert {r["method"] for model in models for r in model["rows"]} <= set(named)
+
+
 def test_results_of_one_benchmark_do_not_make_the_next_ones_commit_dirty(tmp_path, monkeypatch):
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
