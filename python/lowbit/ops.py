@@ -241,7 +241,7 @@ def autocast(x: Tensor) -> Tensor:
 def dequantize(weight: QuantTensor | Operands, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight, (N, K): computed in fp32 and rounded once to `dtype` (fp32, bf16 or fp16).
 
-    A QuantTensor is read as it lies, unless it has a copy in the kernel's layout already.
+    A QuantTensor is read in its canonical layout, unless it has a copy in the kernel's layout already.
     """
     if isinstance(weight, QuantTensor) and weight._packed is None:
         w = layouts.to_operands(weight, layouts.CANONICAL)

@@ -1,8 +1,6 @@
-"""A linear whose arguments are made and checked once, for calls so small that making them takes
-most of the time.
+"""A linear with its arguments prepared and checked once, for calls whose set-up would dominate.
 
-The call reads x, the weight and the bias where they lie and writes the result where `out` lies,
-every time.
+Every call reads the same x, weight and bias and writes the same `out`, all in place.
 """
 
 from __future__ import annotations

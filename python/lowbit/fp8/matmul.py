@@ -53,7 +53,7 @@ def scaled_mm(
     checked: NaN makes what it scales NaN, 0 makes it 0, a negative scale turns signs.
 
     Args:
-        a: (M, K) in float8_e4m3fn or float8_e5m2, any strides; rows of unit stride are read where they lie.
+        a: (M, K) in float8_e4m3fn or float8_e5m2, any strides; rows of unit stride are read in place, without a copy.
         b: (N, K), likewise.
         scale_a, scale_b: fp32, bf16, or E8M0 for "mx".
         bias: (N,) in fp32, bf16 or fp16.

@@ -1,4 +1,4 @@
-"""save and load: a model, or names with tensors, to and from the files of `checkpoint.py`.
+"""save and load: a model, or names with tensors, to and from the files that `native.py` describes.
 
 Loading swaps the dense layers of a model for the quantized ones that the header names, and is
 strict: names, shapes and formats are all compared before the model is touched.

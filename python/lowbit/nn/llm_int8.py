@@ -31,7 +31,7 @@ class LLMInt8Linear(HasPackedWeight):
 
     With the absolute maxima of calibration O is fixed: `columns` holds W_O in the dtype of the layer, and the scales of
     W_R do not see it. Without them O is found in every call, as in the paper: the features of which any row of x is
-    above the threshold. Our reading: W_O then has the values of the quantized weight (the authors' code does so for
+    above the threshold. Interpretation: W_O then has the values of the quantized weight (the authors' code does so for
     weights that it stores in int8), and x_O, 0 in all other features, is multiplied with all of it, so that no shape
     depends on values; that product costs as much as one with float activations.
 
@@ -92,7 +92,7 @@ class LLMInt8Linear(HasPackedWeight):
             format: one with int8 activations ("_a8", "_a8t").
             threshold: features with an absolute maximum above it are outliers.
             absmax: (K,), the absolute maximum of each feature of x in calibration
-                (`lowbit.quantize.InputStatistics.absmax`); None finds outliers in every call.
+                (`lowbit.ptq.InputStatistics.absmax`); None finds outliers in every call.
             method: as in `lowbit.quantize`.
 
         Raises:

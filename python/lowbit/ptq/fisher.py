@@ -1,8 +1,8 @@
-"""How much the output of a model minds an error in the weight of each of its linears.
+"""Sensitivity of a model's output to errors in the weight of each linear.
 
 With p the distribution that the logits mean and y drawn from p, an error E of a weight (N, K)
 changes p by about KL = 1/2 mean (sum_n g_n e_n x)^2: x is the layer's input, g the gradient of log
-p(y) at its output, e_n a row of E. Our reading, after K-FAC (Martens and Grosse, arXiv 1503.05671):
+p(y) at its output, e_n a row of E. Interpretation, after K-FAC (Martens and Grosse, arXiv 1503.05671):
 products of two features are dropped, and each feature has the share of |g|^2 that it has on
 average, but |g|^2 and x stay together, token by token.
 """
