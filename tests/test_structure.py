@@ -21,9 +21,9 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12, "python/lowbit/layouts.py": 12
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
-    ("files", "modes", "strides", "tables", "text", "transforms"),
+    ("codebooks", "files", "modes", "strides", "text", "transforms"),
     ("formats", "_C", "_cuda"),
-    ("codebooks", "forking", "packing", "planes", "fragments"),
+    ("forking", "packing", "planes", "fragments"),
     ("weights",),
     ("reference",),
     ("layouts",),
