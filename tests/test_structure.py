@@ -21,7 +21,7 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12, "python/lowbit/layouts.py": 12
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
-    ("codebooks", "files", "modes", "strides", "text", "transforms"),
+    ("codebooks", "files", "late", "modes", "strides", "text", "transforms"),
     ("formats", "_C", "_cuda"),
     ("forking", "packing", "planes", "fragments"),
     ("weights",),
@@ -44,7 +44,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Methods that call a function of a higher layer by its public name, when they are called.
-UPWARD = {("weights", "ops")}
+UPWARD: set[tuple[str, str]] = set()
 # Third-party packages that only these modules may import; torch may be imported anywhere but in
 # `formats`, numpy anywhere.
 RESTRICTED = {
