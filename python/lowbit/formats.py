@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from lowbit.files import shown
-from lowbit.tables import (
+from lowbit.codebooks.tables import (
     E2M1_TABLE,
     IQ4_NL_TABLE,
     NF4_TABLE,
@@ -29,6 +28,7 @@ from lowbit.tables import (
     normal_float,
     to_fp32,
 )
+from lowbit.files import shown
 
 CODECS = ("affine", "lut", "e4m3", "e5m2")
 BITS = (1, 2, 3, 4, 5, 6, 8)

@@ -7,6 +7,7 @@ x (..., K) in fp32, bf16 or fp16 gives (..., N) in the same dtype, with gradient
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from lowbit.formats import Format
 from lowbit.methods import quantize
 from lowbit.nn.base import PackedModule, zero_weight
 from lowbit.nn.leaf import Proxy, node_of
-from lowbit.nn.siblings import Siblings
 from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
 
 TRAINABLE = ("bias", "scales", "zeros", "table")
@@ -32,6 +32,14 @@ def check_dense(linear: nn.Linear) -> None:
         raise NotImplementedError(
             f"linear is a {type(linear).__name__}, whose forward is not that of nn.Linear"
         )
+
+
+class _Group(Protocol):
+    """Layers that compute their products together: `lowbit.nn.siblings.Siblings`."""
+
+    def product(self, layer: QuantLinear, x: Tensor) -> Tensor | None: ...
+
+    def dissolve(self) -> None: ...
 
 
 class QuantLinear(PackedModule):
@@ -68,7 +76,7 @@ class QuantLinear(PackedModule):
         self._init(weight, vector, dtype)
 
     # The group that computes the product of this layer with others' (nn/fused.py).
-    _siblings: Siblings | None = None
+    _siblings: _Group | None = None
 
     def __getstate__(self) -> dict[str, object]:
         # A group is copied and pickled with the module around its layers, and joins them again.

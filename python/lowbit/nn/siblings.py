@@ -9,16 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit import fused, layouts, modes, ops
 from lowbit.nn.base import same_bits
-
-if TYPE_CHECKING:
-    from lowbit.nn.linear import QuantLinear
+from lowbit.nn.linear import QuantLinear
 
 _logger = logging.getLogger("lowbit")
 
@@ -189,8 +187,6 @@ def fuse(model: nn.Module) -> int:
 
 
 def _fuse(model: nn.Module, made: list[tuple[nn.Module, Siblings]]) -> None:
-    from lowbit.nn.linear import QuantLinear
-
     for module in model.modules():
         for names in PATTERNS:
             layers = [module._modules.get(name) for name in names]
