@@ -16,14 +16,14 @@ PACKAGE = ROOT / "python" / "lowbit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 500
 MAX_CONTRACT_LINES = 8
-# Where the layouts of files and of operands are documented to the bit.
-LONG_CONTRACTS = {"python/lowbit/packing.py": 12, "python/lowbit/layouts.py": 12}
+# Where the layout of files is documented to the bit.
+LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
     ("files", "modes", "strides", "tables", "text", "transforms"),
     ("formats", "_C", "_cuda"),
-    ("codebooks", "forking", "packing", "planes", "fragments"),
+    ("codebooks", "forking", "packing"),
     ("weights",),
     ("reference",),
     ("layouts",),
@@ -136,6 +136,21 @@ def test_triton_kernels_stand_alone(path: Path) -> None:
         "triton",
     }
     assert not lowbit_imports(tree)
+
+
+LAYOUT_NAMES = {"CANONICAL", "N16", "K16", "M16", "canonical", "n16", "k16", "m16"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_layout_is_asked_its_name(path: Path) -> None:
+    """What differs between layouts is a method of their class; which one a device reads, the backends know."""
+    if layer_of(path) in ("layouts", "backends"):
+        return
+    for compare in ast.walk(parse(path)):
+        if isinstance(compare, ast.Compare):
+            parts = [vars(part) for part in ast.walk(compare)]
+            words = {part.get(key) for part in parts for key in ("id", "attr", "value")}
+            assert not words & LAYOUT_NAMES, ast.unparse(compare)
 
 
 def test_exceptions_and_layers_are_in_use() -> None:
