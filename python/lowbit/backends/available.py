@@ -57,11 +57,12 @@ def kernel_operands(qt: QuantTensor) -> Operands:
     """
     layout = kernel_layout(qt.device, qt.format)
     if qt.device.type == "cuda":
-        _log_layout(layout, layout == M16)
+        _log_layout(layout)
     return to_operands(qt, layout)
 
 
 @functools.cache
-def _log_layout(layout: str, best: bool) -> None:
-    why = "" if best else f": {cuda_obstacle() or 'the CUDA kernels do not know the format'}"
+def _log_layout(layout: str) -> None:
+    why = cuda_obstacle() or "the CUDA kernels do not know the format"
+    why = "" if layout == M16 else f": {why}"
     _logger.info("weights on the GPU take the layout %s%s", layout, why)

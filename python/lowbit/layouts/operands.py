@@ -49,8 +49,8 @@ def to_operands(qt: QuantTensor, layout: str) -> Operands:
         ValueError: there is no such layout, or the format does not fit it; the columns of outliers are not ascending or
             not in the row.
     """
-    lay = find(layout)
-    if not lay.fits(qt.format):
+    target = find(layout)
+    if not target.fits(qt.format):
         raise ValueError(f"format {qt.format.name!r} does not fit the layout {layout!r}")
     qt = qt.map(lambda t: strides.contiguous(modes.normal(t)))
     qt.check_columns()
@@ -62,14 +62,14 @@ def to_operands(qt: QuantTensor, layout: str) -> Operands:
     elif f.scale == "e8m0":
         # A power of two: exact in bf16.
         scales = reference.e8m0_values(qt.tensors["scales"]).to(torch.bfloat16)
-    table = lay.fixed_table(f) if qt.table is None else lay.pack_table(qt.table, f)
+    table = target.fixed_table(f) if qt.table is None else target.pack_table(qt.table, f)
     return Operands(
         f,
         qt.shape,
         layout,
-        lay.pack(qt.tensors["codes"], f, qt.shape[1]),
-        None if scales is None else lay.from_rows(scales),
-        None if qt.zeros is None else lay.pack_zeros(qt.zeros, f),
+        target.pack(qt.tensors["codes"], f, qt.shape[1]),
+        None if scales is None else target.from_rows(scales),
+        None if qt.zeros is None else target.pack_zeros(qt.zeros, f),
         None if table is None else table.to(qt.device),
         second,
         qt.outlier_columns,
@@ -108,10 +108,10 @@ def _compact(t: Tensor) -> Tensor:
 
 def canonical_tensors(op: Operands) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Codes, scales, zeros and table in canonical layout."""
-    (n, k), f, lay = op.shape, op.format, find(op.layout)
+    (n, k), f, layout = op.shape, op.format, find(op.layout)
     return (
-        lay.unpack(op.codes, f, n, k),
-        None if op.scales is None else lay.to_rows(op.scales, n),
-        None if op.zeros is None else lay.unpack_zeros(op.zeros, f, n),
-        None if op.table is None or not f.fitted else lay.unpack_table(op.table, f, n),
+        layout.unpack(op.codes, f, n, k),
+        None if op.scales is None else layout.to_rows(op.scales, n),
+        None if op.zeros is None else layout.unpack_zeros(op.zeros, f, n),
+        None if op.table is None or not f.fitted else layout.unpack_table(op.table, f, n),
     )
