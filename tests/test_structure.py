@@ -18,14 +18,14 @@ PACKAGE = ROOT / "python" / "lowbit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 500
 MAX_CONTRACT_LINES = 8
-# Where the layouts of files and of operands are documented to the bit.
-LONG_CONTRACTS = {"python/lowbit/packing.py": 12, "python/lowbit/layouts.py": 12}
+# Where the layout of files is documented to the bit.
+LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
     ("codebooks", "files", "late", "modes", "strides", "text", "transforms"),
     ("formats", "_C", "_cuda"),
-    ("forking", "packing", "planes", "fragments"),
+    ("forking", "packing"),
     ("weights",),
     ("reference",),
     ("layouts",),
@@ -73,7 +73,7 @@ COMPILED_EXCEPTIONS = {
     "python/lowbit/fp8/explanation.py",
     "python/lowbit/fp8/matmul_cpu.py",
     "python/lowbit/fp8/matmul_cuda.py",
-    "python/lowbit/layouts.py",
+    "python/lowbit/layouts/n16.py",
     "python/lowbit/methods/kmeans.py",
     "python/lowbit/optim/kernels.py",
 }
@@ -256,6 +256,23 @@ def test_triton_kernels_stand_alone() -> None:
 
 def test_layers_are_in_use() -> None:
     assert {layer_of(path) for path in MODULES} | {"_C", "_cuda"} == LEVEL.keys()
+
+
+LAYOUT_NAMES = {"CANONICAL", "N16", "K16", "M16", "canonical", "n16", "k16", "m16"}
+
+
+def test_no_layout_is_asked_its_name() -> None:
+    """What differs between layouts is a method of their class; which one a device reads, the backends know."""
+    offenders = []
+    for path in MODULES:
+        if layer_of(path) in ("layouts", "backends"):
+            continue
+        for compare in (n for n in ast.walk(parse(path)) if isinstance(n, ast.Compare)):
+            parts = [vars(part) for part in ast.walk(compare)]
+            words = {part.get(key) for part in parts for key in ("id", "attr", "value")}
+            if words & LAYOUT_NAMES:
+                offenders.append(f"{name_of(path)}: {ast.unparse(compare)}")
+    assert not offenders, "\n".join(offenders)
 
 
 def sources() -> list[Path]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit import ops
 from lowbit.backends import cpu
-from lowbit.layouts import N16, Operands
+from lowbit.layouts import Operands
 
 
 def bind_linear(
@@ -42,7 +42,7 @@ def bind_linear(
     for name, t in (("x", x), ("out", out), ("bias", bias)):
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
-    if weight.layout != N16 or weight.outlier_columns is not None:
+    if not cpu.reads(weight.layout) or weight.outlier_columns is not None:
         return lambda: out.copy_(ops.linear(x, weight, bias))
     w = weight
     assert w.table is not None

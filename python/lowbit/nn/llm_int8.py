@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit import checks, layouts, ops
+from lowbit import checks, ops
+from lowbit.backends import available
 from lowbit.formats import Format, as_format
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear, check_dense
@@ -167,7 +168,7 @@ class LLMInt8Linear(HasPackedWeight):
             b["table"],
             None,
             self._exact_spec,
-            layouts.kernel_layout(codes.device, self.quantized.format),
+            available.kernel_layout(codes.device, self.quantized.format),
             *self.quantized.shape,
             b["outlier_columns"],
             b["outlier_values"],
