@@ -112,15 +112,18 @@ void check_binary(QuantizeBinaryRows rows, const Rows& x) {
 
 // Distinct values, as many as centers: each is its own center.
 void check_kmeans() {
+  Stop never([] { return false; });
   for (int k : {1, 2, 7, 256}) {
     Guarded<float> values(k), centers(k), rows(3 * k), row_centers(3 * k);
     Guarded<double> weights(k, 1.0), row_weights(3 * k, 1.0);
     for (int i = 0; i < k; ++i) values[i] = static_cast<float>(i) / 3;
     for (int i = 0; i < 3 * k; ++i) rows[i] = values[i % k];
     for (bool weighted : {false, true}) {
-      const auto one = [&] { kmeans_1d(values.data(), weighted ? weights.data() : nullptr, k, k, centers.data()); };
+      const auto one = [&] {
+        kmeans_rows(values.data(), weighted ? weights.data() : nullptr, 1, k, k, centers.data(), 1, &never);
+      };
       const auto many = [&] {
-        kmeans_rows(rows.data(), weighted ? row_weights.data() : nullptr, 3, k, k, row_centers.data(), 2);
+        kmeans_rows(rows.data(), weighted ? row_weights.data() : nullptr, 3, k, k, row_centers.data(), 2, &never);
       };
       expect(same_when_poisoned(centers, one) && same_when_poisoned(row_centers, many), "k-means again", k, 0, 0);
       for (int i = 0; i < 3 * k; ++i) {
@@ -129,7 +132,7 @@ void check_kmeans() {
       }
     }
     // Fewer centers than values: the mean of all of them.
-    kmeans_1d(values.data(), nullptr, k, 1, centers.data());
+    kmeans_rows(values.data(), nullptr, 1, k, 1, centers.data(), 1, &never);
     const float mean = static_cast<float>(k - 1) / 6;
     expect(std::fabs(centers[0] - mean) <= 1e-5f * mean, "mean", k, centers[0], mean);
   }
