@@ -7,21 +7,28 @@ A fault whose text is no longer in its file exactly once is stale, and so an err
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from mutations import Mutant
+from mutations.rebuild import Build
 
 ROOT = Path(__file__).parents[1]
-FAMILIES = ("weights", "quantizers", "fp8", "int8", "files", "training")
+FAMILIES = (
+    "weights", "quantizers", "fp8", "int8", "files", "training",
+    "cpp_fp8", "cpp_int8", "cpp_weights", "cpp_outliers", "cpp_adamw", "cpp_decoder",
+)  # fmt: skip
 SECONDS = 900  # of the tests of one mutant; a hang counts as seen
 STALE, SURVIVED, KILLED = "stale", "SURVIVED", "killed"
 
@@ -46,6 +53,7 @@ def run_python(tree: Path, mutant: Mutant) -> bool:
         "PYTHONPATH": str(tree / "python"),
         "OMP_WAIT_POLICY": "passive",
         "PYTHONDONTWRITEBYTECODE": "1",
+        **({"LOWBIT_ISA": mutant.isa} if mutant.isa else {}),
     }
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests]
     try:
@@ -59,36 +67,46 @@ def run_python(tree: Path, mutant: Mutant) -> bool:
     return ended.returncode != 0
 
 
-def run_cpp(tree: Path, mutant: Mutant) -> bool:
-    """Whether the test binary fails, built with -O1; the build folder is kept between mutants."""
-    build = tree / "build" / "mutants"
-    if not (build / "build.ninja").exists():
-        options = ["-DCMAKE_CXX_FLAGS=-O1", "-DLOWBIT_CPP_TESTS=ON", "-DLOWBIT_CUDA=OFF"]
-        command = ["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(build), "-DSKBUILD=2"]
-        subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
+def run_cpp(build: Build, mutant: Mutant) -> bool:
+    """Whether the test binary, or a Python test of the module, fails when the units that see the fault are rebuilt."""
     (target,) = mutant.tests
-    subprocess.run(
-        ["cmake", "--build", str(build), "--target", target], check=True, stdout=subprocess.DEVNULL
-    )
-    environment = {**os.environ, **({"LOWBIT_ISA": mutant.isa} if mutant.isa else {})}
+    module = target.endswith(".py")
+    name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     try:
-        ended = subprocess.run(
-            [str(build / target)], env=environment, capture_output=True, timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return True
-    return ended.returncode != 0
+        build.rebuild(mutant.path, mutant.isa, name if module else target, mutant.isa != "scalar")
+        if module:
+            shutil.copy2(build.folder / name, build.tree / "python" / "lowbit" / name)
+            return run_python(build.tree, mutant)
+        return run_binary(build.folder / target, mutant.isa)
+    finally:
+        build.restore()
 
 
-def outcome(tree: Path, mutant: Mutant) -> str:
+def run_binary(binary: Path, isa: str) -> bool:
+    """Whether a C++ test fails; ends it at the first line that says so."""
+    environment = {
+        **os.environ,
+        "OMP_WAIT_POLICY": "passive",
+        **({"LOWBIT_ISA": isa} if isa else {}),
+    }
+    command = ["timeout", str(SECONDS), "stdbuf", "-oL", str(binary)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        if any(line.startswith("FAIL") for line in running.stdout or ()):
+            running.terminate()
+            return True
+    return running.returncode != 0
+
+
+def outcome(tree: Path, mutant: Mutant, built: Callable[[], Build]) -> str:
     """Plants the fault, runs its tests, and takes it away again."""
+    build = built() if mutant.kind == "cpp" else None
     file = tree / mutant.path
     text = file.read_text()
     if text.count(mutant.old) != 1 or mutant.old == mutant.new:
         return STALE
     file.write_text(text.replace(mutant.old, mutant.new))
     try:
-        failed = {"python": run_python, "cpp": run_cpp}[mutant.kind](tree, mutant)
+        failed = run_cpp(build, mutant) if build else run_python(tree, mutant)
     finally:
         file.write_text(text)
     return KILLED if failed else SURVIVED
@@ -112,6 +130,7 @@ def main() -> int:
         tree = Path(folder)
         if not arguments.list:
             copy_tree(tree)
+        build = functools.cache(lambda: Build(tree))
         for family in arguments.family or FAMILIES:
             mutants: list[Mutant] = importlib.import_module(f"mutations.{family}").MUTANTS
             chosen = [m for m in mutants if arguments.match in describe(m)]
@@ -121,7 +140,7 @@ def main() -> int:
             counts = dict.fromkeys((KILLED, SURVIVED, STALE), 0)
             for mutant in chosen:
                 start = time.monotonic()
-                found = outcome(tree, mutant)
+                found = outcome(tree, mutant, build)
                 counts[found] += 1
                 print(
                     f"{found:8} {time.monotonic() - start:4.0f} s  {describe(mutant)}", flush=True

@@ -61,6 +61,21 @@ struct State {
     expect(got, exact, step * 0.501 + exact * 2e-3, "code", i);
     if (got > 0) expect((codes[i] & 0x80) != 0, x < 0, 0, "sign", i);
   }
+  // That the largest of a group's values has the largest code, and where the middle is.
+  void check_range(int64_t group, const std::vector<double>& values) const {
+    const int64_t begin = group * kStateGroup, end = std::min<int64_t>(begin + kStateGroup, codes.size());
+    double most = 0, least = INFINITY, code = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const double x = std::fabs(values[i]);
+      most = std::max(most, x);
+      if (x > 0) least = std::min(least, x);
+      code = std::max(code, magnitude(type, codes[i]));
+    }
+    if (most == 0) return;
+    const double top = magnitude(type, type.type == Float8::kE4m3 ? 0x7E : 0x7B), middle = std::sqrt(most * least);
+    expect(code, top, 0, "largest code", group);
+    if (expands()) expect(term(2, begin), middle, middle * 1e-5, "middle", group);
+  }
   Fp8State view() { return {codes.data(), type.type, terms.data()}; }
 };
 
@@ -108,6 +123,7 @@ void check_steps(uint32_t isa, Type first, Type second, bool expand, int64_t num
       fp8_adamw(request(param.data(), grad.data(), Dtype::kF32, numel, m, v, step), isa, 2);
     });
     expect(same, true, 0, "step again", step);
+    std::vector<double> exact_ms(numel), exact_vs(numel);
     for (int64_t i = 0; i < numel; ++i) {
       const double g = grad[i];
       const double exact_m = kBeta1 * old_m.value(i) + (1 - kBeta1) * g;
@@ -118,7 +134,20 @@ void check_steps(uint32_t isa, Type first, Type second, bool expand, int64_t num
       expect(param[i], exact, 3 * 0x1p-24 * std::fabs(old[i]) + 0x1p-15 * std::fabs(update), "parameter", i);
       m.check(i, exact_m);
       v.check(i, exact_v);
+      exact_ms[i] = exact_m;
+      exact_vs[i] = exact_v;
     }
+    for (int64_t g = 0; g < m.groups(); ++g) {
+      m.check_range(g, exact_ms);
+      v.check_range(g, exact_vs);
+    }
+  }
+  // A group with a NaN is NaN by its scale alone.
+  grad[0] = NAN;
+  fp8_adamw(request(param.data(), grad.data(), Dtype::kF32, numel, m, v, 4), isa, 2);
+  for (const State* s : {&m, &v}) {
+    expect(std::isnan(s->terms[0]), true, 0, "scale of NaN", 0);
+    for (int64_t i = 0; i < std::min<int64_t>(numel, kStateGroup); ++i) expect(s->codes[i], 0, 0, "code beside NaN", i);
   }
   // In two bytes: zeros stay zeros, and nothing is written beyond them.
   for (Dtype dtype : {Dtype::kBf16, Dtype::kF16}) {

@@ -158,7 +158,8 @@ struct Problem {
     scales = Guarded<float>(blocks * groups * kBlockN);
     zeros = Guarded<float>(scales.size());
     for (float& s : scales) s = 0.5f + std::abs(normal(rng));
-    for (float& z : zeros) z = normal(rng);
+    // Of int8 products, integers: so they may be int8 as well.
+    for (float& z : zeros) z = kernel.compute == Dtype::kI8 ? std::nearbyint(4 * normal(rng)) : normal(rng);
     value.resize(c.n * c.k);
     for (int64_t n = 0; n < c.n; ++n) {
       for (int64_t k = 0; k < c.k; ++k) {
@@ -308,31 +309,58 @@ struct Quantized {
   }
 };
 
+// Compares the sums of int8 x, scaled by row or by group, and returns the largest.
+double expect_int8(const Kernel& kernel, const Problem& p, const Quantized& z, const Guarded<int8_t>& x) {
+  const Case& c = p.c;
+  const int64_t groups = z.l.x_group_scales ? z.l.num_groups : 1;
+  double largest = 0;
+  for (int64_t i = 0; i < c.m * c.n; ++i) {
+    const int64_t m = i / c.n, n = i % c.n;
+    double sum = z.bias[n], magnitude = 4;
+    for (int64_t k = 0; k < c.k; ++k) {
+      const double v = p.value[n * c.k + k], s = z.l.x_scales[m * groups + (groups == 1 ? 0 : k / c.group)];
+      sum += v * x[m * c.k + k] * s;
+      magnitude += (std::abs(v) + 300) * 128 * s;
+    }
+    // The int32 sums are exact; four fp32 operations a group follow.
+    expect(std::abs(z.y[i] - sum) <= 4 * 0x1p-23 * magnitude, kernel.name, "int8 x", i, z.y[i], sum);
+    largest = std::max(largest, std::abs(sum));
+  }
+  return largest;
+}
+
 void check_int8(const Kernel& kernel, Problem& p, std::mt19937& rng) {
   const Case& c = p.c;
   Guarded<int8_t> x(c.m * c.k);
   for (int8_t& v : x) v = static_cast<int8_t>(rng() % 256 - 128);
   Quantized z(p, 0, rng);
-  for (float& s : z.x_scales) s = 0.25f + static_cast<float>(rng() % 8);
   Launch& l = z.l;
   l.x = x.data();
   l.x_dtype = Dtype::kI8;
   l.table_step = 1;
   l.x_stride = c.k;
+  Guarded<float> group_scales(c.m * l.num_groups);
+  for (Guarded<float>* scales : {&group_scales, &z.x_scales}) {
+    for (float& s : *scales) s = 0.25f + static_cast<float>(rng() % 8);
+  }
+  if (c.group % 32 == 0) {
+    l.x_scales = group_scales.data();
+    l.x_group_scales = true;
+    run_twice(kernel, l, 2, z.y);
+    expect_int8(kernel, p, z, x);
+    l.x_scales = z.x_scales.data();
+    l.x_group_scales = false;
+  }
   run_twice(kernel, l, 2, z.y);
-  double largest = 0;
-  for (int64_t m = 0; m < c.m; ++m) {
-    for (int64_t n = 0; n < c.n; ++n) {
-      double sum = z.bias[n], magnitude = 4;
-      for (int64_t k = 0; k < c.k; ++k) {
-        sum += double{p.value[n * c.k + k]} * x[m * c.k + k] * z.x_scales[m];
-        magnitude += (std::abs(p.value[n * c.k + k]) + 300) * 128 * z.x_scales[m];
-      }
-      // The int32 sums are exact; four fp32 operations a group follow.
-      expect(std::abs(z.y[m * c.n + n] - sum) <= 4 * 0x1p-23 * magnitude, kernel.name, "int8 x", m * c.n + n,
-             z.y[m * c.n + n], sum);
-      largest = std::max(largest, std::abs(sum));
-    }
+  const double largest = expect_int8(kernel, p, z, x);
+  Guarded<int8_t> zeros(p.zeros.size());
+  if (c.zero == ZeroMode::kSubtract) {
+    const Guarded<float> floats = z.y;
+    for (size_t i = 0; i < zeros.size(); ++i) zeros[i] = static_cast<int8_t>(p.zeros[i]);
+    l.zeros = zeros.data();
+    l.zero_dtype = Dtype::kI8;
+    run_twice(kernel, l, 2, z.y);
+    expect(z.y == floats, kernel.name, "int8 zeros", 0, 0, 0);
   }
   // As int8: the fp32 result times 127 / largest, rounded.
   Guarded<int8_t> bytes(c.m * c.n);
@@ -429,6 +457,8 @@ int main() {
       {7, 63, 40, 7, ZeroMode::kSubtract}, {200, 66, 31, 31, ZeroMode::kNone},   {98, 64, 288, 32, ZeroMode::kSubtract},
       {1, 128, 320, 320, ZeroMode::kNone},
   };
+  // A group longer than an int32 sum allows, and more of them than are summed in one chain: of int8 products alone.
+  const Case long_cases[] = {{3, 2, 65536 + 40, 65536 + 40, ZeroMode::kAdd}, {2, 3, 4160, 32, ZeroMode::kAdd}};
   int ran = 0, skipped = 0;
   for (const Kernel* kernel : kernels()) {
     if (!(active_isa() & kernel->isa)) {
@@ -442,7 +472,9 @@ int main() {
                                                          : "dequantize and embedding, ";
     count_for(std::string(family) + isa_name(kernel->isa));
     std::mt19937 rng(1);
-    for (const Case& c : cases) {
+    std::vector<Case> chosen(std::begin(cases), std::end(cases));
+    if (kernel->compute == Dtype::kI8) chosen.insert(chosen.end(), std::begin(long_cases), std::end(long_cases));
+    for (const Case& c : chosen) {
       Desc desc{kernel->op, kernel->compute, kernel->codec, kernel->bits, kernel->scope, c.zero, c.m, c.n,
                 c.k,        c.group};
       desc.bf16_table = true;

@@ -19,7 +19,8 @@ int checks = 0;
 // Integers: every sum is exact in fp32. `wrong`: a column that is not one.
 void check(uint32_t isa, const char* name, int64_t m, int64_t n, int64_t k, int64_t count, int32_t wrong,
            std::mt19937& rng) {
-  Guarded<float> x(m * k), values(n * count), y(m * n);
+  const int64_t stride = k + 3;
+  Guarded<float> x((m - 1) * stride + k), values(n * count), y(m * n);
   Guarded<int32_t> columns(n * count);
   for (float& v : x) v = static_cast<float>(rng() % 17) - 8;
   for (float& v : values) v = static_cast<float>(rng() % 17) - 8;
@@ -28,7 +29,8 @@ void check(uint32_t isa, const char* name, int64_t m, int64_t n, int64_t k, int6
   Outliers z{};
   z.m = m;
   z.n = n;
-  z.k = z.x_stride = k;
+  z.k = k;
+  z.x_stride = stride;
   z.count = count;
   z.x = x.data();
   z.columns = columns.data();
@@ -55,7 +57,7 @@ void check(uint32_t isa, const char* name, int64_t m, int64_t n, int64_t k, int6
     double exact = 0;
     for (int64_t j = 0; j < count; ++j) {
       const int64_t entry = i % n * count + j;
-      exact += static_cast<double>(values[entry]) * x[i / n * k + columns[entry]];
+      exact += static_cast<double>(values[entry]) * x[i / n * stride + columns[entry]];
     }
     if (y[i] != exact) return fail("another sum", i);
   }

@@ -17,9 +17,9 @@ class Mutant:
         old: what stands in it, exactly once.
         new: what takes its place.
         tests: Python: files in tests/ that should see it, and a `-k` expression if given behind "::".
-            C++: the ninja target of the test binary.
+            C++: the ninja target of a test binary, or a file in tests/ that tests the module.
         kind: "python" or "cpp".
-        isa: C++: the instruction set that the binary runs with (LOWBIT_ISA).
+        isa: C++: the instruction set whose units are rebuilt and that caps the run (LOWBIT_ISA); "" for files of none.
     """
 
     path: str
@@ -43,6 +43,15 @@ def python(path: str, *tests: str) -> _File:
 class _File:
     path: str
     tests: tuple[str, ...]
+    kind: str = "python"
+    isa: str = ""
 
     def __call__(self, *changes: tuple[str, str]) -> list[Mutant]:
-        return [Mutant(self.path, old, new, self.tests) for old, new in changes]
+        return [
+            Mutant(self.path, old, new, self.tests, self.kind, self.isa) for old, new in changes
+        ]
+
+
+def cpp(path: str, test: str, isa: str = "") -> _File:
+    """Mutants of a file of csrc/, seen by a C++ test on one instruction set."""
+    return _File(f"csrc/{path}", (test,), "cpp", isa)

@@ -5,20 +5,24 @@ from __future__ import annotations
 from mutations import python
 
 MUTANTS = [
-    *python("io/readers/gguf.py", "gguf")(
+    *python("io/readers/gguf_blocks.py", "gguf")(
         ("return np.concatenate((qs & 15, qs >> 4), axis=1)", "return np.concatenate((qs >> 4, qs & 15), axis=1)"),
         ('return np.unpackbits(qh, axis=1, bitorder="little") << 4', 'return np.unpackbits(qh, axis=1, bitorder="big") << 4'),
-        ("lambda b: b[:, 2:] ^ 0x80", "lambda b: b[:, 2:]"),
-        ("_tq2_codes(b[:, :64]), slice(64, 66)", "_tq2_codes(b[:, 2:]), slice(0, 2)"),
-        ("if int(offset) + size > len(self.data):", "if int(offset) > len(self.data):"),
-        ("if info.offset + info.nbytes > len(self.data):", "if info.offset > len(self.data):"),
-        ("tuple(reversed(dims)), offset, nbytes)", "tuple(dims), offset, nbytes)"),
+        ("Parts(b[:, 2:] ^ 0x80, _half(b, 0))", "Parts(b[:, 2:], _half(b, 0))"),
+        ("_fields(b[:, :64], 2, 32), _half(b, 64)", "_fields(b[:, 2:], 2, 32), _half(b, 0)"),
     ),
-    *python("integrations/transformers.py", "transformers")(
-        ("torch.arange(tensor.shape[0]).view(-1, head_dim // 2, 2).transpose(1, 2)", "torch.arange(tensor.shape[0]).view(-1, 2, head_dim // 2).transpose(1, 2)"),
+    *python("io/readers/gguf_header.py", "gguf")(
+        ("if info.offset + info.nbytes > file.size:", "if info.offset > file.size:"),
+        ("tuple(reversed(dims)), offset, nbytes, part)", "tuple(dims), offset, nbytes, part)"),
+        ("if said != (i, count):", "if said[1] != count:"),
+    ),
+    *python("integrations/transformers.py", "transformers", "gguf_llama")(
+        ("order.view(-1, head_dim // 2, 2).transpose(1, 2)", "order.view(-1, 2, head_dim // 2).transpose(1, 2)"),
+    ),
+    *python("integrations/gguf_llama.py", "transformers", "gguf_llama")(
         ('"llama.rope.freq_base", float, default=10000.0', '"llama.rope.freq_base", float, default=1000000.0'),
-        ('tie_word_embeddings="output.weight" not in file.tensors', 'tie_word_embeddings="output.weight" in file.tensors'),
-        ('"llama.attention.head_count_kv", int, default=heads', '"llama.attention.head_count_kv", int, default=1'),
+        ('"tie_word_embeddings": "output.weight" not in file.tensors', '"tie_word_embeddings": "output.weight" in file.tensors'),
+        ('"llama.attention.head_count_kv", layers, default=heads', '"llama.attention.head_count_kv", layers, default=1'),
     ),
     *python("io/safetensors_file.py", "io", "io_bad_files")(
         ("key=lambda i: (-i[1][1].itemsize, i[0])", "key=lambda i: i[0]"),

@@ -26,11 +26,11 @@ MUTANTS = [
     *python("fp8/quantization.py", "fp8_quantize")(
         ("maxima = maxima.amax() if maxima.numel()", "maxima = maxima.amin() if maxima.numel()"),
         ("if seed is not None and not 0 <= seed <= _MAX_SEED:", "if seed is not None and not 0 < seed <= _MAX_SEED:"),
-        ("return rows if rows.stride(1) == 1 else rows.contiguous()", "return rows"),
+        ("rows, maxima = rows_of(x, x.shape[-1]), contiguous(maxima)", "rows, maxima = x.reshape(-1, x.shape[-1]), contiguous(maxima)"),
     ),
     *python("fp8/matmul.py", "fp8_mm")(
         ("out_dtype or torch.bfloat16)", "out_dtype or torch.float32)"),
-        ("rows = [t if t.stride(1) == 1 else t.contiguous() for t in (a, b)]", "rows = [a, b]"),
+        ("return [*(rows_of(t, t.shape[1]) for t in (a, b)), *map(contiguous, others)]", "return [a, b, *map(contiguous, others)]"),
     ),
     *python("nn/fp8.py", "fp8_nn")(
         ("by_row = _quantize(grad, _BACKWARD, values)", "by_row = _quantize(grad, _FORWARD, values)"),

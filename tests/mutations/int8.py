@@ -22,14 +22,14 @@ MUTANTS = [
         ("- (product < 0).long(), 0)", "- (product > 0).long(), 0)"),
         (".clamp(bounds.min, bounds.max)", ""),
         ("if x_scales.dim() == 2 and format.group is not None and format.group % CHUNK_K:", "if x_scales.dim() == 2 and format.group is not None and format.group % 16:"),
-        ("q, scales.clone() if scale is not None else scales", "q, scales"),
+        ("_quantize(rows, None, x_scale.expand(rows.shape[0]).contiguous())", "_quantize(rows, None, None)"),
     ),
     *python("binary.py", "binary")(
         ("if bits.dim() != 2 or bits.shape[1] != -(-k // 8):", "if bits.dim() != 2 or bits.shape[1] < k // 8:"),
-        ("bits = bits if bits.stride(1) == 1 else bits.contiguous()", "bits = bits"),
+        ("bits, bias = rows_of(bits, bits.shape[1]), contiguous(bias)", "bits, bias = bits, contiguous(bias)"),
     ),
     *python("nn/binary.py", "binary", "nn", "qat")(
-        ('self._parameters["bias"], x.dtype)', 'None, x.dtype)'),
+        ('w["table"], self._parameters["bias"])', 'w["table"], None)'),
     ),
     *python("nn/llm_int8.py", "llm_int8")(
         ("features = (absmax.to(weight.device) > threshold)", "features = (absmax.to(weight.device) >= 2 * threshold)"),

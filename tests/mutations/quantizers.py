@@ -15,9 +15,11 @@ MUTANTS = [
     ),
     *python("methods/rtn.py", "quantize", "rtn_options")(
         ("return below + (noise < ratio - below)", "return below + (noise > ratio - below)"),
+        ("low = grid.reduce(weight, format, lambda g: clip.quantile(g, 1 - fraction))", "low = grid.reduce(weight, format, lambda g: clip.quantile(g, fraction))"),
+    ),
+    *python("methods/grid.py", "quantize", "rtn_options")(
         ('"rms": lambda v: ((v.square() * sizes).sum() / weight.numel()).sqrt()', '"rms": lambda v: v.square().mean().sqrt()'),
         ('code = round(ratio + offset) if format.zero == "float" else round(ratio) + offset', "code = round(ratio) + offset"),
-        ("low = reduce(weight, format, lambda g: clip.quantile(g, 1 - fraction))", "low = reduce(weight, format, lambda g: clip.quantile(g, fraction))"),
     ),
     *python("methods/nearest.py", "quantize", "kmeans")(
         ("torch.searchsorted(self._middle, values.contiguous())", "torch.searchsorted(self._middle, values.contiguous(), right=True)"),

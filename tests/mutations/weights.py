@@ -13,7 +13,7 @@ MUTANTS = [
         ('if base**d <= 256)', 'if base**d < 256 // 2)'),
     ),
     *python("packing.py", "packing", "io_bad_files")(
-        ("shift = torch.arange(8, device=codes.device) * b\n    word = (_digits", "shift = torch.arange(8, device=codes.device).flip(0) * b\n    word = (_digits"),
+        ("shift = torch.arange(8, dtype=torch.int64, device=codes.device) * b", "shift = torch.arange(8, dtype=torch.int64, device=codes.device).flip(0) * b"),
         ("elif format.num_codes < most and any(", "elif format.num_codes < most - 1 and any("),
     ),
     *python("layouts/k16.py", "triton", "packing")(
@@ -37,10 +37,10 @@ MUTANTS = [
         ("grad = grad if f.zero == \"min\" or scales is None else -scales * grad", "grad = grad if f.zero == \"min\" or scales is None else scales * grad"),
         ("if zeros is not None and f.zero != \"min\":", "if zeros is not None and f.zero == \"min\":"),
     ),
-    *python("ops.py", "ops", "nn")(
+    *python("weight_ops.py", "ops", "nn")(
         ("if low < 0 or high >= n:", "if low < 0 or high > n:"),
     ),
     *python("outliers.py", "outliers", "outliers_quantize")(
-        ("reference.add_outliers(op(*weight, *meaning, torch.float32), columns, values).to(dtype)", "reference.add_outliers(op(*weight, *meaning, dtype), columns, values).to(dtype)"),
+        ("decoded = decode(*weight, *meaning, torch.float32)", "decoded = decode(*weight, *meaning, dtype)"),
     ),
 ]  # fmt: skip
