@@ -90,7 +90,7 @@ def kernel_layout(device: torch.device, format: Format) -> str:
 
 def _find_cuda_obstacle() -> str | None:
     if importlib.util.find_spec("lowbit._cuda") is None:
-        return "the package was built without its CUDA kernels"
+        return "the package was built without nvcc"
     return "LOWBIT_CUDA=0 is set" if os.environ.get("LOWBIT_CUDA") == "0" else None
 
 
