@@ -92,7 +92,7 @@ $(PEERS)/.built: $(PEERS)/.ready $(SOURCES)
 
 peers: $(PEERS)/.built
 
-# On an idle machine: measures, and writes the result files, the tables of README.md and the plots.
+# On an idle machine: measures, and writes the result files, their tables and the plots. Commit first.
 bench: $(PEERS)/.built
 	$(PEERS)/bin/python benchmarks/record.py
 	$(PEERS)/bin/python benchmarks/peers_model.py

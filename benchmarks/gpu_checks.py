@@ -252,7 +252,7 @@ def tasks(families: list[str]) -> list[list[Any]]:
     found: list[list[Any]] = []
     for family in sorted(families):
         for name, format in lowbit.formats().items():
-            if family != "cuda" or layouts.fits_m16(format):
+            if family != "cuda" or "m16" in layouts.fitting(format):
                 found.append(["linear", family, name])
         granularity = CUDA_GRANULARITIES if family == "cuda" else granularities.GRANULARITIES
         found += [["fp8_product", family, g] for g in granularity]

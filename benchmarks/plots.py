@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,20 @@ PEERS_BY_BITS = (
     *PEERS_4, *PEERS_8, "onnxruntime b2", "ggml Q2_K", "ggml Q2_K repacked", "ggml Q3_K", "ggml TQ1_0",
     "ggml TQ2_0",
 )  # fmt: skip
+# Methods that are compared with one another, as methods.json names them.
+FAMILIES = {
+    "Integers": ("int", "int with zero", "int, outliers", "int, allocated", "HQQ", "TWN", "BitNet b1.58"),
+    "Fixed tables": ("NF", "SF", "AF", "absmax-optimal"),
+    "k-means": (
+        "k-means", "k-means, weighted", "k-means per row", "k-means per row, weighted",
+        "k-means per row, Fisher", "k-means per row, Fisher, outliers",
+    ),
+    "Other fitted tables": ("KDE", "Lloyd", "DistQ, Student's t", "NUUQ", "multi-bit binary"),
+    "Error of outputs": (
+        "AWQ, int", "AWQ, int with zero", "GPTQ, int", "GPTQ, int with zero", "GPTQ, int, act_order",
+        "GPTQ, int, allocated", "GPTQ, NF", "GPTQ, k-means", "GPTQ, k-means per row",
+    ),
+}  # fmt: skip
 
 
 def draw(data: dict[str, Any], folder: Path) -> list[Path]:
@@ -43,30 +58,59 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_methods(data: dict[str, Any], folder: Path) -> Path:
-    """Error of outputs over bits per weight of every method, one panel per model."""
-    size = (5 * len(data) + 2, 6)
+    """Error of outputs over bits per weight: a row for each model, a panel for each family of methods.
+
+    A panel shows its family in colour, named at the ends of the lines, and all other methods in grey.
+    """
+    size = (3.6 * len(FAMILIES), 3.4 * len(data))
     figure, grid = plt.subplots(
-        1, len(data), figsize=size, layout="constrained", sharey=True, squeeze=False
-    )
-    axes = grid[0]
-    methods = dict.fromkeys(r["method"] for model in data.values() for r in model["rows"])
-    lines: dict[str, Any] = {}
-    for ax, model in zip(axes, data.values(), strict=True):
-        for i, name in enumerate(methods):
-            some = [r for r in model["rows"] if r["method"] == name]
-            x, y = ([r[key] for r in some] for key in ("bits_per_weight", "output_error"))
-            style = "s--" if name.startswith("GPTQ") else "x:" if "per row" in name else "o-"
-            color = plt.get_cmap("tab20")(i % 20)
-            if some:
-                (lines[name],) = ax.plot(x, y, style, color=color, label=name, markersize=4)
-        ax.set(yscale="log", xlabel="bits per weight", title=model["title"].partition(" (")[0])
-    axes[0].set(ylabel="relative squared error of outputs")
-    handles = [lines[name] for name in methods]
-    axes[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+        len(data), len(FAMILIES), figsize=size, layout="constrained", sharex=True, sharey="row",
+        squeeze=False,
+    )  # fmt: skip
+    for axes, model in zip(grid, data.values(), strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for r in sorted(model["rows"], key=lambda r: r["bits_per_weight"]):
+            lines.setdefault(r["method"], []).append((r["bits_per_weight"], r["output_error"]))
+        axes[0].set_ylabel(
+            f"{model['title'].partition(' (')[0]}\nrelative squared error of outputs"
+        )
+        for ax, (family, members) in zip(axes, FAMILIES.items(), strict=True):
+            _family(ax, lines, members)
+            if ax in grid[0]:
+                ax.set_title(family)
+            if ax in grid[-1]:
+                ax.set_xlabel("bits per weight")
     path = folder / "methods.png"
     figure.savefig(path, dpi=80, metadata={"Software": None})
     plt.close(figure)
     return path
+
+
+def _family(ax: Any, lines: dict[str, list[tuple[float, float]]], members: tuple[str, ...]) -> None:
+    """One panel: the members named right of where their lines end, as far apart as text is high."""
+    colors = {name: f"C{i}" for i, name in enumerate(members)}
+    shown = [name for name in members if name in lines]
+    for name, points in lines.items():
+        if name not in colors:
+            ax.plot(*zip(*points, strict=True), color="0.85", linewidth=0.8, zorder=1)
+    ax.set(yscale="log", xlim=(1.9, 11), xticks=range(2, 7))
+    low, high = (math.log10(y) for y in _limits(lines))
+    gap = (high - low) / 15
+    bottom = -math.inf
+    for name in sorted(shown, key=lambda name: lines[name][-1][1]):
+        x, y = lines[name][-1]
+        bottom = max(bottom + gap, math.log10(y))
+        color = colors[name]
+        ax.plot(*zip(*lines[name], strict=True), "o-", color=color, markersize=3, zorder=2)
+        ax.annotate(
+            name, (x, y), (6.1, 10**bottom), color=color, fontsize=8, va="center",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def _limits(lines: dict[str, list[tuple[float, float]]]) -> tuple[float, float]:
+    errors = [y for points in lines.values() for _, y in points]
+    return min(errors), max(errors)
 
 
 def _time(data: dict[str, Any], threads: int, ax: Any) -> None:

@@ -32,15 +32,29 @@ def machine(packages: Iterable[str] = ("lowbit", "torch", "transformers")) -> di
     if info.is_file():
         lines = (line.partition(":") for line in info.read_text().splitlines())
         cpu = next((value.strip() for key, _, value in lines if key.strip() == "model name"), cpu)
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
     return {
         "cpu": cpu,
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "commit": commit,
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The commit, and "-dirty" after it if anything has changed but what benchmarks write themselves."""
+    root = RESULTS.parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    name = git("describe", "--always", "--abbrev=10")
+    written = (":(exclude)README.md", ":(exclude)benchmarks/results")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    return f"{name}-dirty" if changed else name
 
 
 def main() -> None:

@@ -17,13 +17,13 @@ def row(name: str, cells: list[str]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def checks_table(data: dict[str, Any] | None) -> str:
+def checks_table(data: dict[str, Any]) -> str:
     """Which families of GPU kernels have run on a device, and whether what they computed was right."""
     lines = [row("GPU kernels", ["run on a device"]), "|---|---|"]
     for family, what in FAMILIES.items():
         sums: dict[str, list[int]] = {}
-        for c in data["checks"] if data else ():
-            if data and family in c["task"][1:2]:
+        for c in data["checks"]:
+            if family in c["task"][1:2]:
                 some = sums.setdefault(c.get("gpu", data["machine"]["gpu"]), [0, 0])
                 some[0] += c["passed"]
                 some[1] += c["passed"] + c["failed"]
@@ -48,20 +48,19 @@ def products_tables(data: dict[str, Any]) -> str:
     parts = [
         "Linears on a GPU, bf16 activations: microseconds, and in brackets the time of torch's dense bf16 over it. "
         f"{about(data)} Medians of replays of a CUDA graph in which the weight rotates through "
-        "more than three times the L2 cache; each result is checked against float64 first. "
-        + data.get("note", "")
+        "more than three times the L2 cache; each result is checked against float64 first."
     ]
     for n, k in dict.fromkeys((r["n"], r["k"]) for r in timed):
         here = [r for r in timed if (r["n"], r["k"]) == (n, k)]
         found = {(r["name"], r["m"]): r for r in here}
-        dense = {(r["m"], r.get("run")): r["us"] for r in here if r["name"] == DENSE}
+        dense = {r["m"]: r["us"] for r in here if r["name"] == DENSE}
         rows = sorted({m for _, m in found})
         lines = [row(f"{n} x {k}", [f"M = {m}" for m in rows]), "|---|" + "---|" * len(rows)]
         for name in dict.fromkeys(name for name, _ in found):
             cells = []
             for m in rows:
                 r = found.get((name, m))
-                ratio = dense[m, r.get("run")] / r["us"] if r else 0
+                ratio = dense[m] / r["us"] if r else 0
                 cells.append(f"{r['us']:.1f} ({ratio:.2f}x)" if r else "")
             lines.append(row(name, cells))
         parts.append("\n".join(lines))
@@ -109,10 +108,7 @@ def decode_table(data: dict[str, Any]) -> str:
     return caption + "\n\n" + "\n".join(lines)
 
 
-def tables(data: dict[str, Any] | None) -> list[str]:
-    """All tables; without a result file, what has not run."""
-    parts = [checks_table(data)]
-    if data:
-        parts += [products_tables(data), fp8_table(data)]
-        parts += [decode_table(data)] if data["decode"] else []
-    return parts
+def tables(data: dict[str, Any]) -> list[str]:
+    """All tables."""
+    parts = [checks_table(data), products_tables(data), fp8_table(data)]
+    return parts + ([decode_table(data)] if data["decode"] else [])

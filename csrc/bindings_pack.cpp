@@ -1,4 +1,4 @@
-// Packing of codes, between numpy arrays: what `lowbit._C` has for packing.py and layouts.py.
+// Packing of codes, between numpy arrays: what `lowbit._C` has for packing.py and layouts/n16.py.
 #include <pybind11/pybind11.h>
 
 #include "bindings.h"

@@ -1,4 +1,4 @@
-"""Triton kernels over packed weights, in the layout "k16" of `lowbit.planes`; they import nothing else of lowbit."""
+"""Triton kernels over packed weights, as `lowbit.layouts.k16` describes them; they import nothing of lowbit."""
 
 import torch
 import triton.language as tl

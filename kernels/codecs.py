@@ -1,4 +1,4 @@
-"""Codes of the layout that `lowbit.planes` describes, and the values they stand for: every codec, once."""
+"""Codes of the layout that `lowbit.layouts.k16` describes, and the values they stand for: every codec, once."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CHUNK = 16  # weights of a row that lie side by side: python/lowbit/planes.py
+CHUNK = 16  # weights of a row that lie side by side: python/lowbit/layouts/k16.py
 MOST_CHUNKS = 4  # a word of 8-bit codes holds those of four chunks
 # Programs that a device should hold at least: few rows of x are bound by memory latency, which programs hide.
 _PROGRAMS_PER_SM = 4

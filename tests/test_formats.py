@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowbit.codebooks.tables import E2M1_TABLE, IQ4_NL_TABLE, NF4_TABLE, float8_values, normal_float
 from lowbit.formats import (
     FORMATS,
     Format,
@@ -21,7 +22,6 @@ from lowbit.formats import (
     parse,
 )
 from lowbit.reference import dynamic_map, e8m0_values, effective_scales
-from lowbit.tables import E2M1_TABLE, IQ4_NL_TABLE, NF4_TABLE, float8_values, normal_float
 from lowbit.weights.quantized import QuantTensor, tensor_specs
 from weights import ALL_FORMATS
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,14 +18,14 @@ PACKAGE = ROOT / "python" / "lowbit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 500
 MAX_CONTRACT_LINES = 8
-# Where the layouts of files and of operands are documented to the bit.
-LONG_CONTRACTS = {"python/lowbit/packing.py": 12, "python/lowbit/layouts.py": 12}
+# Where the layout of files is documented to the bit.
+LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
-    ("files", "modes", "strides", "tables", "text", "transforms"),
+    ("codebooks", "files", "late", "modes", "strides", "text", "transforms"),
     ("formats", "_C", "_cuda"),
-    ("codebooks", "forking", "packing", "planes", "fragments"),
+    ("forking", "packing"),
     ("weights",),
     ("reference",),
     ("layouts",),
@@ -43,8 +45,6 @@ LAYERS = (
     ("quantize",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# Methods that call a function of a higher layer by its public name, when they are called.
-UPWARD = {("weights", "ops")}
 # Third-party packages that only these modules may import; torch may be imported anywhere but in
 # `formats`, numpy anywhere.
 RESTRICTED = {
@@ -64,6 +64,27 @@ RESTRICTED = {
 }
 
 
+# Files that reach for compiled code though they are neither a backend nor the decoder. Only ever shorter.
+COMPILED_EXCEPTIONS = {
+    "python/lowbit/cli/bench.py",
+    "python/lowbit/cli/main.py",
+    "python/lowbit/forking.py",
+    "python/lowbit/fp8/cpu.py",
+    "python/lowbit/fp8/explanation.py",
+    "python/lowbit/fp8/matmul_cpu.py",
+    "python/lowbit/fp8/matmul_cuda.py",
+    "python/lowbit/layouts/n16.py",
+    "python/lowbit/methods/kmeans.py",
+    "python/lowbit/optim/kernels.py",
+}
+# Modules that need an optional package, by the file that imports them when they are needed.
+OPTIONAL_IMPORTS = {("python/lowbit/io/readers/gguf_reader.py", "lowbit.io.readers.gguf")}
+COMPILED = {"_C", "_cuda", "triton_kernels"}
+COMPILED_HOMES = {"backends", "decoder"}
+KERNEL_IMPORTS = {"__future__", "dataclasses", "torch", "triton"}
+
+
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
@@ -72,27 +93,49 @@ def layer_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def lowbit_imports(tree: ast.Module) -> set[str]:
-    """The layers of lowbit that a file reaches, at any depth of nesting."""
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
+NAMES = {module_of(path) for path in MODULES} | {"lowbit._C", "lowbit._cuda"}
+
+
+def reached(tree: ast.AST) -> frozenset[str]:
+    """The modules of lowbit that a tree names, dotted, at any depth of nesting."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            parts = node.module.split(".")
-            if parts == ["lowbit"]:
-                found |= {alias.name for alias in node.names}
-            elif parts[0] == "lowbit":
-                found.add(parts[1])
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                # From the package itself only modules are imported.
+                is_module = whole in NAMES or node.module == "lowbit"
+                found.add(whole if is_module else node.module)
         elif isinstance(node, ast.Import):
-            names = (alias.name.split(".") for alias in node.names)
-            found |= {parts[1] for parts in names if parts[0] == "lowbit" and len(parts) > 1}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "lowbit":
-            found.add(node.attr)
-    return found
+            found.add(f"lowbit.{node.attr}")
+    return frozenset(name for name in found if name.split(".")[0] == "lowbit")
 
 
-def third_party_imports(tree: ast.Module) -> set[str]:
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
+    return reached(parse(path))
+
+
+def lowbit_imports(path: Path) -> set[str]:
+    """The layers of lowbit that a file reaches."""
+    return {name.split(".")[1] for name in imported(path) if name != "lowbit"}
+
+
+def third_party_imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -100,49 +143,136 @@ def third_party_imports(tree: ast.Module) -> set[str]:
     return found
 
 
-MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """The names of one circle, or nothing."""
+    done: set[str] = set()
+
+    def visit(name: str, above: list[str]) -> list[str]:
+        if name in above:
+            return [*above[above.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(graph.get(name, ())):
+            if found := visit(other, [*above, name]):
+                return found
+        done.add(name)
+        return []
+
+    for name in graph:
+        if found := visit(name, []):
+            return found
+    return []
 
 
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+def test_imports_go_one_way() -> None:
+    offenders = []
+    for path in MODULES:
+        layer = layer_of(path)
+        if layer not in LEVEL:
+            offenders.append(f"{name_of(path)}: {layer} has no place in LAYERS")
+            continue
+        for name in sorted(lowbit_imports(path) - {layer}):
+            if name not in LEVEL:
+                offenders.append(f"{name_of(path)}: {name} is no module of lowbit")
+            elif LEVEL[name] >= LEVEL[layer]:
+                offenders.append(f"{name_of(path)}: imports {name}, which is not below {layer}")
+    assert not offenders, "\n".join(offenders)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_go_one_way(path: Path) -> None:
-    layer = layer_of(path)
-    assert layer in LEVEL, f"{layer} has no place in LAYERS"
-    imports = lowbit_imports(parse(path))
-    assert imports <= LEVEL.keys(), f"{imports - LEVEL.keys()} are no modules of lowbit"
-    upward = {name for name in imports if name != layer and LEVEL[name] >= LEVEL[layer]}
-    assert {(layer, name) for name in upward} <= UPWARD
+def test_no_module_imports_the_package_itself() -> None:
+    """`import lowbit` and `lowbit.x` reach whatever the package shows, from any layer."""
+    offenders = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Import)
+        and any(alias.name.split(".")[0] == "lowbit" for alias in node.names)
+    ]
+    assert not offenders, "\n".join(offenders)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_third_party_imports(path: Path) -> None:
-    imports, layer = third_party_imports(parse(path)), layer_of(path)
-    misplaced = {name for name in imports & RESTRICTED.keys() if layer not in RESTRICTED[name]}
-    assert not misplaced
-    assert layer != "formats" or "torch" not in imports
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=name_of)
-def test_triton_kernels_stand_alone(path: Path) -> None:
-    """They import Triton, torch and each other, and are imported by the backend alone, when they are needed."""
-    tree = parse(path)
-    assert third_party_imports(tree) - {"codecs", "configs", "fp8_quantize", "linear"} <= {
-        "__future__",
-        "dataclasses",
-        "torch",
-        "triton",
+def test_imports_stand_at_the_top() -> None:
+    """But those of optional packages and the command line's, which starts before torch is there."""
+    found = {
+        (name_of(path), name)
+        for path in MODULES
+        if layer_of(path) != "cli"
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for statement in ast.walk(node)
+        if isinstance(statement, ast.Import | ast.ImportFrom)
+        for name in reached(statement) - {"lowbit._cuda"}
     }
-    assert not lowbit_imports(tree)
+    assert found == OPTIONAL_IMPORTS
 
 
-def test_exceptions_and_layers_are_in_use() -> None:
-    present = {layer_of(path) for path in MODULES} | {"_C", "_cuda"}
-    assert present == LEVEL.keys()
-    used = {(layer_of(path), name) for path in MODULES for name in lowbit_imports(parse(path))}
-    assert used >= UPWARD
+def test_imports_make_no_circle() -> None:
+    graph = {module_of(path): set(imported(path)) for path in MODULES}
+    found = circle(graph)
+    assert not found, " -> ".join(found)
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}}) == []
+
+
+def test_third_party_imports() -> None:
+    offenders = []
+    for path in FILES:
+        imports, layer = third_party_imports(path), layer_of(path)
+        misplaced = {name for name in imports & RESTRICTED.keys() if layer not in RESTRICTED[name]}
+        if layer == "formats":
+            misplaced |= imports & {"torch"}
+        offenders += [f"{name_of(path)}: {name}" for name in sorted(misplaced)]
+    assert not offenders, "\n".join(offenders)
+
+
+def test_compiled_code_has_its_homes() -> None:
+    """Only backends and the decoder touch `_C`, `_cuda` and the Triton kernels; the list of exceptions
+    holds no file that needs none.
+    """
+    touching = {
+        name_of(path)
+        for path in MODULES
+        if lowbit_imports(path) & COMPILED and layer_of(path) not in COMPILED_HOMES
+    }
+    offenders = [f"{name}: touches compiled code" for name in touching - COMPILED_EXCEPTIONS]
+    offenders += [f"{name}: is no exception any more" for name in COMPILED_EXCEPTIONS - touching]
+    assert not offenders, "\n".join(sorted(offenders))
+
+
+def test_triton_kernels_stand_alone() -> None:
+    """They import Triton, torch and each other, and are imported by the backend alone, when they are needed."""
+    kernels = sorted((ROOT / "kernels").glob("*.py"))
+    allowed = KERNEL_IMPORTS | {path.stem for path in kernels}
+    offenders = [
+        f"{name_of(path)}: {name}"
+        for path in kernels
+        for name in sorted(third_party_imports(path) - allowed | imported(path))
+    ]
+    assert not offenders, "\n".join(offenders)
+
+
+def test_layers_are_in_use() -> None:
+    assert {layer_of(path) for path in MODULES} | {"_C", "_cuda"} == LEVEL.keys()
+
+
+LAYOUT_NAMES = {"CANONICAL", "N16", "K16", "M16", "canonical", "n16", "k16", "m16"}
+
+
+def test_no_layout_is_asked_its_name() -> None:
+    """What differs between layouts is a method of their class; which one a device reads, the backends know."""
+    offenders = []
+    for path in MODULES:
+        if layer_of(path) in ("layouts", "backends"):
+            continue
+        for compare in (n for n in ast.walk(parse(path)) if isinstance(n, ast.Compare)):
+            parts = [vars(part) for part in ast.walk(compare)]
+            words = {part.get(key) for part in parts for key in ("id", "attr", "value")}
+            if words & LAYOUT_NAMES:
+                offenders.append(f"{name_of(path)}: {ast.unparse(compare)}")
+    assert not offenders, "\n".join(offenders)
 
 
 def sources() -> list[Path]:
@@ -151,17 +281,27 @@ def sources() -> list[Path]:
     return sorted(p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in suffixes)
 
 
-@pytest.mark.parametrize("path", sources(), ids=name_of)
-def test_files_are_small_and_open_with_their_contract(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= MAX_LINES
-    if path.suffix == ".py":
-        contract = ast.get_docstring(ast.parse(text))
-        assert contract, "no docstring"
-        most = LONG_CONTRACTS.get(name_of(path), MAX_CONTRACT_LINES)
-        assert len(contract.splitlines()) <= most
-    elif path.suffix in (".h", ".cuh"):
-        assert text.startswith("//"), "the first line must say what the file is"
+def test_files_are_small() -> None:
+    sizes = {name_of(path): len(path.read_text().splitlines()) for path in sources()}
+    offenders = [f"{name}: {lines} lines" for name, lines in sizes.items() if lines > MAX_LINES]
+    assert not offenders, "\n".join(offenders)
+
+
+def test_files_open_with_their_contract() -> None:
+    """A docstring of a few lines, or in headers a comment in the first line."""
+    offenders = []
+    for path in sources():
+        text, name = path.read_text(), name_of(path)
+        if path.suffix == ".py":
+            contract = ast.get_docstring(ast.parse(text)) or ""
+            if not contract:
+                offenders.append(f"{name}: no docstring")
+            most = LONG_CONTRACTS.get(name, MAX_CONTRACT_LINES)
+            if (lines := len(contract.splitlines())) > most:
+                offenders.append(f"{name}: a docstring of {lines} lines, {most} at most")
+        elif path.suffix in (".h", ".cuh") and not text.startswith("//"):
+            offenders.append(f"{name}: the first line must say what the file is")
+    assert not offenders, "\n".join(offenders)
 
 
 def undocumented(tree: ast.Module) -> list[str]:
@@ -182,9 +322,9 @@ def undocumented(tree: ast.Module) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_what_is_public_is_documented(path: Path) -> None:
-    assert undocumented(parse(path)) == []
+def test_what_is_public_is_documented() -> None:
+    offenders = [f"{name_of(path)}: {name}" for path in FILES for name in undocumented(parse(path))]
+    assert not offenders, "\n".join(offenders)
 
 
 def test_public_names() -> None:

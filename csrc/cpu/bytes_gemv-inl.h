@@ -1,5 +1,5 @@
 // GEMV with AVX2 over bytes of codes: a vector of products belongs to a few columns and has several weights of each, so
-// that codes are decoded where they lie, 32 bytes at a time.
+// that codes are decoded in place, 32 bytes at a time.
 //
 // A Table has kBits, kSums vectors of sums for 8 columns, kRowsOfTwo (rows up to which a tile has 16 columns), and:
 //   step<i>: adds 32 products for each row; `codes` are 4 bytes of each of 8 columns, step i takes the i-th kBits of a

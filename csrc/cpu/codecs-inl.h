@@ -1,8 +1,9 @@
-// Every codec: bits of the n16 layout (layout.h) to lanes. Compiled once per instruction set.
+// Codecs of the fp32 products: bits of the n16 layout (layout.h) to fp32 lanes. Compiled once per instruction set.
 //
 // A codec has kBits and value<S>(block, columns): the fp32 values of weight S (0..31) of a chunk for kVecLanes columns.
-// `block` points at the first unit of those columns; `columns` is what `at` returned for them. The bf16 codecs, pairs
-// of weights at a time, stand at the end.
+// `block` points at the first unit of those columns; `columns` is what `at` returned for them. Products that need
+// another form of the values have their decoders beside them: bf16-inl.h, bf16_int8-inl.h, int8-inl.h, int8_any-inl.h,
+// nibbles-inl.h, columns-inl.h, symmetric-inl.h, xnor-inl.h, embedding-inl.h and avx2_float8.cpp.
 #pragma once
 
 #include <utility>

@@ -16,7 +16,7 @@ if importlib.util.find_spec("torch") is not None:
     import torch  # noqa: F401
 
 # Now, not when it is first used: it must know of a fork that happens in between.
-from lowbit import _C  # noqa: F401
+from lowbit import _C, late  # noqa: F401
 from lowbit.formats import FORMATS, Format
 
 if TYPE_CHECKING:
@@ -44,6 +44,15 @@ __all__ = [
     "integrations", "kernels", "linear", "linear_many", "load", "nn", "optim", "qat", "quantize", "quantize_llm_int8",
     "quantize_model", "save",
 ]  # fmt: skip
+
+
+def _dequantize(*args: Any) -> Any:
+    from lowbit.ops import dequantize as decode
+
+    return decode(*args)
+
+
+late.dequantize = _dequantize
 
 
 def _rebuild(*args: Any) -> Any:

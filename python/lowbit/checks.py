@@ -1,6 +1,6 @@
 """What the ops accept: each check once, with the name and the value in the message.
 
-Kernels read exactly the bytes that `layouts.operand_specs` gives, so nothing here may be skipped.
+Kernels read exactly the bytes that `Layout.specs` gives, so nothing here may be skipped.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _expected(
             f"format {format.name!r} has outliers: this product does not take them; "
             "lowbit.linear and lowbit::linear_outliers do"
         )
-    specs = layouts.operand_specs(format, layout, n, k)
+    specs = layouts.find(layout).specs(format, n, k)
     return format, tuple(
         _Expected(name, *specs[name], specs[name][1].is_floating_point) if name in specs else None
         for name in _OPERANDS

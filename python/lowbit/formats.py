@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from lowbit.files import shown
-from lowbit.tables import (
+from lowbit.codebooks.tables import (
     E2M1_TABLE,
     IQ4_NL_TABLE,
     NF4_TABLE,
@@ -29,6 +28,7 @@ from lowbit.tables import (
     normal_float,
     to_fp32,
 )
+from lowbit.files import shown
 
 CODECS = ("affine", "lut", "e4m3", "e5m2")
 BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -72,8 +72,8 @@ class Format:
             sums exactly in int32; the table must be exact in int8 up to one factor. "int8_table" does so with
             the table itself rounded to int8: an entry moves by at most max |table| / 254.
         outliers: weights of each row, at most K, whose rest W - W^ is stored beside the codes and added in fp32: the
-            sparse part of SqueezeLLM's dense-and-sparse decomposition (arXiv 2306.07629). Our reading: a fixed number
-            in each row instead of one threshold for the matrix, so that shapes follow from the format.
+            sparse part of SqueezeLLM's dense-and-sparse decomposition (arXiv 2306.07629). Interpretation: a
+            fixed number in each row instead of one threshold for the matrix, so that shapes follow from the format.
         outlier_dtype: how that rest is stored, "fp16" or "fp32".
     """
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lowbit import backends, checks, modes
 from lowbit.formats import Format
-from lowbit.layouts import N16
 from lowbit.strides import contiguous, rows_of, shaped
 
 
@@ -61,8 +60,8 @@ def linear_many_impl(
         checks.refuse_grad("linear_many", x, *scales, *zeros, *table, *bias)
     # The dispatcher negates a tensor whose negative bit is set, but not one in a list of optional ones.
     bias = [b if b is None or not b.is_neg() else b.resolve_neg() for b in bias]
-    if layout == N16 and len(spec) == len(n):
-        plans = [backends.cpu.plan(s, rows, k) for s, rows in zip(spec, n, strict=True)]
+    if len(spec) == len(n):
+        plans = [backends.cpu.plan(s, layout, rows, k) for s, rows in zip(spec, n, strict=True)]
         threads = torch.get_num_threads()
         made: list[Tensor] | None = backends.cpu.linear_many_tensors(
             plans, threads, x, codes, scales, zeros, table, bias

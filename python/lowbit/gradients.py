@@ -4,13 +4,12 @@ With W = scale * (T[code] - zero), or scale * T[code] + zero for zero "min", and
     dscale[n, g] = sum over k in g of dW * (T - zero), or of dW * T
     dzero[n, g]  = -scale * sum over k in g of dW, or the sum alone
     dT[e]        = sum over the members of entry e of scale * dW
-Each result lies as its operand does (`layouts.py`); padded lanes have gradient 0. All of it is plain torch and can be
+Each result lies as its operand does (`layouts/`); padded lanes have gradient 0. All of it is plain torch and can be
 differentiated, so that second derivatives exist.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from lowbit import layouts, modes, packing, reference
 from lowbit.formats import Format, parse
-from lowbit.layouts import N16, Operands
+from lowbit.layouts import Operands
 
 
 def dequantize(
@@ -34,7 +33,7 @@ def dequantize(
 ) -> Tensor:  # (N, K)
     """What lowbit::dequantize computes, bit for bit; differentiable in scales, zeros and table."""
     w = _weight(codes, scales, zeros, table, spec, layout, n, k)
-    values = reference.code_values(_codes(w), w.format, layouts.table_of(w))
+    values = reference.code_values(_codes(w), w.format, _table(table, w))
     return reference.apply_scales(values, w.format, _rows(scales, w), _rows(zeros, w)).to(dtype)
 
 
@@ -54,11 +53,10 @@ def weight_tangent(
     """How the weight moves with tangents of scales, zeros and table: W is linear in each of them."""
     w = _weight(codes, scales, zeros, table, spec, layout, n, k)
     f, unpacked = w.format, _codes(w)
-    values = reference.code_values(unpacked, f, layouts.table_of(w))
+    values = reference.code_values(unpacked, f, _table(table, w))
     moved = torch.zeros_like(values)
     if of_table is not None:
-        of_table = layouts.table_of(dataclasses.replace(w, table=of_table))
-        moved = moved + reference.code_values(unpacked, f, of_table)
+        moved = moved + reference.code_values(unpacked, f, _table(of_table, w))
     moved = reference.apply_scales(moved, f, _rows(scales, w), _rows(of_zeros, w))
     if of_scales is None:
         return moved
@@ -99,7 +97,7 @@ def codebook_grad(
     scales, zeros = (_rows(t, weight) for t in (weight.scales, weight.zeros))
     grads = [grad_weight.new_empty(0) for _ in range(3)]
     if want_scales:
-        values = reference.code_values(unpacked, f, layouts.table_of(weight))
+        values = reference.code_values(unpacked, f, _table(weight.table, weight))
         if zeros is not None and f.zero != "min":
             values = values - zeros[:, reference.group_index(f, k, zeros.device)]
         grads[0] = _as_operand(_group_sum(grad_weight * values, f), weight.scales, weight)
@@ -109,7 +107,7 @@ def codebook_grad(
         grads[1] = _as_operand(grad, weight.zeros, weight)
     if want_table:
         grad = _entry_sum(reference.apply_scales(grad_weight, f, scales, None), unpacked, f)
-        grads[2] = layouts.kernel_table(f, grad) if weight.layout == N16 else grad
+        grads[2] = layouts.find(layout).pack_table(grad, f)
     return grads[0], grads[1], grads[2]
 
 
@@ -128,17 +126,25 @@ def _weight(
 
 @modes.outside()
 def _codes(weight: Operands) -> Tensor:  # (N, K) uint8
-    return packing.unpack_codes(layouts.packed_codes(weight), weight.format, weight.shape[1])
+    (n, k), f = weight.shape, weight.format
+    packed = layouts.find(weight.layout).unpack(weight.codes, f, n, k)
+    return packing.unpack_codes(packed, f, k)
 
 
 def _rows(terms: Tensor | None, weight: Operands) -> Tensor | None:  # (N, groups) fp32
     if terms is None:
         return None
-    return layouts.by_row(terms, layout=weight.layout, n=weight.shape[0]).float()
+    return layouts.find(weight.layout).to_rows(terms, weight.shape[0]).float()
+
+
+def _table(table: Tensor | None, weight: Operands) -> Tensor | None:
+    if table is None:
+        return None
+    return layouts.find(weight.layout).unpack_table(table, weight.format, weight.shape[0])
 
 
 def _as_operand(grad: Tensor, operand: Tensor | None, weight: Operands) -> Tensor:
-    grad = layouts.from_rows(grad, weight.layout)
+    grad = layouts.find(weight.layout).from_rows(grad)
     return grad if operand is None else grad.to(operand.dtype)
 
 

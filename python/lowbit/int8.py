@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lowbit import backends, checks, ops, transforms
 from lowbit.formats import Format, parse
-from lowbit.layouts import CHUNK_K, Operands
+from lowbit.layouts import Operands
+from lowbit.layouts.n16 import CHUNK_K
 from lowbit.strides import contiguous, rows_of, shaped
 from lowbit.weights.quantized import QuantTensor
 

@@ -1,6 +1,6 @@
 """torch.ops.lowbit.*: schemas, fakes and autograd, each once, and the functions that call them.
 
-Operands (codes, scales, zeros, table) of an (n, k) weight lie as `layouts.py` says for `layout`;
+Operands (codes, scales, zeros, table) of an (n, k) weight lie as `layouts/` says for `layout`;
 `format` is `Format.spec`. `linear`, `dequantize` and `embedding` refuse inputs that require grad; a
 separate `linear_trainable` has gradients for x, bias, scales, float zeros and table, because
 autograd adds 2.7 us to a call. `linear_outliers` and `linear_outliers_trainable` take the outliers
@@ -241,7 +241,7 @@ def autocast(x: Tensor) -> Tensor:
 def dequantize(weight: QuantTensor | Operands, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight, (N, K): computed in fp32 and rounded once to `dtype` (fp32, bf16 or fp16).
 
-    A QuantTensor is read as it lies, unless it has a copy in the kernel's layout already.
+    A QuantTensor is read in its canonical layout, unless it has a copy in the kernel's layout already.
     """
     if isinstance(weight, QuantTensor) and weight._packed is None:
         w = layouts.to_operands(weight, layouts.CANONICAL)
@@ -303,7 +303,7 @@ def operands(weight: QuantTensor | Operands) -> Operands:
     if not isinstance(weight, QuantTensor):
         raise TypeError(f"weight must be a QuantTensor or Operands, got {type(weight).__name__}")
     if weight._packed is None:
-        weight._packed = layouts.to_operands(weight)
+        weight._packed = backends.available.kernel_operands(weight)
     return weight._packed  # type: ignore[return-value]
 
 
@@ -320,8 +320,8 @@ def _linear_impl(
     n: int,
     k: int,
 ) -> Tensor:
-    if layout == layouts.N16:
-        plan = backends.cpu.plan(spec, n, k)
+    plan = backends.cpu.plan(spec, layout, n, k)
+    if plan is not None:
         threads = torch.get_num_threads()
         y = backends.cpu.linear_tensors(plan, threads, x, codes, scales, zeros, table, bias)
         if y is not None:

@@ -16,21 +16,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit import fragments, layouts, reference
+from lowbit import layouts, reference
+from lowbit.backends import available
 from lowbit.formats import FORMATS, Format
-from lowbit.layouts import M16
+from lowbit.layouts import M16, m16
 from weights import ALL_FORMATS, random_weight
 
 ROOT = Path(__file__).parents[2]
-FITTING = [format for format in ALL_FORMATS if layouts.fits_m16(format)]
+FITTING = [format for format in ALL_FORMATS if M16 in layouts.fitting(format)]
 
 
 @pytest.mark.parametrize("bits", (1, 2, 3, 4, 5, 6, 8))
 def test_fragments_lie_as_described(bits: int) -> None:
     n, k = 21, 150
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
-    words = fragments.pack_fragments(codes, bits)
-    assert words.numel() == fragments.num_words(bits, n, k) == 2 * 3 * 32 * bits
+    words = m16.pack_fragments(codes, bits)
+    assert words.numel() == m16.num_words(bits, n, k) == 2 * 3 * 32 * bits
     group = 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1
     expected = [0] * words.numel()
     for row in range(n):
@@ -44,16 +45,16 @@ def test_fragments_lie_as_described(bits: int) -> None:
                 at += (word // group * 32 + lane) * group + word % group
                 expected[at] |= (int(codes[row, column]) >> b & 1) << bit
     assert [w % 2**32 for w in words.tolist()] == expected
-    assert torch.equal(fragments.unpack_fragments(words, bits, n, k), codes)
+    assert torch.equal(m16.unpack_fragments(words, bits, n, k), codes)
 
 
 @pytest.mark.parametrize("shape", ((16, 64), (1, 1), (300, 70)))
 def test_fragments_are_invertible(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fragments, "_SLICE_CODES", 4096)  # several slices, the last one short
+    monkeypatch.setattr(m16, "_SLICE_CODES", 4096)  # several slices, the last one short
     for bits in (1, 3, 4, 6, 8):
         codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
-        packed = fragments.pack_fragments(codes, bits)
-        assert torch.equal(fragments.unpack_fragments(packed, bits, *shape), codes)
+        packed = m16.pack_fragments(codes, bits)
+        assert torch.equal(m16.unpack_fragments(packed, bits, *shape), codes)
 
 
 @pytest.mark.parametrize("format", FITTING, ids=lambda f: f.name)
@@ -61,7 +62,7 @@ def test_operands_hold_the_weight(format: Format) -> None:
     n, k = 37, 150
     qt = random_weight(format, n, k)
     w = layouts.to_operands(qt, M16)
-    specs = layouts.operand_specs(w.format, M16, n, k)
+    specs = layouts.find(M16).specs(w.format, n, k)
     for key in ("codes", "scales", "zeros", "table"):
         t = getattr(w, key)
         assert (None if t is None else (tuple(t.shape), t.dtype)) == specs.get(key), key
@@ -73,9 +74,9 @@ def test_operands_hold_the_weight(format: Format) -> None:
         )
     # What the kernels compute from the operands, centred integers and all.
     assert w.table is not None
-    values = w.table[fragments.unpack_fragments(w.codes, w.format.bits, n, k).long()]
+    values = w.table[m16.unpack_fragments(w.codes, w.format.bits, n, k).long()]
     scales, zeros = (
-        None if t is None else layouts.by_row(t, layout=M16, n=n) for t in (w.scales, w.zeros)
+        None if t is None else layouts.find(M16).to_rows(t, n) for t in (w.scales, w.zeros)
     )
     scales = None if scales is None else scales.float()
     assert torch.equal(reference.apply_scales(values, w.format, scales, zeros), qt.dequantize())
@@ -85,20 +86,20 @@ def test_what_does_not_fit_is_refused() -> None:
     qt = random_weight(FORMATS["kmeans4_pr"], 8, 64)
     with pytest.raises(ValueError, match="kmeans4_pr.*'m16'"):
         layouts.to_operands(qt, M16)
-    assert not layouts.fits_m16(Format.lut(bits=2, group=24))
+    assert M16 not in layouts.fitting(Format.lut(bits=2, group=24))
 
 
 def test_the_cuda_kernels_run_unless_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lowbit._cuda")
     cuda, nf4 = torch.device("cuda"), FORMATS["nf4"]
     monkeypatch.delenv("LOWBIT_CUDA", raising=False)
-    monkeypatch.setattr(layouts, "_CUDA_OBSTACLE", layouts._find_cuda_obstacle())
-    assert layouts.kernel_layout(cuda, nf4) == M16
-    assert layouts.kernel_layout(cuda, FORMATS["kmeans4_pr"]) == layouts.K16
+    monkeypatch.setattr(available, "_CUDA_OBSTACLE", available._find_cuda_obstacle())
+    assert available.kernel_layout(cuda, nf4) == M16
+    assert available.kernel_layout(cuda, FORMATS["kmeans4_pr"]) == layouts.K16
     monkeypatch.setenv("LOWBIT_CUDA", "0")
-    monkeypatch.setattr(layouts, "_CUDA_OBSTACLE", layouts._find_cuda_obstacle())
-    assert layouts.kernel_layout(cuda, nf4) == layouts.K16
-    assert layouts.cuda_obstacle() == "LOWBIT_CUDA=0 is set"
+    monkeypatch.setattr(available, "_CUDA_OBSTACLE", available._find_cuda_obstacle())
+    assert available.kernel_layout(cuda, nf4) == layouts.K16
+    assert available.cuda_obstacle() == "LOWBIT_CUDA=0 is set"
 
 
 def test_the_extension_loads_without_a_gpu_and_chooses() -> None:

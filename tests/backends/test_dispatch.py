@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 
-from lowbit import _C, layouts
-from lowbit.backends import cpu
+from lowbit import _C
+from lowbit.backends import available, cpu
 from lowbit.formats import parse
 from weights import random_weight
 
@@ -149,7 +149,7 @@ def test_numpy_calls_check_sizes() -> None:
 
 
 def big_call():
-    op = layouts.to_operands(random_weight(parse("int4"), 2048, 2048))
+    op = available.kernel_operands(random_weight(parse("int4"), 2048, 2048))
     x = torch.randn(64, 2048)
     return lambda: cpu.linear(
         x, op.codes, op.scales, op.zeros, op.table, None, op.format, *op.shape
@@ -168,7 +168,7 @@ def test_one_openmp_runtime_in_the_process() -> None:
 def test_thread_count_follows_torch() -> None:
     done = python("""
     import os, sys, torch
-    sys.path.insert(0, "tests/backends")
+    sys.path[:0] = ["tests", "tests/backends"]
     torch.set_num_threads(1)
     from test_dispatch import big_call
     call = big_call()
@@ -221,7 +221,7 @@ def test_concurrent_calls_agree() -> None:
 def test_calls_after_fork() -> None:
     done = python("""
     import os, sys, torch
-    sys.path.insert(0, "tests/backends")
+    sys.path[:0] = ["tests", "tests/backends"]
     torch.set_num_threads(2)
     from test_dispatch import big_call
     call = big_call()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lowbit import _C, layouts, reference
-from lowbit.backends import cpu
+from lowbit.backends import available, cpu
 from lowbit.formats import Format, parse
 from lowbit.layouts import Operands
 from weights import ALL_FORMATS, assert_close, random_weight
@@ -79,7 +79,7 @@ def test_identity_returns_the_weight(format: Format, kernel: dict) -> None:
         if not fits_groups(format, kernel, k):
             continue
         qt = random_weight(format, n, k)
-        op = layouts.to_operands(qt)
+        op = available.kernel_operands(qt)
         weight = expected_weight(qt, kernel)
         for name in kernel["x"]:
             y = linear(op, torch.eye(k, dtype=DTYPES[name]), kernel["index"])
@@ -92,7 +92,7 @@ def test_identity_returns_the_weight(format: Format, kernel: dict) -> None:
 def test_dequantize_is_exact(format: Format, kernel: dict) -> None:
     for n, k in SHAPES:
         qt = random_weight(format, n, k)
-        op = layouts.to_operands(qt)
+        op = available.kernel_operands(qt)
         for dtype in DTYPES.values():
             got = cpu.dequantize(
                 op.codes, op.scales, op.zeros, op.table, format, n, k, dtype, row=kernel["index"]
@@ -109,7 +109,7 @@ def test_random_x_with_bias(format: Format, kernel: dict) -> None:
         if not fits_groups(format, kernel, k):
             pytest.skip(f"groups of {format.group} are for the rows that take any group")
     qt = random_weight(format, n, k, seed=1)
-    op = layouts.to_operands(qt)
+    op = available.kernel_operands(qt)
     weight = expected_weight(qt, kernel).double()
     for name in kernel["x"]:
         dtype = DTYPES[name]
@@ -127,7 +127,7 @@ def test_every_fp16_enters_as_it_is(name: str) -> None:
     format = parse(name)
     k = 64
     qt = random_weight(format, 1, k)
-    op = layouts.to_operands(qt)
+    op = available.kernel_operands(qt)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     x = torch.zeros(2**16, k, dtype=torch.float16)
     x[:, 5] = every
@@ -146,7 +146,7 @@ def test_layout_is_invertible(format: Format) -> None:
     """Canonical -> n16 -> canonical returns every tensor bit for bit."""
     for n, k in SHAPES:
         qt = random_weight(format, n, k)
-        back = layouts.from_operands(layouts.to_operands(qt))
+        back = layouts.from_operands(available.kernel_operands(qt))
         for name, t in qt.tensors.items():
             assert torch.equal(raw(back.tensors[name]), raw(t)), name
 
@@ -192,7 +192,7 @@ def test_layout_is_as_documented(bits: int) -> None:
 def test_embedding_rows(format: Format) -> None:
     n, k = 70, 100
     qt = random_weight(format, n, k)
-    op = layouts.to_operands(qt)
+    op = available.kernel_operands(qt)
     indices = torch.tensor([0, 69, 64, 63, 1, 1])
     for dtype in DTYPES.values():
         got = cpu.embedding(indices, op.codes, op.scales, op.zeros, op.table, format, n, k, dtype)
@@ -212,7 +212,7 @@ def test_no_less_exact_than_dense(name: str, dtype: torch.dtype, m: int) -> None
     """
     format = parse(name)
     qt = random_weight(format, 256, 1024)
-    op = layouts.to_operands(qt)
+    op = available.kernel_operands(qt)
     weight = reference.dequantize(qt)
     x = torch.randn(m, 1024).to(dtype)
     exact = F.linear(x.double(), weight.double())

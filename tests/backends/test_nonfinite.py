@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import lowbit
 from lowbit import _C, int8, layouts, reference
-from lowbit.backends import cpu
+from lowbit.backends import available, cpu
 from lowbit.formats import Format, parse
 from lowbit.layouts import CANONICAL, K16
 from lowbit.nn import QuantLinear
@@ -65,7 +65,7 @@ def test_products_are_those_of_a_dense_weight(format: Format, dtype: torch.dtype
 @pytest.mark.parametrize("format", ZEROS, ids=lambda f: f.name)
 def test_every_row_of_the_kernel_table(format: Format) -> None:
     qt = random_weight(format, N, K)
-    op, weight, ran = layouts.to_operands(qt), qt.dequantize(), 0
+    op, weight, ran = available.kernel_operands(qt), qt.dequantize(), 0
     codec = "int" if format.codec == "affine" else format.codec
     for kernel in LINEAR_ROWS:
         group = format.group or K

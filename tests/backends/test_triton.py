@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from lowbit import backends, binary, int8, layouts, ops, planes, reference
+from lowbit import backends, binary, int8, layouts, ops, reference
 from lowbit.backends import triton as backend
 from lowbit.formats import FORMATS, Format
-from lowbit.layouts import K16, Operands
+from lowbit.layouts import K16, Operands, k16
 from lowbit.weights.quantized import QuantTensor
 from weights import ALL_FORMATS, assert_close, random_weight
 
@@ -83,7 +83,7 @@ def test_layout_and_rows(format: Format) -> None:
     for n, k in SHAPES:
         qt = random_weight(format, n, k)
         w = layouts.to_operands(qt, K16)
-        for name, (shape, dtype) in layouts.operand_specs(format, K16, n, k).items():
+        for name, (shape, dtype) in layouts.find(K16).specs(format, n, k).items():
             assert getattr(w, name).shape == shape, name
             assert getattr(w, name).dtype == dtype, name
         back = layouts.from_operands(w)
@@ -102,10 +102,10 @@ def raw(t: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", (1, 2, 3, 4, 5, 6, 8))
 def test_planes_are_as_documented(bits: int) -> None:
-    """planes.py, computed bit by bit from its words."""
+    """layouts/k16.py, computed bit by bit from its words."""
     n, k = 3, 300
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
-    words = [0] * planes.num_words(bits, n, k)
+    words = [0] * k16.num_words(bits, n, k)
     start = low = 0
     for p in {3: (2, 1), 5: (4, 1), 6: (4, 2)}.get(bits, (bits,)):
         per_word = 32 // p
@@ -119,8 +119,8 @@ def test_planes_are_as_documented(bits: int) -> None:
         low += p
     assert start == len(words)
     expected = torch.tensor(words, dtype=torch.int64).to(torch.int32)
-    assert torch.equal(planes.pack_planes(codes, bits), expected)
-    assert torch.equal(planes.unpack_planes(expected, bits, n, k), codes)
+    assert torch.equal(k16.pack_planes(codes, bits), expected)
+    assert torch.equal(k16.unpack_planes(expected, bits, n, k), codes)
 
 
 def test_ops_take_the_layout() -> None:

@@ -44,7 +44,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 
 def source(op, name, x, m):
     f, n, k = parse(name), 4096, 4096
-    specs = {key: spec[1] for key, spec in layouts.operand_specs(f, "k16", n, k).items()}
+    specs = {key: spec[1] for key, spec in layouts.find("k16").specs(f, n, k).items()}
     c = kernels.configs.choose(m, n, k, f.group or k, 132)
     constants = backend.meaning(f, specs.get("scales")) | {
         "HAS_BIAS": False, "APART": c.apart, "WHOLE": f.group is None, "COMPUTE": kernels.TYPES[x],

@@ -19,7 +19,7 @@ from torch import nn
 from lowbit import nn as qnn
 from lowbit.formats import FORMATS
 from lowbit.io import safetensors_file
-from lowbit.io.native import describe
+from lowbit.io.readers.native import NativeReader
 from lowbit.io.safetensors_file import Source
 from lowbit.io.save_load import load, load_tensors, save
 from lowbit.methods import quantize
@@ -338,7 +338,7 @@ def test_describe(tmp_path: Path):
     path = save(
         {"w": weight, "b": torch.zeros(5, dtype=torch.bfloat16)}, tmp_path / "x.safetensors"
     )
-    rows = {row.name: row for row in describe(path)}
+    rows = {row.name: row for row in NativeReader(path).describe()}
     assert (rows["w"].format, rows["w"].shape, rows["w"].quantized) == ("nf4", (6, 150), True)
     assert rows["w"].nbytes == weight.nbytes
     assert (rows["b"].format, rows["b"].nbytes, rows["b"].quantized) == ("bfloat16", 10, False)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lowbit.formats import FORMATS
-from lowbit.io.safetensors_file import Reader
+from lowbit.io.safetensors_file import SafetensorsFile
 from lowbit.io.save_load import load_tensors, save
 from lowbit.methods import quantize
 
@@ -243,7 +243,7 @@ def test_tensors_fill_the_file_without_overlap(offsets, size: int, tmp_path: Pat
     with pytest.raises(SafetensorError):
         safe_open(path, "pt")
     with pytest.raises(ValueError, match=r"x\.safetensors: .*(invalid offset|not fully covered)"):
-        Reader(path)
+        SafetensorsFile(path)
 
 
 def test_an_index_that_is_a_folder(tmp_path: Path):
@@ -340,7 +340,7 @@ def test_the_library_refuses_what_the_reader_refuses(
     except SafetensorError:
         theirs = None
     try:
-        ours = {name: list(shape) for name, (shape, _) in Reader(path).specs.items()}
+        ours = {name: list(shape) for name, (shape, _) in SafetensorsFile(path).specs.items()}
     except ValueError as e:
         if "does not know" in str(e):
             return

@@ -14,7 +14,7 @@ from test_io import dense_tensors, equal
 from torch import nn
 
 import lowbit
-from lowbit.io.safetensors_file import Reader
+from lowbit.io.safetensors_file import SafetensorsFile
 from lowbit.io.save_load import load, load_tensors, save
 
 STATE = {"w": lowbit.quantize(torch.randn(64, 64), "int4_g32_o2"), "d": torch.randn(2048)}
@@ -84,7 +84,7 @@ def test_a_mapped_file_that_is_cut_kills_the_process_as_documented(tmp_path: Pat
 
 def test_a_cut_file_is_an_error_when_it_is_copied(tmp_path: Path):
     path = save(STATE, tmp_path / "x.safetensors")
-    reader = Reader(path, mmap=False)
+    reader = SafetensorsFile(path, mmap=False)
     os.truncate(path, 8)
     with pytest.raises(ValueError, match=r"x\.safetensors, tensor 'd': .* the file was cut to"):
         reader.tensor("d")
@@ -93,7 +93,7 @@ def test_a_cut_file_is_an_error_when_it_is_copied(tmp_path: Path):
 @pytest.mark.parametrize("mmap", [True, False])
 def test_the_reader_equals_the_library(mmap: bool, tmp_path: Path):
     path = save(dense_tensors(), tmp_path / "x.safetensors")
-    reader, oracle = Reader(path, mmap), load_file(path)
+    reader, oracle = SafetensorsFile(path, mmap), load_file(path)
     assert list(reader.specs) == sorted(oracle)
     for name, t in oracle.items():
         assert equal(reader.tensor(name), t)
@@ -117,5 +117,5 @@ def test_tensors_that_are_not_aligned_are_read(mmap: bool, tmp_path: Path):
     assert (8 + len(header)) % 4 == 1
     values = torch.tensor([1.0, -2.0, 3.5])
     path.write_bytes(len(header).to_bytes(8, "little") + header + values.numpy().tobytes())
-    assert torch.equal(Reader(path, mmap).tensor("a"), values)
-    assert Reader(path, mmap).tensor("a").data_ptr() % 4 == 0
+    assert torch.equal(SafetensorsFile(path, mmap).tensor("a"), values)
+    assert SafetensorsFile(path, mmap).tensor("a").data_ptr() % 4 == 0

@@ -14,7 +14,7 @@ from torch import nn
 
 from lowbit.formats import FORMATS
 from lowbit.io import safetensors_file
-from lowbit.io.native import describe
+from lowbit.io.readers.native import NativeReader
 from lowbit.io.save_load import load, load_tensors, save
 from lowbit.nn import QuantLinear
 from lowbit.ptq.file import quantize_file
@@ -124,6 +124,6 @@ def test_any_path_is_written_and_read(name: bytes, mmap: bool, tmp_path: Path):
     path = save({"w": LAYER}, folder / f"{os.fsdecode(name)}.safetensors")
     for place in (path, folder):
         assert torch.equal(load_tensors(place, mmap=mmap)["w"].codes, LAYER.codes)
-    assert describe(path)[0].name == "w"
+    assert NativeReader(path).describe()[0].name == "w"
     model = load(nn.ModuleDict({"w": nn.Linear(8, 2, bias=False)}), path, mmap=mmap)
     assert torch.equal(model["w"].quant_tensor().codes, LAYER.codes)

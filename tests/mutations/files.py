@@ -24,7 +24,7 @@ MUTANTS = [
         ("key=lambda i: (-i[1][1].itemsize, i[0])", "key=lambda i: i[0]"),
         ("if not isinstance(name, str) or Path(name).name != name:", "if not isinstance(name, str):"),
     ),
-    *python("io/native.py", "io", "io_bad_files")(
+    *python("io/readers/native.py", "io", "io_bad_files")(
         ("elif found != expected[key]:", "elif found[1] != expected[key][1]:"),
         ("self.header.tied.update(header.tied)", "self.header.tied.update({})"),
     ),
@@ -37,7 +37,7 @@ MUTANTS = [
         ("if not same or not shapes.keys() <= state.keys() or own_dtypes:", "if not same or own_dtypes:"),
         ("return left.left if planned.isdisjoint(transposed) else None", "return left.left"),
     ),
-    *python("ptq/file.py", "folders", "convert")(
+    *python("io/readers/dense.py", "folders", "convert")(
         ("return super().tensor(name).to(self.specs[name][1])", "return super().tensor(name)"),
     ),
 ]  # fmt: skip

@@ -16,14 +16,16 @@ MUTANTS = [
         ("shift = torch.arange(8, device=codes.device) * b\n    word = (_digits", "shift = torch.arange(8, device=codes.device).flip(0) * b\n    word = (_digits"),
         ("elif format.num_codes < most and any(", "elif format.num_codes < most - 1 and any("),
     ),
-    *python("planes.py", "triton", "packing")(
+    *python("layouts/k16.py", "triton", "packing")(
         ("{3: (2, 1), 5: (4, 1), 6: (4, 2)}", "{3: (1, 2), 5: (4, 1), 6: (4, 2)}"),
         ("        low += p\n    return torch.cat(planes)", "        low += 1\n    return torch.cat(planes)"),
     ),
-    *python("layouts.py", "packing", "ops", "kernels", "gradients")(
-        ("zeros = (zeros.to(torch.int16) + 2 ** (f.bits - 1)).to(torch.uint8)", "zeros = (zeros.to(torch.int16) + 2 ** f.bits).to(torch.uint8)"),
-        ("padded = F.pad(values, (0, 0, 0, -n % lanes))\n    return padded.view(-1, lanes, groups).transpose(1, 2)", "padded = F.pad(values, (0, 0, 0, -n % lanes))\n    return padded.view(-1, groups, lanes)"),
-        ('"dq8": torch.float32,\n}\n\n\n@dataclass', '"dq8": torch.bfloat16,\n}\n\n\n@dataclass'),
+    *python("layouts/lanes.py", "packing", "ops", "kernels", "gradients")(
+        ("return (zeros.to(torch.int16) + 2 ** (format.bits - 1)).to(torch.uint8)", "return (zeros.to(torch.int16) + 2**format.bits).to(torch.uint8)"),
+        ("return padded.view(-1, self.lanes, groups).transpose(1, 2)", "return padded.view(-1, groups, self.lanes)"),
+    ),
+    *python("layouts/base.py", "packing", "ops", "kernels", "gradients")(
+        ('"dq8": torch.float32,\n}\n\n\nclass', '"dq8": torch.bfloat16,\n}\n\n\nclass'),
     ),
     *python("reference.py", "formats", "kernels", "ops")(
         ("code.to(torch.int32) - 127)\n    return torch.where(code == 255, torch.nan, value)", "code.to(torch.int32) - 126)\n    return torch.where(code == 255, torch.nan, value)"),

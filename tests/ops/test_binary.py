@@ -7,7 +7,7 @@ import torch
 
 import lowbit
 from lowbit import _C, binary, int8, layouts, packing, reference
-from lowbit.backends import cpu
+from lowbit.backends import available, cpu
 from lowbit.formats import FORMATS, parse
 from weights import random_weight
 
@@ -41,7 +41,7 @@ def test_rows_are_the_reference_bit_for_bit(kernel: dict) -> None:
     for name in FORMATS_HERE:
         for n, k in SHAPES:
             qt = random_weight(parse(name), n, k)
-            op = layouts.to_operands(qt)
+            op = available.kernel_operands(qt)
             weight = reference.effective_scales(qt)
             bias = torch.randn(n)
             for m in ROWS:
@@ -68,7 +68,7 @@ def test_sums_are_exact_integers(kernel: dict) -> None:
         q, bits = signs(7, k)
         q[0], q[1], bits[0], bits[1] = -1, 1, 0, 255
         exact = q.long() @ (codes.long() * 2 - 1).T
-        op = layouts.to_operands(qt)
+        op = available.kernel_operands(qt)
         for m in (1, 2, 4, 7):
             y = run_row(op, bits[:m], torch.ones(m), kernel)
             assert torch.equal(y, exact[:m].float()), (k, m)
@@ -148,7 +148,7 @@ def test_bad_input() -> None:
 
 
 def test_opcheck_and_compile() -> None:
-    w = layouts.to_operands(random_weight(parse("binary"), 70, 96))
+    w = available.kernel_operands(random_weight(parse("binary"), 70, 96))
     x = torch.randn(3, 96)
     bits, s = binary.quantize(x)
     torch.library.opcheck(torch.ops.lowbit.binary_quantize.default, (x,))

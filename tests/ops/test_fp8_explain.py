@@ -13,8 +13,8 @@ import torch
 import lowbit
 from fp8_operands import operand
 from fp8_values import E4M3
-from lowbit import _C, fp8, layouts
-from lowbit.backends import REFERENCE_ROW, cpu
+from lowbit import _C, fp8
+from lowbit.backends import REFERENCE_ROW, available, cpu
 from lowbit.formats import parse
 from lowbit.fp8 import explanation, matmul, matmul_cuda, matmul_triton, reference
 from lowbit.fp8.granularity import find
@@ -68,7 +68,7 @@ def test_a_cap_is_named() -> None:
 def test_rows_of_the_table_are_not_run_by_weights() -> None:
     """`Weight` takes the rows of other ops alone."""
     assert [row["isa"] for row in ROWS] == ["avx512bf16", "avx512", "avx2", "scalar"]
-    op = layouts.to_operands(random_weight(parse("int4"), 64, 64))
+    op = available.kernel_operands(random_weight(parse("int4"), 64, 64))
     operands = op.codes, op.scales, op.zeros, op.table, None, op.format, *op.shape
     with pytest.raises(ValueError, match="not for FP8 products"):
         cpu.linear(torch.ones(2, 64), *operands, row=ROWS[0]["index"])
@@ -113,8 +113,8 @@ def test_what_keeps_the_cuda_kernel_away(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cuda, row, mx = torch.device("cuda"), find("row"), find("mx")
-    monkeypatch.setattr(layouts, "has_triton", lambda: True)
-    monkeypatch.setattr(layouts, "cuda_obstacle", lambda: "it is not built")
+    monkeypatch.setattr(available, "has_triton", lambda: True)
+    monkeypatch.setattr(available, "cuda_obstacle", lambda: "it is not built")
     cached = matmul_cuda._obstacle, matmul._log_triton
     for f in cached:
         f.cache_clear()
@@ -129,7 +129,7 @@ def test_what_keeps_the_cuda_kernel_away(
         ((10, 0), row, "its instructions are those of sm_90a, this is sm_100"),
         ((9, 0), mx, "it does not know the scales row of a and mx of b"),
     ):
-        monkeypatch.setattr(layouts, "cuda_obstacle", lambda: None)
+        monkeypatch.setattr(available, "cuda_obstacle", lambda: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         matmul_cuda._obstacle.cache_clear()
         assert matmul_cuda.obstacle(cuda, row, scales, 16) == why

@@ -25,7 +25,8 @@ from fp8_values import (
     same,
     special,
 )
-from lowbit import fp8, layouts
+from lowbit import fp8
+from lowbit.backends import available
 from lowbit.fp8 import cpu, matmul, matmul_cuda, quantization, reference, triton
 from lowbit.fp8.dtypes import E8M0, FLOAT8
 from lowbit.fp8.granularity import GRANULARITIES, Granularity, find, infer
@@ -370,7 +371,7 @@ def test_public_names() -> None:
 def test_plain_torch_says_that_it_stands_in(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(layouts, "has_triton", lambda: False)
+    monkeypatch.setattr(available, "has_triton", lambda: False)
     monkeypatch.setattr(matmul_cuda, "obstacle", lambda *_: "it is not built")
     reference.log_use.cache_clear()
     with caplog.at_level(logging.WARNING, "lowbit"):

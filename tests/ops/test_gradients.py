@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import lowbit
 from lowbit import layouts, ops, reference
+from lowbit.backends import available
 from lowbit.formats import Format, parse
 from lowbit.layouts import CANONICAL, N16
 from lowbit.weights.quantized import QuantTensor
@@ -78,9 +79,9 @@ def test_every_gradient_equals_autograds(format: Format, layout: str) -> None:
     expected = {
         name: t.grad
         if not lanes
-        else layouts.kernel_table(format, t.grad)
+        else layouts.find(layout).pack_table(t.grad, format)
         if name == "table"
-        else layouts.from_rows(t.grad, layout)
+        else layouts.find(layout).from_rows(t.grad)
         for name, t in leaves.items()
     }
     found = {"x": (x.grad, xd.grad), "bias": (bias.grad, bd.grad)}
@@ -93,7 +94,7 @@ def test_every_gradient_equals_autograds(format: Format, layout: str) -> None:
 
 
 def test_padded_lanes_have_no_gradient() -> None:
-    w = layouts.to_operands(random_weight(parse("int4_g32_fp32"), 70, 96))
+    w = available.kernel_operands(random_weight(parse("int4_g32_fp32"), 70, 96))
     scales = w.scales.clone().requires_grad_()
     ops.linear(torch.ones(1, 96), dataclasses.replace(w, scales=scales)).sum().backward()
     assert bool((scales.grad[-1, :, 70 - 64 :] == 0).all())
@@ -101,7 +102,7 @@ def test_padded_lanes_have_no_gradient() -> None:
 
 
 def test_only_what_is_wanted_is_computed() -> None:
-    w = layouts.to_operands(random_weight(parse("kmeans3_g32"), 70, 96))
+    w = available.kernel_operands(random_weight(parse("kmeans3_g32"), 70, 96))
     x = torch.randn(3, 96, requires_grad=True)
     table = w.table.clone().requires_grad_()
     (grad,) = torch.autograd.grad(ops.linear(x, w).sum(), x)
@@ -128,7 +129,7 @@ def test_gradient_of_x_is_that_of_a_dense_layer(dtype: torch.dtype) -> None:
 
 
 def test_compiled_backward() -> None:
-    w = layouts.to_operands(random_weight(parse("kmeans3_g32_fp32"), 70, 96))
+    w = available.kernel_operands(random_weight(parse("kmeans3_g32_fp32"), 70, 96))
     x = torch.randn(4, 96)
 
     def gradients(f) -> list[torch.Tensor]:
@@ -146,7 +147,7 @@ def test_compiled_backward() -> None:
 
 @pytest.mark.parametrize("op", ("linear", "dequantize", "embedding"))
 def test_inference_ops_refuse_gradients(op: str) -> None:
-    w = layouts.to_operands(random_weight(parse("nf4"), 70, 96))
+    w = available.kernel_operands(random_weight(parse("nf4"), 70, 96))
     scales = w.scales.clone().requires_grad_()
     meaning = (w.format.spec, w.layout, 70, 96)
     args = {
@@ -172,7 +173,7 @@ def test_inference_ops_refuse_gradients(op: str) -> None:
     ),
 )
 def test_what_has_no_gradient(name: str, operand: str, message: str) -> None:
-    w = layouts.to_operands(random_weight(parse(name), 70, 96))
+    w = available.kernel_operands(random_weight(parse(name), 70, 96))
     wanted = [operand == t for t in ("scales", "zeros", "table")]
     args = (w.codes, w.scales, w.zeros, w.table, w.format.spec, w.layout, 70, 96, wanted)
     with pytest.raises(ValueError, match=message):
@@ -180,7 +181,7 @@ def test_what_has_no_gradient(name: str, operand: str, message: str) -> None:
 
 
 def test_shape_of_the_weights_gradient() -> None:
-    w = layouts.to_operands(random_weight(parse("nf4"), 70, 96))
+    w = available.kernel_operands(random_weight(parse("nf4"), 70, 96))
     args = (w.codes, w.scales, None, w.table, "nf4", w.layout, 70, 96, [True, False, False])
     with pytest.raises(ValueError, match=r"grad_weight must be float32 of shape \(70, 96\)"):
         torch.ops.lowbit.codebook_grad(torch.zeros(96, 70), *args)
@@ -189,7 +190,7 @@ def test_shape_of_the_weights_gradient() -> None:
 @pytest.mark.parametrize("compiled", (False, True))
 def test_backward_inside_autocast(compiled: bool) -> None:
     """The gradient of the table is summed in fp32 whatever autocast says."""
-    w = layouts.to_operands(random_weight(parse("kmeans3_g32"), 70, 96))
+    w = available.kernel_operands(random_weight(parse("kmeans3_g32"), 70, 96))
     x, out_grad = torch.randn(4, 96), torch.randn(4, 70).bfloat16()
 
     def product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import lowbit
 from lowbit import _C, int8, layouts, ops, reference
-from lowbit.backends import cpu
+from lowbit.backends import available, cpu
 from lowbit.formats import Format, parse
 from lowbit.nn import QuantLinear
 from weights import random_weight
@@ -51,7 +51,7 @@ def test_rows_are_the_reference_bit_for_bit(name: str) -> None:
     format, ran = parse(name), 0
     for n, k in SHAPES:
         qt = random_weight(format, n, k)
-        op = layouts.to_operands(qt)
+        op = available.kernel_operands(qt)
         bias = torch.randn(n)
         for m in ROWS:
             q = torch.randint(-128, 128, (m, k + 3), dtype=torch.int8)[:, :k]
@@ -88,7 +88,7 @@ def test_sums_are_exact_integers(kernel: dict) -> None:
         qt.scales.fill_(1)
         qt.zeros.copy_(torch.randint(0, 2, (n, 1)) * (2**bits - 1))
         weight = weight - qt.zeros.long()
-    op = layouts.to_operands(qt)
+    op = available.kernel_operands(qt)
     q = torch.randint(-128, 128, (7, k), dtype=torch.int8)
     q[:3] = torch.tensor([[-128], [127], [-127]], dtype=torch.int8)
     exact = q.long() @ weight.T
@@ -129,7 +129,7 @@ def test_long_groups(k: int, group: int | None, zero: str | None) -> None:
         q = torch.randint(-128, 128, (7, k), dtype=torch.int8)
         q[0], q[1] = -128, 127
         weight = reference.dequantize(qt).double()
-        op, exact = layouts.to_operands(qt), q.double() @ weight.T
+        op, exact = available.kernel_operands(qt), q.double() @ weight.T
         bound = q.double().abs() @ weight.abs().T * 2**-21
         for m in (1, 2, 7):
             want = expected(qt, q[:m], torch.ones(m))
@@ -155,7 +155,7 @@ def test_long_groups_with_scales_of_x() -> None:
 def test_group_scales_of_x(name: str) -> None:
     format = parse(name)
     qt = random_weight(format, 70, 300)
-    op = layouts.to_operands(qt)
+    op = available.kernel_operands(qt)
     for m in (1, 3, 13):
         q, x_scales = int8.quantize(torch.randn(m, 300), group=format.group)
         want = expected(qt, q, x_scales)
@@ -167,7 +167,7 @@ def test_group_scales_of_x(name: str) -> None:
 @pytest.mark.parametrize("isa", ("scalar", "avx2", "avx512vnni"))
 def test_requantization_saturates(isa: str) -> None:
     qt = random_weight(parse("int4_g32_a8"), 70, 96)
-    op = layouts.to_operands(qt)
+    op = available.kernel_operands(qt)
     q = torch.randint(-128, 128, (9, 96), dtype=torch.int8)
     x_scales = torch.rand(9)
     kernels = [k for k in KERNELS if k["isa"] == isa and serves(qt.format, k, 96)]
@@ -289,7 +289,7 @@ def test_module_keeps_its_activations_in_a_state_dict() -> None:
 
 
 def test_opcheck_and_compile() -> None:
-    w = layouts.to_operands(random_weight(parse("int4_g32_a8"), 70, 96))
+    w = available.kernel_operands(random_weight(parse("int4_g32_a8"), 70, 96))
     x = torch.randn(3, 96)
     q, s = int8.quantize(x)
     torch.library.opcheck(torch.ops.lowbit.int8_quantize.default, (x, 32, None))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import lowbit
 from lowbit import _C, backends, layouts, ops, packing, reference
+from lowbit.backends import available
 from lowbit.formats import FORMATS, Format, parse
 from lowbit.layouts import CANONICAL, N16, Operands
 from lowbit.weights.quantized import QuantTensor
@@ -336,7 +337,7 @@ class TestBadInput:
                 call()
 
     def test_unexpected_operand(self) -> None:
-        w = layouts.to_operands(random_weight(parse("nf4"), 70, 128))
+        w = available.kernel_operands(random_weight(parse("nf4"), 70, 128))
         args = (w.codes, w.scales, w.scales, w.table, None, *meaning(w))
         with pytest.raises(ValueError, match=r"takes the operands .*, got .*'zeros'"):
             torch.ops.lowbit.linear(torch.zeros(2, 128), *args)
@@ -353,7 +354,7 @@ class TestBadInput:
         ),
     )
     def test_meaning(self, spec: str, layout: str, n: int, k: int, message: str) -> None:
-        w = layouts.to_operands(random_weight(parse("uint4_zfloat"), 70, 128))
+        w = available.kernel_operands(random_weight(parse("uint4_zfloat"), 70, 128))
         with pytest.raises(ValueError, match=message):
             torch.ops.lowbit.linear(torch.zeros(1, 128), *arguments(w), None, spec, layout, n, k)
 
@@ -431,7 +432,7 @@ def test_operands_of_another_weight(
         assert claim != (given_format.spec, given_layout, *given_shape)
         return
     assert y.shape == (m, claimed_shape[0])
-    wanted = layouts.operand_specs(claimed_format, claimed_layout, *claimed_shape)
+    wanted = layouts.find(claimed_layout).specs(claimed_format, *claimed_shape)
     names = ("codes", "scales", "zeros", "table")
     found = {n: t for n, t in zip(names, arguments(w), strict=True) if t is not None}
     assert set(found) == set(wanted)

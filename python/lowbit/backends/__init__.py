@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit import layouts
-from lowbit.backends import cpu, cuda, reference, triton
+from lowbit.backends import available, cpu, cuda, reference, triton
 from lowbit.formats import Format
 from lowbit.layouts import CANONICAL, K16, M16, N16, Operands
 from lowbit.weights.quantized import QuantTensor
@@ -118,7 +118,7 @@ def explain(x: Tensor, weight: QuantTensor | Operands) -> Explanation:
     layout = (
         weight.layout
         if isinstance(weight, Operands)
-        else layouts.kernel_layout(x.device, weight.format)
+        else available.kernel_layout(x.device, weight.format)
     )
     m = x.numel() // width if width else 0
     return explain_request(weight.format, n, k, m, x.dtype, x.device.type, layout)
@@ -151,7 +151,7 @@ def explain_request(
         if format.activation is None and dtype != torch.uint8:
             row = backend.describe(format, n, k, m, dtype, torch.device(device_type))
         return Explanation(request, row, (), sparse)
-    specs = layouts.operand_specs(format, layout, n, k)
+    specs = layouts.find(layout).specs(format, n, k)
     scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
     w = cpu.weight(format, n, k, scales, zeros)
     rows = tuple(Row(*row) for row in w.explain("linear", name, m, threads))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowbit import _C
 from lowbit.formats import Format, parse
-from lowbit.layouts import N16, operand_specs
+from lowbit.layouts import LAYOUTS, N16
 from lowbit.strides import address, address_of_rows, contiguous
 
 # csrc/kernel.h Dtype; uint8 holds eight signs.
@@ -78,15 +78,22 @@ kernels = _C.kernels
 take_rows_run, usable_threads = _C.take_rows_run, _C.usable_threads
 
 
+def reads(layout: str) -> bool:
+    """Whether the kernels read a layout."""
+    return layout == N16
+
+
 @functools.lru_cache(_MAX_WEIGHTS)
-def plan(spec: str, n: int, k: int) -> object | None:
+def plan(spec: str, layout: str, n: int, k: int) -> object | None:
     """The first argument of `linear_tensors`, for operands whose dtypes are those of the format; None, which makes it
-    return None, for a shape that no kernel takes.
+    return None, for a layout or a shape that no kernel takes.
     """
+    if not reads(layout):
+        return None
     format = parse(spec)
     if format.outliers or not (0 < n < 2**31 and 0 < k < 2**31):
         return None
-    specs = operand_specs(format, N16, n, k)
+    specs = LAYOUTS[N16].specs(format, n, k)
     scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
     return _C.plan(weight(format, n, k, scales, zeros))
 

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import fragments
 from lowbit.backends import reference as plain
 from lowbit.backends import triton
 from lowbit.backends.packed import Derived
 from lowbit.formats import Format
-from lowbit.layouts import M16, operand_specs
+from lowbit.layouts import LAYOUTS, M16
+from lowbit.layouts.m16 import TILE_K
 from lowbit.strides import address, address_of_rows
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def describe(format: Format, n: int, k: int, m: int, x: torch.dtype, device: tor
 
 
 def _weight_of(format: Format, n: int, k: int) -> Weight:
-    specs = operand_specs(format, M16, n, k)
+    specs = LAYOUTS[M16].specs(format, n, k)
     scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
     return weight(format, n, k, scales, zeros)
 
@@ -110,8 +110,8 @@ def linear(
         decoded = dequantize(codes, scales, zeros, table, format, n, k, compute)
         bias = None if bias is None else bias.to(compute)
         return F.linear(x.to(compute), decoded, bias).to(dtype)
-    if k % fragments.TILE_K:
-        x = F.pad(x, (0, -k % fragments.TILE_K))
+    if k % TILE_K:
+        x = F.pad(x, (0, -k % TILE_K))
     elif x.stride(1) != 1 or (m > 1 and x.stride(0) % 8) or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     out = torch.empty((m, n), dtype=dtype, device=x.device)

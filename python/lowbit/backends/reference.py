@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import layouts, packing, reference
+from lowbit import packing, reference
+from lowbit.backends import available
 from lowbit.forking import alone_after_fork
 from lowbit.formats import FORMATS, Format
 
@@ -232,7 +233,7 @@ def _log_once(device_type: str) -> None:
         "the weight is in canonical layout"
         if device_type == "cpu"
         else f"triton, which has the {device_type} kernels, is not installed"
-        if device_type == "cuda" and not layouts.has_triton()
+        if device_type == "cuda" and not available.has_triton()
         else f"there is no {device_type} kernel for it"
     )
     _logger.warning("plain torch dequantizes the weight in every call on %s: %s", device_type, why)

@@ -207,7 +207,7 @@ def info(
     json_output: JsonFlag = False,
 ) -> None:
     """Lists the tensors of a checkpoint: formats, shapes, bytes, bits per weight."""
-    rows = _gguf_rows(path) if path.suffix == ".gguf" else _checkpoint_rows(path)
+    rows = _info_rows(path)
     total, packed = _totals(rows), _totals([row for row in rows if row["quantized"]])
     summary = {
         "path": str(path),
@@ -242,37 +242,21 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"bytes": size, "weights": weights, "bits_per_weight": 8 * size / max(1, weights)}
 
 
-def _info_row(
-    name: str, format: str, shape: Sequence[int], nbytes: int, quantized: bool
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "format": format,
-        "shape": list(shape),
-        "bytes": nbytes,
-        "quantized": quantized,
-    }
+def _info_rows(path: Path) -> list[dict[str, Any]]:
+    from lowbit.io.readers.registry import open_checkpoint
 
-
-def _checkpoint_rows(path: Path) -> list[dict[str, Any]]:
-    from lowbit.io.native import describe
-
-    return [_info_row(t.name, t.format, t.shape, t.nbytes, t.quantized) for t in describe(path)]
-
-
-def _gguf_rows(path: Path) -> list[dict[str, Any]]:
-    from lowbit.io.readers.gguf import GGUFFile
-
-    dense = ("F", "BF", "I")  # F16, F32, F64, BF16, I8 .. I64, but not IQ4_NL
+    checkpoint = open_checkpoint(path)
+    if checkpoint.name == "dense":
+        raise ValueError(f"{path}: not a lowbit checkpoint, its metadata have no 'lowbit' entry")
     return [
-        _info_row(
-            t.name,
-            t.type.name.lower(),
-            t.shape,
-            t.nbytes,
-            t.type.name.rstrip("0123456789") not in dense,
-        )
-        for t in GGUFFile(path).tensors.values()
+        {
+            "name": t.name,
+            "format": t.format,
+            "shape": list(t.shape),
+            "bytes": t.nbytes,
+            "quantized": t.quantized,
+        }
+        for t in checkpoint.describe()
     ]
 
 

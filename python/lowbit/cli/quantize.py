@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowbit.formats import parse
 from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
-from lowbit.io.native import describe
+from lowbit.io.readers.native import NativeReader
 from lowbit.methods.registry import calibrates, check_options, keywords
 from lowbit.nn.names import Rules, Selection
 from lowbit.ptq import Allocation, Recipe, Report, allocate, quantize_model
@@ -143,7 +143,7 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
 
 def _written(target: Path) -> dict[str, Any]:
     """Bytes, weights, and the share of the weights that is packed."""
-    rows = describe(target)
+    rows = NativeReader(target).describe()
     weights = sum(math.prod(row.shape) for row in rows)
     packed = sum(math.prod(row.shape) for row in rows if row.quantized)
     size = sum(row.nbytes for row in rows)

@@ -1,8 +1,6 @@
-"""A linear whose arguments are made and checked once, for calls so small that making them takes
-most of the time.
+"""A linear with its arguments prepared and checked once, for calls whose set-up would dominate.
 
-The call reads x, the weight and the bias where they lie and writes the result where `out` lies,
-every time.
+Every call reads the same x, weight and bias and writes the same `out`, all in place.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from lowbit import ops
 from lowbit.backends import cpu
-from lowbit.layouts import N16, Operands
+from lowbit.layouts import Operands
 
 
 def bind_linear(
@@ -44,7 +42,7 @@ def bind_linear(
     for name, t in (("x", x), ("out", out), ("bias", bias)):
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
-    if weight.layout != N16 or weight.outlier_columns is not None:
+    if not cpu.reads(weight.layout) or weight.outlier_columns is not None:
         return lambda: out.copy_(ops.linear(x, weight, bias))
     w = weight
     assert w.table is not None

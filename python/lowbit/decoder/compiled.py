@@ -10,7 +10,6 @@ from transformers import LlamaForCausalLM
 
 from lowbit import _C
 from lowbit.backends import cpu
-from lowbit.layouts import N16
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.strides import address
 
@@ -157,6 +156,6 @@ class CompiledDecoder:
 def _packed_obstacle(module: nn.Module, kind: type[PackedModule]) -> str | None:
     if type(module) is not kind:
         return f"is a {type(module).__name__}, not a {kind.__name__}"
-    if module.layout != N16:
-        return f"is in layout {module.layout!r}, not {N16!r}"
+    if not cpu.reads(module.layout):
+        return f"is in layout {module.layout!r}, which the CPU's kernels do not read"
     return "has outliers" if module.format.outliers else None

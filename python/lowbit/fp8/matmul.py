@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import checks, layouts, transforms
+from lowbit import checks, transforms
+from lowbit.backends import available
 from lowbit.fp8 import granularity as granularities
 from lowbit.fp8 import matmul_cpu, matmul_cuda, matmul_triton, reference
 from lowbit.fp8.dtypes import FLOAT8, check_float8
@@ -53,7 +54,7 @@ def scaled_mm(
     checked: NaN makes what it scales NaN, 0 makes it 0, a negative scale turns signs.
 
     Args:
-        a: (M, K) in float8_e4m3fn or float8_e5m2, any strides; rows of unit stride are read where they lie.
+        a: (M, K) in float8_e4m3fn or float8_e5m2, any strides; rows of unit stride are read in place, without a copy.
         b: (N, K), likewise.
         scale_a, scale_b: fp32, bf16, or E8M0 for "mx".
         bias: (N,) in fp32, bf16 or fp16.
@@ -117,7 +118,7 @@ def backend_of(device: torch.device, a: Granularity, b: Granularity, m: int) -> 
     obstacle = matmul_cuda.obstacle(device, a, b, m)
     if obstacle is None:
         return matmul_cuda
-    if layouts.has_triton():
+    if available.has_triton():
         _log_triton(obstacle)
         return matmul_triton
     reference.log_use(device.type)

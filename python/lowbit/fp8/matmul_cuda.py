@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import layouts
+from lowbit.backends import available
 from lowbit.fp8.granularity import Granularity
 from lowbit.strides import address, address_of_rows
 
@@ -26,15 +26,15 @@ def obstacle(device: torch.device, a: Granularity, b: Granularity, m: int) -> st
     instructions, it does not know these scales, or Triton's is faster. None if it runs.
     """
     why = _obstacle(device, a, b)
-    if why is None and m > _MOST_ROWS and layouts.has_triton():
+    if why is None and m > _MOST_ROWS and available.has_triton():
         why = f"Triton's is faster for more than {_MOST_ROWS} rows of a"
     return why
 
 
 @functools.cache
 def _obstacle(device: torch.device, a: Granularity, b: Granularity) -> str | None:
-    if layouts.cuda_obstacle() is not None:
-        return layouts.cuda_obstacle()
+    if available.cuda_obstacle() is not None:
+        return available.cuda_obstacle()
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"its instructions are those of sm_90a, this is sm_{capability[0]}{capability[1]}"

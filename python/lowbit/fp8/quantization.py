@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import checks, layouts, transforms
+from lowbit import checks, transforms
+from lowbit.backends import available
 from lowbit.fp8 import cpu, reference, triton
 from lowbit.fp8 import granularity as granularities
 from lowbit.fp8.dtypes import check_float8
@@ -154,7 +155,7 @@ def _backend(device_type: str, size: int) -> ModuleType:
         return reference
     if device_type == "cpu":
         return cpu
-    if layouts.has_triton():
+    if available.has_triton():
         return triton
     reference.log_use(device_type)
     return reference

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from lowbit.io.foreign import CONFIG_NAME, read_json
-from lowbit.io.safetensors_file import Reader, tensor_files
+from lowbit.io.safetensors_file import SafetensorsFile, tensor_files
 
 # Of every from_pretrained.
 LOADS_HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -100,7 +100,7 @@ def check_counts(folder: Path, config: Any) -> None:
     """
     stored = 0
     if any(folder.glob("*.safetensors")):
-        stored = sum(len(Reader(file).specs) for file in tensor_files(folder))
+        stored = sum(len(SafetensorsFile(file).specs) for file in tensor_files(folder))
     most = max(stored, _ANY_COUNT)
     parts = [config.to_dict()]
     while parts:

@@ -32,8 +32,8 @@ from lowbit.integrations.configuration import (
 )
 from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
 from lowbit.io.match import Match
-from lowbit.io.native import Checkpoint
-from lowbit.io.safetensors_file import Reader, tensor_files
+from lowbit.io.readers.native import NativeReader
+from lowbit.io.safetensors_file import SafetensorsFile, tensor_files
 from lowbit.io.save_load import load, save
 from lowbit.nn.names import Selection
 from lowbit.ptq import Report
@@ -123,7 +123,7 @@ def load_folder(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """
     path = Path(folder)
     model = empty_model(path)
-    _linears_for(model, Checkpoint(path))
+    _linears_for(model, NativeReader(path))
     load(model, path)
     if (path / _GENERATION).exists():
         with errors_of(f"{path / _GENERATION}: transformers cannot read it"):
@@ -134,7 +134,7 @@ def load_folder(folder: str | os.PathLike[str]) -> PreTrainedModel:
 def check_folder(folder: str | os.PathLike[str]) -> None:
     """Raises what `load_folder` would, but for wrong values in tensors, which are not read."""
     path = Path(folder)
-    model, checkpoint = empty_model(path), Checkpoint(path)
+    model, checkpoint = empty_model(path), NativeReader(path)
     _linears_for(model, checkpoint)
     Match(model, checkpoint)
 
@@ -152,7 +152,7 @@ def obstacles(
     shapes = {
         name: shape
         for file in tensor_files(Path(folder))
-        for name, (shape, _) in Reader(file).specs.items()
+        for name, (shape, _) in SafetensorsFile(file).specs.items()
     }
     state = model.state_dict(keep_vars=True)
     stored = {id(t) for name, t in state.items() if name in shapes}
@@ -193,7 +193,7 @@ def plain_linears(model: nn.Module) -> Iterator[set[str]]:
             _put(model, name, _conv1d(module))
 
 
-def _linears_for(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _linears_for(model: nn.Module, checkpoint: NativeReader) -> None:
     """Puts an nn.Linear where a layer of the checkpoint has a Conv1D in the model."""
     modules = dict(model.named_modules())
     for name in checkpoint.header.layers:
@@ -316,7 +316,7 @@ def _stored_tokens(path: Path) -> list[Tensor]:
             raise ValueError(f"{path}: token ids must be integers, got {array.dtype}")
         tokens = torch.from_numpy(array.astype(np.int64))
     else:
-        reader = Reader(path)
+        reader = SafetensorsFile(path)
         if len(reader.specs) != 1:
             raise ValueError(f"{path}: must hold one tensor of token ids, got {len(reader.specs)}")
         tokens = reader.tensor(next(iter(reader.specs)))

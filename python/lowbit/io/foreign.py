@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lowbit.io.safetensors_file import Reader, tensor_files
+from lowbit.io.safetensors_file import SafetensorsFile, tensor_files
 
 CONFIG_NAME = "config.json"
 # Written by the programs that quantize, beside the weights.
@@ -41,7 +41,7 @@ _SCALE = re.compile(r"(.*\.weight)_(scale|scale_2|zero_point)", re.DOTALL)
 def refuse_quantized(source: Path) -> None:
     """Raises ValueError if the checkpoint at `source`, a file or a folder, is quantized already."""
     pickled = source.is_dir() and not any(source.glob("*.safetensors"))
-    readers = [] if pickled else [Reader(file) for file in tensor_files(source)]
+    readers = [] if pickled else [SafetensorsFile(file) for file in tensor_files(source)]
     for reader in readers:
         if "lowbit" in reader.metadata:
             raise ValueError(
@@ -87,7 +87,7 @@ def _by_files(source: Path) -> str | None:
     return None
 
 
-def _by_tensors(readers: Iterable[Reader]) -> str | None:
+def _by_tensors(readers: Iterable[SafetensorsFile]) -> str | None:
     specs = {name: spec for reader in readers for name, spec in reader.specs.items()}
     for suffix, program in _SUFFIXES:
         pattern = re.compile(rf".*(?:{suffix})", re.DOTALL)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lowbit.files import cut, shown
 from lowbit.formats import Format
-from lowbit.io.native import Checkpoint, prefix_of
+from lowbit.io.native import prefix_of
+from lowbit.io.readers.native import NativeReader
 from lowbit.nn import PackedModule, QuantLinear
 from lowbit.nn.surgery import obstacle
 
@@ -35,7 +36,7 @@ class Match:
         wanted: the model's tensors that are dense in the checkpoint.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: nn.Module, checkpoint: NativeReader) -> None:
         """Raises ValueError, listing every difference, if the checkpoint does not fit the model."""
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self._checkpoint = checkpoint

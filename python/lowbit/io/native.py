@@ -2,7 +2,7 @@
 gives them meaning.
 
 The metadata key "lowbit" holds {"version": 1, "layers": {module: {"format": spec, "shape": [N,
-K]}}, "tied": {}}. The tensors of layer m are m.codes, m.scales, ... (`tensor.tensor_specs`); every
+K]}}, "tied": {}}. The tensors of layer m are m.codes, m.scales, ... (`weights.quantized.tensor_specs`); every
 other tensor is dense, the bias of a layer (m.bias) among them. "tied" maps the names of layers and
 dense tensors that are not stored to those that they share: {"lm_head": "model.embed_tokens"}.
 """
@@ -10,18 +10,16 @@ dense tensors that are not stored to those that they share: {"lm_head": "model.e
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from lowbit.files import cut, shown
+from lowbit.files import shown
 from lowbit.formats import Format, as_format
-from lowbit.io.safetensors_file import Reader, Source, Specs, tensor_files, write
-from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, stored_bytes, tensor_specs
+from lowbit.io.safetensors_file import Source, write
+from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, tensor_specs
 
 VERSION = 1
 
@@ -43,17 +41,6 @@ class Header:
         }
         content = {"version": VERSION, "layers": layers, "tied": self.tied}
         return {"format": "pt", "lowbit": json.dumps(content, separators=(",", ":"))}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One line of `describe`: a layer with its format, or a dense tensor with its dtype."""
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    nbytes: int
-    quantized: bool
 
 
 def prefix_of(name: str) -> str:
@@ -81,7 +68,7 @@ def write_checkpoint(
     """Writes one file of a checkpoint; `metadata` are entries besides the header's.
 
     Raises:
-        TypeError, ValueError: as `container.write`; or a dense tensor has the name of a layer or of
+        TypeError, ValueError: as `safetensors_file.write`; or a dense tensor has the name of a layer or of
             a tensor that a layer may have, and could not be told from it when the file is read.
             Nothing is written then.
     """
@@ -101,94 +88,6 @@ def write_checkpoint(
             f"tensor {shown(name)} would be read as a part of the layer {shown(taken[name])}"
         )
     write(path, sources, {**(metadata or {}), **header.metadata()})
-
-
-class Checkpoint:
-    """An open checkpoint of one or more files whose header agrees with its tensors.
-
-    Args:
-        path: a file, or a folder with one or with an index.
-        mmap: map the files into memory; else every tensor is a copy.
-
-    Attributes:
-        header: the headers of all files together.
-        dense: shape and dtype of every stored tensor that belongs to no layer.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], mmap: bool = True) -> None:
-        self.path = Path(path)
-        self.header = Header({}, {})
-        self._readers: dict[str, Reader] = {}
-        specs: Specs = {}
-        for file in tensor_files(self.path):
-            reader = Reader(file, mmap)
-            header = parse_header(file, reader.metadata)
-            for name in (set(reader.specs) & set(specs)) | (
-                set(header.layers) & set(self.header.layers)
-            ):
-                raise ValueError(f"{file}: {shown(name)} is in another file of the checkpoint too")
-            self.header.layers.update(header.layers)
-            self.header.tied.update(header.tied)
-            self._readers.update(dict.fromkeys(reader.specs, reader))
-            specs.update(reader.specs)
-        for name, (format, shape) in self.header.layers.items():
-            self._check_layer(name, format, shape, specs)
-        self.dense = specs
-        self._check_ties()
-
-    def _check_layer(
-        self,
-        name: str,
-        format: Format,
-        shape: tuple[int, int],
-        specs: Specs,
-    ) -> None:
-        """Compares the tensors of a layer with its format and takes them out of `specs`."""
-        prefix = prefix_of(name)
-        expected = tensor_specs(format, *shape)
-        for key in TENSOR_NAMES:
-            full = prefix + key
-            found = specs.pop(full, None)
-            if key not in expected:
-                if found:
-                    raise ValueError(
-                        f"{self.path}: {cut(full)} is not part of format {shown(format.name)}"
-                    )
-            elif not found:
-                raise ValueError(
-                    f"{self.path}: {cut(full)} is missing, layer {shown(name)} is {shown(format.name)}"
-                )
-            elif found != expected[key]:
-                raise ValueError(
-                    f"{self.path}: {cut(full)} of a {shape} weight in format {shown(format.name)} must be "
-                    f"{expected[key][1]} of shape {expected[key][0]}, "
-                    f"got {found[1]} of shape {found[0]}"
-                )
-
-    def _check_ties(self) -> None:
-        for name, first in self.header.tied.items():
-            stored = first in self.header.layers or first in self.dense
-            if not stored or name in self.header.layers or name in self.dense:
-                raise ValueError(
-                    f"{self.path}: the header ties {shown(name)} to {shown(first)}, which cannot be"
-                )
-
-    def layer(self, name: str, device: torch.device | str = "cpu") -> QuantTensor:
-        """The weight of a stored layer, its values checked."""
-        format, shape = self.header.layers[name]
-        prefix = prefix_of(name)
-        tensors = {
-            key: self._readers[prefix + key].tensor(prefix + key).to(device)
-            for key in tensor_specs(format, *shape)
-        }
-        try:
-            return QuantTensor(format, shape, tensors).validate()
-        except ValueError as e:
-            raise ValueError(f"{self.path}: layer {shown(name)}: {e}") from e
-
-    def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """A stored dense tensor."""
-        return self._readers[name].tensor(name).to(device)
 
 
 def parse_header(file: Path, metadata: Mapping[str, str]) -> Header:
@@ -237,16 +136,3 @@ def _parse_layer(file: Path, name: str, entry: object) -> tuple[Format, tuple[in
         return as_format(entry["format"]), (shape[0], shape[1])
     except (ValueError, TypeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{file}: layer {shown(name)}: {e}") from e
-
-
-def describe(path: str | os.PathLike[str]) -> list[TensorInfo]:
-    """Lists a checkpoint without reading its tensors; errors as `load_tensors`."""
-    checkpoint = Checkpoint(path)
-    rows = []
-    for name, (format, shape) in checkpoint.header.layers.items():
-        rows.append(TensorInfo(name, format.name, shape, stored_bytes(format, *shape), True))
-    for name, (dense_shape, dtype) in checkpoint.dense.items():
-        label = str(dtype).removeprefix("torch.")
-        nbytes = torch.Size(dense_shape).numel() * dtype.itemsize
-        rows.append(TensorInfo(name, label, dense_shape, nbytes, False))
-    return rows

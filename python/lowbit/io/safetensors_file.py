@@ -139,7 +139,7 @@ def _check_name(name: object) -> None:
         ) from e
 
 
-class Reader:
+class SafetensorsFile:
     """One open safetensors file. Every error is a ValueError that names the file.
 
     Args:

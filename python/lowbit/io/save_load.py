@@ -1,4 +1,4 @@
-"""save and load: a model, or names with tensors, to and from the files of `checkpoint.py`.
+"""save and load: a model, or names with tensors, to and from the files of `native.py`.
 
 Loading swaps the dense layers of a model for the quantized ones that the header names, and is
 strict: names, shapes and formats are all compared before the model is touched.
@@ -20,13 +20,13 @@ from lowbit.forking import alone_after_fork
 from lowbit.formats import Format
 from lowbit.io.match import Match, own_tensors
 from lowbit.io.native import (
-    Checkpoint,
     Header,
     dense_source,
     layer_source,
     prefix_of,
     write_checkpoint,
 )
+from lowbit.io.readers.native import NativeReader
 from lowbit.io.safetensors_file import FILE_NAME, Source
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.nn.surgery import replace
@@ -173,9 +173,9 @@ def load_tensors(
         ValueError: the file is damaged or not a lowbit checkpoint; the message names file, tensor
             and value.
     """
-    checkpoint = Checkpoint(path, mmap)
+    checkpoint = NativeReader(path, mmap)
     state: dict[str, Tensor | QuantTensor] = {
-        name: checkpoint.layer(name, device) for name in checkpoint.header.layers
+        name: checkpoint.weight(name, device) for name in checkpoint.header.layers
     }
     state.update((name, checkpoint.tensor(name, device)) for name in checkpoint.dense)
     state.update((name, state[first]) for name, first in checkpoint.header.tied.items())
@@ -213,13 +213,13 @@ def load(
             differ from the model's, and then the model is unchanged and the message lists all of
             them.
     """
-    checkpoint = Checkpoint(path, mmap)
+    checkpoint = NativeReader(path, mmap)
     match = Match(model, checkpoint)
     state: dict[str, Any] = {}
     made: dict[str, PackedModule] = {}
     for name in checkpoint.header.layers:
         module = match.modules[name]
-        weight = checkpoint.layer(name, _device_of(module, device))
+        weight = checkpoint.weight(name, _device_of(module, device))
         if isinstance(module, PackedModule):
             made[name] = module
             state.update((prefix_of(name) + key, t) for key, t in weight.tensors.items())

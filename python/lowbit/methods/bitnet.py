@@ -24,7 +24,7 @@ def quantize(weight: Tensor, format: Format | str, *, granularity: str = "tensor
     """Scales are mean|w|; codes are sign(w - mean w), or round(w / scale) clipped to -1 .. 1.
 
     On N(0, 1) the ternary rule loses 0.2641 of the sum of squares and makes 31 % zeros, the binary
-    one 1 - 2 / pi. Our reading: w is divided by the scale as stored, without the papers' epsilon (a
+    one 1 - 2 / pi. Interpretation: w is divided by the scale as stored, without the papers' epsilon (a
     scale of 0 makes all weights 0), and ties of the ternary rule go to the even code. Without the
     mean the binary rule is `rtn` on "binary".
 

@@ -64,7 +64,7 @@ def entropy_threshold(counts: Tensor, levels: int) -> int:
 
     For i = levels, ..., bins: P is the first i bins with everything beyond them added to the last;
     Q is the first i bins averaged over `levels` runs of bins, where P is not 0. The i with the least
-    KL(P || Q) wins (Migacz 2017). Our reading: runs are as equal as can be, i = bins (no clipping)
+    KL(P || Q) wins (Migacz 2017). Interpretation: runs are as equal as can be, i = bins (no clipping)
     takes part, an i whose Q is 0 where P is not is out, and among equals the largest i wins.
 
     Args:

@@ -28,7 +28,7 @@ def quantize(
     """Fits the tables of a format by quantiles, and chooses the nearest code of every weight.
 
     As far as the abstract of the paper says: weights in blocks, a Gaussian, Beta or Student-t
-    distribution for each block, its quantiles as entries. Our reading: the quantiles are those of
+    distribution for each block, its quantiles as entries. Interpretation: the quantiles are those of
     (i + 1/2) / entries, and the distribution has the moments of the block, in which every weight
     counts alike (`codebooks.fitted`). They are not the table of least squared error, above all
     because the outer entries lie inside the weights; with `tail` "absmax", which is not in the

@@ -1,6 +1,6 @@
-"""The tables of a fitted format as problems, one for the weight, for each row or for each row and group.
+"""Groups the weights of a fitted format by the table that they share, as one-dimensional clustering problems.
 
-A point of a problem is a weight over its stored scale and counts importance * scale^2, so that the sum of count *
+A point of a problem is a weight divided by its stored scale, with the count importance * scale^2: the sum of count *
 (point - entry)^2 is the squared error of the weight. Problems of one size come together, and their points in parts.
 """
 
@@ -18,7 +18,7 @@ from lowbit.methods import grid
 from lowbit.weights.quantized import QuantTensor
 
 MAX_POINTS = 65536
-Part = tuple[Tensor, Tensor | None]  # points (R, C) fp32, and what each counts, fp64 or None for 1
+Part = tuple[Tensor, Tensor | None]  # points (R, C) fp32, and their counts, fp64 or None for 1
 
 
 @dataclass(frozen=True)

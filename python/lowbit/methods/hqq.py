@@ -34,7 +34,7 @@ def quantize(
     """Rounds to nearest on a grid whose zeros minimise sum |W - W^|^p, group by group.
 
     As in the paper: E = sign(e) max(|e| - |e|^(p - 1) / beta, 0) of the error e, zero = mean(q - (W
-    - E) / scale), beta grows by `kappa` in each iteration, and the defaults. Our reading: e is
+    - E) / scale), beta grows by `kappa` in each iteration, and the defaults. Interpretation: e is
     measured in units of the group's scale, so that a weight times a constant gives the same codes;
     each group keeps the best grid it has seen, as stored, and the first one is that of round to
     nearest, so no group is worse than there; "min" zeros are the same line; `fit_scale` solves for

@@ -27,7 +27,7 @@ def quantize(weight: Tensor, format: Format | str, *, weights: Tensor | None = N
         format: a fitted format or its name ("kmeans4", "kmeans3_pr", `Format.lut(bits=3)`); its
             `table_scope` says whether the weight, each row or each group has a table.
         weights: the importance of each weight, finite and not negative: (N, K), a diagonal Fisher
-            matrix, say (SqueezeLLM, arXiv 2306.07629; `lowbit.quantize.fisher_diagonal` collects one), or (K,), alike
+            matrix, say (SqueezeLLM, arXiv 2306.07629; `lowbit.ptq.fisher_diagonal` collects one), or (K,), alike
             for all rows, as the diagonal of the second moment of the inputs. A table whose points
             all count 0 is fitted as if each counted 1.
 

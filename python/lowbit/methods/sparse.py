@@ -25,9 +25,9 @@ def find(
 ) -> Tensor:  # (N, P) int32, ascending in each row
     """The columns of the weights that would cost most: the largest importance * w^2 of each row.
 
-    As in the paper: outliers by magnitude, and by the importance of sensitive weights. Our reading: the same number in
-    each row instead of a threshold for the matrix, one score for both kinds, and where the format has a zero point w is
-    measured from the mean of its group, which need not be 0.
+    As in the paper: outliers by magnitude, and by the importance of sensitive weights. Interpretation: the same
+    number in each row instead of a threshold for the matrix, one score for both kinds, and where the format has a zero
+    point w is measured from the mean of its group, which need not be 0.
     """
     n, k = weight.shape
     count = format.num_outliers(k)

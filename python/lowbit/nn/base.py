@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit import checks, layouts, outliers
+from lowbit.backends import available
 from lowbit.forking import alone_after_fork
 from lowbit.formats import Format, as_format
 from lowbit.layouts import Operands
@@ -105,7 +106,7 @@ class PackedModule(HasPackedWeight):
         self._set_specs(weight.format)
         for name in _BUFFERS:
             self.register_buffer(name, None)
-        self._set_operands(layouts.to_operands(weight))
+        self._set_operands(available.kernel_operands(weight))
 
     def _set_specs(self, format: Format) -> None:
         # Kept: making one takes longer than a small product.
@@ -114,7 +115,7 @@ class PackedModule(HasPackedWeight):
     @property
     def layout(self) -> str:
         """How the buffers lie: the layout of the kernels of their device."""
-        return layouts.kernel_layout(self._buffers["codes"].device, self.format)
+        return available.kernel_layout(self._buffers["codes"].device, self.format)
 
     def operands(self) -> Operands:
         """The weight as the kernels read it; the tensors are the module's own."""
@@ -215,7 +216,7 @@ class PackedModule(HasPackedWeight):
                 f"a weight in format {self.format.name!r} cannot be multiplied by {factor} in place: "
                 + (f"its {sorted(learned)} are learnable" if learned else "the result is not exact")
             )
-        self._set_operands(layouts.to_operands(made))
+        self._set_operands(available.kernel_operands(made))
 
     def get_extra_state(self) -> Tensor:
         """What the tensors of a state dict do not say: {"format", "version", "shape"}, as bytes of JSON."""
@@ -267,7 +268,7 @@ class PackedModule(HasPackedWeight):
                 if empty
                 else self.quant_tensor().map(keep_dtype)
             )
-            self._set_operands(layouts.to_operands(weight))
+            self._set_operands(available.kernel_operands(weight))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=codes.device)).dtype
         done = {id(t) for _, t in self._weight_buffers()}
         return super()._apply(lambda t: t if id(t) in done else self._apply_other(fn, t), recurse)
@@ -359,7 +360,7 @@ class PackedModule(HasPackedWeight):
             for name, old in others.items()
             if name in given
         }
-        operands = None if weight is None else layouts.to_operands(weight)
+        operands = None if weight is None else available.kernel_operands(weight)
 
         def store() -> None:
             if weight is not None and operands is not None:

@@ -1,7 +1,7 @@
 """QuantConv2d: a 2-D convolution as a linear layer of patches (im2col), for kernels that multiply matrices.
 
     y[b, n, i, j] = linear(patch[b, i, j])[n], patch = the C * R * S inputs under the filter, channel by channel
-A 1x1 filter takes the pixels as they lie. R x S is the size of the filter, C and N count channels.
+A 1x1 filter reads the pixels themselves, without patches. R x S is the size of the filter, C and N count channels.
 """
 
 from __future__ import annotations

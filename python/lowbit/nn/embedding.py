@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowbit import checks, layouts, ops
+from lowbit import checks, ops
+from lowbit.backends import available
 from lowbit.formats import Format
 from lowbit.methods import quantize
 from lowbit.nn.base import PackedModule, zero_weight
@@ -97,7 +98,7 @@ class QuantEmbedding(PackedModule):
             b["zeros"],
             b["table"],
             self._spec_without_outliers,
-            layouts.kernel_layout(codes.device, self.format),
+            available.kernel_layout(codes.device, self.format),
             *self.shape,
             self.dtype,
             b["outlier_columns"],

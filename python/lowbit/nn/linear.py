@@ -7,16 +7,17 @@ x (..., K) in fp32, bf16 or fp16 gives (..., N) in the same dtype, with gradient
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lowbit import checks, int8, layouts, ops
+from lowbit.backends import available
 from lowbit.formats import Format
 from lowbit.methods import quantize
 from lowbit.nn.base import PackedModule, zero_weight
 from lowbit.nn.leaf import Proxy, node_of
-from lowbit.nn.siblings import Siblings
 from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
 
 TRAINABLE = ("bias", "scales", "zeros", "table")
@@ -32,6 +33,14 @@ def check_dense(linear: nn.Linear) -> None:
         raise NotImplementedError(
             f"linear is a {type(linear).__name__}, whose forward is not that of nn.Linear"
         )
+
+
+class _Group(Protocol):
+    """Layers that compute their products together: `lowbit.nn.siblings.Siblings`."""
+
+    def product(self, layer: QuantLinear, x: Tensor) -> Tensor | None: ...
+
+    def dissolve(self) -> None: ...
 
 
 class QuantLinear(PackedModule):
@@ -68,7 +77,7 @@ class QuantLinear(PackedModule):
         self._init(weight, vector, dtype)
 
     # The group that computes the product of this layer with others' (nn/fused.py).
-    _siblings: Siblings | None = None
+    _siblings: _Group | None = None
 
     def __getstate__(self) -> dict[str, object]:
         # A group is copied and pickled with the module around its layers, and joins them again.
@@ -202,7 +211,7 @@ class QuantLinear(PackedModule):
             w["table"],
             self._parameters["bias"],
             self._spec_without_outliers,
-            layouts.kernel_layout(codes.device, self.format),
+            available.kernel_layout(codes.device, self.format),
             n,
             k,
         )
@@ -236,7 +245,7 @@ class QuantLinear(PackedModule):
         for name in self._trained - codebook:
             del self._parameters[name]
         self._trained = frozenset()
-        self._set_operands(layouts.to_operands(current))
+        self._set_operands(available.kernel_operands(current))
         for name in sorted(codebook):
             self._buffers.pop(name, None)  # a Parameter already, if it was learnable before
             values = current.tensors[name].detach().to(torch.float32, copy=True)
@@ -267,17 +276,16 @@ class QuantLinear(PackedModule):
     def _learned(self) -> dict[str, Tensor]:
         """The learnable tensors as the kernels read them, differentiable."""
         learned: dict[str, Tensor] = {}
+        layout = layouts.find(self.layout)
         for name in self._trained:
             p = self._parameters[name]
             assert p is not None
             if name == "table":
-                learned[name] = (
-                    layouts.kernel_table(self.format, p) if self.layout == layouts.N16 else p
-                )
+                learned[name] = layout.pack_table(p, self.format)
             else:
                 # Rounded to the stored dtype, kept in fp32: a gradient in fp16 could overflow.
                 rounded = p + (p.detach().to(self._stored_dtype).to(p.dtype) - p.detach())
-                learned[name] = layouts.from_rows(rounded, self.layout)
+                learned[name] = layout.from_rows(rounded)
         return learned
 
     @property

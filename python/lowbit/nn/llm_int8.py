@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit import checks, layouts, ops
+from lowbit import checks, ops
+from lowbit.backends import available
 from lowbit.formats import Format, as_format
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear, check_dense
@@ -31,7 +32,7 @@ class LLMInt8Linear(HasPackedWeight):
 
     With the absolute maxima of calibration O is fixed: `columns` holds W_O in the dtype of the layer, and the scales of
     W_R do not see it. Without them O is found in every call, as in the paper: the features of which any row of x is
-    above the threshold. Our reading: W_O then has the values of the quantized weight (the authors' code does so for
+    above the threshold. Interpretation: W_O then has the values of the quantized weight (the authors' code does so for
     weights that it stores in int8), and x_O, 0 in all other features, is multiplied with all of it, so that no shape
     depends on values; that product costs as much as one with float activations.
 
@@ -92,7 +93,7 @@ class LLMInt8Linear(HasPackedWeight):
             format: one with int8 activations ("_a8", "_a8t").
             threshold: features with an absolute maximum above it are outliers.
             absmax: (K,), the absolute maximum of each feature of x in calibration
-                (`lowbit.quantize.InputStatistics.absmax`); None finds outliers in every call.
+                (`lowbit.ptq.InputStatistics.absmax`); None finds outliers in every call.
             method: as in `lowbit.quantize`.
 
         Raises:
@@ -167,7 +168,7 @@ class LLMInt8Linear(HasPackedWeight):
             b["table"],
             None,
             self._exact_spec,
-            layouts.kernel_layout(codes.device, self.quantized.format),
+            available.kernel_layout(codes.device, self.quantized.format),
             *self.quantized.shape,
             b["outlier_columns"],
             b["outlier_values"],

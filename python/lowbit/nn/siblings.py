@@ -9,16 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit import fused, layouts, modes, ops
+from lowbit.backends import available
 from lowbit.nn.base import same_bits
-
-if TYPE_CHECKING:
-    from lowbit.nn.linear import QuantLinear
+from lowbit.nn.linear import QuantLinear
 
 _logger = logging.getLogger("lowbit")
 
@@ -90,7 +89,7 @@ class Siblings:
             [b["table"] for b in buffers],
             [each._parameters["bias"] for each in self.layers],
             [each._spec for each in self.layers],
-            layouts.kernel_layout(buffers[0]["codes"].device, self.layers[0].format),
+            available.kernel_layout(buffers[0]["codes"].device, self.layers[0].format),
             [each.shape[0] for each in self.layers],
             self.layers[0].shape[1],
         )
@@ -189,8 +188,6 @@ def fuse(model: nn.Module) -> int:
 
 
 def _fuse(model: nn.Module, made: list[tuple[nn.Module, Siblings]]) -> None:
-    from lowbit.nn.linear import QuantLinear
-
     for module in model.modules():
         for names in PATTERNS:
             layers = [module._modules.get(name) for name in names]
@@ -200,7 +197,7 @@ def _fuse(model: nn.Module, made: list[tuple[nn.Module, Siblings]]) -> None:
                 and not any(layer.format.outliers for layer in layers)  # type: ignore[union-attr]
                 and len({layer.in_features for layer in layers}) == 1  # type: ignore[union-attr]
                 and len({id(layer) for layer in layers}) == len(layers)
-                and len({layouts.fits_m16(layer.format) for layer in layers}) == 1  # type: ignore[union-attr, arg-type]
+                and len({layouts.fitting(layer.format) for layer in layers}) == 1  # type: ignore[union-attr, arg-type]
             ):
                 group = Siblings(layers)  # type: ignore[arg-type]
                 module.__dict__.setdefault(_GROUPS, []).append(group)

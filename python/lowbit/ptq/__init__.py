@@ -4,13 +4,12 @@ from lowbit.nn.names import Rule, Selection
 from lowbit.ptq.allocate import allocate
 from lowbit.ptq.allocation import Allocation
 from lowbit.ptq.calibration import InputStatistics, attach, collect
-from lowbit.ptq.fisher import Fisher, output_fisher
+from lowbit.ptq.fisher import Fisher, fisher_diagonal, output_fisher
 from lowbit.ptq.llm_int8 import quantize_llm_int8
 from lowbit.ptq.model import quantize_model
 from lowbit.ptq.observers import OBSERVERS, Grid, Observer
 from lowbit.ptq.recipe import Recipe
 from lowbit.ptq.report import LayerReport, Report
-from lowbit.ptq.sensitivity import fisher_diagonal
 
 __all__ = [
     "OBSERVERS", "Allocation", "Fisher", "Grid", "InputStatistics", "LayerReport", "Observer", "Recipe", "Report",

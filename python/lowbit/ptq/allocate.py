@@ -2,7 +2,7 @@
 
 As in HAWQ-V2 (Dong et al., arXiv 1911.03852) the error of a model is the sum over its layers of a
 sensitivity times the squared error of the weight, and as in HAWQ-V3 (Yao et al., arXiv 2011.10680)
-the choice is the integer program's optimum. Our reading: the sensitivity is the Fisher information
+the choice is the integer program's optimum. Interpretation: the sensitivity is the Fisher information
 of the model's outputs (`fisher.py`), and the error of every candidate is measured, not modelled.
 """
 

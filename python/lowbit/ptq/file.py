@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lowbit.files import write_atomically
 from lowbit.formats import Format
-from lowbit.io.foreign import refuse_quantized
 from lowbit.io.native import Header, layer_source, write_checkpoint
-from lowbit.io.safetensors_file import FILE_NAME, INDEX_NAME, Reader, Source, Specs, tensor_files
+from lowbit.io.readers.dense import WEIGHT_DTYPES, DenseFile, DenseReader
+from lowbit.io.safetensors_file import FILE_NAME, INDEX_NAME, Source, tensor_files
 from lowbit.nn.names import FILE_SKIP, Rule, Rules, Selection
 from lowbit.ptq.model import Method, check_rules
 from lowbit.ptq.progress import bar
@@ -29,8 +29,6 @@ from lowbit.ptq.report import Report, measure
 from lowbit.weights.quantized import QuantTensor
 
 _WEIGHT = ".weight"
-# fp8 is left out: such a weight has a scale of its own beside it.
-_DENSE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Besides tensors, what a folder needs to be loaded.
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md")
 _COPIED_NAMES = ("LICENSE", "NOTICE")
@@ -82,7 +80,7 @@ def quantize_file(
     """
     source, target = Path(src), Path(dst)
     selection = Selection(format, skip)
-    readers = _dense_readers(source, dtype)
+    readers = DenseReader(source, dtype=dtype).files
     indexed = _indexed(source, readers)
     names = {reader.path.name for reader in readers}
     check_target(source, target, {*names, INDEX_NAME} if indexed else names)
@@ -137,7 +135,7 @@ class DenseWeights(Mapping[str, Tensor]):
         selection, report = Selection("int8", skip), Report()
         self._readers = {
             name: reader
-            for reader in _dense_readers(Path(src), dtype)
+            for reader in DenseReader(src, dtype=dtype).files
             for name in _plan(reader, selection, obstacles or {}, report)
         }
         check_any(Path(src), report, len(self._readers))
@@ -150,27 +148,6 @@ class DenseWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._readers)
-
-
-class _DenseReader(Reader):
-    """A file whose tensors of dense dtypes are all read in one dtype, if one is given."""
-
-    def __init__(self, path: Path, dtype: torch.dtype | None) -> None:
-        super().__init__(path)
-        if dtype is not None:
-            self.specs: Specs = {
-                name: (shape, dtype if own in _DENSE_DTYPES else own)
-                for name, (shape, own) in self.specs.items()
-            }
-
-    def tensor(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU, in the dtype of `specs`."""
-        return super().tensor(name).to(self.specs[name][1])
-
-
-def _dense_readers(source: Path, dtype: torch.dtype | None) -> list[_DenseReader]:
-    refuse_quantized(source)
-    return [_DenseReader(file, dtype) for file in tensor_files(source)]
 
 
 def ignored_files(source: Path) -> list[str]:
@@ -207,13 +184,13 @@ def check_target(source: Path, target: Path, names: Iterable[str] = (FILE_NAME,)
             raise ValueError(f"dst must hold no other checkpoint, got {target / name}")
 
 
-def _indexed(source: Path, readers: list[_DenseReader]) -> bool:
+def _indexed(source: Path, readers: list[DenseFile]) -> bool:
     """Whether the files were found by the index of the folder."""
     whole = source / FILE_NAME
     return (source / INDEX_NAME).exists() and all(reader.path != whole for reader in readers)
 
 
-def _target_paths(source: Path, target: Path, readers: list[_DenseReader]) -> list[Path]:
+def _target_paths(source: Path, target: Path, readers: list[DenseFile]) -> list[Path]:
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         return [target / reader.path.name for reader in readers]
@@ -221,7 +198,7 @@ def _target_paths(source: Path, target: Path, readers: list[_DenseReader]) -> li
     return [target]
 
 
-def _shape(reader: Reader, layer: str) -> tuple[int, int]:
+def _shape(reader: DenseFile, layer: str) -> tuple[int, int]:
     n, k = reader.specs[layer + _WEIGHT][0]
     return n, k
 
@@ -232,7 +209,7 @@ def _format(rule: Rule) -> Format:
 
 
 def _plan(
-    reader: Reader, selection: Selection, obstacles: Mapping[str, str], report: Report
+    reader: DenseFile, selection: Selection, obstacles: Mapping[str, str], report: Report
 ) -> dict[str, Rule]:
     """The layers of one file that are quantized; what is left is noted in the report."""
     plan = {}
@@ -244,7 +221,7 @@ def _plan(
         why, asked = None, False
         if selection.skipped(layer):
             why, asked = "skipped", True
-        elif dtype not in _DENSE_DTYPES:
+        elif dtype not in WEIGHT_DTYPES:
             why = f"{str(dtype).removeprefix('torch.')}, not fp32, fp16 or bf16"
         elif layer == name or len(shape) != 2 or 0 in shape:
             why = f"not a matrix named *{_WEIGHT}"
@@ -260,7 +237,7 @@ def _plan(
 
 
 def _sources(
-    reader: Reader,
+    reader: DenseFile,
     plan: Mapping[str, Rule],
     report: Report,
     advance: Callable[[], object],

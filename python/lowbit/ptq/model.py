@@ -66,7 +66,7 @@ def quantize_model(
         format: a Format or its name for every linear, or a recipe {pattern: format, `Rule` or
             None}, as a `Recipe` or `allocate` makes it: the first pattern that matches the module's
             name counts, and no match means None, "leave it". How a pattern matches:
-            `lowbit.quantize.Selection`.
+            `lowbit.ptq.Selection`.
         skip: patterns of modules to leave as they are.
         method: as in `lowbit.quantize`, for every layer whose rule has none.
         progress: show a bar on stderr, if rich or tqdm is installed.
@@ -82,10 +82,10 @@ def quantize_model(
         observer: one of `OBSERVERS`, "minmax", "ema", "percentile", "mse" or "kl": layers whose format
             quantizes activations (suffix _a8 or _a8t) then do so by one scale that it finds (static
             quantization), not by one per row of x.
-        sensitivities: what an error of each weight counts, (N, K) by the name of a layer, as
+        sensitivities: the importance of an error of each weight, (N, K) by the name of a layer, as
             `fisher_diagonal` finds it; for the methods that take `weights`, instead of calibration.
             Layers without one are quantized as without calibration.
-        on_layer: called with the name, the dense weight and what was made of it, once for every
+        on_layer: called with the name, the dense weight and its quantization, once for every
             weight that is quantized.
         atomic: whether the model is put back if something raises. If not, the layers before are
             quantized then; a note of the error says up to which.

@@ -1,7 +1,7 @@
 """Observers: the range of activations from calibration data, for one scale per tensor.
 
 Each sees batches with `update` and then gives a scale and a zero point; what it keeps does not grow
-with the data. `calibrate.attach` feeds them with the inputs of the linears of a model.
+with the data. `calibration.attach` feeds them with the inputs of the linears of a model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from lowbit.methods import clipping
 from lowbit.methods.clipping import BINS
 
-# What a new batch counts in a moving average (FQ-ViT; torch.ao has the same default).
+# Weight of a new batch in the moving average (FQ-ViT; torch.ao has the same default).
 MOMENTUM = 0.01
 # Values that are looked at in fp64 at a time.
 _SLICE_VALUES = 1 << 20
@@ -190,7 +190,7 @@ class KLObserver(HistogramObserver):
     """The threshold of |x| that loses least entropy: `clipping.entropy_threshold`, for 2^(bits - 1)
     levels.
 
-    Our reading: without symmetry the same threshold cuts off both ends of (min, max).
+    Interpretation: without symmetry the same threshold cuts off both ends of (min, max).
     """
 
     def _range(self, bits: int, symmetric: bool) -> tuple[float, float]:
@@ -208,7 +208,7 @@ class KLObserver(HistogramObserver):
 class MSEObserver(HistogramObserver):
     """The part of (min, max), or of absmax, whose squared error is least: OMSE as in FQ-ViT.
 
-    The fractions are those of `clipping.least_error`. Our reading: the error is that of the means
+    The fractions are those of `clipping.least_error`. Interpretation: the error is that of the means
     of all bins, not of the last batch alone.
     """
 

@@ -60,7 +60,7 @@ class WeightHistograms(dict[str, WeightHistogram]):
     """Histograms by the name of the layer."""
 
     def __call__(self, name: str, weight: Tensor, qt: QuantTensor) -> None:
-        """Adds a weight (N, K) and what was made of it."""
+        """Adds a weight (N, K) and its quantization."""
         self[name] = histogram(weight, qt)
 
 

@@ -29,7 +29,7 @@ _KEYS = {"format", "method", "options"}
 
 
 class Recipe(Mapping[str, Rule]):
-    """Patterns with their rules, in the order in which they are tried: `lowbit.quantize.Selection`.
+    """Patterns with their rules, in the order in which they are tried: `lowbit.ptq.Selection`.
 
     Args:
         rules: pattern: a Format or its name, None to leave modules as they are, or a `Rule`.

@@ -67,7 +67,7 @@ def awq_scales(
     """AWQ's scales: of mean|x_j|^a, a = 0, 1 / grid, ..., 1, those with the least output error.
 
     The error is ||(Q(W s) / s - W) X^T||^2 over all weights, computed from the second moment of X
-    in fp64. As in the authors' code scales are divided by sqrt(max * min). Our reading: a = 1 is
+    in fp64. As in the authors' code scales are divided by sqrt(max * min). Interpretation: a = 1 is
     tried too, and among equal errors the smallest a wins; a = 0 changes nothing.
 
     Args:

@@ -156,7 +156,7 @@ def prepare(
         model: trained or not; subclasses of the two with a forward of their own, and linears whose weight
             torch's attention modules read themselves, are left.
         recipe: one Spec, or patterns with a Spec or None each; the first that matches counts. How
-            a pattern matches: `lowbit.quantize.Selection`.
+            a pattern matches: `lowbit.ptq.Selection`.
         skip: patterns of modules to leave.
 
     Returns:

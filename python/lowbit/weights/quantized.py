@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lowbit import packing
+from lowbit import late, packing
 from lowbit.formats import DQ_BLOCK, Format, as_format
 
 SCALE_DTYPES = {
@@ -128,9 +128,8 @@ class QuantTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, (N, K): computed in fp32 and rounded once to `dtype`."""
-        from lowbit import ops
-
-        return ops.dequantize(self, dtype)
+        weight: Tensor = late.dequantize(self, dtype)
+        return weight
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> QuantTensor:
         """The same weight with `fn` applied to each tensor (a move, a clone); dtypes must stay."""

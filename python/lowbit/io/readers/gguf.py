@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit.files import shown
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES, BlockType
-from lowbit.io.readers.gguf_header import TensorInfo, read_header
+from lowbit.io.readers.gguf_header import GGUFTensor, read_header
 from lowbit.packing import pack_codes
 from lowbit.weights.quantized import QuantTensor, tensor_specs
 
@@ -38,7 +38,7 @@ class GGUFFile(Mapping[str, "QuantTensor | Tensor"]):
         path: the file.
         files: the paths of the file, or of all parts of a split one.
         metadata: the key-value pairs; an array is a numpy array, or a list of strings or arrays.
-        tensors: a `TensorInfo` for every tensor, in file order.
+        tensors: a `GGUFTensor` for every tensor, in file order.
         plain: whether all strings are UTF-8 and no array holds arrays, which others cannot read.
 
     Raises:
@@ -97,14 +97,14 @@ class GGUFFile(Mapping[str, "QuantTensor | Tensor"]):
             )
         return out
 
-    def _read_dense(self, info: TensorInfo) -> Tensor:
+    def _read_dense(self, info: GGUFTensor) -> Tensor:
         data = torch.frombuffer(self._bytes(info, 0, info.nbytes), dtype=torch.uint8)
         out = data.view(DENSE_TYPES[info.type]).view(info.shape)
         if not bool(torch.isfinite(out).all()):
             raise ValueError("the values hold NaN or inf")
         return out
 
-    def _read_blocks(self, info: TensorInfo, block: BlockType) -> QuantTensor:
+    def _read_blocks(self, info: GGUFTensor, block: BlockType) -> QuantTensor:
         if len(info.shape) != 2:
             raise NotImplementedError(
                 f"{self.files[info.part]}: tensor {shown(info.name)} ({info.type.name}) has shape "
@@ -136,5 +136,5 @@ class GGUFFile(Mapping[str, "QuantTensor | Tensor"]):
                     out[key][start:stop] = torch.from_numpy(values).view(stop - start, -1)
         return QuantTensor(fmt, (n, k), out).validate()
 
-    def _bytes(self, info: TensorInfo, offset: int, count: int) -> bytearray:
+    def _bytes(self, info: GGUFTensor, offset: int, count: int) -> bytearray:
         return self._files[info.part].read(info.offset + offset, count)

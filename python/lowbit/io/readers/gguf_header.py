@@ -44,7 +44,7 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class GGUFTensor:
     """Where a tensor lies: `shape` in torch's order, GGUF's reversed; `offset` in the file, the
     `part` of a split one.
     """
@@ -71,7 +71,7 @@ class Header:
 
     files: list[InputFile]
     metadata: dict[str, object]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, GGUFTensor]
     plain: bool
 
 
@@ -160,7 +160,7 @@ class _Parser:
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment must be a power of two, got {shown(alignment)}")
         start = -(-self._at // alignment) * alignment
-        infos: dict[str, TensorInfo] = {}
+        infos: dict[str, GGUFTensor] = {}
         for name, dims, kind, offset in entries:
             info = _tensor_info(name, dims, kind, start + offset, part)
             if name in infos:
@@ -249,7 +249,7 @@ class _Parser:
         return name, dims, kind, offset
 
 
-def _tensor_info(name: str, dims: list[int], kind: int, offset: int, part: int) -> TensorInfo:
+def _tensor_info(name: str, dims: list[int], kind: int, offset: int, part: int) -> GGUFTensor:
     try:
         ggml_type = GGMLQuantizationType(kind)
         block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
@@ -265,4 +265,4 @@ def _tensor_info(name: str, dims: list[int], kind: int, offset: int, part: int) 
             f"expected a multiple of {block}"
         )
     nbytes = math.prod(dims) // block * block_bytes
-    return TensorInfo(name, ggml_type, tuple(reversed(dims)), offset, nbytes, part)
+    return GGUFTensor(name, ggml_type, tuple(reversed(dims)), offset, nbytes, part)

@@ -1,9 +1,10 @@
-"""Codes of the "k16" layout, which the Triton kernels read: bit planes in 32-bit words, in plain torch on any device.
+"""The layout "k16", which the Triton kernels read: codes are flat int32, bit planes, in plain torch on any device.
 
 A chunk is 16 weights of a row. A plane holds p bits of each code, p one of 1, 2, 4, 8: word w of a block holds the
-fields of weights w of 32 / p chunks, the first chunk in the low bits. A plane is [block][row][16 words], so that a
-tile of rows is one contiguous piece of memory. K is padded to whole blocks with zeros. Codes of 3, 5 and 6 bits take
-two planes, one after the other, low bits first.
+fields of weights w of 32 / p chunks, the first chunk in the low bits. A plane is [block][row][16 words]: a tile of
+rows is one piece of memory. K is padded to whole blocks with zeros. Codes of 3, 5 and 6 bits take two planes, one after
+the other, low bits first. Scales and zeros are (groups, N), dtypes as in "canonical"; table: fp32 (2^bits,), padded
+with zeros, or (N, 2^bits), or (N, groups, 2^bits); none for integers.
 """
 
 from __future__ import annotations
@@ -12,9 +13,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit import packing
+from lowbit.formats import Format
+from lowbit.layouts.base import Layout, Specs
+
+K16 = "k16"
 CHUNK = 16
 # Rows are taken in slices of about this many codes, which bounds the int64 temporaries to 64 MiB.
 _SLICE_CODES = 1 << 22
+
+
+class K16Layout(Layout):
+    """The layout of the Triton kernels."""
+
+    name = K16
+
+    def specs(self, format: Format, n: int, k: int) -> Specs:
+        """What the operands of an (n, k) weight are."""
+        specs = super().specs(format, n, k)
+        specs["codes"] = ((num_words(format.bits, n, k),), torch.int32)
+        for name in {"scales", "zeros"} & specs.keys():
+            specs[name] = ((format.num_groups(k), n), specs[name][1])
+        if format.codec != "affine" and "table" not in specs:
+            specs["table"] = ((2**format.bits,), torch.float32)
+        return specs
+
+    def pack(self, codes: Tensor, format: Format, k: int) -> Tensor:
+        """Codes in canonical packing, (N, row bytes), as they lie here."""
+        return pack_planes(packing.unpack_codes(codes, format, k), format.bits)
+
+    def unpack(self, codes: Tensor, format: Format, n: int, k: int) -> Tensor:
+        """Inverse of `pack`."""
+        return packing.pack_codes(unpack_planes(codes, format.bits, n, k), format)
+
+    def from_rows(self, values: Tensor) -> Tensor:
+        """Scales or zeros (N, groups) as they lie here. Differentiable."""
+        return values.t().contiguous()
+
+    def to_rows(self, values: Tensor, n: int) -> Tensor:
+        """Inverse of `from_rows`. Differentiable."""
+        return values.t()
+
+    def fixed_table(self, format: Format) -> Tensor | None:
+        """The table of a codebook; none for integers."""
+        if format.codec == "affine":
+            return None
+        values = torch.tensor(format.values(), dtype=torch.float32, device="cpu")
+        return F.pad(values, (0, 2**format.bits - values.numel()))
 
 
 def plane_widths(bits: int) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""Codes of the "m16" layout, which the CUDA kernels read (csrc/cuda/layout.h), in plain torch on any device.
+"""The layout "m16", which the CUDA kernels read (csrc/cuda/layout.h): flat int32 codes, in plain torch on any device;
+scales, zeros and table as `lanes.py` says, in blocks of 16.
 
 A tile is 16 rows x 64 weights, in tiles (N/16, K/64) with code 0 beyond N and K. Lane 4 * (row % 8) + k / 2 % 4 of a
 tile holds 32 codes, one string of bits, lowest first: by k / 16, k / 8 % 2, row / 8 and k % 2, the last the fastest.
@@ -11,10 +12,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit import packing
+from lowbit.formats import Format
+from lowbit.layouts.base import Specs
+from lowbit.layouts.lanes import LanesLayout
+
+M16 = "m16"
 TILE_N, TILE_K = 16, 64
 _LANES = 32
 # Rows of tiles are taken in slices of about this many codes, which bounds the int64 temporaries to 64 MiB for each bit.
 _SLICE_CODES = 1 << 20
+
+
+class M16Layout(LanesLayout):
+    """The layout of the CUDA kernels."""
+
+    name = M16
+    lanes = TILE_N
+
+    def fits(self, format: Format) -> bool:
+        """Whether a format has one table, and groups of 16, 32, multiples of 64 or whole rows."""
+        whole_tiles = format.group is None or format.group in (16, 32) or format.group % 64 == 0
+        return format.table_scope == "tensor" and whole_tiles
+
+    def specs(self, format: Format, n: int, k: int) -> Specs:
+        """What the operands of an (n, k) weight are."""
+        codes = ((num_words(format.bits, n, k),), torch.int32)
+        return {**super().specs(format, n, k), "codes": codes}
+
+    def pack(self, codes: Tensor, format: Format, k: int) -> Tensor:
+        """Codes in canonical packing, (N, row bytes), as they lie here."""
+        return pack_fragments(packing.unpack_codes(codes, format, k), format.bits)
+
+    def unpack(self, codes: Tensor, format: Format, n: int, k: int) -> Tensor:
+        """Inverse of `pack`."""
+        return packing.pack_codes(unpack_fragments(codes, format.bits, n, k), format)
 
 
 def num_words(bits: int, n: int, k: int) -> int:

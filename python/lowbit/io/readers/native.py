@@ -1,0 +1,136 @@
+"""Reads lowbit's own checkpoints, whose files `lowbit.io.native` describes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.files import cut, shown
+from lowbit.formats import Format
+from lowbit.io.native import Header, parse_header, prefix_of
+from lowbit.io.readers.base import Reader, TensorInfo, dense_info
+from lowbit.io.safetensors_file import SafetensorsFile, Specs, tensor_files
+from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, stored_bytes, tensor_specs
+
+
+class NativeReader(Reader):
+    """An open checkpoint of one or more files whose header agrees with its tensors.
+
+    Args:
+        path: a file, or a folder with one or with an index.
+        mmap: map the files into memory; else every tensor is a copy.
+
+    Attributes:
+        path: as given.
+        header: the headers of all files together.
+        dense: shape and dtype of every stored tensor that belongs to no layer.
+    """
+
+    name = "lowbit"
+
+    def __init__(self, path: str | os.PathLike[str], mmap: bool = True) -> None:
+        self.path = Path(path)
+        self.header = Header({}, {})
+        self._files: dict[str, SafetensorsFile] = {}
+        specs: Specs = {}
+        for file in tensor_files(self.path):
+            opened = SafetensorsFile(file, mmap)
+            header = parse_header(file, opened.metadata)
+            for name in (set(opened.specs) & set(specs)) | (
+                set(header.layers) & set(self.header.layers)
+            ):
+                raise ValueError(f"{file}: {shown(name)} is in another file of the checkpoint too")
+            self.header.layers.update(header.layers)
+            self.header.tied.update(header.tied)
+            self._files.update(dict.fromkeys(opened.specs, opened))
+            specs.update(opened.specs)
+        for name, (format, shape) in self.header.layers.items():
+            self._check_layer(name, format, shape, specs)
+        self.dense = specs
+        self._check_ties()
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        """By the entry in the metadata of any of its files; errors as those of the constructor."""
+        return any("lowbit" in SafetensorsFile(file).metadata for file in tensor_files(path))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], mmap: bool = True) -> NativeReader:
+        """Opens a checkpoint."""
+        return cls(path, mmap)
+
+    def names(self) -> list[str]:
+        """Layers, dense tensors, and the names that share one of them."""
+        return [*self.header.layers, *self.dense, *self.header.tied]
+
+    def describe(self) -> list[TensorInfo]:
+        """Layers with their formats, then dense tensors; names that share another's are left out."""
+        return [
+            *(
+                TensorInfo(name, format.name, shape, stored_bytes(format, *shape), True)
+                for name, (format, shape) in self.header.layers.items()
+            ),
+            *(dense_info(name, spec) for name, spec in self.dense.items()),
+        ]
+
+    def layer(self, name: str) -> QuantTensor | Tensor:
+        """A layer or a dense tensor, of its own or shared."""
+        stored = self.header.tied.get(name, name)
+        return self.weight(stored) if stored in self.header.layers else self.tensor(stored)
+
+    def _check_layer(
+        self,
+        name: str,
+        format: Format,
+        shape: tuple[int, int],
+        specs: Specs,
+    ) -> None:
+        """Compares the tensors of a layer with its format and takes them out of `specs`."""
+        prefix = prefix_of(name)
+        expected = tensor_specs(format, *shape)
+        for key in TENSOR_NAMES:
+            full = prefix + key
+            found = specs.pop(full, None)
+            if key not in expected:
+                if found:
+                    raise ValueError(
+                        f"{self.path}: {cut(full)} is not part of format {shown(format.name)}"
+                    )
+            elif not found:
+                raise ValueError(
+                    f"{self.path}: {cut(full)} is missing, layer {shown(name)} is {shown(format.name)}"
+                )
+            elif found != expected[key]:
+                raise ValueError(
+                    f"{self.path}: {cut(full)} of a {shape} weight in format {shown(format.name)} must be "
+                    f"{expected[key][1]} of shape {expected[key][0]}, "
+                    f"got {found[1]} of shape {found[0]}"
+                )
+
+    def _check_ties(self) -> None:
+        for name, first in self.header.tied.items():
+            stored = first in self.header.layers or first in self.dense
+            if not stored or name in self.header.layers or name in self.dense:
+                raise ValueError(
+                    f"{self.path}: the header ties {shown(name)} to {shown(first)}, which cannot be"
+                )
+
+    def weight(self, name: str, device: torch.device | str = "cpu") -> QuantTensor:
+        """The weight of a stored layer, its values checked."""
+        format, shape = self.header.layers[name]
+        prefix = prefix_of(name)
+        tensors = {
+            key: self._files[prefix + key].tensor(prefix + key).to(device)
+            for key in tensor_specs(format, *shape)
+        }
+        try:
+            return QuantTensor(format, shape, tensors).validate()
+        except ValueError as e:
+            raise ValueError(f"{self.path}: layer {shown(name)}: {e}") from e
+
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """A stored dense tensor."""
+        return self._files[name].tensor(name).to(device)

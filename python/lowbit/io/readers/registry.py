@@ -1,0 +1,29 @@
+"""The list of checkpoint formats that lowbit reads, and `open_checkpoint`, which picks one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lowbit.io.readers.base import Reader
+from lowbit.io.readers.dense import DenseReader
+from lowbit.io.readers.gguf_reader import GGUFReader
+from lowbit.io.readers.native import NativeReader
+
+# Asked in this order; the last takes what is left and says what it is.
+READERS: tuple[type[Reader], ...] = (
+    GGUFReader,
+    NativeReader,
+    DenseReader,
+)
+
+
+def open_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Reader:
+    """Opens a checkpoint of any format of `READERS`.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no checkpoint in the folder.
+        ValueError: it is damaged, or another program quantized it, which the message names.
+    """
+    kind = next(reader for reader in READERS if reader.detect(Path(path)))
+    return kind.open(path, mmap)

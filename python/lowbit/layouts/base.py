@@ -1,0 +1,79 @@
+"""A layout: how the operands of a weight lie. What a layout does not override lies as in the canonical one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import Format
+from lowbit.weights.quantized import tensor_specs
+
+# Shape and dtype of each operand; one that is absent has no entry.
+Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+# The scales that an op reads: a second level is multiplied out, a power of two is a bf16 value.
+_PRODUCT_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "e8m0": torch.bfloat16,
+    "e4m3": torch.float32,
+    "dq8": torch.float32,
+}
+
+
+class Layout:
+    """Where the bytes of codes, scales, zeros and table lie. Every method has an inverse, bit for bit."""
+
+    name: str
+
+    def fits(self, format: Format) -> bool:
+        """Whether weights of a format can lie so."""
+        return True
+
+    def specs(self, format: Format, n: int, k: int) -> Specs:
+        """What the operands of an (n, k) weight are."""
+        specs = {
+            name: spec
+            for name, spec in tensor_specs(format, n, k).items()
+            if name not in ("scales2", "scales2_offset")
+        }
+        if format.scale is not None:
+            specs["scales"] = ((n, format.num_groups(k)), _PRODUCT_DTYPES[format.scale])
+        return specs
+
+    def pack(self, codes: Tensor, format: Format, k: int) -> Tensor:
+        """Codes in canonical packing, (N, row bytes), as they lie here."""
+        raise NotImplementedError
+
+    def unpack(self, codes: Tensor, format: Format, n: int, k: int) -> Tensor:
+        """Inverse of `pack`."""
+        raise NotImplementedError
+
+    def from_rows(self, values: Tensor) -> Tensor:
+        """Scales or float zeros (N, groups) as they lie here. Differentiable."""
+        return values
+
+    def to_rows(self, values: Tensor, n: int) -> Tensor:
+        """Inverse of `from_rows`, also of zeros as they lie here. Differentiable."""
+        return values
+
+    def pack_zeros(self, zeros: Tensor, format: Format) -> Tensor:
+        """Zeros (N, groups), integers included, as they lie here."""
+        return self.from_rows(zeros)
+
+    def unpack_zeros(self, zeros: Tensor, format: Format, n: int) -> Tensor:
+        """Inverse of `pack_zeros`."""
+        return self.to_rows(zeros, n)
+
+    def fixed_table(self, format: Format) -> Tensor | None:
+        """The table operand of a format that is not fitted, on the CPU; None if kernels need none."""
+        return None
+
+    def pack_table(self, table: Tensor, format: Format) -> Tensor:
+        """A fitted table, (E,), (N, E) or (N, groups, E) by scope, as it lies here. Differentiable."""
+        return table
+
+    def unpack_table(self, table: Tensor, format: Format, n: int) -> Tensor:
+        """Inverse of `pack_table`; a fixed table stays as it is. Differentiable."""
+        return table

@@ -1,0 +1,26 @@
+"""The portable layout, which files hold: codes as in `packing.py`; scales (N, groups), the second level multiplied out;
+zeros (N, groups); table: the fitted table, none if the format carries it. Outliers lie so in every layout, (N, P).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowbit.formats import Format
+from lowbit.layouts.base import Layout
+
+CANONICAL = "canonical"
+
+
+class CanonicalLayout(Layout):
+    """The layout of a QuantTensor."""
+
+    name = CANONICAL
+
+    def pack(self, codes: Tensor, format: Format, k: int) -> Tensor:
+        """The codes themselves."""
+        return codes
+
+    def unpack(self, codes: Tensor, format: Format, n: int, k: int) -> Tensor:
+        """The codes themselves."""
+        return codes

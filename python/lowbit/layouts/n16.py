@@ -1,0 +1,42 @@
+"""The layout "n16", which the CPU kernels read: N in the lanes, padded to whole blocks of 64 columns and 32 weights
+along K. Codes are flat uint8, as csrc/layout.h says; scales, zeros and table as `lanes.py` says, in blocks of 64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit import _C
+from lowbit.formats import Format
+from lowbit.layouts.base import Specs
+from lowbit.layouts.lanes import LanesLayout
+
+N16 = "n16"
+BLOCK_N = 64  # csrc/layout.h kBlockN
+CHUNK_K = 32  # csrc/layout.h kChunkK
+
+
+class N16Layout(LanesLayout):
+    """The layout of the CPU kernels."""
+
+    name = N16
+    lanes = BLOCK_N
+
+    def specs(self, format: Format, n: int, k: int) -> Specs:
+        """What the operands of an (n, k) weight are."""
+        blocks, chunks = -(-n // BLOCK_N), -(-k // CHUNK_K)
+        codes = ((blocks * chunks * BLOCK_N * CHUNK_K * format.bits // 8,), torch.uint8)
+        return {**super().specs(format, n, k), "codes": codes}
+
+    def pack(self, codes: Tensor, format: Format, k: int) -> Tensor:
+        """Codes in canonical packing, on the CPU, as they lie here."""
+        packed, threads = codes.contiguous().numpy(), torch.get_num_threads()
+        made = _C.prepack(packed, codes.shape[0], k, format.bits, format.base, threads)
+        return torch.from_numpy(made)
+
+    def unpack(self, codes: Tensor, format: Format, n: int, k: int) -> Tensor:
+        """Inverse of `pack`."""
+        threads = torch.get_num_threads()
+        made = _C.unprepack(codes.numpy(), n, k, format.bits, format.base, threads)
+        return torch.from_numpy(made)
