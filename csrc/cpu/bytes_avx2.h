@@ -2,7 +2,10 @@
 // are multiplied in two parts. vpmaddubsw, vpmaddwd: latency 3 to 5, two a cycle.
 #pragma once
 
+// clang-format off: the vectors come first
+#include "cpu/vec_avx2.h"
 #include "cpu/codecs-inl.h"
+// clang-format on
 
 namespace lowbit {
 namespace LOWBIT_ISA {

@@ -2,7 +2,10 @@
 // Rapids; vpermb and vpmultishiftqb one a cycle.
 #pragma once
 
+// clang-format off: the vectors come first
+#include "cpu/vec_avx512.h"
 #include "cpu/codecs-inl.h"
+// clang-format on
 
 namespace lowbit {
 namespace LOWBIT_ISA {

@@ -138,12 +138,18 @@ LOWBIT_INLINE inline void prefetch_next(const Slab& slab, int64_t begin, int64_t
   }
 }
 
+// Adds the products of `value` and a step of each row of x; a pack, as in gemv-inl.h.
+template <int... R>
+LOWBIT_INLINE inline void add_rows(std::integer_sequence<int, R...>, F (&acc)[sizeof...(R)], const uint16_t* x,
+                                   int64_t stride, int at, __m512i value) {
+  ((acc[R] = ComputeBf16<1>::dot(acc[R], load_i(x + R * stride + at), value)), ...);
+}
+
 // y[row][16] += the products of kColumns columns with kRows rows over a slab.
 template <int B, int kRows, int kColumns>
 inline void multiply_columns(const Launch& l, const Slab& slab, const ColumnTables<B>& tables, int64_t m0, int column,
                              float* y) {
   using S = ColumnSpan<B>;
-  using Compute = ComputeBf16<B>;
   constexpr int kParts = kRows * kColumns < 8 ? 2 : 1;
   const uint16_t* x = static_cast<const uint16_t*>(l.prepared) + m0 * l.prepared_stride + slab.begin * S::kWeights;
   F sum[kColumns][kRows];
@@ -163,10 +169,7 @@ inline void multiply_columns(const Launch& l, const Slab& slab, const ColumnTabl
         unroll<kColumns>([&](auto c) LOWBIT_INLINE {
           const uint8_t* at = slab.data + ((column + c) * kSlabVecs + (span - slab.begin) * S::kVecs) * kUnitBytes;
           const __m512i value = tables.of[column + c].template value<s>(at);
-          unroll<kRows>([&](auto r) LOWBIT_INLINE {
-            F& a = acc[s % kParts][c][r];
-            a = Compute::dot(a, load_i(x + r * l.prepared_stride + s * 32), value);
-          });
+          add_rows(std::make_integer_sequence<int, kRows>{}, acc[s % kParts][c], x, l.prepared_stride, s * 32, value);
         });
       });
     }
@@ -255,7 +258,7 @@ constexpr Kernel columns_bf16(const char* name) {
           kAvx512Bf16,
           true,
           {false, true, false, false},
-          columns_cost(B),
+          bf16_columns_cost(B),
           prepare_columns<B>,
           kColumnRowsPerTask,
           columns_run<B>,

@@ -71,6 +71,7 @@ constexpr Kernel half_row(Kernel row) {
 template <int B>
 constexpr Kernel gemv_f16(const char* name) {
   Kernel row = half_row(gemv_bf16<B>(name));
+  row.cost = f16_gemv_cost(B);
   row.prepare = prepare_f16;
   row.run = gemv_words_run<B, kHalfTerms>;
   return row;
@@ -78,6 +79,7 @@ constexpr Kernel gemv_f16(const char* name) {
 template <int B>
 constexpr Kernel gemm_f16(const char* name) {
   Kernel row = half_row(gemm_bf16<B>(name));
+  row.cost = f16_gemm_cost(B);
   row.prepare = prepare_f16_chunks;
   row.run = gemm_words_run<B, kHalfTerms>;
   return row;

@@ -308,9 +308,9 @@ inline void fp8_adamw_groups(const Fp8AdamW& z, int64_t begin, int64_t end) {
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit
 
-#define LOWBIT_EXPORT_FP8_ADAMW(unit)                                                \
-  namespace lowbit {                                                                 \
-  void LOWBIT_CAT(fp8_adamw_, unit)(const Fp8AdamW& z, int64_t begin, int64_t end) { \
-    LOWBIT_ISA::fp8_adamw_groups(z, begin, end);                                     \
-  }                                                                                  \
+#define LOWBIT_EXPORT_FP8_ADAMW                                                            \
+  namespace lowbit {                                                                       \
+  void LOWBIT_CAT(fp8_adamw_, LOWBIT_ISA)(const Fp8AdamW& z, int64_t begin, int64_t end) { \
+    LOWBIT_ISA::fp8_adamw_groups(z, begin, end);                                           \
+  }                                                                                        \
   }

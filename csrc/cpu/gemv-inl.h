@@ -11,6 +11,19 @@ namespace {
 // A long group is summed in pieces of 256 weights: one long chain of additions would round worse than a dense product.
 constexpr int64_t kSumChunks = 8;
 
+// Adds the products of `value`, of a step and a vector of columns, and each row of x to the sums. Products are numbered
+// in a pack: lambdas would be a function for each of them in each step, all of which the compiler holds at once.
+template <class Compute, int... I, int kParts, int kRows, int kVecs, class Value>
+LOWBIT_INLINE inline void add_products(std::integer_sequence<int, I...>, F (&acc)[kParts][kRows][kVecs], int step,
+                                       int v, const typename Compute::X* const (&x)[kRows], int64_t chunk,
+                                       const Value& value) {
+  constexpr int kTerms = Compute::kTerms;
+  const auto add = [&](int term, F& a, const typename Compute::X* row) LOWBIT_INLINE {
+    a = Compute::dot(a, Compute::broadcast(row + chunk * kChunkK * kTerms + term * Compute::kStepK), value);
+  };
+  (add(step * kTerms + I / kRows, acc[(step * kTerms + I / kRows) % kParts][I % kRows][v], x[I % kRows]), ...);
+}
+
 // y of kRows rows and kVecs vectors of columns from column lane0 of a block.
 template <class Compute, int kRows, int kVecs>
 inline void gemv_tile(const Launch& l, const typename Compute::Codec& codec, int64_t block, int64_t m0, int valid_rows,
@@ -59,20 +72,10 @@ inline void gemv_tile(const Launch& l, const typename Compute::Codec& codec, int
           columns[v] = codes + c * chunk_bytes(kBits) + lane / kUnitLanes * vector_bytes(kBits) + lane % kUnitLanes * 4;
         });
         if (fetches) prefetch_chunk<kBits>(codes + c * chunk_bytes(kBits));
-        unroll<kSteps / kRun>([&](auto run) LOWBIT_INLINE {
-          unroll<kVecs>([&](auto v) LOWBIT_INLINE {
-            unroll<kRun>([&](auto i) LOWBIT_INLINE {
-              constexpr int s = run * kRun + i;
-              const auto value = Compute::template value<s>(codec, columns[v]);
-              unroll<kTerms>([&](auto t) LOWBIT_INLINE {
-                unroll<kRows>([&](auto r) LOWBIT_INLINE {
-                  F& a = acc[(s * kTerms + t) % kParts][r][v];
-                  const X* at = x[r] + c * kChunkK * kTerms + (s * kTerms + t) * Compute::kStepK;
-                  a = Compute::dot(a, Compute::broadcast(at), value);
-                });
-              });
-            });
-          });
+        unroll<kSteps * kVecs>([&](auto at) LOWBIT_INLINE {
+          constexpr int v = at / kRun % kVecs, step = at / (kRun * kVecs) * kRun + at % kRun;
+          const auto value = Compute::template value<step>(codec, columns[v]);
+          add_products<Compute>(std::make_integer_sequence<int, kTerms * kRows>{}, acc, step, v, x, c, value);
         });
       }
       each([&](auto r, auto v) LOWBIT_INLINE {

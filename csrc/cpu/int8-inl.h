@@ -7,6 +7,7 @@
 // where the width divides 8, so that one shift brings all four into place. x is permuted to that order once.
 #pragma once
 
+#include "cpu/costs.h"
 #include "cpu/quantize-inl.h"
 
 namespace lowbit {
@@ -391,7 +392,7 @@ constexpr Kernel skinny_i8(const char* name) {
           LOWBIT_ISA_BIT,
           true,
           {false, false, false, true},
-          skinny_cost(C::kBits, C::kCodec),
+          i8_skinny_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
           prepare_i8<C::kBits>,
           0,
           skinny_run<C>};
@@ -407,7 +408,7 @@ constexpr Kernel gemm_i8(const char* name) {
           LOWBIT_ISA_BIT,
           true,
           {false, false, false, true},
-          gemm_cost(C::kBits, C::kCodec),
+          i8_gemm_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
           prepare_i8<C::kBits>,
           kByteRowsPerTask,
           gemm_bytes_run<C>};

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/bytes_gemv-inl.h"
+#include "cpu/costs.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
@@ -94,7 +95,7 @@ inline void prepare_nibbles(const Launch& l, int64_t begin, int64_t end) {
   }
 }
 
-constexpr Kernel nibbles(const char* name, Cost cost) {
+constexpr Kernel nibbles(const char* name) {
   return {name,
           Op::kLinear,
           Dtype::kF32,
@@ -104,18 +105,22 @@ constexpr Kernel nibbles(const char* name, Cost cost) {
           LOWBIT_ISA_BIT,
           true,
           {true, true, true, false},
-          cost,
+          nibbles_cost(false),
           prepare_nibbles,
           0,
           bytes_run<NibbleF32>};
 }
-constexpr Kernel nibbles_bf16(const char* name, Cost cost) {
-  Kernel row = nibbles(name, cost);
+constexpr Kernel nibbles_bf16(const char* name) {
+  Kernel row = nibbles(name);
+  row.cost = nibbles_cost(true);
   row.prepare = prepare_f32;
   row.run = bytes_run<NibbleBf16>;
   row.bf16_table = true;
   return row;
 }
+
+const Kernel kNibbleKernels[] = {nibbles(LOWBIT_NAME("gemv", "f32", "bytelut4")),
+                                 nibbles_bf16(LOWBIT_NAME("gemv", "f32", "bf16lut4"))};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

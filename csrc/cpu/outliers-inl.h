@@ -125,7 +125,9 @@ uint32_t run_outliers(const Outliers& z, int64_t begin, int64_t end) {
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit
 
-#define LOWBIT_EXPORT_OUTLIERS(unit)                                                                               \
-  namespace lowbit {                                                                                               \
-  OutlierKernel LOWBIT_CAT(outliers_, unit)() { return {LOWBIT_ISA::prepare_outliers, LOWBIT_ISA::run_outliers}; } \
+#define LOWBIT_EXPORT_OUTLIERS                                       \
+  namespace lowbit {                                                 \
+  OutlierKernel LOWBIT_CAT(outliers_, LOWBIT_ISA)() {                \
+    return {LOWBIT_ISA::prepare_outliers, LOWBIT_ISA::run_outliers}; \
+  }                                                                  \
   }

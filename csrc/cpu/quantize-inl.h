@@ -109,9 +109,10 @@ inline void sum_parts(const Launch& l, int64_t row, const int8_t* x) {
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit
 
-#define LOWBIT_EXPORT_QUANTIZE(unit)                                                                    \
-  namespace lowbit {                                                                                    \
-  void LOWBIT_CAT(quantize_int8_, unit)(const QuantizeInt8& z, int8_t* q, int64_t begin, int64_t end) { \
-    for (int64_t row = begin; row < end; ++row) LOWBIT_ISA::quantize_row(z, row, q + row * z.k);        \
-  }                                                                                                     \
+#define LOWBIT_EXPORT_INT8                                                                                    \
+  LOWBIT_EXPORT_TABLE(kInt8Kernels)                                                                           \
+  namespace lowbit {                                                                                          \
+  void LOWBIT_CAT(quantize_int8_, LOWBIT_ISA)(const QuantizeInt8& z, int8_t* q, int64_t begin, int64_t end) { \
+    for (int64_t row = begin; row < end; ++row) LOWBIT_ISA::quantize_row(z, row, q + row * z.k);              \
+  }                                                                                                           \
   }

@@ -2,7 +2,10 @@
 // Counts stay in bytes until they might overflow.
 #pragma once
 
+// clang-format off: the vectors come first
+#include "cpu/vec_avx2.h"
 #include "cpu/codecs-inl.h"
+// clang-format on
 
 namespace lowbit {
 namespace LOWBIT_ISA {

@@ -3,7 +3,10 @@
 
 #include <bit>
 
+// clang-format off: the vectors come first
+#include "cpu/vec_scalar.h"
 #include "cpu/codecs-inl.h"
+// clang-format on
 
 namespace lowbit {
 namespace LOWBIT_ISA {

@@ -1,6 +1,7 @@
 // The rows of the fp32 families for one instruction set: every codec in GEMV, GEMM and dequantize.
 #pragma once
 
+#include "cpu/costs.h"
 #include "cpu/gemv-inl.h"
 #include "cpu/panel-inl.h"
 
@@ -19,7 +20,7 @@ template <class C>
           LOWBIT_ISA_BIT,
           true,
           {true, true, true, false},
-          gemv_cost(C::kBits, C::kCodec),
+          f32_gemv_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
           prepare_f32,
           0,
           gemv_run<ComputeF32<C>>};
@@ -35,7 +36,7 @@ constexpr Kernel gemm_f32(const char* name) {
           LOWBIT_ISA_BIT,
           false,
           {true, true, true, false},
-          gemm_cost(C::kBits, C::kCodec),
+          f32_gemm_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
           prepare_f32,
           kRowsPerTask,
           gemm_run<C>};
@@ -52,7 +53,6 @@ constexpr Kernel dequantize_f32(const char* name) {
       gemm_f32<ColumnLut<B>>(LOWBIT_NAME("gemm", "f32", "columnlut" #B)), \
       dequantize_f32<Lut<B>>(LOWBIT_NAME("dequantize", "f32", "lut" #B)), \
       dequantize_f32<ColumnLut<B>>(LOWBIT_NAME("dequantize", "f32", "columnlut" #B)),
-// Without vector registers to keep sums in, the GEMM rows serve every M.
 #ifdef LOWBIT_NO_GEMV
 #define LOWBIT_GEMV_ROW(codec, name)
 #else

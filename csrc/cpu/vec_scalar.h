@@ -4,6 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
+// No registers to keep sums in: the GEMM rows serve every M.
+#define LOWBIT_NO_GEMV
+
 namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {

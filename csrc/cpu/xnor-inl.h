@@ -8,6 +8,7 @@
 
 #include "binary.h"
 #include "cpu/common-inl.h"
+#include "cpu/costs.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
@@ -144,7 +145,7 @@ const Kernel kXnorKernels[] = {{LOWBIT_NAME("xnor", "b1", "lut1"),
                                 LOWBIT_ISA_BIT,
                                 true,
                                 {false, false, false, false, true},
-                                kXnorCost,
+                                xnor_cost(LOWBIT_ISA_BIT),
                                 prepare_signs,
                                 0,
                                 signs_run}};
@@ -173,10 +174,10 @@ inline void binary_row(const QuantizeBinary& z, int64_t row, uint8_t* bits) {
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit
 
-#define LOWBIT_EXPORT_BINARY(unit)                                                                              \
-  LOWBIT_EXPORT_TABLE_OF(unit, kXnorKernels)                                                                    \
-  namespace lowbit {                                                                                            \
-  void LOWBIT_CAT(quantize_binary_, unit)(const QuantizeBinary& z, uint8_t* bits, int64_t begin, int64_t end) { \
-    for (int64_t row = begin; row < end; ++row) LOWBIT_ISA::binary_row(z, row, bits + row * ceil_div(z.k, 8));  \
-  }                                                                                                             \
+#define LOWBIT_EXPORT_XNOR                                                                                            \
+  LOWBIT_EXPORT_TABLE(kXnorKernels)                                                                                   \
+  namespace lowbit {                                                                                                  \
+  void LOWBIT_CAT(quantize_binary_, LOWBIT_ISA)(const QuantizeBinary& z, uint8_t* bits, int64_t begin, int64_t end) { \
+    for (int64_t row = begin; row < end; ++row) LOWBIT_ISA::binary_row(z, row, bits + row * ceil_div(z.k, 8));        \
+  }                                                                                                                   \
   }

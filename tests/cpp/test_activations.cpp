@@ -18,8 +18,8 @@ namespace lowbit {
 void quantize_int8_scalar(const QuantizeInt8& z, int8_t* q, int64_t begin, int64_t end);
 void quantize_int8_avx2(const QuantizeInt8& z, int8_t* q, int64_t begin, int64_t end);
 void quantize_int8_avx512vnni(const QuantizeInt8& z, int8_t* q, int64_t begin, int64_t end);
-void quantize_binary_scalar_xnor(const QuantizeBinary& z, uint8_t* bits, int64_t begin, int64_t end);
-void quantize_binary_avx2_xnor(const QuantizeBinary& z, uint8_t* bits, int64_t begin, int64_t end);
+void quantize_binary_scalar(const QuantizeBinary& z, uint8_t* bits, int64_t begin, int64_t end);
+void quantize_binary_avx2(const QuantizeBinary& z, uint8_t* bits, int64_t begin, int64_t end);
 void quantize_binary_avx512vpopcntdq(const QuantizeBinary& z, uint8_t* bits, int64_t begin, int64_t end);
 
 }  // namespace lowbit
@@ -146,8 +146,8 @@ int main() {
     QuantizeInt8Rows int8;
     QuantizeBinaryRows binary;
   };
-  const Set sets[] = {{kScalar, quantize_int8_scalar, quantize_binary_scalar_xnor},
-                      {kAvx2, quantize_int8_avx2, quantize_binary_avx2_xnor},
+  const Set sets[] = {{kScalar, quantize_int8_scalar, quantize_binary_scalar},
+                      {kAvx2, quantize_int8_avx2, quantize_binary_avx2},
                       {kAvx512Vnni, quantize_int8_avx512vnni, nullptr},
                       {kAvx512Vpopcntdq, nullptr, quantize_binary_avx512vpopcntdq}};
   int ran = 0;

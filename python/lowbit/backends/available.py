@@ -19,7 +19,7 @@ _m16 = LAYOUTS[M16]
 
 def _find_cuda_obstacle() -> str | None:
     if importlib.util.find_spec("lowbit._cuda") is None:
-        return "the package was built without nvcc"
+        return "the package was built without its CUDA kernels"
     return "LOWBIT_CUDA=0 is set" if os.environ.get("LOWBIT_CUDA") == "0" else None
 
 

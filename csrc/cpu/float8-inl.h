@@ -1,14 +1,13 @@
 // Weights that are FP8: decoded by arithmetic, where tables of 256 entries would take a load for each.
-#define LOWBIT_ISA avx2
-#define LOWBIT_ISA_BIT kAvx2
-// clang-format off: the vectors come first
-#include "cpu/fp8_avx2.h"
+#pragma once
+
 #include "cpu/bytes_gemv-inl.h"
+#include "cpu/costs.h"
 #include "cpu/fp8_f16c-inl.h"
 #include "cpu/panel-inl.h"
-// clang-format on
 
-namespace lowbit::avx2 {
+namespace lowbit {
+namespace LOWBIT_ISA {
 namespace {
 
 template <Float8 T>
@@ -69,14 +68,13 @@ constexpr Kernel linear_row(const char* name, bool chunk_groups, Cost cost, int6
           rows_per_task,
           run};
 }
-// Measured on Zen 3 beside the 4-bit rows, and scaled to their costs on Zen 4.
 template <Float8 T>
 constexpr Kernel gemv(const char* name) {
-  return linear_row<T>(name, true, {85, 0, 105, 2}, 0, bytes_run<Float8Words<T>>);
+  return linear_row<T>(name, true, float8_gemv_cost(), 0, bytes_run<Float8Words<T>>);
 }
 template <Float8 T>
 constexpr Kernel gemm(const char* name) {
-  return linear_row<T>(name, false, {290, 202, 115, 6}, kRowsPerTask, gemm_run<Float8Codec<T>>);
+  return linear_row<T>(name, false, float8_gemm_cost(), kRowsPerTask, gemm_run<Float8Codec<T>>);
 }
 template <Float8 T>
 constexpr Kernel dequantize(const char* name) {
@@ -96,5 +94,5 @@ const Kernel kFloat8Kernels[] = {
 };
 
 }  // namespace
-}  // namespace lowbit::avx2
-LOWBIT_EXPORT_TABLE_OF(avx2_float8, kFloat8Kernels)
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit

@@ -1,7 +1,0 @@
-#define LOWBIT_ISA scalar
-#define LOWBIT_ISA_BIT kScalar
-// clang-format off: the vectors come first
-#include "cpu/fp8_scalar.h"
-#include "cpu/fp8_quantize-inl.h"
-// clang-format on
-LOWBIT_EXPORT_FP8
