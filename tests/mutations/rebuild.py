@@ -45,6 +45,7 @@ class Build:
         if text.count(BITS) != 1:
             raise ValueError(f"{header} must name all bit widths once: {BITS}")
         self._few_bits = header, text.replace(BITS, FEW_BITS)
+        self.saved: dict[str, bytes] = {}
 
     def _run(self, *command: str, cwd: Path | None = None) -> str:
         ended = subprocess.run(
@@ -69,7 +70,7 @@ class Build:
         """Objects of the library that include `path`, of one instruction set or of none."""
         file, found = (self.tree / path).resolve(), []
         for unit, files in self.includes.items():
-            if file not in files or "lowbit_core" not in unit:
+            if file not in files or not re.search("lowbit_core|/unit_", unit):
                 continue
             words = self._command(unit)
             source = re.search(r" -c (\S+)", words)
