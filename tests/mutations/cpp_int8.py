@@ -43,14 +43,16 @@ MUTANTS = [
         ("if (k_left < kChunkK) bits &= (1u << k_left) - 1;", ""),
         ("sub_i(size, shift_left<1>(sums[r][v]))", "sub_i(size, sums[r][v])"),
         ("const int64_t k_end = last * kChunkK < l.k ? last * kChunkK : l.k;", "const int64_t k_end = last * kChunkK;"),
-        ("if (!first) sums[r][v] = add_i(sums[r][v], load_i(counted[r] + v * kVecLanes));", ""),
         ("group_terms(l, block, group, lane0 + v * kVecLanes).scale", "group_terms(l, block, group, lane0).scale"),
-        ("const F factor = set1(l.x_scales[rows[r]]);", "const F factor = set1(l.x_scales[0]);"),
     ),
     *cpp("cpu/xnor-inl.h", "test_activations", "avx2")(
-        ("if (left < kVecLanes) mask &= (1u << left) - 1;", ""),
         ("z.scales[row] = sum(sums) / static_cast<float>(z.k);", "z.scales[row] = sum(sums) / static_cast<float>(ceil_div(z.k, kVecLanes) * kVecLanes);"),
         ("i < z.k && i < begin + kPiece", "i + kVecLanes <= z.k && i < begin + kPiece"),
+    ),
+    *cpp("cpu/xnor-inl.h", "tests/ops/test_binary.py", "avx2")(
+        ("if (!first) sums[r][v] = add_i(sums[r][v], load_i(counted[r] + v * kVecLanes));", ""),
+        ("const F factor = set1(l.x_scales[rows[r]]);", "const F factor = set1(l.x_scales[0]);"),
+        ("if (left < kVecLanes) mask &= (1u << left) - 1;", ""),
     ),
     *cpp("int8.cpp", "tests/ops/test_int8.py")(
         ("if (std::isfinite(magnitude) && magnitude > step) step = magnitude;", "if (magnitude > step) step = magnitude;"),
