@@ -1,48 +1,82 @@
-"""Operands: the tensors that an op takes, in a named layout, made from a QuantTensor and turned back into one."""
+"""Operands: the tensors that an op takes, in a named layout; KernelWeight: a QuantTensor as kernels read it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowbit import modes, reference, strides
 from lowbit.forking import alone_after_fork
-from lowbit.formats import Format
+from lowbit.formats import Format, parse
 from lowbit.layouts.registry import find
 from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor, tensor_specs
+from lowbit.weights.sparse import SparseTerm
 
-# Canonical tensors that a two-level scale needs besides its fp32 product; `Operands.second` keeps them.
+# The fields of Operands as torch.library wants them.
+SCHEMA = (
+    "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table, "
+    "str format, str layout, SymInt n, SymInt k"
+)
+# Canonical tensors that a two-level scale needs besides its fp32 product; `KernelWeight.second` keeps them.
 _SECOND_LEVEL = ("scales", "scales2", "scales2_offset")
 
 
-@dataclass(frozen=True)
-class Operands:
-    """What an op reads. `second` holds canonical scales that cannot be recovered from the products."""
+class Operands(NamedTuple):
+    """What an op reads of one quantized matrix: `Layout.specs` gives shapes and dtypes of the tensors."""
 
-    format: Format
-    shape: tuple[int, int]
-    layout: str
     codes: Tensor
     scales: Tensor | None
     zeros: Tensor | None
     table: Tensor | None
-    second: dict[str, Tensor]
-    outlier_columns: Tensor | None = None
-    outlier_values: Tensor | None = None
-    # Of the format, with and without outliers, kept: making one takes longer than a small product.
-    spec: str = field(init=False, repr=False)
-    spec_without_outliers: str = field(init=False, repr=False)
+    spec: str  # `Format.spec` of a format without outliers
+    layout: str
+    n: int
+    k: int
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "spec", self.format.spec)
-        object.__setattr__(self, "spec_without_outliers", self.format.without_outliers.spec)
+    @property
+    def format(self) -> Format:
+        """The format of `spec`."""
+        return parse(self.spec)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.n, self.k
+
+
+@dataclass(frozen=True, eq=False)
+class KernelWeight:
+    """A weight as kernels read it: its terms, and what is needed to make the QuantTensor again, bit for bit.
+
+    Attributes:
+        format: of the whole weight.
+        operands: the quantized matrix.
+        sparse: the outliers, if the format has any.
+        second: canonical scales that cannot be recovered from the products in `operands`.
+    """
+
+    format: Format
+    operands: Operands
+    sparse: SparseTerm | None
+    second: dict[str, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.operands.shape
+
+    @property
+    def layout(self) -> str:
+        """How the operands lie."""
+        return self.operands.layout
 
 
 @modes.outside()
 @alone_after_fork
-def to_operands(qt: QuantTensor, layout: str) -> Operands:
+def to_kernel(qt: QuantTensor, layout: str) -> KernelWeight:
     """Converts to `layout`; the tensors may have any strides.
 
     Raises:
@@ -63,29 +97,35 @@ def to_operands(qt: QuantTensor, layout: str) -> Operands:
         # A power of two: exact in bf16.
         scales = reference.e8m0_values(qt.tensors["scales"]).to(torch.bfloat16)
     table = target.fixed_table(f) if qt.table is None else target.pack_table(qt.table, f)
-    return Operands(
-        f,
-        qt.shape,
-        layout,
+    operands = Operands(
         target.pack(qt.tensors["codes"], f, qt.shape[1]),
         None if scales is None else target.from_rows(scales),
         None if qt.zeros is None else target.pack_zeros(qt.zeros, f),
         None if table is None else table.to(qt.device),
-        second,
-        qt.outlier_columns,
-        qt.outlier_values,
+        f.without_outliers.spec,
+        layout,
+        *qt.shape,
     )
+    sparse = None
+    if qt.outlier_columns is not None and qt.outlier_values is not None:
+        sparse = SparseTerm(qt.outlier_columns, qt.outlier_values)
+    return KernelWeight(f, operands, sparse, second)
+
+
+def to_operands(qt: QuantTensor, layout: str) -> Operands:
+    """The operands of the quantized matrix alone; `to_kernel` says what it raises."""
+    return to_kernel(qt, layout).operands
 
 
 @modes.outside()
 @alone_after_fork
-def from_operands(op: Operands) -> QuantTensor:
-    """Inverse of `to_operands`, bit for bit."""
-    n, k = op.shape
-    f = op.format
-    codes, scales, zeros, table = canonical_tensors(op)
-    tensors = {**op.second, "codes": codes}
-    if scales is not None and not op.second:
+def from_kernel(w: KernelWeight) -> QuantTensor:
+    """Inverse of `to_kernel`, bit for bit."""
+    n, k = w.shape
+    f = w.format
+    codes, scales, zeros, table = canonical_tensors(w.operands)
+    tensors = {**w.second, "codes": codes}
+    if scales is not None and not w.second:
         if f.scale == "e8m0":
             # The exponent field of a bf16 power of two is the E8M0 code; 2^-127 is subnormal and gives 0.
             scales = (scales.contiguous().view(torch.int16) >> 7).to(SCALE_DTYPES["e8m0"])
@@ -94,10 +134,10 @@ def from_operands(op: Operands) -> QuantTensor:
         tensors["zeros"] = zeros
     if table is not None:
         tensors["table"] = table
-    if op.outlier_columns is not None and op.outlier_values is not None:
-        tensors |= {"outlier_columns": op.outlier_columns, "outlier_values": op.outlier_values}
+    if w.sparse is not None:
+        tensors |= {"outlier_columns": w.sparse.columns, "outlier_values": w.sparse.values}
     specs = tensor_specs(f, n, k)
-    return QuantTensor(f, op.shape, {name: _compact(tensors[name]) for name in specs})
+    return QuantTensor(f, w.shape, {name: _compact(tensors[name]) for name in specs})
 
 
 def _compact(t: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+"""The only truth: what every op computes, in plain torch. Every kernel is tested against it."""
+
+from lowbit.reference.activations import (
+    INT8_PART,
+    apply_epilogue,
+    binary_linear,
+    int8_linear,
+    quantize_binary,
+    quantize_int8,
+    requantize,
+    table_int8,
+)
+from lowbit.reference.sparse import add_outliers, outlier_product
+from lowbit.reference.weights import (
+    apply_scales,
+    code_values,
+    dequantize,
+    dequantize_rows,
+    dynamic_map,
+    e8m0_values,
+    effective_scales,
+    embedding,
+    group_index,
+    linear,
+    per_weight,
+)
+
+__all__ = [
+    "INT8_PART",
+    "add_outliers",
+    "apply_epilogue",
+    "apply_scales",
+    "binary_linear",
+    "code_values",
+    "dequantize",
+    "dequantize_rows",
+    "dynamic_map",
+    "e8m0_values",
+    "effective_scales",
+    "embedding",
+    "group_index",
+    "int8_linear",
+    "linear",
+    "outlier_product",
+    "per_weight",
+    "quantize_binary",
+    "quantize_int8",
+    "requantize",
+    "table_int8",
+]
