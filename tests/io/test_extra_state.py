@@ -291,6 +291,14 @@ def test_a_state_may_be_of_another_kind_in_the_file(tmp_path: Path):
         assert same(load(model(state), path)[1].state, torch.arange(5))
 
 
+def test_what_the_module_itself_refuses(tmp_path: Path):
+    path = save(model({"a": 1}), tmp_path / "x.safetensors")
+    fresh = model()
+    fresh[1].given = None  # without a list to append to
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'append'"):
+        load(fresh, path)
+
+
 def test_states_of_meta_models_and_shared_modules(tmp_path: Path):
     saved = model({"h": torch.arange(3)})
     saved.append(saved[1])

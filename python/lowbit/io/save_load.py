@@ -234,6 +234,7 @@ def load(
         ValueError: the file is damaged or not a lowbit checkpoint; or names, shapes or formats
             differ from the model's, and then the model is unchanged and the message lists all of
             them.
+        Whatever `set_extra_state` of a module raises; the model is then loaded in part.
     """
     checkpoint = NativeReader(path, mmap)
     match = Match(model, checkpoint)
