@@ -455,7 +455,7 @@ int main() {
       {1, 64, 64, 32, ZeroMode::kNone},    {3, 70, 96, 96, ZeroMode::kSubtract}, {9, 1, 33, 32, ZeroMode::kAdd},
       {2, 130, 100, 64, ZeroMode::kNone},  {5, 17, 1, 1, ZeroMode::kSubtract},   {4, 65, 77, 20, ZeroMode::kAdd},
       {7, 63, 40, 7, ZeroMode::kSubtract}, {200, 66, 31, 31, ZeroMode::kNone},   {98, 64, 288, 32, ZeroMode::kSubtract},
-      {1, 128, 320, 320, ZeroMode::kNone},
+      {1, 128, 320, 320, ZeroMode::kNone}, {3, 17, 520, 512, ZeroMode::kNone},
   };
   // A group longer than an int32 sum allows, and more of them than are summed in one chain: of int8 products alone.
   const Case long_cases[] = {{3, 2, 65536 + 40, 65536 + 40, ZeroMode::kAdd}, {2, 3, 4160, 32, ZeroMode::kAdd}};
