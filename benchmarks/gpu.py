@@ -166,7 +166,7 @@ def main() -> None:
     data: dict[str, Any] = {
         "machine": about, "copy_bytes_per_second": copy_bandwidth(), "checks": summed_up(checked),
         "results": [], "fp8": [], "decode": [],
-        "rows": {f"{family} {f}": backends.explain_request(
+        "kernels": {f"{family} {f}": backends.explain_request(
                      as_format(f), 8192, 8192, 1, torch.bfloat16, "cuda", FAMILIES[family]).selected
                  for f in names for family in families},
     }  # fmt: skip

@@ -308,7 +308,7 @@ void linear_many(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, const py:
 
 // The names of the rows that ran since the last call, in the order of the table.
 std::vector<std::string> py_take_rows_run() {
-  const std::vector<const Kernel*> ran = take_rows_run();
+  const std::vector<const Kernel*> ran = take_kernels_run();
   std::vector<std::string> names;
   for (const Kernel* k : kernels()) {
     if (std::find(ran.begin(), ran.end(), k) != ran.end()) names.emplace_back(k->name);

@@ -34,7 +34,7 @@ def lowbit(weight: Tensor, name: str, dtype: torch.dtype = torch.bfloat16) -> Ca
 
 
 def selected(candidate_format: str, shape: tuple[int, int], m: int, dtype: torch.dtype) -> str:
-    """The kernel row that runs."""
+    """The kernel that runs."""
     format = as_format(candidate_format)
     return backends.explain_request(format, *shape, m, dtype).selected
 

@@ -1,4 +1,4 @@
-// Every row of the kernel table against plain loops, without Python: for sanitizers and for emulated CPUs.
+// Every kernel of the kernel table against plain loops, without Python: for sanitizers and for emulated CPUs.
 // Packs random codes, checks that unpacking returns them, that x = identity gives scale * (T - zero) bit for bit, and
 // that random x agrees with a sum in double. Operands end at pages that nobody may touch (guarded.h).
 #include <algorithm>
@@ -81,7 +81,7 @@ struct Numbers {
   }
 };
 
-// Runs a row as it is and with poisoned memory.
+// Runs a kernel as it is and with poisoned memory.
 template <class T>
 void run_twice(const Kernel& kernel, const Launch& l, int threads, Guarded<T>& out) {
   expect(same_when_poisoned(out, [&] { run(kernel, l, threads); }), kernel.name, "poisoned memory", l.m, 0, 0);
@@ -493,7 +493,7 @@ int main() {
       }
     }
   }
-  std::printf("isa mask %u: %d rows ran, %d skipped (instruction set not available), %d checks, %d failures\n",
+  std::printf("isa mask %u: %d kernels ran, %d skipped (instruction set not available), %d checks, %d failures\n",
               active_isa(), ran, skipped, checks, failures);
   print_memory_checks();
   return failures != 0;

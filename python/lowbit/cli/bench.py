@@ -36,7 +36,7 @@ class Result:
     """One case: an (m, k) x against an (n, k) weight.
 
     Attributes:
-        kernel: the row of the kernel table that ran.
+        kernel: the entry of the kernel table that ran.
         us: median time of a call.
         gb_per_second: packed weight, x and y, read and written once.
         gflops: 2 m n k operations.

@@ -229,7 +229,7 @@ def _packed_size(modules: Iterable[PackedModule]) -> tuple[int, int]:
 
 
 def _products(names: Iterable[str]) -> list[str]:
-    """Those rows of the kernel table that multiply."""
+    """Those kernels that multiply."""
     linear = {row["name"] for row in kernels() if row["op"] == "linear"}
     return [name for name in names if name in linear]
 
