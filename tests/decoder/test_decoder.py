@@ -252,9 +252,9 @@ def test_int8_activations(format, static):
             linear.set_input_scale(0.05)
     ids = torch.randint(203, (93,), generator=torch.Generator().manual_seed(1))
     assert CompiledDecoder.obstacle(model) is None
-    _C.take_rows_run()
+    _C.take_kernels_run()
     compiled, eager = logits_of(model, ids)
-    assert all("_i8_" in name for name in _C.take_rows_run())
+    assert all("_i8_" in name for name in _C.take_kernels_run())
     plain = logits_of(llama(6, 2, 64, 96, format=INT8[format]), ids)[0]
     assert (compiled - eager).norm() < 0.5 * (compiled - plain).norm()
 

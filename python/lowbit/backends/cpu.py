@@ -74,8 +74,8 @@ def _table_step(format: Format) -> float:
 _C.use_tensor_class(torch.Tensor, torch.nn.Parameter)
 linear_tensors, linear_many_tensors = _C.linear_tensors, _C.linear_many_tensors
 kernels = _C.kernels
-# The rows of the kernel table that ran since it was last called, and the threads that a call gets.
-take_rows_run, usable_threads = _C.take_rows_run, _C.usable_threads
+# The names of the kernels that ran since it was last called, and the threads that a call gets.
+take_kernels_run, usable_threads = _C.take_kernels_run, _C.usable_threads
 
 
 def reads(layout: str) -> bool:
