@@ -146,7 +146,7 @@ struct Weight {
   const Kernel& choose(const Desc& d, int index) const {
     if (index >= 0) {
       if (index >= static_cast<int>(kernels().size()))
-        fail("row must be the index of an entry of kernels() that is not for FP8 products");
+        fail("kernel must be the index of an entry of kernels() that is not for FP8 products");
       const Kernel& k = *kernels()[index];
       if (const char* why = rejection(k, d, detect_isa())) fail(std::string(k.name) + ": " + why);
       return k;

@@ -56,10 +56,10 @@ def cases(op: str) -> list:
 
 
 def linear(
-    op: Operands, x: torch.Tensor, row: int, bias: torch.Tensor | None = None
+    op: Operands, x: torch.Tensor, kernel: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     return cpu.linear(
-        x, op.codes, op.scales, op.zeros, op.table, bias, op.format, *op.shape, row=row
+        x, op.codes, op.scales, op.zeros, op.table, bias, op.format, *op.shape, kernel=kernel
     )
 
 
@@ -95,7 +95,7 @@ def test_dequantize_is_exact(format: Format, kernel: dict) -> None:
         op = available.kernel_operands(qt)
         for dtype in DTYPES.values():
             got = cpu.dequantize(
-                op.codes, op.scales, op.zeros, op.table, format, n, k, dtype, row=kernel["index"]
+                op.codes, op.scales, op.zeros, op.table, format, n, k, dtype, kernel=kernel["index"]
             )
             assert torch.equal(got, reference.dequantize(qt, dtype)), (n, k, dtype)
 

@@ -92,7 +92,7 @@ def test_every_row_of_the_kernel_table(format: Format) -> None:
             for m in (1, 9, 600) if blocks else (1, 9):
                 x = spoilt(m, dtype, torch.inf)
                 arguments = (op.codes, op.scales, op.zeros, op.table, None, format, N, K)
-                y = cpu.linear(x, *arguments, row=kernel["index"])
+                y = cpu.linear(x, *arguments, kernel=kernel["index"])
                 want = F.linear(x.float(), weight).to(dtype)
                 assert_alike(y, want, (kernel["name"], m, dtype))
                 ran += 1

@@ -31,7 +31,7 @@ def signs(m: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run_row(op, bits, x_scales, kernel: dict, bias=None, dtype=torch.float32):
     weight = (op.codes, op.scales, op.zeros, op.table, bias, op.format, *op.shape)
-    return cpu.binary_linear(bits, x_scales, *weight, dtype, row=kernel["index"])
+    return cpu.binary_linear(bits, x_scales, *weight, dtype, kernel=kernel["index"])
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k["name"])

@@ -70,8 +70,10 @@ def test_rows_of_the_table_are_not_run_by_weights() -> None:
     assert [row["isa"] for row in ROWS] == ["avx512bf16", "avx512", "avx2", "scalar"]
     op = available.kernel_operands(random_weight(parse("int4"), 64, 64))
     operands = op.codes, op.scales, op.zeros, op.table, None, op.format, *op.shape
-    with pytest.raises(ValueError, match="not for FP8 products"):
-        cpu.linear(torch.ones(2, 64), *operands, row=ROWS[0]["index"])
+    with pytest.raises(
+        ValueError, match="kernel must be the index of an entry .* not for FP8 products"
+    ):
+        cpu.linear(torch.ones(2, 64), *operands, kernel=ROWS[0]["index"])
 
 
 def test_bad_input() -> None:

@@ -36,7 +36,7 @@ def serves(format: Format, kernel: dict, k: int) -> bool:
 
 def run_row(op, q, x_scales, kernel: dict, dtype=torch.float32, out_scale=None, bias=None):
     weight = (op.codes, op.scales, op.zeros, op.table, bias, op.format, *op.shape)
-    return cpu.int8_linear(q, x_scales, *weight, dtype, out_scale, row=kernel["index"])
+    return cpu.int8_linear(q, x_scales, *weight, dtype, out_scale, kernel=kernel["index"])
 
 
 def expected(qt, q, x_scales, bias=None):

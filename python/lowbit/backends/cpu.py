@@ -123,11 +123,11 @@ def linear(
     format: Format,
     n: int,
     k: int,
-    row: int = -1,
+    kernel: int = -1,
 ) -> Tensor:  # (M, N), dtype of x
     """x W^T + bias: the activations as given, fp32 sums, rounded once.
 
-    `row` is an index of `_C.kernels()` that must serve the request; -1 chooses by cost.
+    `kernel` is an index of `_C.kernels()` that must serve the request; -1 chooses by cost.
     """
     m = x.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device="cpu")
@@ -143,7 +143,7 @@ def linear(
         0 if bias is None else CODES[bias.dtype],
         address(out),
         torch.get_num_threads(),
-        row,
+        kernel,
     )
     return out
 
@@ -272,7 +272,7 @@ def _linear_quantized(
     k: int,
     dtype: torch.dtype,
     out_scale: float | None,
-    row: int,
+    kernel: int,
 ) -> Tensor:
     m = x.shape[0]
     out = torch.empty((m, n), dtype=dtype, device="cpu")
@@ -292,7 +292,7 @@ def _linear_quantized(
         CODES[dtype],
         1.0 if out_scale is None else out_scale,
         torch.get_num_threads(),
-        row,
+        kernel,
     )
     return out
 
@@ -310,11 +310,11 @@ def int8_linear(
     k: int,
     dtype: torch.dtype,
     out_scale: float | None = None,
-    row: int = -1,
+    kernel: int = -1,
 ) -> Tensor:  # (M, N) in `dtype`
     """`reference.int8_linear`, rounded once to `dtype`, or divided by out_scale for int8."""
     operands = (codes, scales, zeros, table)
-    return _linear_quantized(q, x_scales, operands, bias, format, n, k, dtype, out_scale, row)
+    return _linear_quantized(q, x_scales, operands, bias, format, n, k, dtype, out_scale, kernel)
 
 
 def binary_linear(
@@ -329,11 +329,11 @@ def binary_linear(
     n: int,
     k: int,
     dtype: torch.dtype,
-    row: int = -1,
+    kernel: int = -1,
 ) -> Tensor:  # (M, N) in `dtype`
     """`reference.binary_linear`, rounded once to `dtype`."""
     operands = (codes, scales, zeros, table)
-    return _linear_quantized(bits, x_scales, operands, bias, format, n, k, dtype, None, row)
+    return _linear_quantized(bits, x_scales, operands, bias, format, n, k, dtype, None, kernel)
 
 
 def outliers_row() -> str:
@@ -436,12 +436,12 @@ def dequantize(
     n: int,
     k: int,
     dtype: torch.dtype,
-    row: int = -1,
+    kernel: int = -1,
 ) -> Tensor:  # (N, K)
     """The weight in fp32, rounded once to `dtype`."""
     out = torch.empty((n, k), dtype=dtype, device="cpu")
     w, addresses = _operands(codes, scales, zeros, table, format, n, k)
-    w.dequantize_ptr(*addresses, address(out), CODES[dtype], torch.get_num_threads(), row)
+    w.dequantize_ptr(*addresses, address(out), CODES[dtype], torch.get_num_threads(), kernel)
     return out
 
 
