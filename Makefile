@@ -51,7 +51,7 @@ types: $(VENV)/.built
 unit: $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n $(TEST_JOBS) --dist worksteal
 
-# The C++ tests, which are built with the module: every kernel row, for each instruction set that the CPU has, and the CUDA
+# The C++ tests, which are built with the module: every kernel, for each instruction set that the CPU has, and the CUDA
 # kernels' data movement.
 CPP_TESTS := test_kernels test_activations test_fp8 test_fp8_mm test_fp8_adamw test_outliers
 cpp: $(VENV)/.built

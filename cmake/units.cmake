@@ -26,7 +26,7 @@ lowbit_isa(avx512vnni kAvx512Vnni avx512 ${avx512_flags} -mavx512vnni)
 lowbit_isa(avx512vpopcntdq kAvx512Vpopcntdq avx512 ${avx512_flags} -mavx512vpopcntdq)
 
 # name, header of the vectors without _<vectors>.h, header of the family without -inl.h, what it exports, instruction sets.
-# Rows stand in the kernel table by instruction set, then in the order of these lines.
+# Kernels stand in the kernel table by instruction set, then in the order of these lines.
 function(lowbit_family name vectors body export)
   foreach(isa IN LISTS ARGN)
     set(unit_${isa}_${name} "cpu/${vectors}_${isa_${isa}_vectors}.h" "cpu/${body}-inl.h" "${export}" PARENT_SCOPE)
@@ -51,7 +51,7 @@ lowbit_family(fp8_mm_f16c fp8 fp8_mm_f16c "LOWBIT_EXPORT_FP8_MATMUL(Fp8F16cFamil
 lowbit_family(fp8_mm_bf16 fp8 fp8_mm_bf16 "LOWBIT_EXPORT_FP8_MATMUL(Fp8Bf16)" avx512bf16)
 lowbit_family(fp8_adamw state fp8_adamw LOWBIT_EXPORT_FP8_ADAMW scalar avx2 avx512)
 
-# Sanitizers see no code that does not run: rows of instruction sets that this CPU lacks are compiled as for the module.
+# Sanitizers see no code that does not run: kernels of instruction sets that this CPU lacks are compiled as for the module.
 set(skipped_isa "")
 if(LOWBIT_SANITIZE AND EXISTS /proc/cpuinfo)
   file(STRINGS /proc/cpuinfo cpu_flags REGEX "^flags" LIMIT_COUNT 1)
@@ -94,6 +94,6 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   target_compile_options(unit_scalar_f32 PRIVATE "SHELL:--param max-inline-insns-single=30")
 endif()
 
-# For dispatch.cpp: the units that have rows in the kernel table.
+# For dispatch.cpp: the units that have kernels in the kernel table.
 file(CONFIGURE OUTPUT generated/units.h @ONLY CONTENT
   "// Written by cmake/units.cmake.\n#pragma once\n#define LOWBIT_FOREACH_TABLE(X)@tables@\n")

@@ -18,14 +18,14 @@
 
 namespace lowbit {
 
-void bind_activations(py::module_& m);           // bindings_activations.cpp
-void bind_decoder(py::module_& m);               // bindings_decoder.cpp
-void bind_fp8(py::module_& m);                   // bindings_fp8.cpp
-void bind_fp8_matmul(py::module_& m);            // bindings_fp8_mm.cpp
-void bind_optim(py::module_& m);                 // bindings_optim.cpp
-void bind_outliers(py::module_& m);              // bindings_outliers.cpp
-void bind_pack(py::module_& m);                  // bindings_pack.cpp
-void append_fp8_matmul_kernels(py::list& rows);  // bindings_fp8_mm.cpp
+void bind_activations(py::module_& m);              // bindings_activations.cpp
+void bind_decoder(py::module_& m);                  // bindings_decoder.cpp
+void bind_fp8(py::module_& m);                      // bindings_fp8.cpp
+void bind_fp8_matmul(py::module_& m);               // bindings_fp8_mm.cpp
+void bind_optim(py::module_& m);                    // bindings_optim.cpp
+void bind_outliers(py::module_& m);                 // bindings_outliers.cpp
+void bind_pack(py::module_& m);                     // bindings_pack.cpp
+void append_fp8_matmul_kernels(py::list& entries);  // bindings_fp8_mm.cpp
 
 namespace {
 
@@ -143,11 +143,11 @@ struct Weight {
     return linear;
   }
 
-  const Kernel& choose(const Desc& d, int row) const {
-    if (row >= 0) {
-      if (row >= static_cast<int>(kernels().size()))
-        fail("row must be the index of a row of kernels() that is not for FP8 products");
-      const Kernel& k = *kernels()[row];
+  const Kernel& choose(const Desc& d, int index) const {
+    if (index >= 0) {
+      if (index >= static_cast<int>(kernels().size()))
+        fail("kernel must be the index of an entry of kernels() that is not for FP8 products");
+      const Kernel& k = *kernels()[index];
       if (const char* why = rejection(k, d, detect_isa())) fail(std::string(k.name) + ": " + why);
       return k;
     }
@@ -157,7 +157,7 @@ struct Weight {
   }
 
   Call call(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales, uint64_t zeros,
-            uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int threads, int row) const {
+            uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int threads, int index) const {
     Launch l = launch(codes, scales, zeros, table);
     l.m = m;
     l.x = pointer<const void>(x);
@@ -167,12 +167,12 @@ struct Weight {
     l.bias_dtype = static_cast<Dtype>(bias_dtype);
     l.out = pointer<void>(out);
     l.out_stride = n;
-    return {&choose(desc(Op::kLinear, l.x_dtype, m, threads), row), l};
+    return {&choose(desc(Op::kLinear, l.x_dtype, m, threads), index), l};
   }
 
   void linear(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales, uint64_t zeros,
-              uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int threads, int row) const {
-    Call c = call(x, x_dtype, m, x_stride, codes, scales, zeros, table, bias, bias_dtype, out, threads, row);
+              uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int threads, int index) const {
+    Call c = call(x, x_dtype, m, x_stride, codes, scales, zeros, table, bias, bias_dtype, out, threads, index);
     py::gil_scoped_release unlocked;
     run_many({&c, 1}, threads);
   }
@@ -180,10 +180,10 @@ struct Weight {
   // `linear` with what follows it, stored as `out_dtype`.
   void linear_epilogue(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales,
                        uint64_t zeros, uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int out_dtype,
-                       int threads, int row, int activation, uint64_t gate, int64_t gate_stride, uint64_t residual,
+                       int threads, int index, int activation, uint64_t gate, int64_t gate_stride, uint64_t residual,
                        int64_t residual_stride, int epilogue_dtype) const {
     if (activation < 0 || activation > static_cast<int>(Activation::kGeluTanh)) fail("activation is out of range");
-    Call c = call(x, x_dtype, m, x_stride, codes, scales, zeros, table, bias, bias_dtype, out, threads, row);
+    Call c = call(x, x_dtype, m, x_stride, codes, scales, zeros, table, bias, bias_dtype, out, threads, index);
     const Epilogue epilogue{
         static_cast<Activation>(activation), pointer<const void>(gate), gate_stride,
         pointer<const void>(residual),       residual_stride,           static_cast<Dtype>(epilogue_dtype)};
@@ -196,7 +196,7 @@ struct Weight {
   // x is int8 or b1. x_scales are (m), or (m, groups) if x_group_scales; int8 out holds y / out_scale.
   void linear_quantized(uint64_t x, int x_dtype, uint64_t x_scales, bool x_group_scales, int64_t m, int64_t x_stride,
                         uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t bias, int bias_dtype,
-                        uint64_t out, int out_dtype, float out_scale, int threads, int row) const {
+                        uint64_t out, int out_dtype, float out_scale, int threads, int index) const {
     Launch l = launch(codes, scales, zeros, table);
     l.m = m;
     l.x = pointer<const void>(x);
@@ -210,19 +210,19 @@ struct Weight {
     l.out_dtype = static_cast<Dtype>(out_dtype);
     l.out_stride = n;
     l.out_inverse = 1.0f / out_scale;
-    const Kernel& kernel = choose(desc(Op::kLinear, l.x_dtype, m, threads), row);
+    const Kernel& kernel = choose(desc(Op::kLinear, l.x_dtype, m, threads), index);
     py::gil_scoped_release unlocked;
     run(kernel, l, threads);
   }
 
   void dequantize(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t out, int out_dtype,
-                  int threads, int row) const {
+                  int threads, int index) const {
     Launch l = launch(codes, scales, zeros, table);
     l.m = 1;
     l.out = pointer<void>(out);
     l.out_dtype = static_cast<Dtype>(out_dtype);
     l.out_stride = k;
-    const Kernel& kernel = choose(desc(Op::kDequantize, l.out_dtype, 1, threads), row);
+    const Kernel& kernel = choose(desc(Op::kDequantize, l.out_dtype, 1, threads), index);
     py::gil_scoped_release unlocked;
     run(kernel, l, threads);
   }
@@ -273,20 +273,20 @@ struct Weight {
     return k ? k->name : "";
   }
 
-  // (name, estimated ns or None, threads or None, reason or None) of every row of the op.
+  // (name, estimated ns or None, threads or None, reason or None) of every kernel of the op.
   py::list explain(const std::string& op, const std::string& x, int64_t m, int threads) const {
     const Desc d = desc(op_of(op), dtype_of(x), m, threads);
-    py::list rows;
+    py::list found;
     for (const Kernel* k : kernels()) {
       if (k->op != d.op || k->bits != bits) continue;
       const char* why = rejection(*k, d, active_isa());
       if (why) {
-        rows.append(py::make_tuple(k->name, py::none(), py::none(), why));
+        found.append(py::make_tuple(k->name, py::none(), py::none(), why));
       } else {
-        rows.append(py::make_tuple(k->name, cost(*k, d), threads_for(*k, d), py::none()));
+        found.append(py::make_tuple(k->name, cost(*k, d), threads_for(*k, d), py::none()));
       }
     }
-    return rows;
+    return found;
   }
 };
 
@@ -306,9 +306,9 @@ void linear_many(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, const py:
   run_many(calls, threads);
 }
 
-// The names of the rows that ran since the last call, in the order of the table.
-std::vector<std::string> py_take_rows_run() {
-  const std::vector<const Kernel*> ran = take_rows_run();
+// The names of the kernels that ran since the last call, in the order of the table.
+std::vector<std::string> py_take_kernels_run() {
+  const std::vector<const Kernel*> ran = take_kernels_run();
   std::vector<std::string> names;
   for (const Kernel* k : kernels()) {
     if (std::find(ran.begin(), ran.end(), k) != ran.end()) names.emplace_back(k->name);
@@ -317,29 +317,29 @@ std::vector<std::string> py_take_rows_run() {
 }
 
 py::list py_kernels() {
-  py::list rows;
+  py::list entries;
   for (const Kernel* k : kernels()) {
-    py::dict row;
-    row["index"] = rows.size();
-    row["name"] = k->name;
-    row["op"] = k->op == Op::kLinear ? "linear" : "dequantize";
-    row["compute"] = dtype_name(k->compute);
-    row["codec"] = kCodecNames[static_cast<int>(k->codec)];
-    row["bits"] = k->bits;
-    row["scope"] = k->scope == Scope::kShared ? "shared" : "column";
-    row["isa"] = isa_name(k->isa);
-    row["available"] = (detect_isa() & k->isa) != 0;
-    row["group_multiple"] = k->chunk_groups ? k->span : 1;
-    row["bf16_table"] = k->bf16_table;
+    py::dict entry;
+    entry["index"] = entries.size();
+    entry["name"] = k->name;
+    entry["op"] = k->op == Op::kLinear ? "linear" : "dequantize";
+    entry["compute"] = dtype_name(k->compute);
+    entry["codec"] = kCodecNames[static_cast<int>(k->codec)];
+    entry["bits"] = k->bits;
+    entry["scope"] = k->scope == Scope::kShared ? "shared" : "column";
+    entry["isa"] = isa_name(k->isa);
+    entry["available"] = (detect_isa() & k->isa) != 0;
+    entry["group_multiple"] = k->chunk_groups ? k->span : 1;
+    entry["bf16_table"] = k->bf16_table;
     py::list x;
     for (Dtype d : {Dtype::kF32, Dtype::kBf16, Dtype::kF16, Dtype::kI8, Dtype::kB1}) {
       if (k->exact_x[static_cast<int>(d)]) x.append(dtype_name(d));
     }
-    row["x"] = x;
-    rows.append(row);
+    entry["x"] = x;
+    entries.append(entry);
   }
-  append_fp8_matmul_kernels(rows);
-  return rows;
+  append_fp8_matmul_kernels(entries);
+  return entries;
 }
 
 std::vector<std::string> isa_names(uint32_t mask) {
@@ -389,9 +389,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lowbit. Works with numpy alone.";
   // A wrong LOWBIT_ISA must stop the import, not the first call.
   active_isa();
-  m.def("kernels", &py_kernels, "Every row of the kernel table, and those of FP8 products, which `Weight` cannot run.");
-  m.def("take_rows_run", &py_take_rows_run,
-        "Names of the rows of the kernel table that ran since the last call of this function, on any thread.");
+  m.def("kernels", &py_kernels,
+        "Every entry of the kernel table, and those of FP8 products, which `Weight` cannot run.");
+  m.def("take_kernels_run", &py_take_kernels_run,
+        "Names of the kernels that ran since the last call of this function, on any thread.");
   m.def("usable_threads", &usable_threads, py::arg("threads"), "How many threads a call gets: one after a fork.");
   m.def("isa_detected", [] { return isa_names(detect_isa()); });
   m.def("isa_active", [] { return isa_names(active_isa()); });

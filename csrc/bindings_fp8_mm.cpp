@@ -53,23 +53,23 @@ const char* py_fp8_matmul_name(const std::string& isa) {
 
 }  // namespace
 
-// Adds the kernels of FP8 products to the rows of `_C.kernels()`.
-void append_fp8_matmul_kernels(py::list& rows) {
+// Adds the kernels of FP8 products to the entries of `_C.kernels()`.
+void append_fp8_matmul_kernels(py::list& entries) {
   for (const Fp8MatmulKernel* k : fp8_matmul_kernels()) {
-    py::dict row;
-    row["index"] = rows.size();
-    row["name"] = k->name;
-    row["op"] = "fp8_scaled_mm";
-    row["compute"] = k->compute == Dtype::kBf16 ? "bf16" : "fp32";
-    row["codec"] = "fp8";
-    row["bits"] = 8;
-    row["scope"] = "shared";
-    row["isa"] = isa_name(k->isa);
-    row["available"] = (detect_isa() & k->isa) != 0;
-    row["group_multiple"] = 16;
-    row["bf16_table"] = k->compute == Dtype::kBf16;
-    row["x"] = std::vector<std::string>{"e4m3", "e5m2"};
-    rows.append(row);
+    py::dict entry;
+    entry["index"] = entries.size();
+    entry["name"] = k->name;
+    entry["op"] = "fp8_scaled_mm";
+    entry["compute"] = k->compute == Dtype::kBf16 ? "bf16" : "fp32";
+    entry["codec"] = "fp8";
+    entry["bits"] = 8;
+    entry["scope"] = "shared";
+    entry["isa"] = isa_name(k->isa);
+    entry["available"] = (detect_isa() & k->isa) != 0;
+    entry["group_multiple"] = 16;
+    entry["bf16_table"] = k->compute == Dtype::kBf16;
+    entry["x"] = std::vector<std::string>{"e4m3", "e5m2"};
+    entries.append(entry);
   }
 }
 

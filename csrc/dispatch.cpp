@@ -40,10 +40,10 @@ constexpr IsaName kIsaNames[] = {
 std::vector<const Kernel*> collect() {
   std::vector<const Kernel*> all;
   int count = 0;
-  const Kernel* rows = nullptr;
-#define LOWBIT_COLLECT(unit)     \
-  rows = kernels_##unit(&count); \
-  for (int i = 0; i < count; ++i) all.push_back(rows + i);
+  const Kernel* table = nullptr;
+#define LOWBIT_COLLECT(unit)      \
+  table = kernels_##unit(&count); \
+  for (int i = 0; i < count; ++i) all.push_back(table + i);
   LOWBIT_FOREACH_TABLE(LOWBIT_COLLECT)
   return all;
 }
@@ -60,7 +60,7 @@ int64_t tasks_of(const Kernel& k, int64_t m, int64_t n) {
   return num_blocks(n) * (k.rows_per_task ? ceil_div(m, k.rows_per_task) : 1);
 }
 
-// Picoseconds per weight of rows that have no rivals and so no cost of their own (dequantize).
+// Picoseconds per weight of kernels that have no rivals and so no cost of their own (dequantize).
 constexpr float kUnratedPs = 60;
 
 // All tasks of a product on one thread, in nanoseconds.
@@ -138,7 +138,7 @@ bool prepared_before(std::span<const Call> calls, size_t i) {
   return false;
 }
 
-// Rows of the kernel table that ran, a set: a slot is empty or holds a row, at its hash or after it.
+// The kernels that ran, a set: a slot is empty or holds a kernel, at its hash or after it.
 constexpr size_t kRanSlots = 1024;
 std::atomic<const Kernel*> ran[kRanSlots];
 
@@ -158,18 +158,18 @@ bool splits_weights(const Kernel& kernel, const Launch& l) {
   return l.zero != ZeroMode::kNone || (kernel.compute == Dtype::kBf16 && kernel.codec == Codec::kInt);
 }
 
-// The row that serves what `kernel` does and applies scales and zeros before it multiplies.
-const Kernel& decoding_row(const Kernel& kernel, const Launch& l) {
+// The kernel that serves what `kernel` does and applies scales and zeros before it multiplies.
+const Kernel& decoding_kernel(const Kernel& kernel, const Launch& l) {
   const Desc desc{Op::kLinear, l.x_dtype, kernel.codec, kernel.bits, kernel.scope, l.zero, l.m, l.n, l.k, l.group};
   const Kernel* best = nullptr;
   for (const Kernel* k : kernels()) {
     if (!k->chunk_groups && !rejection(*k, desc, active_isa()) && (!best || k->isa > best->isa)) best = k;
   }
-  if (!best) throw std::logic_error(std::string(kernel.name) + " has no row that decodes its weights");
+  if (!best) throw std::logic_error(std::string(kernel.name) + " has no kernel that decodes its weights");
   return *best;
 }
 
-// Rows [first, last) of x and a block of 64 columns by another row of the kernel table.
+// Rows [first, last) of x and a block of 64 columns by another kernel.
 void run_block(const Kernel& kernel, Launch l, int64_t block, int64_t first, int64_t last) {
   const auto size = static_cast<int64_t>(size_of(l.x_dtype)), out_size = static_cast<int64_t>(size_of(l.out_dtype));
   Epilogue epilogue{};
@@ -255,7 +255,7 @@ const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
   if (!k.exact_x[static_cast<int>(d.x)]) {
     return d.x == Dtype::kI8 || d.x == Dtype::kB1 ? "needs float activations" : "would round the activations";
   }
-  if (k.chunk_groups && d.group < d.k && d.group % k.span != 0) return "group is not a multiple of the row's span";
+  if (k.chunk_groups && d.group < d.k && d.group % k.span != 0) return "group is not a multiple of the kernel's span";
   return nullptr;
 }
 
@@ -275,7 +275,7 @@ const Kernel* select(const Desc& desc, uint32_t isa_mask) {
   const Kernel* best = nullptr;
   for (const Kernel* k : kernels()) {
     if (rejection(*k, desc, isa_mask)) continue;
-    // The newest instruction set wins; costs compare rows of one set, whose constants were measured together.
+    // The newest instruction set wins; costs compare kernels of one set, whose constants were measured together.
     if (!best || k->isa > best->isa || (k->isa == best->isa && cost(*k, desc) <= cost(*best, desc))) best = k;
   }
   return best;
@@ -317,17 +317,17 @@ void run_tasks(const Kernel& kernel, const Launch& l, int64_t begin, int64_t end
     for (int64_t row = task % row_blocks * rows_per_task; row < row_end; ++row) {
       const int64_t first = row;
       while (spoilt(row)) ++row;
-      if (first < row) run_block(decoding_row(kernel, l), l, block, first, row);
+      if (first < row) run_block(decoding_kernel(kernel, l), l, block, first, row);
     }
   }
 }
 
-std::vector<const Kernel*> take_rows_run() {
-  std::vector<const Kernel*> rows;
+std::vector<const Kernel*> take_kernels_run() {
+  std::vector<const Kernel*> taken;
   for (std::atomic<const Kernel*>& slot : ran) {
-    if (const Kernel* row = slot.exchange(nullptr, std::memory_order_relaxed)) rows.push_back(row);
+    if (const Kernel* kernel = slot.exchange(nullptr, std::memory_order_relaxed)) taken.push_back(kernel);
   }
-  return rows;
+  return taken;
 }
 
 void run_many(std::span<Call> calls, int threads) {

@@ -7,7 +7,7 @@
 
 namespace lowbit {
 
-// A weight apart from its bytes, and the rows that were chosen for it last.
+// A weight apart from its bytes, and the kernels that were chosen for it last.
 struct Plan {
   Desc desc;      // without m and threads; x only if it is kI8
   Launch launch;  // without addresses

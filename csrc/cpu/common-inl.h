@@ -4,19 +4,19 @@
 #include "cpu/activation-inl.h"
 #include "cpu/codecs-inl.h"
 
-// A row's name in the kernel table, and the function through which dispatch.cpp finds a unit's rows.
+// A kernel's name in the kernel table, and the function through which dispatch.cpp finds a unit's kernels.
 #define LOWBIT_STR_(x) #x
 #define LOWBIT_STR(x) LOWBIT_STR_(x)
 #define LOWBIT_NAME(op, act, codec) op "_" act "_" codec "_n16_" LOWBIT_STR(LOWBIT_ISA)
 #define LOWBIT_FOREACH_BITS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(8)
 #define LOWBIT_CAT_(a, b) a##b
 #define LOWBIT_CAT(a, b) LOWBIT_CAT_(a, b)
-#define LOWBIT_EXPORT_TABLE(rows)                                        \
-  namespace lowbit {                                                     \
-  const Kernel* LOWBIT_CAT(kernels_, LOWBIT_UNIT)(int* count) {          \
-    *count = static_cast<int>(sizeof LOWBIT_ISA::rows / sizeof(Kernel)); \
-    return LOWBIT_ISA::rows;                                             \
-  }                                                                      \
+#define LOWBIT_EXPORT_TABLE(table)                                        \
+  namespace lowbit {                                                      \
+  const Kernel* LOWBIT_CAT(kernels_, LOWBIT_UNIT)(int* count) {           \
+    *count = static_cast<int>(sizeof LOWBIT_ISA::table / sizeof(Kernel)); \
+    return LOWBIT_ISA::table;                                             \
+  }                                                                       \
   }
 
 namespace lowbit {

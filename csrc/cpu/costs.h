@@ -1,5 +1,5 @@
-// Picoseconds per weight of the rows of the kernel table, by family. Measured on 4096 x 4096 weights rotated over 80
-// MiB and more, on one thread: of Zen 4 if nothing else is said. `consteval`, so that no unit holds a copy.
+// Picoseconds per weight of the kernels, by family. Measured on 4096 x 4096 weights rotated over 80 MiB and more, on
+// one thread: of Zen 4 if nothing else is said. `consteval`, so that no unit holds a copy.
 #pragma once
 
 #include "kernel.h"
@@ -65,11 +65,11 @@ consteval Cost i8_gemm_cost(Isa isa, int bits, Codec codec) {
 
 consteval Cost nibbles_cost(bool bf16_table) { return bf16_table ? Cost{52, 0, 76, 2} : Cost{58, 0, 75, 2}; }
 
-// Measured on Zen 3 beside the 4-bit rows, and scaled to their costs on Zen 4.
+// Measured on Zen 3 beside the 4-bit kernels, and scaled to their costs on Zen 4.
 consteval Cost float8_gemv_cost() { return {85, 0, 105, 2}; }
 consteval Cost float8_gemm_cost() { return {290, 202, 115, 6}; }
 
-// Estimated from counted instructions, not measured: it decides the number of threads alone, as these rows have no
+// Estimated from counted instructions, not measured: it decides the number of threads alone, as these kernels have no
 // rivals.
 consteval Cost xnor_cost(Isa isa) {
   return isa == kScalar ? Cost{80, 20, 260, 4} : isa == kAvx2 ? Cost{8, 4, 14, 4} : Cost{5, 2, 4, 4};

@@ -61,34 +61,34 @@ inline void prepare_f16_chunks(const Launch& l, int64_t begin, int64_t end) {
   }
 }
 
-constexpr Kernel half_row(Kernel row) {
-  row.exact_x[static_cast<int>(Dtype::kBf16)] = false;
-  row.exact_x[static_cast<int>(Dtype::kF16)] = true;
-  row.terms = kHalfTerms;
-  row.bf16_table = true;
-  return row;
+constexpr Kernel half_kernel(Kernel kernel) {
+  kernel.exact_x[static_cast<int>(Dtype::kBf16)] = false;
+  kernel.exact_x[static_cast<int>(Dtype::kF16)] = true;
+  kernel.terms = kHalfTerms;
+  kernel.bf16_table = true;
+  return kernel;
 }
 template <int B>
 constexpr Kernel gemv_f16(const char* name) {
-  Kernel row = half_row(gemv_bf16<B>(name));
-  row.cost = f16_gemv_cost(B);
-  row.prepare = prepare_f16;
-  row.run = gemv_words_run<B, kHalfTerms>;
-  return row;
+  Kernel kernel = half_kernel(gemv_bf16<B>(name));
+  kernel.cost = f16_gemv_cost(B);
+  kernel.prepare = prepare_f16;
+  kernel.run = gemv_words_run<B, kHalfTerms>;
+  return kernel;
 }
 template <int B>
 constexpr Kernel gemm_f16(const char* name) {
-  Kernel row = half_row(gemm_bf16<B>(name));
-  row.cost = f16_gemm_cost(B);
-  row.prepare = prepare_f16_chunks;
-  row.run = gemm_words_run<B, kHalfTerms>;
-  return row;
+  Kernel kernel = half_kernel(gemm_bf16<B>(name));
+  kernel.cost = f16_gemm_cost(B);
+  kernel.prepare = prepare_f16_chunks;
+  kernel.run = gemm_words_run<B, kHalfTerms>;
+  return kernel;
 }
 
-#define LOWBIT_ROWS(B) \
+#define LOWBIT_KERNELS(B) \
   gemv_f16<B>(LOWBIT_NAME("gemv", "f16", "lut" #B)), gemm_f16<B>(LOWBIT_NAME("gemm", "f16", "lut" #B)),
 
-const Kernel kF16Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_ROWS)};
+const Kernel kF16Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_KERNELS)};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

@@ -52,8 +52,8 @@ struct Float8Codec {
 };
 
 template <Float8 T>
-constexpr Kernel linear_row(const char* name, bool chunk_groups, Cost cost, int64_t rows_per_task,
-                            void (*run)(const Launch&, int64_t, int64_t)) {
+constexpr Kernel linear_kernel(const char* name, bool chunk_groups, Cost cost, int64_t rows_per_task,
+                               void (*run)(const Launch&, int64_t, int64_t)) {
   return {name,
           Op::kLinear,
           Dtype::kF32,
@@ -70,18 +70,18 @@ constexpr Kernel linear_row(const char* name, bool chunk_groups, Cost cost, int6
 }
 template <Float8 T>
 constexpr Kernel gemv(const char* name) {
-  return linear_row<T>(name, true, float8_gemv_cost(), 0, bytes_run<Float8Words<T>>);
+  return linear_kernel<T>(name, true, float8_gemv_cost(), 0, bytes_run<Float8Words<T>>);
 }
 template <Float8 T>
 constexpr Kernel gemm(const char* name) {
-  return linear_row<T>(name, false, float8_gemm_cost(), kRowsPerTask, gemm_run<Float8Codec<T>>);
+  return linear_kernel<T>(name, false, float8_gemm_cost(), kRowsPerTask, gemm_run<Float8Codec<T>>);
 }
 template <Float8 T>
 constexpr Kernel dequantize(const char* name) {
-  Kernel row = linear_row<T>(name, false, {}, 0, dequantize_run<Float8Codec<T>>);
-  row.op = Op::kDequantize;
-  row.prepare = nullptr;
-  return row;
+  Kernel kernel = linear_kernel<T>(name, false, {}, 0, dequantize_run<Float8Codec<T>>);
+  kernel.op = Op::kDequantize;
+  kernel.prepare = nullptr;
+  return kernel;
 }
 
 const Kernel kFloat8Kernels[] = {

@@ -414,13 +414,13 @@ constexpr Kernel gemm_i8(const char* name) {
           gemm_bytes_run<C>};
 }
 
-#define LOWBIT_CODEC_ROWS(C, codec) \
+#define LOWBIT_CODEC_KERNELS(C, codec) \
   skinny_i8<C>(LOWBIT_NAME("gemv", "i8", codec)), gemm_i8<C>(LOWBIT_NAME("gemm", "i8", codec)),
-#define LOWBIT_LUT_ROWS(B) LOWBIT_CODEC_ROWS(LutBytes<B>, "lut" #B)
-#define LOWBIT_INT_ROWS(B) LOWBIT_CODEC_ROWS(IntBytes<B>, "int" #B)
+#define LOWBIT_LUT(B) LOWBIT_CODEC_KERNELS(LutBytes<B>, "lut" #B)
+#define LOWBIT_INT(B) LOWBIT_CODEC_KERNELS(IntBytes<B>, "int" #B)
 
-const Kernel kInt8Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_LUT_ROWS) LOWBIT_INT_ROWS(2) LOWBIT_INT_ROWS(3)
-                                   LOWBIT_INT_ROWS(4) LOWBIT_INT_ROWS(5) LOWBIT_INT_ROWS(6) LOWBIT_INT_ROWS(8)};
+const Kernel kInt8Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_LUT) LOWBIT_INT(2) LOWBIT_INT(3) LOWBIT_INT(4) LOWBIT_INT(5)
+                                   LOWBIT_INT(6) LOWBIT_INT(8)};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

@@ -110,10 +110,10 @@ constexpr Kernel any_i8(const char* name) {
           any_i8_run<B, kCodec>};
 }
 
-#define LOWBIT_LUT_ROW(B) any_i8<B, Codec::kLut>(LOWBIT_NAME("gemm", "i8", "lut" #B)),
-#define LOWBIT_INT_ROW(B) any_i8<B, Codec::kInt>(LOWBIT_NAME("gemm", "i8", "int" #B)),
-const Kernel kInt8Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_LUT_ROW) LOWBIT_INT_ROW(2) LOWBIT_INT_ROW(3) LOWBIT_INT_ROW(4)
-                                   LOWBIT_INT_ROW(5) LOWBIT_INT_ROW(6) LOWBIT_INT_ROW(8)};
+#define LOWBIT_LUT(B) any_i8<B, Codec::kLut>(LOWBIT_NAME("gemm", "i8", "lut" #B)),
+#define LOWBIT_INT(B) any_i8<B, Codec::kInt>(LOWBIT_NAME("gemm", "i8", "int" #B)),
+const Kernel kInt8Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_LUT) LOWBIT_INT(2) LOWBIT_INT(3) LOWBIT_INT(4) LOWBIT_INT(5)
+                                   LOWBIT_INT(6) LOWBIT_INT(8)};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

@@ -111,12 +111,12 @@ constexpr Kernel nibbles(const char* name) {
           bytes_run<NibbleF32>};
 }
 constexpr Kernel nibbles_bf16(const char* name) {
-  Kernel row = nibbles(name);
-  row.cost = nibbles_cost(true);
-  row.prepare = prepare_f32;
-  row.run = bytes_run<NibbleBf16>;
-  row.bf16_table = true;
-  return row;
+  Kernel kernel = nibbles(name);
+  kernel.cost = nibbles_cost(true);
+  kernel.prepare = prepare_f32;
+  kernel.run = bytes_run<NibbleBf16>;
+  kernel.bf16_table = true;
+  return kernel;
 }
 
 const Kernel kNibbleKernels[] = {nibbles(LOWBIT_NAME("gemv", "f32", "bytelut4")),

@@ -1,4 +1,4 @@
-// The rows of the fp32 families for one instruction set: every codec in GEMV, GEMM and dequantize.
+// The kernels of the fp32 families for one instruction set: every codec in GEMV, GEMM and dequantize.
 #pragma once
 
 #include "cpu/costs.h"
@@ -47,20 +47,20 @@ constexpr Kernel dequantize_f32(const char* name) {
           false, {true, true, true, false}, {},          nullptr,   0,        dequantize_run<C>};
 }
 
-#define LOWBIT_ROWS(B)                                                    \
-  LOWBIT_GEMV_ROW(Lut<B>, "lut" #B)                                       \
+#define LOWBIT_KERNELS(B)                                                 \
+  LOWBIT_GEMV(Lut<B>, "lut" #B)                                           \
   gemm_f32<Lut<B>>(LOWBIT_NAME("gemm", "f32", "lut" #B)),                 \
       gemm_f32<ColumnLut<B>>(LOWBIT_NAME("gemm", "f32", "columnlut" #B)), \
       dequantize_f32<Lut<B>>(LOWBIT_NAME("dequantize", "f32", "lut" #B)), \
       dequantize_f32<ColumnLut<B>>(LOWBIT_NAME("dequantize", "f32", "columnlut" #B)),
 #ifdef LOWBIT_NO_GEMV
-#define LOWBIT_GEMV_ROW(codec, name)
+#define LOWBIT_GEMV(codec, name)
 #else
-#define LOWBIT_GEMV_ROW(codec, name) gemv_f32<codec>(LOWBIT_NAME("gemv", "f32", name)),
+#define LOWBIT_GEMV(codec, name) gemv_f32<codec>(LOWBIT_NAME("gemv", "f32", name)),
 #endif
 
 const Kernel kF32Kernels[] = {
-    LOWBIT_FOREACH_BITS(LOWBIT_ROWS) LOWBIT_GEMV_ROW(Int8, "int8") gemm_f32<Int8>(LOWBIT_NAME("gemm", "f32", "int8")),
+    LOWBIT_FOREACH_BITS(LOWBIT_KERNELS) LOWBIT_GEMV(Int8, "int8") gemm_f32<Int8>(LOWBIT_NAME("gemm", "f32", "int8")),
     dequantize_f32<Int8>(LOWBIT_NAME("dequantize", "f32", "int8")),
 };
 

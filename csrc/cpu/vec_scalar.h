@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-// No registers to keep sums in: the GEMM rows serve every M.
+// No registers to keep sums in: the GEMM kernels serve every M.
 #define LOWBIT_NO_GEMV
 
 namespace lowbit {

@@ -210,9 +210,9 @@ def test_explain_says_what_ran(name: str) -> None:
             said = lowbit.explain(x, qt).selected
             strided = x.t().contiguous().t()  # read by another entry point
             for rows, activation in ((x, None), (strided, None), (x, "relu")):
-                _C.take_rows_run()
+                _C.take_kernels_run()
                 lowbit.linear(rows, qt, activation=activation)
-                assert _C.take_rows_run() == [said], (dtype, m)
+                assert _C.take_kernels_run() == [said], (dtype, m)
 
 
 @pytest.mark.parametrize("name", ["int4_g32", "int4_g32_a8", "nf4_a8t", "binary"])

@@ -1,4 +1,4 @@
-// Every row of the kernel table against plain loops, without Python: for sanitizers and for emulated CPUs.
+// Every kernel of the kernel table against plain loops, without Python: for sanitizers and for emulated CPUs.
 // Packs random codes, checks that unpacking returns them, that x = identity gives scale * (T - zero) bit for bit, and
 // that random x agrees with a sum in double. Operands end at pages that nobody may touch (guarded.h).
 #include <algorithm>
@@ -81,7 +81,7 @@ struct Numbers {
   }
 };
 
-// Runs a row as it is and with poisoned memory.
+// Runs a kernel as it is and with poisoned memory.
 template <class T>
 void run_twice(const Kernel& kernel, const Launch& l, int threads, Guarded<T>& out) {
   expect(same_when_poisoned(out, [&] { run(kernel, l, threads); }), kernel.name, "poisoned memory", l.m, 0, 0);
@@ -455,7 +455,7 @@ int main() {
       {1, 64, 64, 32, ZeroMode::kNone},    {3, 70, 96, 96, ZeroMode::kSubtract}, {9, 1, 33, 32, ZeroMode::kAdd},
       {2, 130, 100, 64, ZeroMode::kNone},  {5, 17, 1, 1, ZeroMode::kSubtract},   {4, 65, 77, 20, ZeroMode::kAdd},
       {7, 63, 40, 7, ZeroMode::kSubtract}, {200, 66, 31, 31, ZeroMode::kNone},   {98, 64, 288, 32, ZeroMode::kSubtract},
-      {1, 128, 320, 320, ZeroMode::kNone},
+      {1, 128, 320, 320, ZeroMode::kNone}, {3, 17, 520, 512, ZeroMode::kNone},
   };
   // A group longer than an int32 sum allows, and more of them than are summed in one chain: of int8 products alone.
   const Case long_cases[] = {{3, 2, 65536 + 40, 65536 + 40, ZeroMode::kAdd}, {2, 3, 4160, 32, ZeroMode::kAdd}};
@@ -493,7 +493,7 @@ int main() {
       }
     }
   }
-  std::printf("isa mask %u: %d rows ran, %d skipped (instruction set not available), %d checks, %d failures\n",
+  std::printf("isa mask %u: %d kernels ran, %d skipped (instruction set not available), %d checks, %d failures\n",
               active_isa(), ran, skipped, checks, failures);
   print_memory_checks();
   return failures != 0;

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowbit.backends.cpu.requests import kernels, take_rows_run
+from lowbit.backends.cpu.requests import kernels, take_kernels_run
 from lowbit.nn import PackedModule
 from lowbit.text import as_json, printable
 from lowbit.weights.quantized import stored_bytes
@@ -167,8 +167,8 @@ def _answer(
             f"the model's context of {context}"
         )
     runner = LlamaRunner(model, length)
-    take_rows_run()
-    rows_run: dict[str, list[str]] = {}
+    take_kernels_run()
+    kernels_run: dict[str, list[str]] = {}
     eos = model.generation_config.eos_token_id
     stop = frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
     tokens: list[int] = []
@@ -178,7 +178,7 @@ def _answer(
     for token in runner.generate(prompt, max_new_tokens, stop):
         watch.tick()
         if not tokens:
-            rows_run["prefill"] = take_rows_run()
+            kernels_run["prefill"] = take_kernels_run()
         tokens.append(token)
         if stream is None:
             continue
@@ -189,7 +189,7 @@ def _answer(
             stream.out(printable(text[len(printed) :], keep="\n\t"), end="")
             printed = text
         watch.exclude(time.perf_counter() - start)
-    rows_run["decode"] = take_rows_run()
+    kernels_run["decode"] = take_kernels_run()
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     if stream is not None:
         stream.out(printable(text[len(printed) :], keep="\n\t"))
@@ -198,7 +198,7 @@ def _answer(
         "prompt_tokens": len(prompt_ids),
         "new_tokens": len(tokens),
         "text": text,
-        "kernels": {phase: _products(names) for phase, names in rows_run.items()},
+        "kernels": {phase: _products(names) for phase, names in kernels_run.items()},
     }
 
 
@@ -229,8 +229,8 @@ def _packed_size(modules: Iterable[PackedModule]) -> tuple[int, int]:
 
 
 def _products(names: Iterable[str]) -> list[str]:
-    """Those rows of the kernel table that multiply."""
-    linear = {row["name"] for row in kernels() if row["op"] == "linear"}
+    """Those kernels that multiply."""
+    linear = {k["name"] for k in kernels() if k["op"] == "linear"}
     return [name for name in names if name in linear]
 
 

@@ -33,7 +33,7 @@ _C.use_tensor_class(torch.Tensor, torch.nn.Parameter)
 linear_tensors, linear_many_tensors = _C.linear_tensors, _C.linear_many_tensors
 kernels, isa_active = _C.kernels, _C.isa_active
 # The kernels that ran since it was last called, and the threads that a call gets.
-take_rows_run, usable_threads = _C.take_rows_run, _C.usable_threads
+take_kernels_run, usable_threads = _C.take_kernels_run, _C.usable_threads
 
 
 def weight(
