@@ -18,14 +18,14 @@ from gpu_kernels import FAMILIES, PEERS, TOLERANCE, error, ours
 from torch import Tensor
 
 import lowbit
-from lowbit import fp8, layouts, ops
-from lowbit.fp8 import granularity as granularities
-from lowbit.fp8 import matmul_cuda, matmul_triton
-from lowbit.fp8 import reference as fp8_reference
-from lowbit.fp8 import triton as fp8_triton
-from lowbit.fp8.dtypes import FLOAT8
-from lowbit.optim import kernels as optim
-from lowbit.optim import reference as optim_reference
+from lowbit import float8, fp8, layouts, ops
+from lowbit.backends.cuda import fp8_matmul as matmul_cuda
+from lowbit.backends.triton import fp8 as fp8_triton
+from lowbit.backends.triton import fp8_matmul as matmul_triton
+from lowbit.backends.triton.adamw import adamw_
+from lowbit.float8 import FLOAT8
+from lowbit.reference import adamw as optim_reference
+from lowbit.reference import fp8 as fp8_reference
 
 Result = dict[str, Any]
 # N and K around the tiles of 16 x 64, and a K that is split. Triton compiles anew for most of what follows.
@@ -94,7 +94,7 @@ def hard_values(rows: int, k: int) -> Tensor:
 
 def fp8_quantize(_family: str, name: str) -> Iterator[Result]:
     """Codes, scales and the transposed codes, bit for bit."""
-    g = granularities.find(name)
+    g = float8.find_granularity(name)
     cases = itertools.product(FLOAT8, (torch.float32, torch.bfloat16), (None, 7), (False, True))
     for dtype, x_dtype, seed, transposed in cases:
         x = hard_values(300, 1000).to(x_dtype)
@@ -117,7 +117,7 @@ def fp8_quantize(_family: str, name: str) -> Iterator[Result]:
 def fp8_product(family: str, kind_a: str) -> Iterator[Result]:
     """A granularity of a with every one of b, against float64: relative error at most 1e-3."""
     run = {"triton": matmul_triton, "cuda": matmul_cuda}[family].scaled_mm
-    names = CUDA_GRANULARITIES if family == "cuda" else tuple(granularities.GRANULARITIES)
+    names = CUDA_GRANULARITIES if family == "cuda" else tuple(float8.GRANULARITIES)
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     for kind_b, (m, n, k) in itertools.product(names, FP8_SHAPES):
         types = [(e4m3, e4m3), (e4m3, e5m2), (e5m2, e4m3), (e5m2, e5m2)]
@@ -126,7 +126,7 @@ def fp8_product(family: str, kind_a: str) -> Iterator[Result]:
             b, scale_b = fp8.quantize(torch.randn(n, k, device=device()), type_b, kind_b)
             bias = torch.randn(n, device=device(), dtype=torch.bfloat16)
             exact = fp8_reference.scaled_mm(a, b, scale_a, scale_b, bias)
-            kinds = (granularities.find(kind_a), granularities.find(kind_b))
+            kinds = (float8.find_granularity(kind_a), float8.find_granularity(kind_b))
             y = run(a, b, scale_a, scale_b, *kinds, bias, torch.float32)
             wrong = float((y.double() - exact).norm() / exact.norm())
             what = f"{m}x{n}x{k} {type_a} x {type_b} by {kind_b}"
@@ -136,7 +136,7 @@ def fp8_product(family: str, kind_a: str) -> Iterator[Result]:
         a, scale_a = fp8.quantize(torch.randn(70, 640, device=device()), granularity=kind_a)
         b, scale_b = fp8.quantize(torch.randn(90, 640, device=device()), granularity="tensor")
         y = fp8_reference.scaled_mm(a, b, scale_a, scale_b).float()
-        kinds = (granularities.find(kind_a), granularities.find("tensor"))
+        kinds = (float8.find_granularity(kind_a), float8.find_granularity("tensor"))
         q, scale = matmul_triton.scaled_mm_quantized(
             a, b, scale_a, scale_b, *kinds, None, torch.float8_e4m3fn
         )
@@ -170,9 +170,9 @@ def adamw(_family: str, sq_dtype: str, expand: bool) -> Iterator[Result]:
             want_param, grad, *want, float(step), 1e-3, 0.9, 0.999, 1e-8, 0.01, dtype=torch.float64
         )
         before = param.clone()
-        optim.triton_step(
-            param, grad, *(optim.State(*s) for s in states),
-            optim.Step(number, lr, 0.9, 0.999, 1e-8, 0.01, False),
+        adamw_(
+            param, grad, *(optim_reference.State(*s) for s in states),
+            optim_reference.Step(number, lr, 0.9, 0.999, 1e-8, 0.01, False),
         )  # fmt: skip
         moved = float((param - want_param).abs().max() / (want_param - before).abs().max())
         other = max(
@@ -254,9 +254,9 @@ def tasks(families: list[str]) -> list[list[Any]]:
         for name, format in lowbit.formats().items():
             if family != "cuda" or "m16" in layouts.fitting(format):
                 found.append(["linear", family, name])
-        granularity = CUDA_GRANULARITIES if family == "cuda" else granularities.GRANULARITIES
+        granularity = CUDA_GRANULARITIES if family == "cuda" else float8.GRANULARITIES
         found += [["fp8_product", family, g] for g in granularity]
-    found += [["fp8_quantize", "triton", g] for g in granularities.GRANULARITIES]
+    found += [["fp8_quantize", "triton", g] for g in float8.GRANULARITIES]
     found += [
         ["adamw", "triton", t, e] for t in ("float8_e4m3fn", "float8_e5m2") for e in (False, True)
     ]

@@ -23,7 +23,7 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
-    ("codebooks", "files", "late", "modes", "strides", "text", "transforms"),
+    ("codebooks", "files", "float8", "late", "modes", "strides", "text", "transforms"),
     ("formats", "_C", "_cuda"),
     ("forking", "packing"),
     ("weights",),
@@ -34,9 +34,8 @@ LAYERS = (
     ("outliers",),
     ("autograd",),
     ("ops",),
-    ("fp8",),
     ("binary", "int8"),
-    ("methods", "optim"),
+    ("fp8", "methods", "optim"),
     ("nn",),
     ("decoder", "io"),
     ("ptq",),
@@ -69,13 +68,8 @@ COMPILED_EXCEPTIONS = {
     "python/lowbit/cli/bench.py",
     "python/lowbit/cli/main.py",
     "python/lowbit/forking.py",
-    "python/lowbit/fp8/cpu.py",
-    "python/lowbit/fp8/explanation.py",
-    "python/lowbit/fp8/matmul_cpu.py",
-    "python/lowbit/fp8/matmul_cuda.py",
     "python/lowbit/layouts/n16.py",
     "python/lowbit/methods/kmeans.py",
-    "python/lowbit/optim/kernels.py",
 }
 # Modules that need an optional package, by the file that imports them when they are needed.
 OPTIONAL_IMPORTS = {("python/lowbit/io/readers/gguf_reader.py", "lowbit.io.readers.gguf")}

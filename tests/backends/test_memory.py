@@ -19,8 +19,8 @@ import lowbit
 from lowbit import _C, binary, fp8, int8, layouts, ops
 from lowbit.backends import available
 from lowbit.decoder.bound import bind_linear
+from lowbit.float8 import GRANULARITIES
 from lowbit.formats import parse
-from lowbit.fp8.granularity import GRANULARITIES
 from lowbit.layouts import CANONICAL, K16, N16
 from lowbit.optim import FP8AdamW
 from weights import random_weight

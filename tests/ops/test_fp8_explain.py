@@ -14,10 +14,12 @@ import lowbit
 from fp8_operands import operand
 from fp8_values import E4M3
 from lowbit import _C, fp8
-from lowbit.backends import REFERENCE_ROW, available, cpu
+from lowbit.backends import REFERENCE_ROW, available, cpu, pytorch_fp8
+from lowbit.backends import fp8 as backends
+from lowbit.backends.cuda import fp8_matmul as matmul_cuda
+from lowbit.backends.triton import fp8_matmul as matmul_triton
+from lowbit.float8 import find_granularity
 from lowbit.formats import parse
-from lowbit.fp8 import explanation, matmul, matmul_cuda, matmul_triton, reference
-from lowbit.fp8.granularity import find
 from weights import random_weight
 
 ROWS = [row for row in lowbit.kernels() if row["op"] == "fp8_scaled_mm"]
@@ -94,33 +96,34 @@ def test_triton_rows_name_the_tile_and_what_keeps_tma_away(
     monkeypatch.setattr(matmul_triton, "num_sms", lambda device: 132)
     monkeypatch.setattr(matmul_triton, "capability", lambda device: (9, 0))
     a, b = torch.zeros(2, 4096).to(E4M3), torch.zeros(4096, 4096).to(E4M3)
-    g = find("row"), find("row")
-    (row,) = explanation.triton_rows(a, b, *g, False)
-    assert (row.name, row.reason) == ("triton_fp8_mm_64x64x128_tma_split6", None)
-    (row,) = explanation.triton_rows(a, b, *g, True)
-    assert row.name == "triton_fp8_mm_64x64x128_tma_split1"
+    g = find_granularity("row"), find_granularity("row")
+    assert matmul_triton.explain(a, b, *g, False) == (("triton_fp8_mm_64x64x128_tma_split6", None),)
+    assert matmul_triton.explain(a, b, *g, True) == (("triton_fp8_mm_64x64x128_tma_split1", None),)
     odd = torch.zeros(2, 4097).to(E4M3)[:, 1:]
-    tma, row = explanation.triton_rows(odd, b, *g, False)
-    assert tma.reason == "rows of a do not begin at multiples of 16 bytes"
-    assert (row.name, row.reason) == ("triton_fp8_mm_64x64x128_pointers_split4", None)
+    assert matmul_triton.explain(odd, b, *g, False) == (
+        ("triton_fp8_mm_tma", "rows of a do not begin at multiples of 16 bytes"),
+        ("triton_fp8_mm_64x64x128_pointers_split4", None),
+    )
     monkeypatch.setattr(matmul_triton, "capability", lambda device: (8, 0))
-    tma, row = explanation.triton_rows(a, b, *g, False)
-    assert tma.reason == "TMA needs sm_90, this is sm_80"
-    assert "_16x64x64_pointers" in row.name
+    tma, (name, why) = matmul_triton.explain(a, b, *g, False)
+    assert tma == ("triton_fp8_mm_tma", "TMA needs sm_90, this is sm_80")
+    assert "_16x64x64_pointers" in name
+    assert why is None
 
 
 def test_what_keeps_the_cuda_kernel_away(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cuda, row, mx = torch.device("cuda"), find("row"), find("mx")
+    cuda, row, mx = torch.device("cuda"), find_granularity("row"), find_granularity("mx")
     monkeypatch.setattr(available, "has_triton", lambda: True)
     monkeypatch.setattr(available, "cuda_obstacle", lambda: "it is not built")
-    cached = matmul_cuda._obstacle, matmul._log_triton
+    cached = matmul_cuda._obstacle, backends._log_triton
     for f in cached:
         f.cache_clear()
     with caplog.at_level(logging.INFO, "lowbit"):
-        assert matmul.backend_of(cuda, row, row, 5) is matmul_triton
-        assert matmul.backend_of(cuda, row, row, 5) is matmul_triton
+        for _ in range(2):
+            chosen = backends.product(cuda, row, row, 5)
+            assert chosen == (matmul_triton, (("cuda_fp8_mm_wgmma", "it is not built"),))
     assert [r.getMessage() for r in caplog.records] == [
         "the Triton kernel computes FP8 products, not the CUDA kernel: it is not built"
     ]
@@ -134,8 +137,8 @@ def test_what_keeps_the_cuda_kernel_away(
         matmul_cuda._obstacle.cache_clear()
         assert matmul_cuda.obstacle(cuda, row, scales, 16) == why
         chosen = matmul_cuda if why is None else matmul_triton
-        assert matmul.backend_of(cuda, row, scales, 16) is chosen
-        assert matmul.backend_of(cuda, row, scales, 17) is matmul_triton
+        assert backends.product(cuda, row, scales, 16).backend is chosen
+        assert backends.product(cuda, row, scales, 17).backend is matmul_triton
     for f in cached:
         f.cache_clear()
 
@@ -148,7 +151,7 @@ def test_pointers_in_place_of_tma_are_logged_once(
     monkeypatch.setattr(matmul_triton, "interpreted", lambda device: False)
     matmul_triton._log_pointers.cache_clear()
     odd = torch.zeros(2, 33).to(E4M3)
-    g = find("row"), find("row")
+    g = find_granularity("row"), find_granularity("row")
     with caplog.at_level(logging.INFO, "lowbit"):
         for a in (odd[:, :32], odd[:, :32], odd[:, :32].contiguous()):
             matmul_triton.choose(a, a, *g, False)
@@ -161,8 +164,11 @@ def test_pointers_in_place_of_tma_are_logged_once(
 
 def test_without_triton_plain_torch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     a, scale = operand(3, 40, "row")
-    monkeypatch.setattr(matmul, "backend_of", lambda *_: reference)
+    cuda, choose = torch.device("cuda"), backends.product
     monkeypatch.setattr(matmul_cuda, "obstacle", lambda *_: "it is not built")
+    monkeypatch.setattr(available, "has_triton", lambda: False)
+    assert choose(cuda, find_granularity("row"), find_granularity("row"), 3).backend is pytorch_fp8
+    monkeypatch.setattr(backends, "product", lambda _, *request: choose(cuda, *request))
     shown = fp8.explain(a, a, scale, scale)
     assert shown.selected == REFERENCE_ROW
     assert [row.reason for row in shown.rows] == ["it is not built", "triton is not installed"]

@@ -1,39 +1,23 @@
 """`scaled_mm`, the product of two FP8 matrices, and its ops torch.ops.lowbit.fp8_scaled_mm*.
 
-What it computes is stated in `reference.scaled_mm`; kernels sum in fp32 and scale the sums of groups.
+What it computes is stated in `reference/fp8.py`; kernels sum in fp32 and scale the sums of groups.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit import checks, transforms
-from lowbit.backends import available
-from lowbit.fp8 import granularity as granularities
-from lowbit.fp8 import matmul_cpu, matmul_cuda, matmul_triton, reference
-from lowbit.fp8.dtypes import FLOAT8, check_float8
-from lowbit.fp8.granularity import Granularity
-from lowbit.fp8.quantization import quantize
+from lowbit.backends import fp8 as backends
+from lowbit.float8 import FLOAT8, Granularity, check_float8, find_granularity, infer_granularity
+from lowbit.ops import checks, library
+from lowbit.ops.fp8 import quantize
 from lowbit.strides import contiguous, rows_of
 
-_logger = logging.getLogger("lowbit")
-_library = torch.library.Library("lowbit", "FRAGMENT")
 _OPERANDS = "Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias"
-_SCHEMAS = {
-    "fp8_scaled_mm": f"({_OPERANDS}, ScalarType out_dtype) -> Tensor",
-    "fp8_scaled_mm_quantized": (
-        f"({_OPERANDS}, ScalarType out_dtype, str granularity) -> (Tensor, Tensor)"
-    ),
-}
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 _REQUANTIZED = ("row", "1x16")
 
 
@@ -106,33 +90,9 @@ def check(operands: Sequence[Any], out_dtype: torch.dtype) -> tuple[Granularity,
         checks.check_bias(bias, b.shape[0], a.device)
     checks.refuse_grad("fp8_scaled_mm", a, b, scale_a, scale_b, bias)
     return (
-        granularities.infer(scale_a, a.shape[0], a.shape[1], "scale_a"),
-        granularities.infer(scale_b, b.shape[0], b.shape[1], "scale_b"),
+        infer_granularity(scale_a, a.shape[0], a.shape[1], "scale_a"),
+        infer_granularity(scale_b, b.shape[0], b.shape[1], "scale_b"),
     )
-
-
-def backend_of(device: torch.device, a: Granularity, b: Granularity, m: int) -> ModuleType:
-    """What computes a product of m rows of a with these scales on a device."""
-    if device.type == "cpu":
-        return matmul_cpu
-    obstacle = matmul_cuda.obstacle(device, a, b, m)
-    if obstacle is None:
-        return matmul_cuda
-    if available.has_triton():
-        _log_triton(obstacle)
-        return matmul_triton
-    reference.log_use(device.type)
-    return reference
-
-
-@functools.cache
-def _log_triton(why: str) -> None:
-    _logger.info("the Triton kernel computes FP8 products, not the CUDA kernel: %s", why)
-
-
-def fuses_quantize(backend: ModuleType, granularity: str | None) -> bool:
-    """Whether the kernel of the product quantizes y as well."""
-    return backend is matmul_triton and granularity == "1x16"
 
 
 def ready(tensors: Sequence[Any]) -> list[Any]:
@@ -144,23 +104,20 @@ def ready(tensors: Sequence[Any]) -> list[Any]:
 def _impl(*args: Any) -> Tensor:
     *tensors, out_dtype = args
     both = check(tensors, out_dtype)
-    backend = backend_of(tensors[0].device, *both, len(tensors[0]))
-    if backend is reference:
-        return reference.scaled_mm(*tensors).to(out_dtype)
-    *operands, bias = ready(tensors)
-    y: Tensor = backend.scaled_mm(*operands, *both, bias, out_dtype)
-    return y
+    backend = backends.product(tensors[0].device, *both, len(tensors[0])).backend
+    a, b, scale_a, scale_b, bias = ready(tensors)
+    return backend.scaled_mm(a, b, scale_a, scale_b, *both, bias, out_dtype)
 
 
 def _quantized_impl(*args: Any) -> tuple[Tensor, ...]:
     *tensors, out_dtype, granularity = args
     both = check(tensors, torch.float32)
-    backend = backend_of(tensors[0].device, *both, len(tensors[0]))
-    if fuses_quantize(backend, granularity):
-        *operands, bias = ready(tensors)
-        q, scale = backend.scaled_mm_quantized(*operands, *both, bias, out_dtype)
-        return q, scale
-    return quantize(_impl(*tensors, torch.float32), out_dtype, granularity)
+    backend = backends.product(tensors[0].device, *both, len(tensors[0])).backend
+    fused = backends.quantizing_product(backend, granularity)
+    if fused is None:
+        return quantize(_impl(*tensors, torch.float32), out_dtype, granularity)
+    *operands, bias = ready(tensors)
+    return fused(*operands, *both, bias, out_dtype)
 
 
 def _fake(*args: Any) -> Tensor:
@@ -176,17 +133,16 @@ def _quantized_fake(*args: Any) -> tuple[Tensor, Tensor]:
     check(tensors, torch.float32)
     a, b = tensors[:2]
     m, n = a.shape[0], b.shape[0]
-    shape = granularities.find(granularity).scale_shape(m, n)
+    shape = find_granularity(granularity).scale_shape(m, n)
     return a.new_empty((m, n), dtype=out_dtype), a.new_empty(shape, dtype=torch.float32)
 
 
-for _name, _kernel, _meta in (
-    ("fp8_scaled_mm", _impl, _fake),
-    ("fp8_scaled_mm_quantized", _quantized_impl, _quantized_fake),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _kernel, _key)
-    torch.library.register_fake(f"lowbit::{_name}", _meta, lib=_library)
-    transforms.register_opaque(_library, _name)
-_scaled_mm = torch.ops.lowbit.fp8_scaled_mm.default
-_scaled_mm_quantized = torch.ops.lowbit.fp8_scaled_mm_quantized.default
+_scaled_mm = library.op(
+    "fp8_scaled_mm", f"({_OPERANDS}, ScalarType out_dtype) -> Tensor", _impl, _fake
+)
+_scaled_mm_quantized = library.op(
+    "fp8_scaled_mm_quantized",
+    f"({_OPERANDS}, ScalarType out_dtype, str granularity) -> (Tensor, Tensor)",
+    _quantized_impl,
+    _quantized_fake,
+)

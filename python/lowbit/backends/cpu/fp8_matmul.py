@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.backends.cpu import CODES
-from lowbit.fp8.cpu import SCALE_TYPES, TYPES
-from lowbit.fp8.granularity import Granularity
+from lowbit.backends.cpu.fp8 import SCALE_TYPES, TYPES
+from lowbit.backends.cpu.requests import CODES
+from lowbit.float8 import Granularity
 from lowbit.strides import address, address_of_rows
 
 
@@ -40,6 +40,23 @@ def scaled_mm(
         isa,
     )
     return out
+
+
+def explain(*_request: object) -> tuple[tuple[str, str | None], ...]:
+    """The kernels, the newest instruction set first, and why they do not run; None for the one that does, whatever the
+    product.
+    """
+    chosen, active = _C.fp8_matmul_name(), _C.isa_active()
+    rows = [row for row in _C.kernels() if row["op"] == "fp8_scaled_mm"]
+    why = {
+        row["name"]: f"this CPU has no {row['isa']}"
+        if not row["available"]
+        else "a newer one runs"
+        if row["isa"] in active
+        else "LOWBIT_ISA excludes it"
+        for row in rows
+    }
+    return tuple((name, None if name == chosen else reason) for name, reason in why.items())
 
 
 def _operand(t: Tensor, scale: Tensor, granularity: Granularity) -> tuple[int, ...]:
