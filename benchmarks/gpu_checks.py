@@ -126,8 +126,8 @@ def fp8_product(family: str, kind_a: str) -> Iterator[Result]:
             b, scale_b = fp8.quantize(torch.randn(n, k, device=device()), type_b, kind_b)
             bias = torch.randn(n, device=device(), dtype=torch.bfloat16)
             exact = fp8_reference.scaled_mm(a, b, scale_a, scale_b, bias)
-            kinds = (float8.find_granularity(kind_a), float8.find_granularity(kind_b))
-            y = run(a, b, scale_a, scale_b, *kinds, bias, torch.float32)
+            operands = (float8.scaled(a, scale_a), float8.scaled(b, scale_b))
+            y = run(*operands, bias, torch.float32)
             wrong = float((y.double() - exact).norm() / exact.norm())
             what = f"{m}x{n}x{k} {type_a} x {type_b} by {kind_b}"
             found = {"what": what, "ok": wrong <= 1e-3, "error": wrong}
@@ -136,10 +136,8 @@ def fp8_product(family: str, kind_a: str) -> Iterator[Result]:
         a, scale_a = fp8.quantize(torch.randn(70, 640, device=device()), granularity=kind_a)
         b, scale_b = fp8.quantize(torch.randn(90, 640, device=device()), granularity="tensor")
         y = fp8_reference.scaled_mm(a, b, scale_a, scale_b).float()
-        kinds = (float8.find_granularity(kind_a), float8.find_granularity("tensor"))
-        q, scale = matmul_triton.scaled_mm_quantized(
-            a, b, scale_a, scale_b, *kinds, None, torch.float8_e4m3fn
-        )
+        operands = (float8.scaled(a, scale_a), float8.scaled(b, scale_b))
+        q, scale = matmul_triton.scaled_mm_quantized(*operands, None, torch.float8_e4m3fn)
         # Half a step of E4M3, whose steps are at most 1/8 of a value, and the error of y.
         wrong = float((fp8.dequantize(q, scale) - y).norm() / y.norm())
         yield {"what": "quantized y", "ok": wrong <= 0.04, "error": wrong}

@@ -52,8 +52,8 @@ def measure(families: list[str]) -> list[dict[str, Any]]:
             rows = slice(0, CHECKED_ROWS)
             values = fp8.dequantize(a, scale_a)[rows].double()
             want = values @ fp8.dequantize(b, scale_b).double().t()
-            kinds = (float8.find_granularity(kind_a), float8.find_granularity(kind_b))
-            arguments = (a, b, scale_a, scale_b, *kinds, None, torch.bfloat16)
+            operands = (float8.scaled(a, scale_a), float8.scaled(b, scale_b))
+            arguments = (*operands, None, torch.bfloat16)
             backends = {"triton": matmul_triton, "cuda": matmul_cuda}
             for family in families:
                 run = backends[family].scaled_mm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,3 +127,16 @@ def infer_granularity(scale: Tensor, rows: int, k: int, name: str = "scale") -> 
         f"{name} of a ({rows}, {k}) matrix must have, in {scale.dtype}, one of the shapes {expected}, got "
         f"{tuple(scale.shape)}"
     )
+
+
+class Scaled(NamedTuple):
+    """A matrix in FP8 and its scales."""
+
+    q: Tensor  # (R, K)
+    scale: Tensor
+    granularity: Granularity
+
+
+def scaled(q: Tensor, scale: Tensor, name: str = "scale") -> Scaled:
+    """A matrix and its scales, whose shape and dtype say what they are; `infer_granularity` says what it raises."""
+    return Scaled(q, scale, infer_granularity(scale, q.shape[0], q.shape[1], name))

@@ -166,7 +166,6 @@ def test_fp8_operands_are_what_the_kernel_can_read(
     qb = lowbit.fp8.quantize(torch.randn(9, k), torch.float8_e5m2, granularity)
     monkeypatch.setitem(sys.modules, "lowbit._cuda", SimpleNamespace(fp8_scaled_mm=fp8_scaled_mm))
     monkeypatch.setattr(lowbit, "_cuda", sys.modules["lowbit._cuda"], raising=False)
-    kinds = (float8.find_granularity(granularity),) * 2
-    y = matmul_cuda.scaled_mm(qa[0], qb[0], qa[1], qb[1], *kinds, None, torch.float16)
+    y = matmul_cuda.scaled_mm(float8.scaled(*qa), float8.scaled(*qb), None, torch.float16)
     assert (y.shape, y.dtype) == ((7, 9), torch.float16)
     assert given["rest"] == (0, "fp32", y.data_ptr(), "fp16")

@@ -28,7 +28,7 @@ MUTANTS = [
     ),
     *python("ops/fp8_matmul.py", "fp8_matmul")(
         ("out_dtype or torch.bfloat16)", "out_dtype or torch.float32)"),
-        ("return [*(rows_of(t, t.shape[1]) for t in (a, b)), *map(contiguous, others)]", "return [a, b, *map(contiguous, others)]"),
+        ("return Scaled(rows_of(s.q, s.q.shape[1]), contiguous(s.scale), s.granularity)", "return Scaled(s.q, contiguous(s.scale), s.granularity)"),
     ),
     *python("nn/fp8.py", "fp8_nn")(
         ("by_row = _quantize(grad, _BACKWARD, values)", "by_row = _quantize(grad, _FORWARD, values)"),

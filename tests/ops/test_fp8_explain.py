@@ -18,7 +18,7 @@ from lowbit.backends import REFERENCE_ROW, available, cpu, pytorch_fp8
 from lowbit.backends import fp8 as backends
 from lowbit.backends.cuda import fp8_matmul as matmul_cuda
 from lowbit.backends.triton import fp8_matmul as matmul_triton
-from lowbit.float8 import find_granularity
+from lowbit.float8 import Scaled, find_granularity
 from lowbit.formats import parse
 from weights import random_weight
 
@@ -95,17 +95,20 @@ def test_triton_rows_name_the_tile_and_what_keeps_tma_away(
     pytest.importorskip("triton")
     monkeypatch.setattr(matmul_triton, "num_sms", lambda device: 132)
     monkeypatch.setattr(matmul_triton, "capability", lambda device: (9, 0))
-    a, b = torch.zeros(2, 4096).to(E4M3), torch.zeros(4096, 4096).to(E4M3)
-    g = find_granularity("row"), find_granularity("row")
-    assert matmul_triton.explain(a, b, *g, False) == (("triton_fp8_mm_64x64x128_tma_split6", None),)
-    assert matmul_triton.explain(a, b, *g, True) == (("triton_fp8_mm_64x64x128_tma_split1", None),)
-    odd = torch.zeros(2, 4097).to(E4M3)[:, 1:]
-    assert matmul_triton.explain(odd, b, *g, False) == (
+    a, b, odd = (
+        Scaled(
+            torch.zeros(shape).to(E4M3)[:, -4096:], torch.ones(shape[0], 1), find_granularity("row")
+        )
+        for shape in ((2, 4096), (4096, 4096), (2, 4097))
+    )
+    assert matmul_triton.explain(a, b, False) == (("triton_fp8_mm_64x64x128_tma_split6", None),)
+    assert matmul_triton.explain(a, b, True) == (("triton_fp8_mm_64x64x128_tma_split1", None),)
+    assert matmul_triton.explain(odd, b, False) == (
         ("triton_fp8_mm_tma", "rows of a do not begin at multiples of 16 bytes"),
         ("triton_fp8_mm_64x64x128_pointers_split4", None),
     )
     monkeypatch.setattr(matmul_triton, "capability", lambda device: (8, 0))
-    tma, (name, why) = matmul_triton.explain(a, b, *g, False)
+    tma, (name, why) = matmul_triton.explain(a, b, False)
     assert tma == ("triton_fp8_mm_tma", "TMA needs sm_90, this is sm_80")
     assert "_16x64x64_pointers" in name
     assert why is None
@@ -122,7 +125,7 @@ def test_what_keeps_the_cuda_kernel_away(
         f.cache_clear()
     with caplog.at_level(logging.INFO, "lowbit"):
         for _ in range(2):
-            chosen = backends.product(cuda, row, row, 5)
+            chosen = backends.choose_product(cuda, row, row, 5)
             assert chosen == (matmul_triton, (("cuda_fp8_mm_wgmma", "it is not built"),))
     assert [r.getMessage() for r in caplog.records] == [
         "the Triton kernel computes FP8 products, not the CUDA kernel: it is not built"
@@ -137,8 +140,8 @@ def test_what_keeps_the_cuda_kernel_away(
         matmul_cuda._obstacle.cache_clear()
         assert matmul_cuda.obstacle(cuda, row, scales, 16) == why
         chosen = matmul_cuda if why is None else matmul_triton
-        assert backends.product(cuda, row, scales, 16).backend is chosen
-        assert backends.product(cuda, row, scales, 17).backend is matmul_triton
+        assert backends.choose_product(cuda, row, scales, 16).backend is chosen
+        assert backends.choose_product(cuda, row, scales, 17).backend is matmul_triton
     for f in cached:
         f.cache_clear()
 
@@ -151,10 +154,11 @@ def test_pointers_in_place_of_tma_are_logged_once(
     monkeypatch.setattr(matmul_triton, "interpreted", lambda device: False)
     matmul_triton._log_pointers.cache_clear()
     odd = torch.zeros(2, 33).to(E4M3)
-    g = find_granularity("row"), find_granularity("row")
+    row, ones = find_granularity("row"), torch.ones(2, 1)
     with caplog.at_level(logging.INFO, "lowbit"):
         for a in (odd[:, :32], odd[:, :32], odd[:, :32].contiguous()):
-            matmul_triton.choose(a, a, *g, False)
+            both = Scaled(a, ones, row), Scaled(a, ones, row)
+            matmul_triton.choose(*both, False)
     assert [r.getMessage() for r in caplog.records] == [
         "the Triton kernel of FP8 products loads by pointers, not TMA: "
         "rows of a do not begin at multiples of 16 bytes"
@@ -164,11 +168,11 @@ def test_pointers_in_place_of_tma_are_logged_once(
 
 def test_without_triton_plain_torch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     a, scale = operand(3, 40, "row")
-    cuda, choose = torch.device("cuda"), backends.product
+    cuda, choose = torch.device("cuda"), backends.choose_product
     monkeypatch.setattr(matmul_cuda, "obstacle", lambda *_: "it is not built")
     monkeypatch.setattr(available, "has_triton", lambda: False)
     assert choose(cuda, find_granularity("row"), find_granularity("row"), 3).backend is pytorch_fp8
-    monkeypatch.setattr(backends, "product", lambda _, *request: choose(cuda, *request))
+    monkeypatch.setattr(backends, "choose_product", lambda _, *request: choose(cuda, *request))
     shown = fp8.explain(a, a, scale, scale)
     assert shown.selected == REFERENCE_ROW
     assert [row.reason for row in shown.rows] == ["it is not built", "triton is not installed"]

@@ -14,6 +14,7 @@ from fp8_operands import PAIRINGS, TYPES, assert_close, check_neighbours, operan
 from fp8_values import E4M3, E5M2
 from lowbit import _C, float8, fp8
 from lowbit.backends.cpu import fp8_matmul as matmul_cpu
+from lowbit.float8 import scaled
 from lowbit.reference import fp8 as reference
 
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
@@ -27,11 +28,7 @@ def isa(request: pytest.FixtureRequest) -> str:
 
 
 def run(isa: str, a, b, scale_a, scale_b, bias=None, dtype=torch.float32) -> Tensor:
-    g_a, g_b = (
-        float8.infer_granularity(scale_a, *a.shape),
-        float8.infer_granularity(scale_b, *b.shape),
-    )
-    return matmul_cpu.scaled_mm(a, b, scale_a, scale_b, g_a, g_b, bias, dtype, isa)
+    return matmul_cpu.scaled_mm(scaled(a, scale_a), scaled(b, scale_b), bias, dtype, isa)
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS, ids="-".join)

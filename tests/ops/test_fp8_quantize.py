@@ -390,6 +390,6 @@ def test_plain_torch_says_that_it_stands_in(
         assert not caplog.messages
         assert backends.quantizer(cuda, 5) is pytorch_fp8
         row = find_granularity("row")
-        assert backends.product(cuda, row, row, 5).backend is pytorch_fp8
+        assert backends.choose_product(cuda, row, row, 5).backend is pytorch_fp8
     assert len(caplog.messages) == 1
     assert "on cuda: triton" in caplog.messages[0]

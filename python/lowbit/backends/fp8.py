@@ -21,7 +21,7 @@ from lowbit.backends.cuda import fp8_matmul as cuda_matmul
 from lowbit.backends.triton import adamw as triton_adamw
 from lowbit.backends.triton import fp8 as triton
 from lowbit.backends.triton import fp8_matmul as triton_matmul
-from lowbit.float8 import Granularity
+from lowbit.float8 import Granularity, Scaled
 from lowbit.reference.adamw import State, Step
 
 _logger = logging.getLogger("lowbit")
@@ -57,27 +57,10 @@ class Quantizer(Protocol):
 class Product(Protocol):
     """Products of FP8 matrices, with sums in fp32."""
 
-    def scaled_mm(
-        self,
-        a: Tensor,
-        b: Tensor,
-        scale_a: Tensor,
-        scale_b: Tensor,
-        granularity_a: Granularity,
-        granularity_b: Granularity,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def scaled_mm(self, a: Scaled, b: Scaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """`reference.fp8.scaled_mm` rounded once to `dtype`: (M, K) and (N, K) to (M, N)."""
 
-    def explain(
-        self,
-        a: Tensor,
-        b: Tensor,
-        granularity_a: Granularity,
-        granularity_b: Granularity,
-        quantized: bool,
-    ) -> tuple[tuple[str, str | None], ...]:
+    def explain(self, a: Scaled, b: Scaled, quantized: bool) -> tuple[tuple[str, str | None], ...]:
         """Names of its kernels, and why each does not run; None for the one that does."""
 
 
@@ -109,7 +92,12 @@ class Choice(NamedTuple):
     others: tuple[tuple[str, str], ...]
 
 
-def product(device: torch.device, a: Granularity, b: Granularity, m: int) -> Choice:
+def product(a: Scaled, b: Scaled) -> Choice:
+    """What multiplies two matrices."""
+    return choose_product(a.q.device, a.granularity, b.granularity, len(a.q))
+
+
+def choose_product(device: torch.device, a: Granularity, b: Granularity, m: int) -> Choice:
     """What multiplies m rows of a with these scales on a device."""
     if device.type == "cpu":
         return Choice(cpu_matmul, ())
@@ -125,12 +113,12 @@ def product(device: torch.device, a: Granularity, b: Granularity, m: int) -> Cho
 
 
 def quantizing_product(
-    backend: Product, granularity: str | None
+    a: Scaled, b: Scaled, granularity: str | None
 ) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """`scaled_mm` that quantizes y by a granularity before it stores it: codes and scales; None if the backend has
-    none.
+    """`scaled_mm` that quantizes y by a granularity before it stores it: codes and scales; None if the backend of
+    the product has none.
     """
-    fuses = backend is triton_matmul and granularity == "1x16"
+    fuses = granularity == "1x16" and product(a, b).backend is triton_matmul
     return triton_matmul.scaled_mm_quantized if fuses else None
 
 

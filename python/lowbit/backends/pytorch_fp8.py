@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.float8 import Granularity
+from lowbit.float8 import Granularity, Scaled
 from lowbit.reference import fp8 as reference
 from lowbit.reference.fp8 import absmax, cast
 
@@ -37,17 +37,13 @@ def dequantize(
 
 
 def scaled_mm(
-    a: Tensor,  # (M, K)
-    b: Tensor,  # (N, K)
-    scale_a: Tensor,
-    scale_b: Tensor,
-    granularity_a: Granularity,
-    granularity_b: Granularity,
+    a: Scaled,  # (M, K)
+    b: Scaled,  # (N, K)
     bias: Tensor | None,  # (N,)
     dtype: torch.dtype,
 ) -> Tensor:  # (M, N) in `dtype`
     """`reference.scaled_mm`, rounded once to `dtype`."""
-    return reference.scaled_mm(a, b, scale_a, scale_b, bias).to(dtype)
+    return reference.scaled_mm(a.q, b.q, a.scale, b.scale, bias).to(dtype)
 
 
 def explain(*_request: object) -> tuple[tuple[str, str | None], ...]:

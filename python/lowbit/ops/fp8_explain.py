@@ -35,18 +35,18 @@ def explain_fp8(
     """
     if a.device.type not in ("cpu", "cuda"):
         raise ValueError(f"a must be on a CPU or a CUDA device, got {a.device}")
-    both = fp8_matmul.check((a, b, scale_a, scale_b, None), torch.float32)
+    left, right = fp8_matmul.check(a, b, scale_a, scale_b, None, torch.float32)
     if requantize is not None:
         fp8_matmul.check_requantize(requantize)
     (m, k), n = a.shape, b.shape[0]
     request = (
-        f"fp8_scaled_mm {both[0].name} {both[1].name} M={m} N={n} K={k} on {a.device.type}"
+        f"fp8_scaled_mm {left.granularity.name} {right.granularity.name} M={m} N={n} K={k} on {a.device.type}"
         + f", y quantized by {requantize}" * (requantize is not None)
     )
-    backend, others = backends.product(a.device, *both, m)
-    quantized = backends.quantizing_product(backend, requantize) is not None
-    a, b, *_ = fp8_matmul.ready((a, b))
-    kernels = (*others, *backend.explain(a, b, *both, quantized))
+    backend, others = backends.product(left, right)
+    quantized = backends.quantizing_product(left, right, requantize) is not None
+    ready = fp8_matmul.ready(left), fp8_matmul.ready(right)
+    kernels = (*others, *backend.explain(*ready, quantized))
     selected = next((name for name, why in kernels if why is None), REFERENCE_ROW)
     return Explanation(
         request, selected, tuple(Row(name, None, None, why) for name, why in kernels)

@@ -5,14 +5,13 @@ What it computes is stated in `reference/fp8.py`; kernels sum in fp32 and scale 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.backends import fp8 as backends
-from lowbit.float8 import FLOAT8, Granularity, check_float8, find_granularity, infer_granularity
+from lowbit.float8 import FLOAT8, Scaled, check_float8, find_granularity, scaled
 from lowbit.ops import checks, library
 from lowbit.ops.fp8 import quantize
 from lowbit.strides import contiguous, rows_of
@@ -71,9 +70,15 @@ def check_requantize(name: str) -> None:
         raise ValueError(f"requantize must be None or one of {_REQUANTIZED}, got {name!r}")
 
 
-def check(operands: Sequence[Any], out_dtype: torch.dtype) -> tuple[Granularity, Granularity]:
-    """Checks a, b, their scales and the bias, and returns the granularities."""
-    a, b, scale_a, scale_b, bias = operands
+def check(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[Scaled, Scaled]:
+    """Checks a, b, their scales and the bias, and returns a and b with what their scales are."""
     for name, t in (("a", a), ("b", b)):
         check_float8(name, t.dtype)
         if t.dim() != 2 or t.shape[1] < 1:
@@ -89,49 +94,52 @@ def check(operands: Sequence[Any], out_dtype: torch.dtype) -> tuple[Granularity,
     if bias is not None:
         checks.check_bias(bias, b.shape[0], a.device)
     checks.refuse_grad("fp8_scaled_mm", a, b, scale_a, scale_b, bias)
-    return (
-        infer_granularity(scale_a, a.shape[0], a.shape[1], "scale_a"),
-        infer_granularity(scale_b, b.shape[0], b.shape[1], "scale_b"),
-    )
+    return scaled(a, scale_a, "scale_a"), scaled(b, scale_b, "scale_b")
 
 
-def ready(tensors: Sequence[Any]) -> list[Any]:
-    """a and b with unit stride along K, the others contiguous."""
-    a, b, *others = tensors
-    return [*(rows_of(t, t.shape[1]) for t in (a, b)), *map(contiguous, others)]
+def ready(s: Scaled) -> Scaled:
+    """Values with unit stride along K, scales contiguous."""
+    return Scaled(rows_of(s.q, s.q.shape[1]), contiguous(s.scale), s.granularity)
 
 
-def _impl(*args: Any) -> Tensor:
-    *tensors, out_dtype = args
-    both = check(tensors, out_dtype)
-    backend = backends.product(tensors[0].device, *both, len(tensors[0])).backend
-    a, b, scale_a, scale_b, bias = ready(tensors)
-    return backend.scaled_mm(a, b, scale_a, scale_b, *both, bias, out_dtype)
+def _impl(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    left, right = check(a, b, scale_a, scale_b, bias, out_dtype)
+    backend, _ = backends.product(left, right)
+    return backend.scaled_mm(ready(left), ready(right), contiguous(bias), out_dtype)
 
 
-def _quantized_impl(*args: Any) -> tuple[Tensor, ...]:
-    *tensors, out_dtype, granularity = args
-    both = check(tensors, torch.float32)
-    backend = backends.product(tensors[0].device, *both, len(tensors[0])).backend
-    fused = backends.quantizing_product(backend, granularity)
-    if fused is None:
-        return quantize(_impl(*tensors, torch.float32), out_dtype, granularity)
-    *operands, bias = ready(tensors)
-    return fused(*operands, *both, bias, out_dtype)
+def _quantized_impl(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    granularity: str,
+) -> tuple[Tensor, Tensor]:
+    left, right = check(a, b, scale_a, scale_b, bias, torch.float32)
+    fused = backends.quantizing_product(left, right, granularity)
+    if fused is not None:
+        return fused(ready(left), ready(right), contiguous(bias), out_dtype)
+    q, scale = quantize(_impl(a, b, scale_a, scale_b, bias, torch.float32), out_dtype, granularity)
+    return q, scale
 
 
-def _fake(*args: Any) -> Tensor:
-    *tensors, out_dtype = args
-    check(tensors, out_dtype)
-    a, b = tensors[:2]
-    y: Tensor = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-    return y
+def _fake(a: Tensor, b: Tensor, *others: Any) -> Tensor:
+    check(a, b, *others)
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=others[-1])
 
 
-def _quantized_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    *tensors, out_dtype, granularity = args
-    check(tensors, torch.float32)
-    a, b = tensors[:2]
+def _quantized_fake(a: Tensor, b: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *tensors, out_dtype, granularity = others
+    check(a, b, *tensors, torch.float32)
     m, n = a.shape[0], b.shape[0]
     shape = find_granularity(granularity).scale_shape(m, n)
     return a.new_empty((m, n), dtype=out_dtype), a.new_empty(shape, dtype=torch.float32)

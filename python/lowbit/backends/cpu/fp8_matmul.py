@@ -8,30 +8,26 @@ from torch import Tensor
 from lowbit import _C
 from lowbit.backends.cpu.fp8 import SCALE_TYPES, TYPES
 from lowbit.backends.cpu.requests import CODES
-from lowbit.float8 import Granularity
+from lowbit.float8 import Scaled
 from lowbit.strides import address, address_of_rows
 
 
 def scaled_mm(
-    a: Tensor,  # (M, K), unit stride along K
-    b: Tensor,  # (N, K), unit stride along K
-    scale_a: Tensor,  # contiguous
-    scale_b: Tensor,  # contiguous
-    granularity_a: Granularity,
-    granularity_b: Granularity,
+    a: Scaled,  # (M, K), unit stride along K; scales contiguous
+    b: Scaled,  # (N, K), likewise
     bias: Tensor | None,  # (N,) contiguous
     dtype: torch.dtype,
     isa: str = "",
 ) -> Tensor:  # (M, N) in `dtype`
     """`reference.scaled_mm` in fp32, rounded once to `dtype`."""
-    (m, k), n = a.shape, b.shape[0]
+    (m, k), n = a.q.shape, len(b.q)
     out = torch.empty((m, n), dtype=dtype, device="cpu")
     _C.fp8_matmul_ptr(
         m,
         n,
         k,
-        _operand(a, scale_a, granularity_a),
-        _operand(b, scale_b, granularity_b),
+        _operand(a),
+        _operand(b),
         address(bias),
         0 if bias is None else CODES[bias.dtype],
         address(out),
@@ -59,15 +55,15 @@ def explain(*_request: object) -> tuple[tuple[str, str | None], ...]:
     return tuple((name, None if name == chosen else reason) for name, reason in why.items())
 
 
-def _operand(t: Tensor, scale: Tensor, granularity: Granularity) -> tuple[int, ...]:
+def _operand(s: Scaled) -> tuple[int, ...]:
     """csrc/bindings_fp8_mm.cpp Operand: blocks of scales are powers of two, and shifts find them."""
-    rows, columns = granularity.rows, granularity.columns
+    rows, columns = s.granularity.rows, s.granularity.columns
     return (
-        *address_of_rows(t),
-        TYPES[t.dtype],
-        address(scale),
-        SCALE_TYPES[scale.dtype],
+        *address_of_rows(s.q),
+        TYPES[s.q.dtype],
+        address(s.scale),
+        SCALE_TYPES[s.scale.dtype],
         (rows or 1).bit_length() - 1,
         -1 if columns is None else columns.bit_length() - 1,
-        0 if rows is None else scale.shape[1],
+        0 if rows is None else s.scale.shape[1],
     )
