@@ -14,10 +14,12 @@ import lowbit
 from fp8_operands import operand
 from fp8_values import E4M3
 from lowbit import _C, fp8
-from lowbit.backends import REFERENCE_ROW, available, cpu, pytorch_fp8
+from lowbit.backends import available, pytorch_fp8
 from lowbit.backends import fp8 as backends
+from lowbit.backends.cpu import weights as cpu
 from lowbit.backends.cuda import fp8_matmul as matmul_cuda
 from lowbit.backends.triton import fp8_matmul as matmul_triton
+from lowbit.explain import REFERENCE
 from lowbit.float8 import Scaled, find_granularity
 from lowbit.formats import parse
 from weights import random_weight
@@ -30,10 +32,10 @@ def test_the_cpu_runs_its_newest_instruction_set() -> None:
     b, scale_b = operand(5, 40, "1x16")
     shown = fp8.explain(a, b, scale_a, scale_b)
     assert shown.selected == _C.fp8_matmul_name()
-    assert [row.name for row in shown.rows] == [row["name"] for row in ROWS]
+    assert [kernel.name for kernel in shown.kernels] == [row["name"] for row in ROWS]
     active = [row["name"] for row in ROWS if row["isa"] in _C.isa_active()]
     assert shown.selected == active[0]
-    assert all((row.reason is None) == (row.name == shown.selected) for row in shown.rows)
+    assert all((kernel.reason is None) == (kernel.name == shown.selected) for kernel in shown.kernels)
     first, *lines = str(shown).splitlines()
     assert first == f"fp8_scaled_mm row 1x16 M=3 N=5 K=40 on cpu: {shown.selected}"
     assert [line for line in lines if line.endswith("  runs")] == [
@@ -70,10 +72,9 @@ def test_a_cap_is_named() -> None:
 def test_rows_of_the_table_are_not_run_by_weights() -> None:
     """`Weight` takes the rows of other ops alone."""
     assert [row["isa"] for row in ROWS] == ["avx512bf16", "avx512", "avx2", "scalar"]
-    op = available.kernel_operands(random_weight(parse("int4"), 64, 64))
-    operands = op.codes, op.scales, op.zeros, op.table, None, op.format, *op.shape
+    w = available.kernel_weight(random_weight(parse("int4"), 64, 64)).operands
     with pytest.raises(ValueError, match="not for FP8 products"):
-        cpu.linear(torch.ones(2, 64), *operands, row=ROWS[0]["index"])
+        cpu.linear(torch.ones(2, 64), w, None, kernel=ROWS[0]["index"])
 
 
 def test_bad_input() -> None:
@@ -174,5 +175,5 @@ def test_without_triton_plain_torch_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert choose(cuda, find_granularity("row"), find_granularity("row"), 3).backend is pytorch_fp8
     monkeypatch.setattr(backends, "choose_product", lambda _, *request: choose(cuda, *request))
     shown = fp8.explain(a, a, scale, scale)
-    assert shown.selected == REFERENCE_ROW
-    assert [row.reason for row in shown.rows] == ["it is not built", "triton is not installed"]
+    assert shown.selected == REFERENCE
+    assert [kernel.reason for kernel in shown.kernels] == ["it is not built", "triton is not installed"]

@@ -1,5 +1,6 @@
-"""What every launch of a Triton kernel needs: the package of kernels, the device, and what the interpreter reads and
-stores.
+"""What every launch of Triton kernels needs: the package of kernels, the device, dtypes under the interpreter.
+
+Kernels run on CUDA tensors, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1 before the first import).
 """
 
 from __future__ import annotations
@@ -15,9 +16,6 @@ from torch import Tensor
 
 from lowbit.strides import contiguous
 
-# Programs of the interpreter run one after another: as many as one multiprocessor would hold.
-_INTERPRETED_SMS = 1
-
 
 @functools.cache
 def kernels() -> ModuleType:
@@ -29,32 +27,24 @@ def kernels() -> ModuleType:
     return importlib.import_module("lowbit.triton_kernels")
 
 
-@functools.cache
-def num_sms(device: torch.device) -> int:
-    """Multiprocessors of a device."""
-    if device.type != "cuda":
-        return _INTERPRETED_SMS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on torch's current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def interpreted(device: torch.device) -> bool:
     """Whether Triton's interpreter runs the kernels. It cuts bf16 off, so it reads and stores fp32."""
     return device.type == "cpu"
 
 
 def readable(x: Tensor) -> Tensor:
-    """x in fp32, bf16 or fp16 as a kernel reads it."""
+    """x in fp32, bf16 or fp16 as kernels read it."""
     return x.float() if interpreted(x.device) else x
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What a kernel stores where a result in fp32, bf16 or fp16 is wanted; `.to(dtype)` makes that of it."""
+    """What kernels write where a result in fp32, bf16 or fp16 is wanted; `.to(dtype)` makes that of it."""
     return torch.empty(shape, dtype=torch.float32 if interpreted(device) else dtype, device=device)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on torch's current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def add_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
