@@ -23,19 +23,16 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
-    ("codebooks", "files", "float8", "late", "modes", "strides", "text", "transforms"),
+    ("codebooks", "files", "float8", "late", "modes", "strides", "text"),
     ("formats", "_C", "_cuda"),
     ("forking", "packing"),
     ("weights",),
     ("reference",),
     ("layouts",),
-    ("backends", "checks", "gradients"),
-    ("fused", "weight_ops"),
-    ("outliers",),
-    ("autograd",),
+    ("backends",),
     ("ops",),
-    ("binary", "int8"),
-    ("fp8", "methods", "optim"),
+    ("binary", "explain", "int8", "methods", "optim"),
+    ("fp8",),
     ("nn",),
     ("decoder", "io"),
     ("ptq",),
@@ -64,13 +61,7 @@ RESTRICTED = {
 
 
 # Files that reach for compiled code though they are neither a backend nor the decoder. Only ever shorter.
-COMPILED_EXCEPTIONS = {
-    "python/lowbit/cli/bench.py",
-    "python/lowbit/cli/main.py",
-    "python/lowbit/forking.py",
-    "python/lowbit/layouts/n16.py",
-    "python/lowbit/methods/kmeans.py",
-}
+COMPILED_EXCEPTIONS: set[str] = set()
 # Modules that need an optional package, by the file that imports them when they are needed.
 OPTIONAL_IMPORTS = {("python/lowbit/io/readers/gguf_reader.py", "lowbit.io.readers.gguf")}
 COMPILED = {"_C", "_cuda", "triton_kernels"}

@@ -275,6 +275,16 @@ def test_op() -> None:
     torch.library.opcheck(ops.fp8_adamw, (*args, *numbers), test_utils="test_faketensor")
 
 
+def test_vmap_does_not_repeat_a_step() -> None:
+    """Arguments that are not batched would be stepped for every element."""
+    m, v = states(torch.zeros(130), E4M3, E5M2, True)
+    rest = (*m, *v, torch.tensor(1.0), torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.01, False)
+    param, grads = torch.zeros(130), torch.ones(2, 130)
+    with pytest.raises(RuntimeError, match="fp8_adamw works in place, and vmap cannot repeat it"):
+        torch.func.vmap(lambda grad: ops.fp8_adamw(param, grad, *rest))(grads)
+    assert not param.any()
+
+
 def test_bad_operands_of_the_op() -> None:
     m, v = states(torch.zeros(130), E4M3, E4M3, True)
     good = [torch.zeros(130), torch.zeros(130), *m, *v, torch.tensor(1.0), torch.tensor(0.1)]

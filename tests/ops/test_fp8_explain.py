@@ -35,7 +35,9 @@ def test_the_cpu_runs_its_newest_instruction_set() -> None:
     assert [kernel.name for kernel in shown.kernels] == [row["name"] for row in ROWS]
     active = [row["name"] for row in ROWS if row["isa"] in _C.isa_active()]
     assert shown.selected == active[0]
-    assert all((kernel.reason is None) == (kernel.name == shown.selected) for kernel in shown.kernels)
+    assert all(
+        (kernel.reason is None) == (kernel.name == shown.selected) for kernel in shown.kernels
+    )
     first, *lines = str(shown).splitlines()
     assert first == f"fp8_scaled_mm row 1x16 M=3 N=5 K=40 on cpu: {shown.selected}"
     assert [line for line in lines if line.endswith("  runs")] == [
@@ -176,4 +178,7 @@ def test_without_triton_plain_torch_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(backends, "choose_product", lambda _, *request: choose(cuda, *request))
     shown = fp8.explain(a, a, scale, scale)
     assert shown.selected == REFERENCE
-    assert [kernel.reason for kernel in shown.kernels] == ["it is not built", "triton is not installed"]
+    assert [kernel.reason for kernel in shown.kernels] == [
+        "it is not built",
+        "triton is not installed",
+    ]

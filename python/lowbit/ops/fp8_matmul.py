@@ -5,8 +5,6 @@ What it computes is stated in `reference/fp8.py`; kernels sum in fp32 and scale 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -132,14 +130,28 @@ def _quantized_impl(
     return q, scale
 
 
-def _fake(a: Tensor, b: Tensor, *others: Any) -> Tensor:
-    check(a, b, *others)
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=others[-1])
+def _fake(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    check(a, b, scale_a, scale_b, bias, out_dtype)
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-def _quantized_fake(a: Tensor, b: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    *tensors, out_dtype, granularity = others
-    check(a, b, *tensors, torch.float32)
+def _quantized_fake(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    granularity: str,
+) -> tuple[Tensor, Tensor]:
+    check(a, b, scale_a, scale_b, bias, torch.float32)
     m, n = a.shape[0], b.shape[0]
     shape = find_granularity(granularity).scale_shape(m, n)
     return a.new_empty((m, n), dtype=out_dtype), a.new_empty(shape, dtype=torch.float32)
