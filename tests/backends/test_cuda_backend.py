@@ -166,6 +166,7 @@ def test_fp8_operands_are_what_the_kernel_can_read(
     qb = lowbit.fp8.quantize(torch.randn(9, k), torch.float8_e5m2, granularity)
     monkeypatch.setitem(sys.modules, "lowbit._cuda", SimpleNamespace(fp8_scaled_mm=fp8_scaled_mm))
     monkeypatch.setattr(lowbit, "_cuda", sys.modules["lowbit._cuda"], raising=False)
-    y = matmul_cuda.scaled_mm(float8.scaled(*qa), float8.scaled(*qb), None, torch.float16)
+    g = float8.find_granularity(granularity)
+    y = matmul_cuda.scaled_mm(float8.Scaled(*qa, g), float8.Scaled(*qb, g), None, torch.float16)
     assert (y.shape, y.dtype) == ((7, 9), torch.float16)
     assert given["rest"] == (0, "fp32", y.data_ptr(), "fp16")
