@@ -31,7 +31,7 @@ LAYERS = (
     ("layouts",),
     ("backends",),
     ("ops",),
-    ("binary", "explain", "int8", "methods", "optim"),
+    ("binary", "explanation", "int8", "methods", "optim"),
     ("fp8",),
     ("nn",),
     ("decoder", "io"),

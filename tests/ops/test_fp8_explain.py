@@ -19,9 +19,10 @@ from lowbit.backends import fp8 as backends
 from lowbit.backends.cpu import weights as cpu
 from lowbit.backends.cuda import fp8_matmul as matmul_cuda
 from lowbit.backends.triton import fp8_matmul as matmul_triton
-from lowbit.explain import REFERENCE
+from lowbit.explanation import REFERENCE
 from lowbit.float8 import Scaled, find_granularity
 from lowbit.formats import parse
+from lowbit.ops.terms import matrix
 from weights import random_weight
 
 ROWS = [row for row in lowbit.kernels() if row["op"] == "fp8_scaled_mm"]
@@ -74,7 +75,7 @@ def test_a_cap_is_named() -> None:
 def test_rows_of_the_table_are_not_run_by_weights() -> None:
     """`Weight` takes the rows of other ops alone."""
     assert [row["isa"] for row in ROWS] == ["avx512bf16", "avx512", "avx2", "scalar"]
-    w = available.kernel_weight(random_weight(parse("int4"), 64, 64)).operands
+    w = matrix(random_weight(parse("int4"), 64, 64))
     with pytest.raises(ValueError, match="not for FP8 products"):
         cpu.linear(torch.ones(2, 64), w, None, kernel=ROWS[0]["index"])
 

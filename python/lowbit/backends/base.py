@@ -158,9 +158,7 @@ class Backend:
         q, x_scales = self.int8_quantize(x, None, None)
         return self.int8_linear(q, x_scales, w, bias, torch.float32, None)
 
-    def _canonical(
-        self, w: Operands
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def _canonical(self, w: Operands) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Codes one a byte, scales in fp32, zeros and the fitted table."""
         codes, scales, zeros, table = canonical_tensors(w)
         scales = None if scales is None else scales.float()

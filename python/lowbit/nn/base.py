@@ -139,9 +139,7 @@ class PackedModule(HasPackedWeight):
         # Not self.codes: nn.Module finds a buffer only after three failed look-ups.
         codes, columns = b["codes"], b["outlier_columns"]
         layout = available.kernel_layout(codes.device, self.format)
-        w = Operands(
-            codes, b["scales"], b["zeros"], b["table"], self._spec, layout, *self.shape
-        )
+        w = Operands(codes, b["scales"], b["zeros"], b["table"], self._spec, layout, *self.shape)
         return w, None if columns is None else SparseTerm(columns, b["outlier_values"])
 
     def quant_tensor(self) -> QuantTensor:

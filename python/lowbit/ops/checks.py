@@ -152,7 +152,9 @@ def check_bias(bias: Tensor, n: int, device: torch.device) -> None:
         )
 
 
-def check_linear(x: Tensor, w: Operands, bias: Tensor | None, added: Tensor | None = None) -> Format:
+def check_linear(
+    x: Tensor, w: Operands, bias: Tensor | None, added: Tensor | None = None
+) -> Format:
     """Checks all tensors of a linear and returns the format."""
     if x.dtype not in FLOAT_DTYPES:
         check_float("x", x.dtype)
