@@ -1,4 +1,4 @@
-// The sparse term of a weight with outliers by raw pointers: what `lowbit._C` has for backends/cpu.py.
+// The sparse term of a weight with outliers by raw pointers: what `lowbit._C` has for backends/cpu/sparse.py.
 #include <string>
 
 #include "address.h"

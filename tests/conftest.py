@@ -20,6 +20,11 @@ import torch
 
 from lowbit import _C
 
+# `torch.device` as a context keeps the list of the functions that it is for from its first use, and would keep those
+# of _poisoned_memory, which it then never sees: models "on the meta device" would be on the CPU.
+with torch.device("meta"):
+    assert torch.empty(1, dtype=torch.uint8).is_meta
+
 SEED = int(os.environ.get("LOWBIT_SEED", "0"))
 
 

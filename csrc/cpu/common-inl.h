@@ -87,7 +87,7 @@ inline GroupTerms group_terms(const Launch& l, int64_t block, int64_t group, int
 }
 
 // y + scale * (acc - zero * x_sum), or y + (scale * acc + zero * x_sum). With one x equal to 1 and the rest 0 this is
-// the dequantized weight, rounded as reference.py rounds it.
+// the dequantized weight, rounded as the reference rounds it.
 inline F finish_group(const Launch& l, GroupTerms t, F y, F acc, float x_sum) {
   if (l.zero == ZeroMode::kNone) return fma(t.scale, acc, y);
   if (l.zero == ZeroMode::kSubtract) {

@@ -2,7 +2,7 @@
 //
 // Powers are exp2(k log2 x). A code is significand * 2^exponent, so its power is a product of two table entries that
 // are made for each group; and FP8 is itself nearly a logarithm, so a logarithm becomes a code without the power in
-// between. Values decode within 2^-20 + 2^-24 |log2(x / c)| of those of reference.py, relative; codes are those of a
+// between. Values decode within 2^-20 + 2^-24 |log2(x / c)| of those of the reference, relative; codes are those of a
 // number within 2^-13 of its, where FP8 rounds by up to 2^-4.
 #pragma once
 

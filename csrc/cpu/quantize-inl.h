@@ -1,4 +1,4 @@
-// Symmetric int8 quantization of activations, bit for bit as reference.py states it: scale = absmax / 127,
+// Symmetric int8 quantization of activations, bit for bit as the reference states it: scale = absmax / 127,
 // q = round(x * min(127 / absmax, largest float)) to nearest even. A group whose absmax is not finite gets q = 0 and
 // the scale NaN or infinity, so that its products are not finite either; with a given scale NaN does so, and infinity
 // saturates.

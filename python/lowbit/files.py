@@ -1,5 +1,5 @@
-"""Files that appear under their name complete or not at all, files that are read, and how errors
-quote what a file holds.
+"""Files that appear under their name complete or not at all, one or all of a folder, files that are
+read, and how errors quote what a file holds.
 """
 
 from __future__ import annotations
@@ -7,12 +7,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import re
 import secrets
+import shutil
 import stat
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +28,7 @@ _KINDS = {
     b"\x1f\x8b": "compressed by gzip",
 }
 _SHOWN = 200  # characters of a name in an error message
+_STAGE = re.compile(r"\.lowbit\.[0-9a-f]{12}\.tmp")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
@@ -38,19 +41,12 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
     Raises:
         FileExistsError: `path` is a folder, a device or another thing that no file may replace.
     """
-    target = Path(os.path.realpath(path))
-    old = target.stat() if target.exists() else None
-    if old is not None and not stat.S_ISREG(old.st_mode):
-        raise FileExistsError(f"{target} must be a file or a new name, it is something else")
+    target, old = _place(path)
     _remove_abandoned(target)
     temporary, file = _create(target, 0o666 if old is None else stat.S_IMODE(old.st_mode))
     try:
         with file as f:
-            if old is not None:
-                # Only root may give a file away.
-                with contextlib.suppress(PermissionError):
-                    os.fchown(f.fileno(), old.st_uid, old.st_gid)
-                os.fchmod(f.fileno(), stat.S_IMODE(old.st_mode))
+            _hand_down(f.fileno(), old)
             write(f)
             f.flush()
             os.fsync(f.fileno())
@@ -59,6 +55,42 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         temporary.unlink(missing_ok=True)
         raise
     _flush_folder(target.parent)
+
+
+@contextlib.contextmanager
+def staged(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
+    """A new folder to write files to, which take their places in `folder` when the block ends. If the
+    block raises, none does: what was in `folder` stays, and folders that were made are removed.
+
+    The new folder lies in `folder`, which is made if needed, and is private to the user. Modes, owners,
+    symlinks and what a killed process left are treated as by `write_atomically`.
+
+    Args:
+        folder: where the files are to be.
+        last: the name of the file that comes last.
+
+    Raises:
+        FileExistsError: as `write_atomically`, for any of the files, before the first is moved.
+    """
+    target = Path(folder)
+    made = [path for path in (target, *target.parents) if not path.exists()]
+    target.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned_stages(target)
+    stage, descriptor = _create_stage(target)
+    try:
+        yield stage
+        _move_all(sorted(stage.iterdir(), key=lambda file: file.name == last), target)
+    except BaseException:
+        shutil.rmtree(stage)
+        for path in made:
+            # Others may have put something there by now.
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+    else:
+        stage.rmdir()
+    finally:
+        os.close(descriptor)
 
 
 class InputFile:
@@ -136,6 +168,71 @@ def shown(value: object) -> str:
 def cut(text: str) -> str:
     """The start of a text that may be long, for an error message."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _place(path: str | os.PathLike[str]) -> tuple[Path, os.stat_result | None]:
+    """Where the file of this name lies or will lie, and what is there now."""
+    target = Path(os.path.realpath(path))
+    old = target.stat() if target.exists() else None
+    if old is not None and not stat.S_ISREG(old.st_mode):
+        raise FileExistsError(f"{target} must be a file or a new name, it is something else")
+    return target, old
+
+
+def _hand_down(descriptor: int, old: os.stat_result | None) -> None:
+    if old is not None:
+        # Only root may give a file away.
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, old.st_uid, old.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
+
+
+def _create_stage(folder: Path) -> tuple[Path, int]:
+    """A new locked folder; as `_create`."""
+    while True:
+        stage = folder / f".lowbit.{secrets.token_hex(6)}.tmp"
+        stage.mkdir(mode=0o700)
+        try:
+            descriptor = os.open(stage, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        _lock(descriptor)
+        if stage.exists():
+            return stage, descriptor
+        os.close(descriptor)
+
+
+def _remove_abandoned_stages(folder: Path) -> None:
+    # A folder that may be written but not listed.
+    with contextlib.suppress(PermissionError):
+        for entry in list(os.scandir(folder)):
+            if not _STAGE.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
+                continue
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                descriptor = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    if _lock(descriptor, fcntl.LOCK_NB):
+                        shutil.rmtree(entry.path)
+                finally:
+                    os.close(descriptor)
+
+
+def _move_all(files: list[Path], folder: Path) -> None:
+    """Moves files that are on the disk to where these names lie in a folder."""
+    places = [(file, *_place(folder / file.name)) for file in files]
+    for file, target, old in places:
+        with file.open("rb") as f:
+            _hand_down(f.fileno(), old)
+            try:
+                os.replace(file, target)
+            except OSError as e:
+                if e.errno != errno.EXDEV:
+                    raise
+                # A symlink to another file system.
+                write_atomically(target, functools.partial(shutil.copyfileobj, f))
+                file.unlink()
+    for parent in {target.parent for _, target, _ in places}:
+        _flush_folder(parent)
 
 
 def _create(target: Path, mode: int) -> tuple[Path, BinaryIO]:

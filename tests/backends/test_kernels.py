@@ -1,4 +1,4 @@
-"""Every row of the kernel table against reference.py: format x row x activation dtype x ragged shapes.
+"""Every kernel against the reference: format x kernel x activation dtype x ragged shapes.
 
 A new format or row is covered by existing. Rows of instruction sets that this CPU lacks are skipped and counted; the
 C++ test runs them under emulation.

@@ -44,7 +44,7 @@ def layer(choice: str) -> QuantLinear:
 
 
 def expected(made: QuantLinear, x: torch.Tensor) -> torch.Tensor:
-    """By reference.py, the choice included."""
+    """By the reference, the choice included."""
     qt = made.quant_tensor()
     if made.input_scale is None:
         return reference.linear(x, qt, made.bias)
@@ -116,7 +116,7 @@ def bound_call(made: QuantLinear, x: torch.Tensor) -> torch.Tensor:
 
 def in_layout(layout: str) -> Callable[[QuantLinear, torch.Tensor], torch.Tensor]:
     def call(made: QuantLinear, x: torch.Tensor) -> torch.Tensor:
-        w = layouts.to_operands(made.quant_tensor(), layout)
+        w = layouts.to_kernel(made.quant_tensor(), layout)
         if made.input_scale is not None:
             return int8.static_linear(x, made.input_scale, w, made.bias)
         return lowbit.linear(x, w, made.bias)

@@ -373,4 +373,37 @@ def test_a_wrong_copy_is_not_called_done(capsys, tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(pretrained, "set_dtype", spoil)
     arguments = ("quantize", tmp_path / "dense", tmp_path / "out", "-f", "nf4", "--dtype", "fp32")
-    assert "has shape (96, 32) in the model, (64, 32) in the file" in fail(capsys, *arguments)
+    for old in (False, True):
+        if old:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "config.json").write_text("old")
+        message = fail(capsys, *arguments)
+        assert "has shape (96, 32) in the model, (64, 32) in the file" in message
+        assert f"as it would not load: {tmp_path / 'out'} does not fit the model" in message
+        assert sorted(p.name for p in tmp_path.iterdir()) == (
+            ["dense", "out"] if old else ["dense"]
+        )
+    assert [(p.name, p.read_text()) for p in (tmp_path / "out").iterdir()] == [
+        ("config.json", "old")
+    ]
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"], ids=["by tensors", "by the model"])
+def test_a_folder_is_written_whole_or_not_at_all(kind, capsys, tmp_path: Path, monkeypatch):
+    dense(kind).save_pretrained(tmp_path / "dense")
+    arguments = ("quantize", tmp_path / "dense", tmp_path / "new" / "out", "-f", "nf4")
+    seen, right = [], pretrained.check_folder
+
+    def check(folder):
+        seen.append({p.name for p in Path(folder).iterdir()})
+        assert not [p for p in (tmp_path / "new" / "out").iterdir() if p != folder]
+        right(folder)
+        raise ValueError("no")
+
+    with monkeypatch.context() as m:
+        m.setattr(pretrained, "check_folder", check)
+        assert "no" in fail(capsys, *arguments)
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+    run(capsys, *arguments)
+    assert seen == [{p.name for p in (tmp_path / "new" / "out").iterdir()}]
+    assert "model.safetensors" in seen[0]

@@ -5,6 +5,7 @@ one, and nothing left beside them. Files that are read: what was opened, or an e
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import signal
 import stat
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.files import InputFile, cut, shown, write_atomically
+from lowbit.files import InputFile, cut, shown, staged, write_atomically
 
 PACKAGE = Path(__file__).parents[2] / "python" / "lowbit"
 
@@ -145,6 +146,118 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path):
         write_atomically(path, fail)
     assert names(tmp_path) == ["a"]
     assert path.read_bytes() == b"old"
+
+
+class Broken(Exception):
+    pass
+
+
+def test_a_stage_takes_its_place_at_the_end(tmp_path: Path, monkeypatch):
+    folder, moved, real = tmp_path / "a" / "b", [], os.replace
+    with staged(folder, "b.json") as stage:
+        assert stage.parent == folder
+        assert stat.S_IMODE(stage.stat().st_mode) == 0o700
+        for name in ("c", "b.json", "a"):
+            put(stage / name, name.encode())
+        assert names(folder) == [stage.name]
+        monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(b.name), real(a, b)))
+    assert moved[-1] == "b.json"
+    assert names(folder) == ["a", "b.json", "c"]
+    assert (folder / "c").read_bytes() == b"c"
+
+
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+def test_a_stage_that_fails_leaves_what_was(tmp_path: Path, error, old: bool):
+    folder = tmp_path / "a" / "b"
+    if old:
+        folder.mkdir(parents=True)
+        put(folder / "x", b"old")
+    with pytest.raises(error), staged(folder, "x") as stage:  # noqa: PT012
+        put(stage / "x", b"new")
+        raise error
+    assert names(tmp_path) == (["a"] if old else [])
+    assert not old or (names(folder) == ["x"] and (folder / "x").read_bytes() == b"old")
+
+
+def test_folders_that_others_use_meanwhile_stay(tmp_path: Path):
+    folder = tmp_path / "a" / "b"
+    with pytest.raises(Broken), staged(folder, "x"):  # noqa: PT012
+        put(folder / "theirs", b"theirs")
+        raise Broken
+    assert names(folder) == ["theirs"]
+
+
+def test_modes_and_links_outlast_a_stage(tmp_path: Path):
+    folder, store = tmp_path / "folder", tmp_path / "store"
+    folder.mkdir()
+    store.mkdir()
+    put(store / "blob", b"old")
+    put(folder / "private", b"old")
+    (folder / "private").chmod(0o600)
+    (folder / "link").symlink_to(store / "blob")
+    (tmp_path / "alias").symlink_to(folder)
+    umask = os.umask(0o027)
+    try:
+        with staged(tmp_path / "alias", "") as stage:
+            for name in ("private", "link", "new"):
+                put(stage / name, b"new")
+    finally:
+        os.umask(umask)
+    assert names(folder) == ["link", "new", "private"]
+    assert (folder / "link").is_symlink()
+    assert (store / "blob").read_bytes() == b"new"
+    modes = {n: stat.S_IMODE((folder / n).stat().st_mode) for n in ("private", "new")}
+    assert modes == {"private": 0o600, "new": 0o640}
+
+
+def test_a_link_to_another_file_system(tmp_path: Path, monkeypatch):
+    """Here one that a rename refuses to reach."""
+    folder, store, real = tmp_path / "folder", tmp_path / "store", os.replace
+    folder.mkdir()
+    store.mkdir()
+    (folder / "link").symlink_to(store / "blob")
+
+    def replace(a: Path, b: Path) -> None:
+        if a.parent != b.parent and b.parent == store:
+            raise OSError(errno.EXDEV, "another file system")
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with staged(folder, "") as stage:
+        put(stage / "link", b"new")
+        put(stage / "file", b"new")
+    assert (names(folder), names(store)) == (["file", "link"], ["blob"])
+    assert (store / "blob").read_bytes() == b"new"
+
+
+def test_all_places_are_looked_at_before_the_first_is_taken(tmp_path: Path):
+    (tmp_path / "z").mkdir()
+    no_file = pytest.raises(FileExistsError, match="must be a file or a new name")
+    with no_file, staged(tmp_path, "") as stage:
+        for name in "az":
+            put(stage / name, b"new")
+    assert names(tmp_path) == ["z"]
+
+
+def test_stages_of_killed_processes_are_removed_and_those_of_living_ones_not(tmp_path: Path):
+    code = (
+        "import os, signal, sys; from lowbit.files import staged\n"
+        "with staged(sys.argv[1], '') as stage:\n"
+        "    (stage / 'half').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = names(tmp_path)
+    (tmp_path / "mine.tmp").mkdir()
+    with staged(tmp_path, "") as first:
+        assert names(tmp_path) == sorted([first.name, "mine.tmp"])
+        assert first.name != left
+        put(first / "a", b"first")
+        with staged(tmp_path, "") as second:
+            put(second / "b", b"second")
+        assert names(tmp_path) == sorted([first.name, "b", "mine.tmp"])
+    assert names(tmp_path) == ["a", "b", "mine.tmp"]
 
 
 def written(tree: ast.Module) -> set[str]:

@@ -32,6 +32,20 @@ MUTANTS = [
         ("elif found != expected[key]:", "elif found[1] != expected[key][1]:"),
         ("self.header.tied.update(header.tied)", "self.header.tied.update({})"),
     ),
+    *python("files.py", "files")(
+        ("key=lambda file: file.name == last", "key=lambda file: file.name != last"),
+        ("                    if _lock(descriptor, fcntl.LOCK_NB):", "                    if True:"),
+        ("            _hand_down(f.fileno(), old)\n            try:", "            try:"),
+    ),
+    *python("io/extra_state.py", "extra_state")(
+        ('return {"": "dict", "items": items} if "" in value else items', "return items"),
+        ("if isinstance(value, list) and kind is list:", "if isinstance(value, list | tuple):"),
+        ("if isinstance(value, float) and kind is float and not math.isfinite(value):", "if False:"),
+    ),
+    *python("io/match.py", "extra_state")(
+        ("for name in sorted(self.extra - stored):", "for name in ():"),
+        ("(checkpoint.dense.keys() | dense_ties) - checkpoint.inner", "checkpoint.dense.keys() | dense_ties"),
+    ),
     *python("nn/names.py", "recipe", "quantize_model")(
         (r'return re.compile(rf"(?:^|(?<=\.))(?:{pattern})(?=\.|$)")', r'return re.compile(rf"(?:{pattern})(?=\.|$)")'),
         ("replace(self, method=method, options={**options, **self.options})", "replace(self, method=method, options={**self.options, **options})"),

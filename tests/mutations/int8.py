@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutations import python
 
 MUTANTS = [
-    *python("reference.py", "int8", "static_int8", "binary")(
+    *python("reference/activations.py", "int8", "static_int8", "binary")(
         ("q = (x * (1 / scale)[:, None]).clamp(-127, 127)", "q = (x * (1 / scale)[:, None]).clamp(-128, 127)"),
         ("inverse = (top / absmax).clamp(max=torch.finfo(torch.float32).max)", "inverse = top / absmax"),
         ("return (x >= 0).to(torch.uint8), x.abs().mean(1)", "return (x > 0).to(torch.uint8), x.abs().mean(1)"),
@@ -14,7 +14,7 @@ MUTANTS = [
         ("factor = table_step if x_scales.dim() == 2", "factor = 1.0 if x_scales.dim() == 2"),
         ("(y * inverse).clamp(-128, 127).nan_to_num(0)", "(y * inverse).clamp(-127, 127).nan_to_num(0)"),
     ),
-    *python("int8.py", "requantize", "int8")(
+    *python("ops/int8.py", "requantize", "int8")(
         ("lost = (shift > 31) | (multiplier == 0)", "lost = (shift > 30) | (multiplier == 0)"),
         ("multiplier = (mantissa * 2**31 + 0.5).floor().long()", "multiplier = (mantissa * 2**31).floor().long()"),
         ("carry = multiplier == 2**31", "carry = multiplier == 2**30"),
@@ -24,12 +24,12 @@ MUTANTS = [
         ("if x_scales.dim() == 2 and format.group is not None and format.group % CHUNK_K:", "if x_scales.dim() == 2 and format.group is not None and format.group % 16:"),
         ("_quantize(rows, None, x_scale.expand(rows.shape[0]).contiguous())", "_quantize(rows, None, None)"),
     ),
-    *python("binary.py", "binary")(
+    *python("ops/binary.py", "binary")(
         ("if bits.dim() != 2 or bits.shape[1] != -(-k // 8):", "if bits.dim() != 2 or bits.shape[1] < k // 8:"),
-        ("bits, bias = rows_of(bits, bits.shape[1]), contiguous(bias)", "bits, bias = bits, contiguous(bias)"),
+        ("bits, x_scales, bias = rows_of(bits, bits.shape[1]), contiguous(x_scales)", "bits, x_scales, bias = bits, contiguous(x_scales)"),
     ),
     *python("nn/binary.py", "binary", "nn", "qat")(
-        ('w["table"], self._parameters["bias"])', 'w["table"], None)'),
+        ('w, self._parameters["bias"], x.dtype)', 'w, None, x.dtype)'),
     ),
     *python("nn/llm_int8.py", "llm_int8")(
         ("features = (absmax.to(weight.device) > threshold)", "features = (absmax.to(weight.device) >= 2 * threshold)"),

@@ -27,20 +27,35 @@ MUTANTS = [
     *python("layouts/base.py", "packing", "ops", "kernels", "gradients")(
         ('"dq8": torch.float32,\n}\n\n\nclass', '"dq8": torch.bfloat16,\n}\n\n\nclass'),
     ),
-    *python("reference.py", "formats", "kernels", "ops")(
+    *python("reference/weights.py", "formats", "kernels", "ops")(
         ("code.to(torch.int32) - 127)\n    return torch.where(code == 255, torch.nan, value)", "code.to(torch.int32) - 126)\n    return torch.where(code == 255, torch.nan, value)"),
         ('scale * values + zero if format.zero == "min" else scale * (values - zero)', 'scale * values + zero if format.zero == "min" else scale * (values + zero)'),
         ("return (flat * factor + qt.tensors[\"scales2_offset\"]).view_as(scales)", "return (flat * factor - qt.tensors[\"scales2_offset\"]).view_as(scales)"),
         ("return terms[:, :, None].expand(-1, -1, format.group).flatten(1)[:, :k]", "return terms[:, None, :].expand(-1, format.group, -1).flatten(1)[:, :k]"),
     ),
-    *python("gradients.py", "gradients")(
+    *python("ops/gradients.py", "gradients")(
         ("grad = grad if f.zero == \"min\" or scales is None else -scales * grad", "grad = grad if f.zero == \"min\" or scales is None else scales * grad"),
         ("if zeros is not None and f.zero != \"min\":", "if zeros is not None and f.zero == \"min\":"),
     ),
-    *python("weight_ops.py", "ops", "nn")(
-        ("if low < 0 or high >= n:", "if low < 0 or high > n:"),
+    *python("ops/weights.py", "ops", "nn")(
+        ("if low < 0 or high >= w.n:", "if low < 0 or high > w.n:"),
     ),
-    *python("outliers.py", "outliers", "outliers_quantize")(
-        ("decoded = decode(*weight, *meaning, torch.float32)", "decoded = decode(*weight, *meaning, dtype)"),
+    *python("ops/weights.py", "outliers", "outliers_quantize")(
+        ("decoded = _dequantize(*w, torch.float32)", "decoded = _dequantize(*w, dtype)"),
+    ),
+    *python("ops/linear.py", "outliers", "ops", "fused_ops", "gradients")(
+        ("if added is None:\n        y = backend.linear", "if added is not x:\n        y = backend.linear"),
+        ("added = None if term is None else sparse.product(x, term)\n    return _linear_epilogue", "added = None\n    return _linear_epilogue"),
+    ),
+    *python("ops/sparse.py", "outliers", "transforms")(
+        ("grad_x = (grad @ dense(columns, values, ctx.k, grad.dtype)).to(ctx.dtype)", "grad_x = torch.zeros_like(grad @ dense(columns, values, ctx.k, grad.dtype)).to(ctx.dtype)"),
+        ("return x.float() @ dense", "return -x.float() @ dense"),
+    ),
+    *python("ops/autograd.py", "gradients", "transforms", "outliers")(
+        ("grad_added = grad.float()", "grad_added = 2 * grad.float()"),
+        ("for tangent in tangents[_W.stop :]:", "for tangent in tangents[_W.stop + 1 :]:"),
+    ),
+    *python("ops/library.py", "fused_ops", "ops")(
+        ("return function(*args[:at], gather(*given) if several else Operands(*given), *args[end:])", "return function(*args[:at], gather(*given)[::-1] if several else Operands(*given), *args[end:])"),
     ),
 ]  # fmt: skip

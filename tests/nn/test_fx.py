@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit import qat
+from lowbit.layouts import Operands
 from lowbit.ops.weights import embedding
 
 K, N = 64, 32
@@ -100,5 +101,7 @@ def test_functions_are_nodes() -> None:
         (lambda i: embedding(i, qt), torch.tensor([[3, 1]])),
     ):
         traced = torch.fx.symbolic_trace(f)
-        assert sum(node.op == "call_function" for node in traced.graph.nodes) == 1
+        called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+        assert len(called) == 2  # the operands, and what they are given to
+        assert called[0] is Operands
         assert torch.equal(traced(x), f(x))

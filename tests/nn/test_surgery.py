@@ -307,7 +307,7 @@ def test_hooks_of_accelerate_that_were_removed_are_no_obstacle() -> None:
     assert obstacle(layer) is None
 
 
-@pytest.mark.parametrize("name", ["codes", "format", "operands", "scales"])
+@pytest.mark.parametrize("name", ["codes", "format", "kernel_weight", "scales"])
 @pytest.mark.parametrize(
     "attach",
     [

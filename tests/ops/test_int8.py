@@ -1,4 +1,4 @@
-"""int8 activations: every row bit for bit against reference.py and integer matmuls, quantization, requantization,
+"""int8 activations: every row bit for bit against the reference and integer matmuls, quantization, requantization,
 formats, errors, autograd, modules and torch.compile."""
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ LONG = (
 @pytest.mark.parametrize(("k", "group"), LONG)
 @pytest.mark.parametrize("zero", [None, "int", "float", "min"])
 def test_long_groups(k: int, group: int | None, zero: str | None) -> None:
-    """Extreme codes and activations whose sums int32 would not hold; int64 sums and reference.py are the oracles."""
+    """Extreme codes and activations whose sums int32 would not hold; int64 sums and the reference are the oracles."""
     for format in [long_format(zero, group)] + ([long_format(None, group, "lut")] * (not zero)):
         qt = random_weight(format, 3, k)
         codes = torch.randint(0, format.num_codes, (3, k), dtype=torch.uint8)

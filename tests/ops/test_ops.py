@@ -1,6 +1,6 @@
 """torch.ops.lowbit.*: opcheck, values in both layouts, batch dims, autocast, torch.compile, bad input.
 
-What each kernel row computes is tested in test_kernels.py and gradients in test_gradients.py; here the path from
+What each kernel computes is tested in test_kernels.py and gradients in test_gradients.py; here the path from
 Python to it counts.
 """
 

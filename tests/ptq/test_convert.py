@@ -142,6 +142,59 @@ def test_a_folder_of_transformers(shards: str, tmp_path: Path):
         assert torch.equal(loaded(tokens).logits, dense(tokens).logits)
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["new", "over an old folder"])
+def test_a_folder_that_fails_is_as_it_was(old: bool, tmp_path: Path):
+    """Whether the last weight cannot be quantized or the caller's check fails."""
+    source, target = tmp_path / "dense", tmp_path / "new" / "small"
+    llama().save_pretrained(source, max_shard_size="20KB")
+    if old:
+        target.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors.index.json", "note"):
+            (target / name).write_text("old")
+    before = {p.name: p.read_bytes() for p in target.iterdir()} if old else {}
+
+    def unchanged() -> None:
+        assert target.exists() == target.parent.exists() == old
+        assert {p.name: p.read_bytes() for p in (target.iterdir() if old else ())} == before
+
+    def fail(folder: Path) -> None:
+        assert folder.parent == target
+        assert len(load_tensors(folder)) > 2
+        (folder / "more").write_text("new")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_file(source, target, "int4_g32", progress=False, finish=fail)
+    unchanged()
+    done = []
+
+    def stop(name: str, weight: torch.Tensor, made: object) -> None:
+        done.append(name)
+        if len(done) == 14:
+            raise RuntimeError("the last layer")
+
+    with pytest.raises(RuntimeError, match="the last layer"):
+        quantize_file(source, target, "int4_g32", progress=False, on_layer=stop)
+    unchanged()
+    seen = []
+
+    def finish(folder: Path) -> None:
+        (folder / "more").write_text("new")
+        seen.extend(p.name for p in folder.iterdir())
+
+    quantize_file(source, target, "int4_g32", progress=False, finish=finish)
+    assert {p.name for p in target.iterdir()} == {*before, *seen}
+    assert "more" in seen
+    assert "model.safetensors.index.json" in seen
+
+
+def test_a_file_takes_no_finish(tmp_path: Path):
+    src, dst = dense_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
+    with pytest.raises(ValueError, match="finish is for folders"):
+        quantize_file(src, dst, "int4", progress=False, finish=print)
+    assert not dst.exists()
+
+
 def test_refusals(tmp_path: Path):
     src, dst = dense_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
     folder = tmp_path / "folder"

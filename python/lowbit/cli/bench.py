@@ -1,7 +1,7 @@
 """The measurement behind `lowbit bench`: linear with quantized weights beside torch's dense linear.
 
 Weights rotate through more memory than twice the last-level cache, as the layers of a model do, so
-that none is found in a cache. A case is checked against `reference.py` before it is timed; its calls
+that none is found in a cache. A case is checked against `reference/` before it is timed; its calls
 alternate with the dense ones, so that both see the same machine, and times are medians.
 """
 

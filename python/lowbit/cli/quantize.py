@@ -154,7 +154,7 @@ def _quantize(
     options: QuantizeOptions, rules: Rules | None, on_layer: OnLayer | None
 ) -> tuple[Report, Allocation | None]:
     if options.calibrate is None and not _is_transformers_folder(options.source):
-        return _quantize_file(options, rules, on_layer, options.dtype, None)
+        return _quantize_file(options, rules, on_layer, options.dtype)
     try:
         from lowbit.integrations import pretrained
         from lowbit.integrations.configuration import read_config
@@ -169,14 +169,19 @@ def _quantize(
         dtype = options.dtype or read_config(options.source).dtype
         selection = Selection(rules or options.formats[0], _skip(options))
         obstacles = pretrained.obstacles(options.source, selection, dtype)
+
+    def finish(folder: Path) -> None:
+        if options.dtype is not None:
+            pretrained.set_dtype(folder, options.dtype)
+        try:
+            pretrained.check_folder(folder)
+        except ValueError as e:
+            why = str(e).replace(str(folder), str(options.target))
+            raise ValueError(f"nothing is written, as it would not load: {why}") from e
+
     if obstacles is not None:
-        done = _quantize_file(options, rules, on_layer, dtype, obstacles)
-    else:
-        done = _quantize_model(options, rules, on_layer)
-    if options.dtype is not None:
-        pretrained.set_dtype(options.target, options.dtype)
-    pretrained.check_folder(options.target)
-    return done
+        return _quantize_file(options, rules, on_layer, dtype, obstacles, finish)
+    return _quantize_model(options, rules, on_layer, finish)
 
 
 def _is_transformers_folder(source: Path) -> bool:
@@ -194,7 +199,8 @@ def _quantize_file(
     rules: Rules | None,
     on_layer: OnLayer | None,
     dtype: torch.dtype | None,
-    obstacles: dict[str, str] | None,
+    obstacles: dict[str, str] | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> tuple[Report, Allocation | None]:
     skip = _skip(options)
     how: dict[str, Any] = {"method": options.method, "options": dict(options.options)}
@@ -211,13 +217,17 @@ def _quantize_file(
         dtype=dtype,
         obstacles=obstacles,
         on_layer=on_layer,
+        finish=finish,
         **how,
     )
     return report, allocation
 
 
 def _quantize_model(
-    options: QuantizeOptions, rules: Rules | None, on_layer: OnLayer | None
+    options: QuantizeOptions,
+    rules: Rules | None,
+    on_layer: OnLayer | None,
+    finish: Callable[[Path], object],
 ) -> tuple[Report, Allocation | None]:
     from lowbit.integrations import pretrained
 
@@ -257,7 +267,7 @@ def _quantize_model(
     for name in rest:
         report.leave(name, f"not part of a {type(model).__name__}, and not written")
     check_any(options.source, report, len(report.layers))
-    pretrained.save_folder(model, options.source, options.target)
+    pretrained.save_folder(model, options.source, options.target, finish)
     return report, allocation
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from lowbit.files import write_atomically
+from lowbit.files import staged, write_atomically
 from lowbit.integrations.configuration import (
     LOADS_HERE,
     check_counts,
@@ -33,7 +33,7 @@ from lowbit.integrations.configuration import (
 from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
 from lowbit.io.match import Match
 from lowbit.io.readers.native import NativeReader
-from lowbit.io.safetensors_file import SafetensorsFile, tensor_files
+from lowbit.io.safetensors_file import FILE_NAME, SafetensorsFile, tensor_files
 from lowbit.io.save_load import load, save
 from lowbit.nn.names import Selection
 from lowbit.ptq import Report
@@ -86,9 +86,17 @@ def load_dense_and_rest(
 
 
 def save_folder(
-    model: nn.Module, source: str | os.PathLike[str], target: str | os.PathLike[str]
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    finish: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Writes a model that was loaded from the folder `source` and quantized to the folder `target`.
+    """Writes a model that was loaded from the folder `source` and quantized to the folder `target`. If
+    anything raises, `target` is as it was.
+
+    Args:
+        model, source, target: as above.
+        finish: as in `lowbit.ptq.file.quantize_file`.
 
     Returns:
         The path of its model.safetensors.
@@ -97,10 +105,12 @@ def save_folder(
         ValueError: as `check_folders`.
     """
     check_folders(source, target)
-    old, new = Path(source), Path(target)
-    new.mkdir(parents=True, exist_ok=True)
-    copy_rest(old, new)
-    return save(model, new)
+    with staged(target, FILE_NAME) as place:
+        copy_rest(Path(source), place)
+        save(model, place / FILE_NAME)
+        if finish is not None:
+            finish(place)
+    return Path(target) / FILE_NAME
 
 
 def check_folders(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:

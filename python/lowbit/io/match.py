@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.files import cut, shown
 from lowbit.formats import Format
+from lowbit.io import extra_state
 from lowbit.io.native import prefix_of
 from lowbit.io.readers.native import NativeReader
 from lowbit.nn import PackedModule, QuantLinear
@@ -17,11 +19,13 @@ from lowbit.nn.surgery import obstacle
 _SHOWN = 20  # differences in an error message
 
 
-def own_tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """What a module puts into a state dict besides its children and a quantized weight."""
+def own_state(module: nn.Module, prefix: str) -> dict[str, Any]:
+    """What a module puts into a state dict besides its children and a quantized weight: tensors, and an
+    extra state of any kind. Hooks of state dicts are not called.
+    """
     if isinstance(module, PackedModule):
         return {prefix + name: t for name, t in module.other_tensors().items()}
-    state: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
     module._save_to_state_dict(state, prefix, keep_vars=True)
     return state
 
@@ -34,6 +38,7 @@ class Match:
         tied: layer -> the stored layer whose weight it shares, by the header or because the model
             shares it.
         wanted: the model's tensors that are dense in the checkpoint.
+        extra: the names of the extra states that the model takes; what they hold is the module's affair.
     """
 
     def __init__(self, model: nn.Module, checkpoint: NativeReader) -> None:
@@ -42,7 +47,7 @@ class Match:
         self._checkpoint = checkpoint
         header = checkpoint.header
         dense_ties = {name for name, first in header.tied.items() if first in checkpoint.dense}
-        self._available = checkpoint.dense.keys() | dense_ties
+        self._available = (checkpoint.dense.keys() | dense_ties) - checkpoint.inner
         self.tied = {name: first for name, first in header.tied.items() if first in header.layers}
         self.tied.update(self._shared_in_model())
         problems = [
@@ -53,9 +58,16 @@ class Match:
             }.items()
             if (problem := self._layer_problem(name, *header.layers[first]))
         ]
-        self.wanted: dict[str, Tensor] = {}
+        self.wanted: dict[str, Any] = {}
+        self.extra: set[str] = set()
         for name, module in self.modules.items():
-            own = own_tensors(module, prefix_of(name))
+            own = own_state(module, prefix_of(name))
+            if not isinstance(module, PackedModule) and extra_state.KEY not in module._buffers:
+                # As torch: a module that only gives an extra state takes none.
+                key = prefix_of(name) + extra_state.KEY
+                own.pop(key, None)
+                if type(module).set_extra_state is not nn.Module.set_extra_state:
+                    self.extra.add(key)
             if name in header.layers or name in self.tied:
                 own.pop(f"{prefix_of(name)}weight", None)
                 static = f"{prefix_of(name)}input_scale"
@@ -121,7 +133,10 @@ class Match:
                     yield f"{cut(name)} has shape {model_shape} in the model, {shape} in the file"
             elif id(t) not in given:
                 yield f"{cut(name)} is missing in the file"
-        for name in sorted(self._available - self.wanted.keys()):
+        stored = self._available | self._checkpoint.header.extra.keys()
+        for name in sorted(self.extra - stored):
+            yield f"{cut(name)} is missing in the file"
+        for name in sorted(stored - self.wanted.keys() - self.extra):
             yield f"{cut(name)} is not part of the model"
 
     def restore_sharing(self, model: nn.Module) -> None:

@@ -4,20 +4,23 @@ gives them meaning.
 The metadata key "lowbit" holds {"version": 1, "layers": {module: {"format": spec, "shape": [N,
 K]}}, "tied": {}}. The tensors of layer m are m.codes, m.scales, ... (`weights.quantized.tensor_specs`); every
 other tensor is dense, the bias of a layer (m.bias) among them. "tied" maps the names of layers and
-dense tensors that are not stored to those that they share: {"lm_head": "model.embed_tokens"}.
+dense tensors that are not stored to those that they share: {"lm_head": "model.embed_tokens"}. "extra", if
+it is there, maps m._extra_state to its content (`extra_state.py`), whose tensors are m._extra_state.0, ...
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from lowbit.files import shown
 from lowbit.formats import Format, as_format
+from lowbit.io import extra_state
 from lowbit.io.safetensors_file import Source, write
 from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, tensor_specs
 
@@ -26,12 +29,13 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Header:
-    """What the metadata say: format and shape of each layer, and the names that share another's
-    tensors.
+    """What the metadata say: format and shape of each layer, the names that share another's tensors, and
+    the extra states that are no tensors, encoded.
     """
 
     layers: dict[str, tuple[Format, tuple[int, int]]]
     tied: dict[str, str]
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
         """The header as safetensors metadata."""
@@ -40,6 +44,8 @@ class Header:
             for name, (format, shape) in self.layers.items()
         }
         content = {"version": VERSION, "layers": layers, "tied": self.tied}
+        if self.extra:
+            content["extra"] = self.extra
         return {"format": "pt", "lowbit": json.dumps(content, separators=(",", ":"))}
 
 
@@ -106,15 +112,19 @@ def parse_header(file: Path, metadata: Mapping[str, str]) -> Header:
     if not isinstance(content, dict) or content.get("version") != VERSION:
         version = content.get("version") if isinstance(content, dict) else content
         raise ValueError(f"{file}: version must be {VERSION}, got {shown(version)}")
-    layers, tied = content.get("layers"), content.get("tied", {})
-    if not isinstance(layers, dict) or not isinstance(tied, dict):
-        raise ValueError(f"{file}: 'layers' and 'tied' of the header must be objects")
+    layers, tied, extra = (content.get(key, {}) for key in ("layers", "tied", "extra"))
+    if "layers" not in content or not all(isinstance(v, dict) for v in (layers, tied, extra)):
+        raise ValueError(f"{file}: 'layers' and 'tied' of the header must be objects, and 'extra'")
+    for name in extra:
+        if not extra_state.is_extra_state(name):
+            raise ValueError(f"{file}: {shown(name)} is not the name of an extra state")
     for name, first in tied.items():
         if not isinstance(first, str):
             raise ValueError(
                 f"{file}: {shown(name)} is tied to {shown(first)}, which is not a name"
             )
-    return Header({name: _parse_layer(file, name, entry) for name, entry in layers.items()}, tied)
+    parsed = {name: _parse_layer(file, name, entry) for name, entry in layers.items()}
+    return Header(parsed, tied, extra)
 
 
 def _parse_layer(file: Path, name: str, entry: object) -> tuple[Format, tuple[int, int]]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lowbit.files import cut, shown
 from lowbit.forking import alone_after_fork
 from lowbit.formats import Format
-from lowbit.io.match import Match, own_tensors
+from lowbit.io import extra_state
+from lowbit.io.match import Match, own_state
 from lowbit.io.native import (
     Header,
     dense_source,
@@ -38,17 +39,19 @@ SUFFIX = ".safetensors"
 
 
 @alone_after_fork
-def save(
-    model_or_state: nn.Module | Mapping[str, Tensor | QuantTensor], path: str | os.PathLike[str]
-) -> Path:
+def save(model_or_state: nn.Module | Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Writes a model, or what `load_tensors` gives, to one safetensors file.
 
     Quantized weights are converted to the canonical layout one at a time; shared tensors are
     written once. The file is complete or not there: a failure leaves what was at `path` before.
     A file that is replaced hands down its mode and owner, and a symlink to it stays.
 
+    The extra state of a module (`get_extra_state`) is written too: a dict with strings as keys, a list,
+    str, int, float, bool, None, a tensor, or these within each other. Hooks of state dicts are not
+    called: what they add is not written.
+
     Args:
-        model_or_state: a module, or names with Tensors and QuantTensors.
+        model_or_state: a module, or names with Tensors, QuantTensors and extra states.
         path: the file if it ends in ".safetensors", else a folder, made if needed, that gets
             "model.safetensors".
 
@@ -57,9 +60,11 @@ def save(
 
     Raises:
         TypeError: a value is neither a dense tensor nor a QuantTensor, safetensors cannot hold its
-            dtype, or a name is no string.
-        ValueError: a value is on the meta device; or a name is "__metadata__", not Unicode, or that
-            of a tensor of a layer ("a.zeros" beside the layer "a").
+            dtype, an extra state holds something else than named above (a tuple, bytes, a dict with
+            other keys), or a name is no string.
+        ValueError: a value is on the meta device; an extra state is deeper than 50 levels or holds an
+            int of more than 64 bits; or a name is "__metadata__", not Unicode, or that of a tensor of
+            a layer ("a.zeros" beside the layer "a").
     """
     if isinstance(model_or_state, nn.Module):
         sources, header = _module_sources(model_or_state)
@@ -110,6 +115,21 @@ class _Collector:
         else:
             self.sources.append(dense_source(name, t))
 
+    def add(self, name: str, value: object) -> None:
+        """A dense tensor, or under its name an extra state of any kind."""
+        if isinstance(value, Tensor) or not extra_state.is_extra_state(name):
+            self.dense(name, value)
+            return
+        inner: list[Tensor] = []
+
+        def keep(t: Tensor) -> int:
+            inner.append(t)
+            return len(inner) - 1
+
+        self.header.extra[name] = extra_state.encode(name, value, keep)
+        for i, t in enumerate(inner):
+            self.dense(f"{name}.{i}", t)
+
     def layer(
         self,
         name: str,
@@ -133,12 +153,12 @@ def _module_sources(model: nn.Module) -> tuple[list[Source], Header]:
             # Tied modules hold one dict of buffers.
             _check_real(name, module.get_buffer("codes").device)
             found.layer(name, module._buffers, module.format, module.shape, module.quant_tensor)
-        for key, t in own_tensors(module, prefix_of(name)).items():
-            found.dense(key, t)
+        for key, value in own_state(module, prefix_of(name)).items():
+            found.add(key, value)
     return found.sources, found.header
 
 
-def _state_sources(state: Mapping[str, Tensor | QuantTensor]) -> tuple[list[Source], Header]:
+def _state_sources(state: Mapping[str, Any]) -> tuple[list[Source], Header]:
     found = _Collector()
     for name, value in state.items():
         if not isinstance(name, str):
@@ -147,13 +167,13 @@ def _state_sources(state: Mapping[str, Tensor | QuantTensor]) -> tuple[list[Sour
             _check_real(name, value.device)
             found.layer(name, value, value.format, value.shape, functools.partial(_same, value))
         else:
-            found.dense(name, value)
+            found.add(name, value)
     return found.sources, found.header
 
 
 def load_tensors(
     path: str | os.PathLike[str], device: torch.device | str = "cpu", *, mmap: bool = True
-) -> dict[str, Tensor | QuantTensor]:
+) -> dict[str, Any]:
     """Reads a checkpoint without a model.
 
     Args:
@@ -166,7 +186,7 @@ def load_tensors(
 
     Returns:
         A QuantTensor for the name of every layer and a Tensor for every other; tied names give the
-        same object.
+        same object. Names of extra states (m._extra_state) give what `get_extra_state` gave.
 
     Raises:
         FileNotFoundError: there is no file.
@@ -174,12 +194,13 @@ def load_tensors(
             and value.
     """
     checkpoint = NativeReader(path, mmap)
-    state: dict[str, Tensor | QuantTensor] = {
+    state: dict[str, Any] = {
         name: checkpoint.weight(name, device) for name in checkpoint.header.layers
     }
     state.update((name, checkpoint.tensor(name, device)) for name in checkpoint.dense)
     state.update((name, state[first]) for name, first in checkpoint.header.tied.items())
-    return state
+    state.update((name, checkpoint.extra(name, device)) for name in checkpoint.header.extra)
+    return {name: value for name, value in state.items() if name not in checkpoint.inner}
 
 
 @alone_after_fork
@@ -194,7 +215,8 @@ def load(
 
     Each layer that the header names takes the place of the `nn.Linear` or `nn.Embedding` of that
     name, or fills a quantized one of the same format; every other tensor is copied into the model,
-    in the model's dtype. What the model shares, it still shares.
+    in the model's dtype. What the model shares, it still shares. Extra states are given to
+    `set_extra_state`.
 
     Args:
         model: as it was before it was quantized, or quantized alike; parameters on the meta device
@@ -212,6 +234,7 @@ def load(
         ValueError: the file is damaged or not a lowbit checkpoint; or names, shapes or formats
             differ from the model's, and then the model is unchanged and the message lists all of
             them.
+        Whatever `set_extra_state` of a module raises; the model is then loaded in part.
     """
     checkpoint = NativeReader(path, mmap)
     match = Match(model, checkpoint)
@@ -233,6 +256,7 @@ def load(
         stored = checkpoint.header.tied.get(name, name)
         if stored in checkpoint.dense:
             state[name] = checkpoint.tensor(stored, device)
+    state.update((name, checkpoint.extra(name, device)) for name in match.extra)
     assign = any(isinstance(t, Tensor) and t.is_meta for t in match.wanted.values())
     model.load_state_dict(state, strict=False, assign=assign)
     if assign:

@@ -137,7 +137,13 @@ def to_kernel(qt: QuantTensor, layout: str) -> KernelWeight:
 
 
 def to_operands(qt: QuantTensor, layout: str) -> Operands:
-    """The operands of the quantized matrix alone; `to_kernel` says what it raises."""
+    """The operands of a weight that is nothing but a quantized matrix.
+
+    Raises:
+        ValueError: as `to_kernel`; or the format has outliers, which operands do not hold.
+    """
+    if qt.format.outliers:
+        raise ValueError(f"format {qt.format.name!r} has outliers, which operands do not hold")
     return to_kernel(qt, layout).operands
 
 

@@ -79,7 +79,7 @@ class QuantLinear(PackedModule):
         vector = torch.zeros(out_features, device=weight.device, dtype=dtype) if bias else None
         self._init(weight, vector, dtype)
 
-    # The group that computes the product of this layer with others' (nn/fused.py).
+    # The group that computes the product of this layer with others' (`nn/siblings.py`).
     _siblings: _Group | None = None
 
     def __getstate__(self) -> dict[str, object]:

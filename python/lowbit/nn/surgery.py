@@ -46,6 +46,11 @@ def obstacle(module: nn.Module) -> str | None:
         return f"{' and '.join(computed)} is computed anew in every call (weight_norm, pruning)"
     if kind.__call__ is not nn.Module.__call__ or kind._call_impl is not nn.Module._call_impl:
         return f"{kind.__name__} has a __call__ of its own"
+    if (
+        not isinstance(module, PackedModule)
+        and kind.get_extra_state is not nn.Module.get_extra_state
+    ):
+        return f"{kind.__name__} has an extra state of its own"
     if own.get("_compiled_call_impl") is not None:
         return "it is compiled in place (Module.compile)"
     if patched := sorted(_patched(module)):

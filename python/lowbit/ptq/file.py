@@ -4,6 +4,7 @@ time.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.files import write_atomically
+from lowbit.files import staged, write_atomically
 from lowbit.formats import Format
 from lowbit.io.native import Header, layer_source, write_checkpoint
 from lowbit.io.readers.dense import WEIGHT_DTYPES, DenseFile, DenseReader
@@ -46,6 +47,7 @@ def quantize_file(
     obstacles: Mapping[str, str] | None = None,
     progress: bool = True,
     on_layer: Callable[[str, Tensor, QuantTensor], object] | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> Report:
     """Quantizes a checkpoint on disk without building its model.
 
@@ -58,8 +60,7 @@ def quantize_file(
     Args:
         src: a .safetensors file, or a folder with model.safetensors or an index.
         dst: for a file, a file; for a folder, another folder (made if needed), which also gets the
-            configuration and tokenizer files. Each file is complete or not there; the index comes
-            last.
+            configuration and tokenizer files. If anything raises, `dst` is as it was.
         format: one format or a recipe, as in `lowbit.quantize_model`; patterns are matched against
             the name without ".weight".
         skip: patterns of modules to leave; by default heads, embeddings and norms.
@@ -69,6 +70,8 @@ def quantize_file(
             what each has.
         obstacles: why a module cannot be quantized, by its name.
         progress: show a bar on stderr.
+        finish: called with a folder that holds what `dst` will hold, before it does, to complete or to
+            check it; if it raises, nothing is written. For a folder only.
 
     Returns:
         Bytes and error per layer, and the names of matrices that were left.
@@ -76,9 +79,12 @@ def quantize_file(
     Raises:
         FileNotFoundError: `src` is not there.
         ValueError: `src` is damaged, quantized already, the same as `dst`, or cannot be quantized
-            (the message names file and tensor), or holds nothing to quantize.
+            (the message names file and tensor), or holds nothing to quantize; `finish` is given and
+            `src` is a file.
     """
     source, target = Path(src), Path(dst)
+    if finish is not None and not source.is_dir():
+        raise ValueError(f"finish is for folders, and src is none, got {source}")
     selection = Selection(format, skip)
     readers = DenseReader(source, dtype=dtype).files
     indexed = _indexed(source, readers)
@@ -100,23 +106,29 @@ def quantize_file(
         for layer in plan
     )
     report.warn_unasked(sum(planned))
-    paths = _target_paths(source, target, readers)
     weight_map: dict[str, str] = {}
     size = 0
-    with bar(sum(map(len, plans)), "quantizing", progress) as advance:
-        for reader, plan, path in zip(readers, plans, paths, strict=True):
+    with contextlib.ExitStack() as stack:
+        place = (
+            stack.enter_context(staged(target, INDEX_NAME)) if source.is_dir() else target.parent
+        )
+        advance = stack.enter_context(bar(sum(map(len, plans)), "quantizing", progress))
+        for reader, plan in zip(readers, plans, strict=True):
+            path = place / (reader.path.name if source.is_dir() else target.name)
             sources = _sources(reader, plan, report, advance, on_layer)
             layers = {name: (_format(rule), _shape(reader, name)) for name, rule in plan.items()}
             write_checkpoint(path, sources, Header(layers, {}), reader.metadata)
             for specs in (s.specs for s in sources):
                 weight_map.update(dict.fromkeys(specs, path.name))
                 size += sum(torch.Size(s).numel() * d.itemsize for s, d in specs.values())
-    if source.is_dir():
-        copy_rest(source, target)
-        if indexed:
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            text = json.dumps(index, indent=2, sort_keys=True)
-            write_atomically(target / INDEX_NAME, lambda f: f.write(text.encode()))
+        if source.is_dir():
+            copy_rest(source, place)
+            if indexed:
+                index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+                text = json.dumps(index, indent=2, sort_keys=True)
+                write_atomically(place / INDEX_NAME, lambda f: f.write(text.encode()))
+        if finish is not None:
+            finish(place)
     return report
 
 
@@ -188,14 +200,6 @@ def _indexed(source: Path, readers: list[DenseFile]) -> bool:
     """Whether the files were found by the index of the folder."""
     whole = source / FILE_NAME
     return (source / INDEX_NAME).exists() and all(reader.path != whole for reader in readers)
-
-
-def _target_paths(source: Path, target: Path, readers: list[DenseFile]) -> list[Path]:
-    if source.is_dir():
-        target.mkdir(parents=True, exist_ok=True)
-        return [target / reader.path.name for reader in readers]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return [target]
 
 
 def _shape(reader: DenseFile, layer: str) -> tuple[int, int]:

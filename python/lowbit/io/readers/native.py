@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.files import cut, shown
 from lowbit.formats import Format
+from lowbit.io import extra_state
 from lowbit.io.native import Header, parse_header, prefix_of
 from lowbit.io.readers.base import Reader, TensorInfo, dense_info
 from lowbit.io.safetensors_file import SafetensorsFile, Specs, tensor_files
@@ -27,6 +30,7 @@ class NativeReader(Reader):
         path: as given.
         header: the headers of all files together.
         dense: shape and dtype of every stored tensor that belongs to no layer.
+        inner: the names of the tensors, stored or tied, that belong to an extra state in the header.
     """
 
     name = "lowbit"
@@ -39,18 +43,22 @@ class NativeReader(Reader):
         for file in tensor_files(self.path):
             opened = SafetensorsFile(file, mmap)
             header = parse_header(file, opened.metadata)
-            for name in (set(opened.specs) & set(specs)) | (
-                set(header.layers) & set(self.header.layers)
+            for name in (
+                (set(opened.specs) & set(specs))
+                | (set(header.layers) & set(self.header.layers))
+                | (set(header.extra) & set(self.header.extra))
             ):
                 raise ValueError(f"{file}: {shown(name)} is in another file of the checkpoint too")
             self.header.layers.update(header.layers)
             self.header.tied.update(header.tied)
+            self.header.extra.update(header.extra)
             self._files.update(dict.fromkeys(opened.specs, opened))
             specs.update(opened.specs)
         for name, (format, shape) in self.header.layers.items():
             self._check_layer(name, format, shape, specs)
         self.dense = specs
         self._check_ties()
+        self.inner = {t for name in self.header.extra for t in self._check_extra(name)}
 
     @classmethod
     def detect(cls, path: Path) -> bool:
@@ -117,6 +125,38 @@ class NativeReader(Reader):
                 raise ValueError(
                     f"{self.path}: the header ties {shown(name)} to {shown(first)}, which cannot be"
                 )
+
+    def _check_extra(self, name: str) -> list[str]:
+        """The tensors of an extra state."""
+        own: dict[str, Mapping[str, object]] = {
+            "layers": self.header.layers,
+            "tensors": self.dense,
+            "ties": self.header.tied,
+        }
+        for kind, names in own.items():
+            if name in names:
+                raise ValueError(
+                    f"{self.path}: {shown(name)} is an extra state and one of the {kind} too"
+                )
+        inner: list[str] = []
+        try:
+            extra_state.decode(self.header.extra[name], lambda i: inner.append(f"{name}.{i}"))
+        except ValueError as e:
+            raise ValueError(f"{self.path}: {shown(name)}: {e}") from e
+        for tensor in inner:
+            if self.header.tied.get(tensor, tensor) not in self.dense:
+                raise ValueError(f"{self.path}: {cut(tensor)} is missing")
+        return inner
+
+    def extra(self, name: str, device: torch.device | str = "cpu") -> Any:
+        """An extra state, in the header or a tensor; its tensors are copies."""
+
+        def tensor(name: str) -> Tensor:
+            return self.tensor(self.header.tied.get(name, name)).to(device, copy=True)
+
+        if name in self.header.extra:
+            return extra_state.decode(self.header.extra[name], lambda i: tensor(f"{name}.{i}"))
+        return tensor(name)
 
     def weight(self, name: str, device: torch.device | str = "cpu") -> QuantTensor:
         """The weight of a stored layer, its values checked."""
