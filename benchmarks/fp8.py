@@ -22,7 +22,7 @@ from timing import interleave
 from torch import Tensor
 
 from lowbit import _C, fp8
-from lowbit.fp8 import reference
+from lowbit.reference import fp8 as reference
 
 SHAPES = ((4096, 4096),)
 ROWS = (1, 4, 64, 128, 512)

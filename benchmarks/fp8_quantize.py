@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from lowbit import fp8
-from lowbit.fp8.dtypes import FLOAT8
-from lowbit.fp8.granularity import GRANULARITIES, find
+from lowbit.float8 import FLOAT8, GRANULARITIES, find_granularity
 
 _ROTATED_BYTES = 128 << 20
 
 
 def in_torch(x: Tensor, dtype: torch.dtype, granularity: str) -> tuple[Tensor, Tensor]:
     """Quantization as it is written with torch's operators; K is a multiple of the block."""
-    g = find(granularity)
+    g = find_granularity(granularity)
     f = FLOAT8[dtype]
     rows, k = x.shape
     block_rows, block_k = g.block(rows, k)

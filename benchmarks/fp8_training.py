@@ -22,7 +22,8 @@ from record import RESULTS, machine
 from torch import Tensor, nn
 
 from lowbit.nn import FP8Linear, fp8_add, fp8_mul, fp8_rms_norm, fp8_silu
-from lowbit.optim import FP8AdamW, reference
+from lowbit.optim import FP8AdamW
+from lowbit.reference import adamw as reference
 
 WIDTH, HIDDEN, HEADS, LAYERS, LENGTH, BATCH = 128, 384, 4, 4, 128, 16
 STEPS, SEEDS = 300, (0, 1, 2)

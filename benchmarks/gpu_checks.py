@@ -18,15 +18,15 @@ from gpu_kernels import FAMILIES, PEERS, TOLERANCE, error, ours
 from torch import Tensor
 
 import lowbit
-from lowbit import fp8, layouts
-from lowbit.fp8 import granularity as granularities
-from lowbit.fp8 import matmul_cuda, matmul_triton
-from lowbit.fp8 import reference as fp8_reference
-from lowbit.fp8 import triton as fp8_triton
-from lowbit.fp8.dtypes import FLOAT8
+from lowbit import float8, fp8, layouts
+from lowbit.backends.cuda import fp8_matmul as matmul_cuda
+from lowbit.backends.triton import fp8 as fp8_triton
+from lowbit.backends.triton import fp8_matmul as matmul_triton
+from lowbit.backends.triton.adamw import adamw_
+from lowbit.float8 import FLOAT8
 from lowbit.ops.weights import embedding
-from lowbit.optim import kernels as optim
-from lowbit.optim import reference as optim_reference
+from lowbit.reference import adamw as optim_reference
+from lowbit.reference import fp8 as fp8_reference
 
 Result = dict[str, Any]
 # N and K around the tiles of 16 x 64, and a K that is split. Triton compiles anew for most of what follows.
@@ -95,7 +95,7 @@ def hard_values(rows: int, k: int) -> Tensor:
 
 def fp8_quantize(_family: str, name: str) -> Iterator[Result]:
     """Codes, scales and the transposed codes, bit for bit."""
-    g = granularities.find(name)
+    g = float8.find_granularity(name)
     cases = itertools.product(FLOAT8, (torch.float32, torch.bfloat16), (None, 7), (False, True))
     for dtype, x_dtype, seed, transposed in cases:
         x = hard_values(300, 1000).to(x_dtype)
@@ -118,7 +118,7 @@ def fp8_quantize(_family: str, name: str) -> Iterator[Result]:
 def fp8_product(family: str, kind_a: str) -> Iterator[Result]:
     """A granularity of a with every one of b, against float64: relative error at most 1e-3."""
     run = {"triton": matmul_triton, "cuda": matmul_cuda}[family].scaled_mm
-    names = CUDA_GRANULARITIES if family == "cuda" else tuple(granularities.GRANULARITIES)
+    names = CUDA_GRANULARITIES if family == "cuda" else tuple(float8.GRANULARITIES)
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     for kind_b, (m, n, k) in itertools.product(names, FP8_SHAPES):
         types = [(e4m3, e4m3), (e4m3, e5m2), (e5m2, e4m3), (e5m2, e5m2)]
@@ -127,8 +127,8 @@ def fp8_product(family: str, kind_a: str) -> Iterator[Result]:
             b, scale_b = fp8.quantize(torch.randn(n, k, device=device()), type_b, kind_b)
             bias = torch.randn(n, device=device(), dtype=torch.bfloat16)
             exact = fp8_reference.scaled_mm(a, b, scale_a, scale_b, bias)
-            kinds = (granularities.find(kind_a), granularities.find(kind_b))
-            y = run(a, b, scale_a, scale_b, *kinds, bias, torch.float32)
+            operands = (float8.scaled(a, scale_a), float8.scaled(b, scale_b))
+            y = run(*operands, bias, torch.float32)
             wrong = float((y.double() - exact).norm() / exact.norm())
             what = f"{m}x{n}x{k} {type_a} x {type_b} by {kind_b}"
             found = {"what": what, "ok": wrong <= 1e-3, "error": wrong}
@@ -137,10 +137,8 @@ def fp8_product(family: str, kind_a: str) -> Iterator[Result]:
         a, scale_a = fp8.quantize(torch.randn(70, 640, device=device()), granularity=kind_a)
         b, scale_b = fp8.quantize(torch.randn(90, 640, device=device()), granularity="tensor")
         y = fp8_reference.scaled_mm(a, b, scale_a, scale_b).float()
-        kinds = (granularities.find(kind_a), granularities.find("tensor"))
-        q, scale = matmul_triton.scaled_mm_quantized(
-            a, b, scale_a, scale_b, *kinds, None, torch.float8_e4m3fn
-        )
+        operands = (float8.scaled(a, scale_a), float8.scaled(b, scale_b))
+        q, scale = matmul_triton.scaled_mm_quantized(*operands, None, torch.float8_e4m3fn)
         # Half a step of E4M3, whose steps are at most 1/8 of a value, and the error of y.
         wrong = float((fp8.dequantize(q, scale) - y).norm() / y.norm())
         yield {"what": "quantized y", "ok": wrong <= 0.04, "error": wrong}
@@ -171,9 +169,9 @@ def adamw(_family: str, sq_dtype: str, expand: bool) -> Iterator[Result]:
             want_param, grad, *want, float(step), 1e-3, 0.9, 0.999, 1e-8, 0.01, dtype=torch.float64
         )
         before = param.clone()
-        optim.triton_step(
-            param, grad, *(optim.State(*s) for s in states),
-            optim.Step(number, lr, 0.9, 0.999, 1e-8, 0.01, False),
+        adamw_(
+            param, grad, *(optim_reference.State(*s) for s in states),
+            optim_reference.Step(number, lr, 0.9, 0.999, 1e-8, 0.01, False),
         )  # fmt: skip
         moved = float((param - want_param).abs().max() / (want_param - before).abs().max())
         other = max(
@@ -255,9 +253,9 @@ def tasks(families: list[str]) -> list[list[Any]]:
         for name, format in lowbit.formats().items():
             if family != "cuda" or "m16" in layouts.fitting(format):
                 found.append(["linear", family, name])
-        granularity = CUDA_GRANULARITIES if family == "cuda" else granularities.GRANULARITIES
+        granularity = CUDA_GRANULARITIES if family == "cuda" else float8.GRANULARITIES
         found += [["fp8_product", family, g] for g in granularity]
-    found += [["fp8_quantize", "triton", g] for g in granularities.GRANULARITIES]
+    found += [["fp8_quantize", "triton", g] for g in float8.GRANULARITIES]
     found += [
         ["adamw", "triton", t, e] for t in ("float8_e4m3fn", "float8_e5m2") for e in (False, True)
     ]

@@ -10,9 +10,9 @@ import torch
 from gpu_timing import replay_microseconds
 from torch import Tensor
 
-from lowbit import fp8
-from lowbit.fp8 import granularity as granularities
-from lowbit.fp8 import matmul_cuda, matmul_triton
+from lowbit import float8, fp8
+from lowbit.backends.cuda import fp8_matmul as matmul_cuda
+from lowbit.backends.triton import fp8_matmul as matmul_triton
 
 # (M, N, K): square, a layer of a large model at prefill and at decode.
 SHAPES = ((8192, 8192, 8192), (4096, 7168, 2048), (16, 28672, 8192), (64, 28672, 8192))
@@ -52,8 +52,8 @@ def measure(families: list[str]) -> list[dict[str, Any]]:
             rows = slice(0, CHECKED_ROWS)
             values = fp8.dequantize(a, scale_a)[rows].double()
             want = values @ fp8.dequantize(b, scale_b).double().t()
-            kinds = (granularities.find(kind_a), granularities.find(kind_b))
-            arguments = (a, b, scale_a, scale_b, *kinds, None, torch.bfloat16)
+            operands = (float8.scaled(a, scale_a), float8.scaled(b, scale_b))
+            arguments = (*operands, None, torch.bfloat16)
             backends = {"triton": matmul_triton, "cuda": matmul_cuda}
             for family in families:
                 run = backends[family].scaled_mm

@@ -1,4 +1,4 @@
-// FP8 by raw pointers: what `lowbit._C` has for the package lowbit.fp8. `isa` "" is the newest instruction set of this
+// FP8 by raw pointers: what `lowbit._C` has for backends/cpu/fp8.py. `isa` "" is the newest instruction set of this
 // CPU, another name caps it.
 #include <cstdint>
 #include <string>

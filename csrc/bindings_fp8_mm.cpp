@@ -1,4 +1,4 @@
-// Products of FP8 matrices by raw pointers: what `lowbit._C` has for fp8/matmul.py.
+// Products of FP8 matrices by raw pointers: what `lowbit._C` has for backends/cpu/fp8_matmul.py.
 #include <pybind11/stl.h>
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// AdamW with FP8 states (python/lowbit/optim/reference.py states what it computes). Compiled under every instruction
+// AdamW with FP8 states (python/lowbit/reference/adamw.py states what it computes). Compiled under every instruction
 // set's flags.
 #pragma once
 

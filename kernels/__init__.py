@@ -3,7 +3,7 @@
 import torch
 import triton.language as tl
 
-from . import codecs, configs, dequantize, fp8_adamw, fp8_mm, fp8_quantize, linear
+from . import codecs, configs, dequantize, fp8_adamw, fp8_matmul, fp8_quantize, linear
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """Triton's name of each dtype of activations."""
@@ -14,7 +14,7 @@ __all__ = [
     "configs",
     "dequantize",
     "fp8_adamw",
-    "fp8_mm",
+    "fp8_matmul",
     "fp8_quantize",
     "linear",
 ]

@@ -1,4 +1,4 @@
-"""A step of AdamW on FP8 states with dynamic range expansion, as `lowbit.optim.reference` states it.
+"""A step of AdamW on FP8 states with dynamic range expansion, as `lowbit.reference.adamw` states it.
 
 Codes are read and written as bytes, so that GPUs without FP8 conversions run it too. The number of the step and the
 learning rate are tensors: a captured graph replays them.

@@ -1,4 +1,4 @@
-"""FP8: maxima of blocks, quantize, dequantize and cast, bit for bit as `lowbit.fp8.reference` states them.
+"""FP8: maxima of blocks, quantize, dequantize and cast, bit for bit as `lowbit.reference.fp8` states them.
 
 FP8 codes and E8M0 scales are bytes here, bf16 scales their bits, so nothing depends on what types a GPU has.
 """

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fp8_values import E4M3, E5M2
-from lowbit.fp8 import granularity as granularities
-from lowbit.fp8 import reference
-from lowbit.fp8.dtypes import E8M0
-from lowbit.fp8.granularity import GRANULARITIES
+from lowbit import float8
+from lowbit.float8 import E8M0, GRANULARITIES
+from lowbit.reference import fp8 as reference
 
 TYPES = tuple(itertools.product((E4M3, E5M2), repeat=2))
 PAIRINGS = tuple(itertools.product(GRANULARITIES, repeat=2))
@@ -20,7 +19,7 @@ PAIRINGS = tuple(itertools.product(GRANULARITIES, repeat=2))
 
 def operand(rows: int, k: int, name: str, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
     """Codes of normal values and scales that differ."""
-    g = granularities.find(name)
+    g = float8.find_granularity(name)
     q = (torch.randn(rows, k) * 8).to(dtype)
     shape = g.scale_shape(rows, k)
     if g.scale_dtypes[0] == E8M0:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.fp8 import reference
-from lowbit.fp8.dtypes import E8M0, FLOAT8
+from lowbit.float8 import E8M0, FLOAT8
+from lowbit.reference import fp8 as reference
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TYPES = tuple(FLOAT8)

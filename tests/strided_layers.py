@@ -15,9 +15,9 @@ import lowbit
 from fp8_operands import operand
 from fp8_values import E4M3, E5M2
 from lowbit import fp8, qat
-from lowbit.fp8.granularity import GRANULARITIES
+from lowbit.float8 import GRANULARITIES
 from lowbit.nn import fp8_activations as activations
-from lowbit.optim import ops as optim
+from lowbit.ops import adamw as optim
 from lowbit.ptq.calibration import InputStatistics
 from lowbit.ptq.smooth import smooth_scales
 

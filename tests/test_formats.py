@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.codebooks.tables import E2M1_TABLE, IQ4_NL_TABLE, NF4_TABLE, float8_values, normal_float
+from lowbit.float8 import e8m0_values
 from lowbit.formats import (
     FORMATS,
     Format,
     as_format,
     parse,
 )
-from lowbit.reference import dynamic_map, e8m0_values, effective_scales
+from lowbit.reference import dynamic_map, effective_scales
 from lowbit.weights.quantized import QuantTensor, tensor_specs
 from weights import ALL_FORMATS
 

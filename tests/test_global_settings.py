@@ -18,6 +18,7 @@ from torch.utils import _device
 import lowbit
 from lowbit import qat, reference
 from lowbit.ptq import OBSERVERS, allocate, fisher_diagonal, output_fisher, plots, smooth
+from lowbit.reference import fp8 as fp8_reference
 
 PACKAGE = Path(lowbit.__file__).parent
 # torch's own list of the functions that obey its default device, by dotted name below torch.
@@ -266,7 +267,7 @@ WORK: dict[str, Work] = {
         for g in ("tensor", "row", "1x128", "128x128", "1x16", "mx")
     },
     "fp8 stochastic": lambda x, w: lowbit.fp8.quantize(x, rounding="stochastic", seed=3),
-    "fp8 reference noise": lambda x, w: lowbit.fp8.reference.noise(5, 3, 4, torch.device("cpu")),
+    "fp8 reference noise": lambda x, w: fp8_reference.noise(5, 3, 4, torch.device("cpu")),
     "fp8 product": lambda x, w: lowbit.fp8.scaled_mm(
         *(t[0] for t in (lowbit.fp8.quantize(x), lowbit.fp8.quantize(w))),
         *(t[1] for t in (lowbit.fp8.quantize(x), lowbit.fp8.quantize(w))),

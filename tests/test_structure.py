@@ -23,7 +23,7 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
-    ("codebooks", "files", "late", "modes", "strides", "text"),
+    ("codebooks", "files", "float8", "late", "modes", "strides", "text"),
     ("formats", "_C", "_cuda"),
     ("forking", "packing"),
     ("weights",),
@@ -31,9 +31,8 @@ LAYERS = (
     ("layouts",),
     ("backends",),
     ("ops",),
-    ("binary", "explanation", "int8"),
+    ("binary", "explanation", "int8", "methods", "optim"),
     ("fp8",),
-    ("methods", "optim"),
     ("nn",),
     ("decoder", "io"),
     ("ptq",),
@@ -62,13 +61,7 @@ RESTRICTED = {
 
 
 # Files that reach for compiled code though they are neither a backend nor the decoder. Only ever shorter.
-COMPILED_EXCEPTIONS = {
-    "python/lowbit/fp8/cpu.py",
-    "python/lowbit/fp8/explanation.py",
-    "python/lowbit/fp8/matmul_cpu.py",
-    "python/lowbit/fp8/matmul_cuda.py",
-    "python/lowbit/optim/kernels.py",
-}
+COMPILED_EXCEPTIONS: set[str] = set()
 # Modules that need an optional package, by the file that imports them when they are needed.
 OPTIONAL_IMPORTS = {("python/lowbit/io/readers/gguf_reader.py", "lowbit.io.readers.gguf")}
 COMPILED = {"_C", "_cuda", "triton_kernels"}

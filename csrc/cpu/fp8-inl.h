@@ -1,5 +1,5 @@
 // The FP8 codecs: floats to codes, to nearest even or with noise, codes to floats, and scales of blocks; bit for bit
-// as python/lowbit/fp8/reference.py states them. The lanes of an I hold codes.
+// as python/lowbit/reference/fp8.py states them. The lanes of an I hold codes.
 #pragma once
 
 #include "cpu/common-inl.h"

@@ -1,4 +1,4 @@
-"""`explain`: which kernel runs a linear, and why it was chosen."""
+"""`explain` and `fp8.explain`: which kernel runs a linear or an FP8 product, and why it was chosen."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from torch import Tensor
 
 from lowbit import backends
 from lowbit.backends import available
+from lowbit.backends import fp8 as fp8_backends
 from lowbit.backends.cpu import CPU, requests
 from lowbit.backends.pytorch import PYTORCH
 from lowbit.formats import Format
 from lowbit.layouts import N16
+from lowbit.ops import fp8_matmul
 from lowbit.ops.terms import Weight
 
 _DTYPE_NAMES = {
@@ -116,3 +118,46 @@ def explain_request(
     if format.activation is None and dtype != torch.uint8:
         selected = backend.describe(format, n, k, m, dtype, torch.device(device_type))
     return Explanation(request, selected, (), sparse)
+
+
+def explain_fp8(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    *,
+    requantize: str | None = None,
+) -> Explanation:
+    """Says which kernel `scaled_mm(a, b, scale_a, scale_b, requantize=requantize)` runs, and why the others do not.
+
+    Args:
+        a: (M, K); `scaled_mm` says what these may be. Values are not read.
+        b: (N, K).
+        scale_a, scale_b: their scales.
+        requantize: None, "row" or "1x16".
+
+    Returns:
+        The kernel, newest instruction sets and fastest loads first; `str()` is a table. `lowbit.kernels()` has those
+        of the CPU, of op "fp8_scaled_mm".
+
+    Raises:
+        TypeError, ValueError: as `scaled_mm`.
+    """
+    if a.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"a must be on a CPU or a CUDA device, got {a.device}")
+    left, right = fp8_matmul.check(a, b, scale_a, scale_b, None, torch.float32)
+    if requantize is not None:
+        fp8_matmul.check_requantize(requantize)
+    (m, k), n = a.shape, b.shape[0]
+    request = (
+        f"fp8_scaled_mm {left.granularity.name} {right.granularity.name} M={m} N={n} K={k} on {a.device.type}"
+        + f", y quantized by {requantize}" * (requantize is not None)
+    )
+    backend, others = fp8_backends.product(left, right)
+    quantized = fp8_backends.quantizing_product(left, right, requantize) is not None
+    ready = fp8_matmul.ready(left), fp8_matmul.ready(right)
+    kernels = (*others, *backend.explain(*ready, quantized))
+    selected = next((name for name, why in kernels if why is None), REFERENCE)
+    return Explanation(
+        request, selected, tuple(Kernel(name, None, None, why) for name, why in kernels)
+    )

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import lowbit
-from lowbit import layouts, reference
+from lowbit import float8, layouts, reference
 from lowbit.backends.cuda import CUDA
+from lowbit.backends.cuda import fp8_matmul as matmul_cuda
 from lowbit.backends.cuda import weights as backend
 from lowbit.formats import FORMATS, parse
-from lowbit.fp8 import granularity as granularities
-from lowbit.fp8 import matmul_cuda
 from lowbit.layouts import M16
 from weights import random_weight
 
@@ -167,7 +166,7 @@ def test_fp8_operands_are_what_the_kernel_can_read(
     qb = lowbit.fp8.quantize(torch.randn(9, k), torch.float8_e5m2, granularity)
     monkeypatch.setitem(sys.modules, "lowbit._cuda", SimpleNamespace(fp8_scaled_mm=fp8_scaled_mm))
     monkeypatch.setattr(lowbit, "_cuda", sys.modules["lowbit._cuda"], raising=False)
-    kinds = (granularities.find(granularity),) * 2
-    y = matmul_cuda.scaled_mm(qa[0], qb[0], qa[1], qb[1], *kinds, None, torch.float16)
+    g = float8.find_granularity(granularity)
+    y = matmul_cuda.scaled_mm(float8.Scaled(*qa, g), float8.Scaled(*qb, g), None, torch.float16)
     assert (y.shape, y.dtype) == ((7, 9), torch.float16)
     assert given["rest"] == (0, "fp32", y.data_ptr(), "fp16")

@@ -18,8 +18,8 @@ from torch import Tensor
 import lowbit
 from lowbit import _C, binary, fp8, int8, layouts
 from lowbit.decoder.bound import bind_linear
+from lowbit.float8 import GRANULARITIES
 from lowbit.formats import parse
-from lowbit.fp8.granularity import GRANULARITIES
 from lowbit.layouts import CANONICAL, K16, N16
 from lowbit.ops.terms import kernel_weight
 from lowbit.ops.weights import embedding

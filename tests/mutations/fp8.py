@@ -5,17 +5,15 @@ from __future__ import annotations
 from mutations import python
 
 MUTANTS = [
-    *python("fp8/dtypes.py", "fp8_cast", "fp8_quantize")(
+    *python("float8.py", "fp8_cast", "fp8_quantize")(
         ('"e4m3", 448.0, 3, 7, 8, 0x7E, 464 + 2**-15', '"e4m3", 448.0, 3, 7, 8, 0x7E, 448 + 2**-15'),
         ('"e5m2", 57344.0, 2, 15, 15, 0x7B, 61440.0, 0x7C', '"e5m2", 57344.0, 2, 15, 15, 0x7B, 61440.0, 0x7F'),
         ("return 2.0 ** (1 - self.bias)", "return 2.0 ** -self.bias"),
-    ),
-    *python("fp8/granularity.py", "fp8_quantize")(
         ("1 if self.columns is None else -(-k // self.columns))", "1 if self.columns is None else k // self.columns)"),
         ('Granularity("mx", 1, 32, (E8M0,))', 'Granularity("mx", 1, 16, (E8M0,))'),
         ("if scale.shape == g.scale_shape(rows, k):", "if scale.numel() == torch.Size(g.scale_shape(rows, k)).numel():"),
     ),
-    *python("fp8/reference.py", "fp8_quantize", "fp8_cast")(
+    *python("reference/fp8.py", "fp8_quantize", "fp8_cast")(
         ("(exponent - f.emax).clamp(0, 2 * E8M0_BIAS)", "(exponent - f.emax).clamp(0, 2 * E8M0_BIAS + 1)"),
         ("return torch.where(scale == 0, 1, scale).to(scale_dtype)", "return scale.to(scale_dtype)"),
         ("+ 0xFFFF) & ~0xFFFF)", "+ 0x7FFF) & ~0xFFFF)"),
@@ -23,14 +21,14 @@ MUTANTS = [
         ("(0, -k % block_k, 0, -rows % block_rows)", "(0, -rows % block_k, 0, -k % block_rows)"),
         ("h = (h ^ h >> 15) * 0x846CA68B", "h = (h ^ h >> 16) * 0x846CA68B"),
     ),
-    *python("fp8/quantization.py", "fp8_quantize")(
+    *python("ops/fp8.py", "fp8_quantize")(
         ("maxima = maxima.amax() if maxima.numel()", "maxima = maxima.amin() if maxima.numel()"),
         ("if seed is not None and not 0 <= seed <= _MAX_SEED:", "if seed is not None and not 0 < seed <= _MAX_SEED:"),
         ("rows, maxima = rows_of(x, x.shape[-1]), contiguous(maxima)", "rows, maxima = x.reshape(-1, x.shape[-1]), contiguous(maxima)"),
     ),
-    *python("fp8/matmul.py", "fp8_mm")(
+    *python("ops/fp8_matmul.py", "fp8_matmul")(
         ("out_dtype or torch.bfloat16)", "out_dtype or torch.float32)"),
-        ("return [*(rows_of(t, t.shape[1]) for t in (a, b)), *map(contiguous, others)]", "return [a, b, *map(contiguous, others)]"),
+        ("return Scaled(rows_of(s.q, s.q.shape[1]), contiguous(s.scale), s.granularity)", "return Scaled(s.q, contiguous(s.scale), s.granularity)"),
     ),
     *python("nn/fp8.py", "fp8_nn")(
         ("by_row = _quantize(grad, _BACKWARD, values)", "by_row = _quantize(grad, _FORWARD, values)"),

@@ -29,7 +29,7 @@ MUTANTS = [
         ("return torch.where(mass > 0, moved, centers.detach())", "return moved"),
         ("how = solver if mode == \"implicit\" else None", "how = solver if mode != \"unrolled\" else None"),
     ),
-    *python("optim/reference.py", "fp8_adamw", "fp8_optimizer")(
+    *python("reference/adamw.py", "fp8_adamw", "fp8_optimizer")(
         ("return FLOAT8[dtype].max ** 2 / 2", "return FLOAT8[dtype].max ** 2"),
         ("c = mx.sqrt() * mn.sqrt()", "c = mx.sqrt() * mx.sqrt()"),
         ("denominator = v.sqrt() / math.sqrt(1 - beta2**step) + eps", "denominator = (v.sqrt() + eps) / math.sqrt(1 - beta2**step)"),

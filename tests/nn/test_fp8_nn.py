@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit.fp8 import granularity as granularities
-from lowbit.fp8 import reference
+from lowbit import float8
 from lowbit.nn import (
     FP8LayerNorm,
     FP8Linear,
@@ -25,6 +24,7 @@ from lowbit.nn import (
     fp8_rms_norm,
     fp8_silu,
 )
+from lowbit.reference import fp8 as reference
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GRANULARITIES = {
@@ -37,7 +37,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def exact(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """x after FP8, in float64, by the plain reference."""
-    return reference.dequantize(*reference.quantize(x, dtype, granularities.find(name))).double()
+    return reference.dequantize(
+        *reference.quantize(x, dtype, float8.find_granularity(name))
+    ).double()
 
 
 def assert_near(y: Tensor, expected: Tensor, magnitude: Tensor) -> None:
@@ -253,7 +255,7 @@ SHAPES = ((3, 5, 40), (2, 16), (7,), (4, 1))
 
 def rounded(x: Tensor) -> Tensor:
     """x as it is saved."""
-    scales = granularities.find("1x16")
+    scales = float8.find_granularity("1x16")
     rows = x.detach().reshape(-1, x.shape[-1])
     saved = reference.quantize(rows, E4M3, scales, torch.bfloat16)
     return reference.dequantize(*saved, x.dtype).view(x.shape)

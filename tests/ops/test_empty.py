@@ -11,7 +11,7 @@ import torch
 
 import lowbit
 from lowbit import _C, binary, fp8, int8
-from lowbit.fp8.granularity import GRANULARITIES
+from lowbit.float8 import GRANULARITIES
 from lowbit.ops.weights import embedding
 from lowbit.optim import FP8AdamW
 

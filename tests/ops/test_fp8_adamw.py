@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.optim import kernels, ops, reference
-from lowbit.optim.kernels import State, Step
+from lowbit.backends.cpu import adamw as cpu
+from lowbit.backends.triton import adamw as triton
+from lowbit.ops import adamw as ops
+from lowbit.reference import adamw as reference
+from lowbit.reference.adamw import State, Step
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 DTYPES = (E4M3, E5M2)
@@ -38,9 +41,9 @@ def spread(size: int, seed: int = 0, width: float = 4.0) -> Tensor:
 def run(name: str, param: Tensor, grad: Tensor, m: State, v: State, step: Step) -> None:
     if name == "triton":
         pytest.importorskip("triton")
-        kernels.triton_step(param, grad, m, v, step)
+        triton.adamw_(param, grad, m, v, step)
     else:
-        kernels.cpu_step(param, grad, m, v, step, name)
+        cpu.adamw_(param, grad, m, v, step, name)
 
 
 def step_of(count: float = 1.0, maximize: bool = False, **changes: float) -> Step:
@@ -272,6 +275,16 @@ def test_op() -> None:
     torch.library.opcheck(ops.fp8_adamw, (*args, *numbers), test_utils="test_faketensor")
 
 
+def test_vmap_does_not_repeat_a_step() -> None:
+    """Arguments that are not batched would be stepped for every element."""
+    m, v = states(torch.zeros(130), E4M3, E5M2, True)
+    rest = (*m, *v, torch.tensor(1.0), torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.01, False)
+    param, grads = torch.zeros(130), torch.ones(2, 130)
+    with pytest.raises(RuntimeError, match="fp8_adamw works in place, and vmap cannot repeat it"):
+        torch.func.vmap(lambda grad: ops.fp8_adamw(param, grad, *rest))(grads)
+    assert not param.any()
+
+
 def test_bad_operands_of_the_op() -> None:
     m, v = states(torch.zeros(130), E4M3, E4M3, True)
     good = [torch.zeros(130), torch.zeros(130), *m, *v, torch.tensor(1.0), torch.tensor(0.1)]
@@ -304,11 +317,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.disasm import get_sass
 from lowbit import triton_kernels as package
-from lowbit.optim import kernels
+from lowbit.backends.triton.adamw import meaning
 
 for arch in json.loads(sys.argv[1]):
     kernel = package.fp8_adamw.fp8_adamw_kernel
-    constants = kernels.meaning(torch.float8_e4m3fn, torch.float8_e5m2, True)
+    constants = meaning(torch.float8_e4m3fn, torch.float8_e5m2, True)
     pointers = {"param": "fp32", "grad": "fp32", "exp_avg": "u8", "exp_avg_sq": "u8", "exp_avg_terms": "fp32",
                 "exp_avg_sq_terms": "fp32", "step": "fp32", "lr": "fp32"}
     signature = {

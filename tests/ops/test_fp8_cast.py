@@ -11,9 +11,10 @@ import torch
 
 from fp8_values import DTYPES, E4M3, E5M2, ISAS, codes, each_type, floats, nan_is_no_mistake, same
 from lowbit import fp8
-from lowbit.fp8 import cpu, reference, triton
-from lowbit.fp8.dtypes import FLOAT8
-from lowbit.fp8.granularity import find
+from lowbit.backends.cpu import fp8 as cpu
+from lowbit.backends.triton import fp8 as triton
+from lowbit.float8 import FLOAT8, find_granularity
+from lowbit.reference import fp8 as reference
 
 
 @each_type
@@ -68,7 +69,7 @@ def test_all_codes_round_trip(dtype: torch.dtype) -> None:
         assert torch.equal(
             codes(fp8.cast(decoded, dtype))[values.isfinite()], want[values.isfinite()]
         )
-        assert same(triton.dequantize(q[None], one, find("tensor"), t)[0], decoded)
+        assert same(triton.dequantize(q[None], one, find_granularity("tensor"), t)[0], decoded)
     # With the scale 1 and with stochastic rounding, which leaves exact values alone.
     finite = values[values.isfinite()]
     for rounding in ("nearest", "stochastic"):

@@ -32,16 +32,15 @@ import json, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.disasm import get_sass
-from lowbit.fp8 import triton as backend
-from lowbit.fp8.dtypes import E8M0, FLOAT8
-from lowbit.fp8.granularity import find
+from lowbit.backends.triton import fp8 as backend
+from lowbit.float8 import E8M0, FLOAT8, find_granularity
 
 kernels = backend.kernels().fp8_quantize
 SCALES = {"fp32": torch.float32, "bf16": torch.bfloat16, "e8m0": E8M0}
 POINTERS = {"fp32": "*fp32", "bf16": "*i16", "e8m0": "*u8"}
 
 for name, dtype, granularity, scale, transposed, stochastic, arch in json.loads(sys.argv[1]):
-    f, g, k = FLOAT8[torch.float8_e4m3fn], find(granularity), 4096
+    f, g, k = FLOAT8[torch.float8_e4m3fn], find_granularity(granularity), 4096
     tile = backend._tile(g, k, transposed)
     given = g.rows is None
     number = backend._scale_bytes(torch.empty(1, dtype=SCALES[scale]))[0]

@@ -14,12 +14,14 @@ import lowbit
 from fp8_operands import operand
 from fp8_values import E4M3
 from lowbit import _C, fp8
-from lowbit.backends import available
+from lowbit.backends import available, pytorch_fp8
+from lowbit.backends import fp8 as backends
 from lowbit.backends.cpu import weights as cpu
+from lowbit.backends.cuda import fp8_matmul as matmul_cuda
+from lowbit.backends.triton import fp8_matmul as matmul_triton
 from lowbit.explanation import REFERENCE
+from lowbit.float8 import Scaled, find_granularity
 from lowbit.formats import parse
-from lowbit.fp8 import explanation, matmul, matmul_cuda, matmul_triton, reference
-from lowbit.fp8.granularity import find
 from lowbit.ops.terms import matrix
 from weights import random_weight
 
@@ -31,10 +33,12 @@ def test_the_cpu_runs_its_newest_instruction_set() -> None:
     b, scale_b = operand(5, 40, "1x16")
     shown = fp8.explain(a, b, scale_a, scale_b)
     assert shown.selected == _C.fp8_matmul_name()
-    assert [row.name for row in shown.kernels] == [row["name"] for row in ROWS]
+    assert [kernel.name for kernel in shown.kernels] == [row["name"] for row in ROWS]
     active = [row["name"] for row in ROWS if row["isa"] in _C.isa_active()]
     assert shown.selected == active[0]
-    assert all((row.reason is None) == (row.name == shown.selected) for row in shown.kernels)
+    assert all(
+        (kernel.reason is None) == (kernel.name == shown.selected) for kernel in shown.kernels
+    )
     first, *lines = str(shown).splitlines()
     assert first == f"fp8_scaled_mm row 1x16 M=3 N=5 K=40 on cpu: {shown.selected}"
     assert [line for line in lines if line.endswith("  runs")] == [
@@ -71,9 +75,9 @@ def test_a_cap_is_named() -> None:
 def test_rows_of_the_table_are_not_run_by_weights() -> None:
     """`Weight` takes the rows of other ops alone."""
     assert [row["isa"] for row in ROWS] == ["avx512bf16", "avx512", "avx2", "scalar"]
-    op = matrix(random_weight(parse("int4"), 64, 64))
+    w = matrix(random_weight(parse("int4"), 64, 64))
     with pytest.raises(ValueError, match="not for FP8 products"):
-        cpu.linear(torch.ones(2, 64), op, None, kernel=ROWS[0]["index"])
+        cpu.linear(torch.ones(2, 64), w, None, kernel=ROWS[0]["index"])
 
 
 def test_bad_input() -> None:
@@ -95,34 +99,38 @@ def test_triton_rows_name_the_tile_and_what_keeps_tma_away(
     pytest.importorskip("triton")
     monkeypatch.setattr(matmul_triton, "num_sms", lambda device: 132)
     monkeypatch.setattr(matmul_triton, "capability", lambda device: (9, 0))
-    a, b = torch.zeros(2, 4096).to(E4M3), torch.zeros(4096, 4096).to(E4M3)
-    g = find("row"), find("row")
-    (row,) = explanation.triton_rows(a, b, *g, False)
-    assert (row.name, row.reason) == ("triton_fp8_mm_64x64x128_tma_split6", None)
-    (row,) = explanation.triton_rows(a, b, *g, True)
-    assert row.name == "triton_fp8_mm_64x64x128_tma_split1"
-    odd = torch.zeros(2, 4097).to(E4M3)[:, 1:]
-    tma, row = explanation.triton_rows(odd, b, *g, False)
-    assert tma.reason == "rows of a do not begin at multiples of 16 bytes"
-    assert (row.name, row.reason) == ("triton_fp8_mm_64x64x128_pointers_split4", None)
+    a, b, odd = (
+        Scaled(
+            torch.zeros(shape).to(E4M3)[:, -4096:], torch.ones(shape[0], 1), find_granularity("row")
+        )
+        for shape in ((2, 4096), (4096, 4096), (2, 4097))
+    )
+    assert matmul_triton.explain(a, b, False) == (("triton_fp8_mm_64x64x128_tma_split6", None),)
+    assert matmul_triton.explain(a, b, True) == (("triton_fp8_mm_64x64x128_tma_split1", None),)
+    assert matmul_triton.explain(odd, b, False) == (
+        ("triton_fp8_mm_tma", "rows of a do not begin at multiples of 16 bytes"),
+        ("triton_fp8_mm_64x64x128_pointers_split4", None),
+    )
     monkeypatch.setattr(matmul_triton, "capability", lambda device: (8, 0))
-    tma, row = explanation.triton_rows(a, b, *g, False)
-    assert tma.reason == "TMA needs sm_90, this is sm_80"
-    assert "_16x64x64_pointers" in row.name
+    tma, (name, why) = matmul_triton.explain(a, b, False)
+    assert tma == ("triton_fp8_mm_tma", "TMA needs sm_90, this is sm_80")
+    assert "_16x64x64_pointers" in name
+    assert why is None
 
 
 def test_what_keeps_the_cuda_kernel_away(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cuda, row, mx = torch.device("cuda"), find("row"), find("mx")
+    cuda, row, mx = torch.device("cuda"), find_granularity("row"), find_granularity("mx")
     monkeypatch.setattr(available, "has_triton", lambda: True)
     monkeypatch.setattr(available, "cuda_obstacle", lambda: "it is not built")
-    cached = matmul_cuda._obstacle, matmul._log_triton
+    cached = matmul_cuda._obstacle, backends._log_triton
     for f in cached:
         f.cache_clear()
     with caplog.at_level(logging.INFO, "lowbit"):
-        assert matmul.backend_of(cuda, row, row, 5) is matmul_triton
-        assert matmul.backend_of(cuda, row, row, 5) is matmul_triton
+        for _ in range(2):
+            chosen = backends.choose_product(cuda, row, row, 5)
+            assert chosen == (matmul_triton, (("cuda_fp8_mm_wgmma", "it is not built"),))
     assert [r.getMessage() for r in caplog.records] == [
         "the Triton kernel computes FP8 products, not the CUDA kernel: it is not built"
     ]
@@ -136,8 +144,8 @@ def test_what_keeps_the_cuda_kernel_away(
         matmul_cuda._obstacle.cache_clear()
         assert matmul_cuda.obstacle(cuda, row, scales, 16) == why
         chosen = matmul_cuda if why is None else matmul_triton
-        assert matmul.backend_of(cuda, row, scales, 16) is chosen
-        assert matmul.backend_of(cuda, row, scales, 17) is matmul_triton
+        assert backends.choose_product(cuda, row, scales, 16).backend is chosen
+        assert backends.choose_product(cuda, row, scales, 17).backend is matmul_triton
     for f in cached:
         f.cache_clear()
 
@@ -150,10 +158,11 @@ def test_pointers_in_place_of_tma_are_logged_once(
     monkeypatch.setattr(matmul_triton, "interpreted", lambda device: False)
     matmul_triton._log_pointers.cache_clear()
     odd = torch.zeros(2, 33).to(E4M3)
-    g = find("row"), find("row")
+    row, ones = find_granularity("row"), torch.ones(2, 1)
     with caplog.at_level(logging.INFO, "lowbit"):
         for a in (odd[:, :32], odd[:, :32], odd[:, :32].contiguous()):
-            matmul_triton.choose(a, a, *g, False)
+            both = Scaled(a, ones, row), Scaled(a, ones, row)
+            matmul_triton.choose(*both, False)
     assert [r.getMessage() for r in caplog.records] == [
         "the Triton kernel of FP8 products loads by pointers, not TMA: "
         "rows of a do not begin at multiples of 16 bytes"
@@ -163,8 +172,14 @@ def test_pointers_in_place_of_tma_are_logged_once(
 
 def test_without_triton_plain_torch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     a, scale = operand(3, 40, "row")
-    monkeypatch.setattr(matmul, "backend_of", lambda *_: reference)
+    cuda, choose = torch.device("cuda"), backends.choose_product
     monkeypatch.setattr(matmul_cuda, "obstacle", lambda *_: "it is not built")
+    monkeypatch.setattr(available, "has_triton", lambda: False)
+    assert choose(cuda, find_granularity("row"), find_granularity("row"), 3).backend is pytorch_fp8
+    monkeypatch.setattr(backends, "choose_product", lambda _, *request: choose(cuda, *request))
     shown = fp8.explain(a, a, scale, scale)
     assert shown.selected == REFERENCE
-    assert [row.reason for row in shown.kernels] == ["it is not built", "triton is not installed"]
+    assert [kernel.reason for kernel in shown.kernels] == [
+        "it is not built",
+        "triton is not installed",
+    ]

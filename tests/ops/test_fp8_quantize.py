@@ -26,10 +26,20 @@ from fp8_values import (
     special,
 )
 from lowbit import fp8
-from lowbit.backends import available
-from lowbit.fp8 import cpu, matmul, matmul_cuda, quantization, reference, triton
-from lowbit.fp8.dtypes import E8M0, FLOAT8
-from lowbit.fp8.granularity import GRANULARITIES, Granularity, find, infer
+from lowbit.backends import available, pytorch_fp8
+from lowbit.backends import fp8 as backends
+from lowbit.backends.cpu import fp8 as cpu
+from lowbit.backends.cuda import fp8_matmul as matmul_cuda
+from lowbit.backends.triton import fp8 as triton
+from lowbit.float8 import (
+    E8M0,
+    FLOAT8,
+    GRANULARITIES,
+    Granularity,
+    find_granularity,
+    infer_granularity,
+)
+from lowbit.reference import fp8 as reference
 
 # Ragged in both directions for blocks of 16, 32 and 128, tiles of 16 and 64, vectors of 8 and 16.
 SHAPES = ((1, 1), (3, 17), (130, 36), (19, 300), (129, 128), (64, 80), (2, 4100))
@@ -182,7 +192,7 @@ def test_blocks_of_nothing() -> None:
         for g in GRANULARITIES:
             q, scale = fp8.quantize(x, granularity=g)
             assert q.shape == shape
-            assert scale.shape == find(g).scale_shape(rows, shape[-1])
+            assert scale.shape == find_granularity(g).scale_shape(rows, shape[-1])
             assert fp8.dequantize(q, scale).shape == shape
             assert (fp8.absmax(x, g) == 0).all()
         assert fp8.cast(x).shape == shape
@@ -249,7 +259,7 @@ def test_the_shape_of_the_scales_says_the_granularity() -> None:
                 shape = g.scale_shape(rows, k)
                 scale = torch.rand(shape) if dtype != E8M0 else torch.randint(100, 150, shape)
                 scale = scale.to(torch.uint8).view(E8M0) if dtype == E8M0 else scale.to(dtype)
-                found = infer(scale, rows, k)
+                found = infer_granularity(scale, rows, k)
                 expanded = (reference.expand(scale, h, rows, k) for h in (g, found))
                 assert torch.equal(*expanded), (g, found)
 
@@ -344,7 +354,7 @@ def test_opcheck_and_compile() -> None:
         torch.library.opcheck,
         test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
-    for g in map(find, ("tensor", "128x128", "mx")):
+    for g in map(find_granularity, ("tensor", "128x128", "mx")):
         s = g.scale_dtypes[-1]
         for transposed, seed in ((True, None), (False, 4)):
             check(ops.fp8_quantize.default, (x, None, E5M2, g.name, s, transposed, seed))
@@ -373,12 +383,13 @@ def test_plain_torch_says_that_it_stands_in(
 ) -> None:
     monkeypatch.setattr(available, "has_triton", lambda: False)
     monkeypatch.setattr(matmul_cuda, "obstacle", lambda *_: "it is not built")
-    reference.log_use.cache_clear()
+    backends._log_plain.cache_clear()
+    cuda = torch.device("cuda")
     with caplog.at_level(logging.WARNING, "lowbit"):
-        assert quantization._backend("cuda", 0) is reference
+        assert backends.quantizer(cuda, 0) is pytorch_fp8
         assert not caplog.messages
-        assert quantization._backend("cuda", 5) is reference
-        row = find("row")
-        assert matmul.backend_of(torch.device("cuda"), row, row, 5) is reference
+        assert backends.quantizer(cuda, 5) is pytorch_fp8
+        row = find_granularity("row")
+        assert backends.choose_product(cuda, row, row, 5).backend is pytorch_fp8
     assert len(caplog.messages) == 1
     assert "on cuda: triton" in caplog.messages[0]

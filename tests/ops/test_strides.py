@@ -57,7 +57,9 @@ def test_addresses_are_taken_in_one_place() -> None:
         if re.search(r"\.data_ptr\(\)", path.read_text())
     }
     others = {"nn/fp8.py", "cli/run.py", "io/safetensors_file.py", "io/save_load.py"}
-    aligned = {"fp8/matmul_cuda.py", "fp8/matmul_triton.py", "backends/cuda/weights.py"}
+    aligned = {
+        f"backends/{name}.py" for name in ("cuda/weights", "cuda/fp8_matmul", "triton/fp8_matmul")
+    }
     assert found == {"strides.py", *others, *aligned}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit import modes, reference, strides
+from lowbit.float8 import e8m0_values
 from lowbit.forking import alone_after_fork
 from lowbit.formats import Format, parse
 from lowbit.layouts.registry import find
@@ -118,7 +119,7 @@ def to_kernel(qt: QuantTensor, layout: str) -> KernelWeight:
         scales = reference.effective_scales(qt)
     elif f.scale == "e8m0":
         # A power of two: exact in bf16.
-        scales = reference.e8m0_values(qt.tensors["scales"]).to(torch.bfloat16)
+        scales = e8m0_values(qt.tensors["scales"]).to(torch.bfloat16)
     table = target.fixed_table(f) if qt.table is None else target.pack_table(qt.table, f)
     operands = Operands(
         target.pack(qt.tensors["codes"], f, qt.shape[1]),

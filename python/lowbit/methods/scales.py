@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lowbit import reference
+from lowbit.float8 import E8M0_BIAS, FLOAT8
 from lowbit.formats import DQ_BLOCK, Format
 from lowbit.methods.nearest import nearest_codes
 from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
 
 SYMMETRIC_RANGES = ("balanced", "full", "restricted")
-_E4M3_MAX = 448.0
+_E4M3_MAX = FLOAT8[torch.float8_e4m3fn].max
 _FP32_TINY = torch.finfo(torch.float32).tiny
 
 
@@ -123,7 +124,7 @@ def _store_e8m0(qt: QuantTensor, scale: Tensor, rounding: str) -> None:
         power = torch.where(mantissa == 0.5, power, exponent)
     elif rounding == "nearest":
         power = torch.where(mantissa < math.sqrt(0.5), power, exponent)
-    code = torch.where(scale > 0, power + 127, 0).clamp(0, 254)
+    code = torch.where(scale > 0, power + E8M0_BIAS, 0).clamp(0, 2 * E8M0_BIAS)
     qt.tensors["scales"].copy_(code)
 
 

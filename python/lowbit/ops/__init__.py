@@ -2,6 +2,6 @@
 `import lowbit` alone does not.
 """
 
-from lowbit.ops import binary, int8, linear, many, sparse, weights
+from lowbit.ops import adamw, binary, fp8, fp8_matmul, int8, linear, many, sparse, weights
 
-__all__ = ["binary", "int8", "linear", "many", "sparse", "weights"]
+__all__ = ["adamw", "binary", "fp8", "fp8_matmul", "int8", "linear", "many", "sparse", "weights"]

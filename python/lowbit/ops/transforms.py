@@ -71,6 +71,8 @@ class _Opaque(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], op: Any, any_batch: bool, *args: Any
     ) -> tuple[Any, Any]:
+        if not op._schema.returns:
+            raise RuntimeError(f"{_name(op)} works in place, and vmap cannot repeat it")
         first, others = in_dims[2], in_dims[3:]
         if any_batch and first is not None and all(d is None for d in others):
             return _Opaque.apply(op, any_batch, args[0].movedim(first, 0), *args[1:]), 0

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowbit.fp8.dtypes import FLOAT8, check_float8
+from lowbit.float8 import FLOAT8, check_float8
+from lowbit.ops import adamw as ops
 from lowbit.ops import checks
-from lowbit.optim import ops, reference
+from lowbit.reference.adamw import num_groups, num_terms
 
 _STATES = ("exp_avg", "exp_avg_sq")
 
@@ -24,7 +25,7 @@ class FP8AdamW(Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with states in FP8 and COAT's dynamic range expansion.
 
     COAT (Xi et al., arXiv 2410.19313) stores the moments in groups of 128 values; each group is raised to the power
-    that spreads it over the whole range of FP8 before it is scaled and rounded (`lowbit.optim.reference`). A step
+    that spreads it over the whole range of FP8 before it is scaled and rounded (`lowbit.reference.adamw`). A step
     dequantizes, updates and quantizes them in one pass; the arithmetic is fp32. It runs on CPU and, in Triton, on
     CUDA, where it can be captured in a graph: the count of steps is a tensor on the device, and so may `lr` be.
 
@@ -191,7 +192,7 @@ def _rate(lr: float | Tensor, device: torch.device) -> Tensor:
 
 
 def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    terms = (reference.num_terms(group["expand"]), reference.num_groups(param.numel()))
+    terms = (num_terms(group["expand"]), num_groups(param.numel()))
     state = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
     for name in _STATES:
         dtype = group[f"{name}_dtype"]

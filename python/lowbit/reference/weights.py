@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit import modes, packing
+from lowbit.float8 import e8m0_values
 from lowbit.formats import DQ_BLOCK, Format
 from lowbit.reference.activations import int8_linear, quantize_int8
 from lowbit.reference.sparse import add_outliers, outlier_product
@@ -39,12 +40,6 @@ def dynamic_map(
     Seven decades 10^-6 .. 1; decade i holds 2^i means of a linear division of [0.1, 1], with both signs.
     """
     return torch.tensor(_dynamic_values(), dtype=torch.float32, device=device)
-
-
-def e8m0_values(code: Tensor) -> Tensor:
-    """2^(code - 127) in fp32, exact; 255 is NaN (OCP MX specification 1.0)."""
-    value = torch.ldexp(torch.ones_like(code, dtype=torch.float64), code.to(torch.int32) - 127)
-    return torch.where(code == 255, torch.nan, value).to(torch.float32)
 
 
 def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32

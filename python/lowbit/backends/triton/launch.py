@@ -32,9 +32,14 @@ def interpreted(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def stored(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What kernels store where a result of `dtype` is wanted."""
-    return torch.float32 if interpreted(device) else dtype
+def readable(x: Tensor) -> Tensor:
+    """x in fp32, bf16 or fp16 as kernels read it."""
+    return x.float() if interpreted(x.device) else x
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What kernels write where a result in fp32, bf16 or fp16 is wanted; `.to(dtype)` makes that of it."""
+    return torch.empty(shape, dtype=torch.float32 if interpreted(device) else dtype, device=device)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.base import Backend, compute_dtype, num_sms
-from lowbit.backends.triton.launch import add_splits, interpreted, kernels, on_device, stored
+from lowbit.backends.triton.launch import (
+    add_splits,
+    empty,
+    interpreted,
+    kernels,
+    on_device,
+    readable,
+)
 from lowbit.formats import Format
 from lowbit.layouts import Operands
 from lowbit.strides import contiguous
@@ -62,12 +69,11 @@ class TritonBackend(Backend):
         m, n, k, format, dtype = x.shape[0], w.n, w.k, w.format, dtype or x.dtype
         if format.activation is not None:
             return self.activation_linear(x, w, bias).to(dtype)
-        out = torch.empty((m, n), dtype=stored(dtype, x.device), device=x.device)
+        out = empty((m, n), dtype, x.device)
         if out.numel() == 0:
             return out.to(dtype)
         compute = compute_dtype(x.dtype, format)
-        if interpreted(x.device):
-            x = x.float()
+        x = readable(x)
         package = kernels()
         group, groups = format.group or k, format.num_groups(k)
         c = config or package.configs.choose(m, n, k, group, num_sms(x.device))
@@ -108,7 +114,7 @@ class TritonBackend(Backend):
     def rows(self, indices: Tensor | None, w: Operands, dtype: torch.dtype) -> Tensor:
         """Rows of the weight; only these are decoded."""
         m, device = w.n if indices is None else indices.numel(), w.codes.device
-        out = torch.empty((m, w.k), dtype=stored(dtype, device), device=device)
+        out = empty((m, w.k), dtype, device)
         if m == 0:
             return out.to(dtype)
         package = kernels()

@@ -5,28 +5,21 @@ Arithmetic is fp32 with one rounding per operation, in the order that is written
 
 from __future__ import annotations
 
-import functools
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit.fp8 import granularity as granularities
-from lowbit.fp8.dtypes import E8M0, E8M0_BIAS, FLOAT8, NAN_CODE
-from lowbit.fp8.granularity import Granularity
+from lowbit.float8 import (
+    E8M0,
+    E8M0_BIAS,
+    FLOAT8,
+    NAN_CODE,
+    Granularity,
+    e8m0_values,
+    infer_granularity,
+)
 
 _WORD = 0xFFFFFFFF
-_logger = logging.getLogger("lowbit")
-
-
-@functools.cache
-def log_use(device_type: str) -> None:
-    """Says once that this file stands in for the kernels of a device, and why."""
-    _logger.warning(
-        "plain torch computes FP8 ops on %s: triton, which has the kernels, is not installed",
-        device_type,
-    )
 
 
 def cast(x: Tensor, dtype: torch.dtype, saturate: bool = True) -> Tensor:
@@ -72,11 +65,7 @@ def make_scale(absmax: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype) -> 
 
 def scale_values(scale: Tensor) -> Tensor:
     """Scales in fp32, exact."""
-    if scale.dtype == E8M0:
-        code = scale.contiguous().view(torch.uint8).to(torch.int32)
-        value = torch.ldexp(torch.ones_like(code, dtype=torch.float64), code - E8M0_BIAS)
-        return torch.where(code == 255, torch.nan, value).to(torch.float32)
-    return scale.to(torch.float32)
+    return e8m0_values(scale) if scale.dtype == E8M0 else scale.to(torch.float32)
 
 
 def expand(scale: Tensor, granularity: Granularity, rows: int, k: int) -> Tensor:  # (R, K) fp32
@@ -149,7 +138,7 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> 
     """q * scale in fp32, rounded once to `dtype`."""
     k = q.shape[-1]
     rows = q.shape[:-1].numel()
-    g = granularities.infer(scale, rows, k)
+    g = infer_granularity(scale, rows, k)
     values = q.float().reshape(rows, k) * expand(scale, g, rows, k)
     return values.to(dtype).view(q.shape)
 
@@ -165,7 +154,7 @@ def scaled_mm(
     wide = []
     for name, t, scale in (("scale_a", a, scale_a), ("scale_b", b, scale_b)):
         rows, k = t.shape
-        g = granularities.infer(scale, rows, k, name)
+        g = infer_granularity(scale, rows, k, name)
         wide.append(t.double() * expand(scale, g, rows, k).double())
     y = wide[0] @ wide[1].T
     return y if bias is None else y + bias.double()

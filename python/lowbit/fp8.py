@@ -1,7 +1,7 @@
 """FP8: E4M3 and E5M2 with scales for tensors, rows or blocks (OCP OFP8 1.0, OCP MX 1.0; COAT, arXiv 2410.19313)."""
 
-from lowbit.fp8.explanation import explain
-from lowbit.fp8.matmul import scaled_mm
-from lowbit.fp8.quantization import absmax, cast, dequantize, quantize
+from lowbit.explanation import explain_fp8 as explain
+from lowbit.ops.fp8 import absmax, cast, dequantize, quantize
+from lowbit.ops.fp8_matmul import scaled_mm
 
 __all__ = ["absmax", "cast", "dequantize", "explain", "quantize", "scaled_mm"]

@@ -1,38 +1,21 @@
 """`quantize`, `dequantize`, `absmax` and `cast`, and their ops torch.ops.lowbit.fp8_*.
 
-What they compute is stated in `fp8/reference.py`, bit for bit on every device.
+What they compute is stated in `reference/fp8.py`, bit for bit on every device.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.backends import available
-from lowbit.fp8 import cpu, reference, triton
-from lowbit.fp8 import granularity as granularities
-from lowbit.fp8.dtypes import check_float8
-from lowbit.fp8.granularity import Granularity
-from lowbit.ops import checks, transforms
+from lowbit.backends import fp8 as backends
+from lowbit.float8 import Granularity, check_float8, find_granularity, infer_granularity
+from lowbit.ops import checks, library
 from lowbit.strides import contiguous, rows_of, shaped
 
-_SCHEMAS = {
-    "fp8_absmax": "(Tensor x, str granularity) -> Tensor",
-    "fp8_quantize": (
-        "(Tensor x, Tensor? maxima, ScalarType dtype, str granularity, ScalarType scale_dtype, bool transposed, "
-        "int? seed) -> (Tensor, Tensor, Tensor)"
-    ),
-    "fp8_dequantize": "(Tensor q, Tensor scale, ScalarType dtype) -> Tensor",
-    "fp8_cast": "(Tensor x, ScalarType dtype, bool saturate) -> Tensor",
-}
-_library = torch.library.Library("lowbit", "FRAGMENT")
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 _MAX_SEED = 2**63 - 1
 
 
@@ -81,7 +64,7 @@ def quantize(
     """
     checks.check_tensors(x=x)
     checks.check_optional(maxima=maxima)
-    g = granularities.find(granularity)
+    g = find_granularity(granularity)
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
     if rounding == "nearest" and seed is not None:
@@ -150,17 +133,6 @@ def cast(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, saturate: bool = T
     return _cast(x, dtype, saturate)
 
 
-def _backend(device_type: str, size: int) -> ModuleType:
-    if size == 0:
-        return reference
-    if device_type == "cpu":
-        return cpu
-    if available.has_triton():
-        return triton
-    reference.log_use(device_type)
-    return reference
-
-
 def _check_x(x: Tensor) -> tuple[int, int]:
     """Rows and columns of x."""
     checks.check_float("x", x.dtype)
@@ -179,7 +151,7 @@ def _check_quantize(
     seed: int | None,
 ) -> Granularity:
     rows, k = _check_x(x)
-    g = granularities.find(granularity)
+    g = find_granularity(granularity)
     check_float8("dtype", dtype)
     if scale_dtype not in g.scale_dtypes:
         expected = " or ".join(str(d) for d in g.scale_dtypes)
@@ -203,7 +175,6 @@ def _check_quantize(
 
 
 def _quantize_impl(
-    device_type: str,
     x: Tensor,
     maxima: Tensor | None,
     dtype: torch.dtype,
@@ -213,13 +184,9 @@ def _quantize_impl(
     seed: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     g = _check_quantize(x, maxima, dtype, granularity, scale_dtype, transposed, seed)
-    backend = _backend(device_type, x.numel())
+    backend = backends.quantizer(x.device, x.numel())
     rows, maxima = rows_of(x, x.shape[-1]), contiguous(maxima)
-    if backend is reference:
-        q, scale = reference.quantize(rows, dtype, g, scale_dtype, seed, maxima)
-        q_t = q.t().contiguous() if transposed else None
-    else:
-        q, scale, q_t = backend.quantize(rows, dtype, g, scale_dtype, transposed, seed, maxima)
+    q, scale, q_t = backend.quantize(rows, dtype, g, scale_dtype, transposed, seed, maxima)
     return shaped(q, *x.shape), scale, q.new_empty(0) if q_t is None else q_t
 
 
@@ -242,14 +209,12 @@ def _check_dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Granulari
     checks.refuse_grad("fp8_dequantize", q, scale)
     if scale.device != q.device:
         raise ValueError(f"scale must be on {q.device}, got {scale.device}")
-    return granularities.infer(scale, math.prod(q.shape[:-1]), q.shape[-1])
+    return infer_granularity(scale, math.prod(q.shape[:-1]), q.shape[-1])
 
 
-def _dequantize_impl(device_type: str, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantize_impl(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     g = _check_dequantize(q, scale, dtype)
-    backend = _backend(device_type, q.numel())
-    if backend is reference:
-        return reference.dequantize(q, scale, dtype).contiguous()
+    backend = backends.quantizer(q.device, q.numel())
     rows = contiguous(rows_of(q, q.shape[-1]))
     return shaped(backend.dequantize(rows, contiguous(scale), g, dtype), *q.shape)
 
@@ -259,15 +224,15 @@ def _dequantize_fake(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape, dtype=dtype)
 
 
-def _absmax_impl(device_type: str, x: Tensor, granularity: str) -> Tensor:
+def _absmax_impl(x: Tensor, granularity: str) -> Tensor:
     _check_x(x)
     checks.refuse_grad("fp8_absmax", x)
-    g = granularities.find(granularity)
-    return _backend(device_type, x.numel()).absmax(rows_of(x, x.shape[-1]), g)
+    g = find_granularity(granularity)
+    return backends.quantizer(x.device, x.numel()).absmax(rows_of(x, x.shape[-1]), g)
 
 
 def _absmax_fake(x: Tensor, granularity: str) -> Tensor:
-    shape = granularities.find(granularity).scale_shape(*_check_x(x))
+    shape = find_granularity(granularity).scale_shape(*_check_x(x))
     return x.new_empty(shape, dtype=torch.float32)
 
 
@@ -277,9 +242,9 @@ def _check_cast(x: Tensor, dtype: torch.dtype) -> None:
     checks.refuse_grad("fp8_cast", x)
 
 
-def _cast_impl(device_type: str, x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
+def _cast_impl(x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
     _check_cast(x, dtype)
-    return _backend(device_type, x.numel()).cast(contiguous(x), dtype, saturate)
+    return backends.quantizer(x.device, x.numel()).cast(contiguous(x), dtype, saturate)
 
 
 def _cast_fake(x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
@@ -287,19 +252,22 @@ def _cast_fake(x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-for _name, _impl, _fake in (
-    ("fp8_absmax", _absmax_impl, _absmax_fake),
-    ("fp8_quantize", _quantize_impl, _quantize_fake),
-    ("fp8_dequantize", _dequantize_impl, _dequantize_fake),
-    ("fp8_cast", _cast_impl, _cast_fake),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, functools.partial(_impl, _key.lower()), _key)
-    torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)
-    transforms.register(
-        _library, _name, transforms.opaque_call(getattr(torch.ops.lowbit, _name).default)
-    )
-_absmax = torch.ops.lowbit.fp8_absmax.default
-_quantize = torch.ops.lowbit.fp8_quantize.default
-_dequantize = torch.ops.lowbit.fp8_dequantize.default
-_cast = torch.ops.lowbit.fp8_cast.default
+_absmax = library.op(
+    "fp8_absmax", "(Tensor x, str granularity) -> Tensor", _absmax_impl, _absmax_fake
+)
+_quantize = library.op(
+    "fp8_quantize",
+    "(Tensor x, Tensor? maxima, ScalarType dtype, str granularity, ScalarType scale_dtype, bool transposed, "
+    "int? seed) -> (Tensor, Tensor, Tensor)",
+    _quantize_impl,
+    _quantize_fake,
+)
+_dequantize = library.op(
+    "fp8_dequantize",
+    "(Tensor q, Tensor scale, ScalarType dtype) -> Tensor",
+    _dequantize_impl,
+    _dequantize_fake,
+)
+_cast = library.op(
+    "fp8_cast", "(Tensor x, ScalarType dtype, bool saturate) -> Tensor", _cast_impl, _cast_fake
+)

@@ -9,15 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.backends import available
-from lowbit.fp8.granularity import Granularity
+from lowbit.float8 import Granularity, Scaled
 from lowbit.strides import address, address_of_rows
 
 _GRANULARITIES = ("tensor", "row", "1x128", "128x128")
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _MOST_ROWS = 16  # on an H100; results/gpu.json
 _ALIGNMENT = 16  # bytes: rows of a and b, which are as many elements
-
-
 NAME = "cuda_fp8_mm_wgmma"  # what `explain` calls the kernel
 
 
@@ -43,43 +41,45 @@ def _obstacle(device: torch.device, a: Granularity, b: Granularity) -> str | Non
     return None
 
 
+def explain(*_request: object) -> tuple[tuple[str, str | None], ...]:
+    """The kernel, which runs."""
+    return ((NAME, None),)
+
+
 def scaled_mm(
-    a: Tensor,  # (M, K), unit stride along K
-    b: Tensor,  # (N, K), unit stride along K
-    scale_a: Tensor,
-    scale_b: Tensor,
-    granularity_a: Granularity,
-    granularity_b: Granularity,
+    a: Scaled,  # (M, K), unit stride along K
+    b: Scaled,  # (N, K), unit stride along K
     bias: Tensor | None,  # (N,)
-    out_dtype: torch.dtype,
-) -> Tensor:  # (M, N) in `out_dtype`
+    dtype: torch.dtype,
+) -> Tensor:  # (M, N) in `dtype`
     """(a * scale_a) (b * scale_b)^T + bias: sums leave the tensor cores after every 128 of K."""
     from lowbit import _cuda
 
-    m, n, k = a.shape[0], b.shape[0], a.shape[1]
-    out = torch.empty((m, n), dtype=out_dtype, device=a.device)
+    (m, k), n, device = a.q.shape, len(b.q), a.q.device
+    out = torch.empty((m, n), dtype=dtype, device=device)
     if out.numel() == 0:
         return out
-    a, b, scale_a, scale_b = _aligned(a), _aligned(b), scale_a.float(), scale_b.float()
-    with torch.cuda.device(a.device):
+    a, b = (Scaled(_aligned(s.q), s.scale.float(), s.granularity) for s in (a, b))
+    with torch.cuda.device(device):
         _cuda.fp8_scaled_mm(
-            a.device.index or 0,
-            torch.cuda.current_stream(a.device).cuda_stream,
-            _operand(a, scale_a, granularity_a),
-            _operand(b, scale_b, granularity_b),
+            device.index or 0,
+            torch.cuda.current_stream(device).cuda_stream,
+            _operand(a),
+            _operand(b),
             m,
             n,
             k,
             address(bias),
             "fp32" if bias is None else _TYPES[bias.dtype],
             address(out),
-            _TYPES[out_dtype],
+            _TYPES[dtype],
         )
     return out
 
 
-def _operand(t: Tensor, scale: Tensor, g: Granularity) -> tuple[int, int, bool, int, str]:
-    return *address_of_rows(t), t.dtype == torch.float8_e5m2, address(scale), g.name
+def _operand(s: Scaled) -> tuple[int, int, bool, int, str]:
+    e5m2 = s.q.dtype == torch.float8_e5m2
+    return *address_of_rows(s.q), e5m2, address(s.scale), s.granularity.name
 
 
 def _aligned(t: Tensor) -> Tensor:

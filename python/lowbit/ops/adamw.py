@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
-from lowbit.fp8.dtypes import check_float8
-from lowbit.ops import checks
-from lowbit.optim import kernels, reference
-from lowbit.optim.kernels import State, Step
-
-_library = torch.library.Library("lowbit", "FRAGMENT")
-_library.define(
-    "fp8_adamw(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_terms, "
-    "Tensor(d!) exp_avg_sq, Tensor(e!) exp_avg_sq_terms, Tensor step, Tensor lr, float beta1, "
-    "float beta2, float eps, float weight_decay, bool maximize) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from lowbit.backends import fp8 as backends
+from lowbit.float8 import check_float8
+from lowbit.ops import checks, library
+from lowbit.reference.adamw import State, Step, num_groups, num_terms
 
 
 def check_betas(beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
@@ -52,7 +43,7 @@ def _check(
     if grad.dtype != param.dtype:
         raise TypeError(f"grad must have the dtype of param, {param.dtype}, got {grad.dtype}")
     expand = exp_avg_terms.dim() == 2 and exp_avg_terms.shape[0] == 3
-    terms = (reference.num_terms(expand), reference.num_groups(param.numel()))
+    terms = (num_terms(expand), num_groups(param.numel()))
     expected: tuple[tuple[str, Tensor, tuple[int, ...], torch.dtype | None], ...] = (
         ("grad", grad, tuple(param.shape), None),
         ("exp_avg", exp_avg, tuple(param.shape), None),
@@ -77,7 +68,6 @@ def _check(
 
 
 def _impl(
-    device_type: str,
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -96,10 +86,10 @@ def _impl(
     _check(param, grad, *states, step, lr, beta1, beta2, eps, weight_decay)
     if param.numel() == 0:
         return
-    run = kernels.cpu_step if device_type == "cpu" else kernels.triton_step
     values = param.contiguous()
     numbers = Step(step, lr, beta1, beta2, eps, weight_decay, maximize)
-    run(values, grad.contiguous(), State(*states[:2]), State(*states[2:]), numbers)
+    both = State(*states[:2]), State(*states[2:])
+    backends.optimizer(param.device).adamw_(values, grad.contiguous(), *both, numbers)
     if values is not param:
         param.copy_(values)
     # The kernels write behind autograd's back.
@@ -111,7 +101,11 @@ def _fake(*args: object) -> None:
     _check(*args[:-1])  # type: ignore[arg-type]
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("fp8_adamw", functools.partial(_impl, _key.lower()), _key)
-torch.library.register_fake("lowbit::fp8_adamw", _fake, lib=_library)
-fp8_adamw = torch.ops.lowbit.fp8_adamw.default
+fp8_adamw = library.op(
+    "fp8_adamw",
+    "(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_terms, Tensor(d!) exp_avg_sq, "
+    "Tensor(e!) exp_avg_sq_terms, Tensor step, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
+    "bool maximize) -> ()",
+    _impl,
+    _fake,
+)

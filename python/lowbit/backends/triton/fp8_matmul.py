@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.base import num_sms
+from lowbit.backends.triton.fp8 import constants
 from lowbit.backends.triton.launch import (
     add_splits,
+    empty,
     interpreted,
     kernels,
     on_device,
-    stored,
+    readable,
 )
-from lowbit.fp8.dtypes import E8M0, FLOAT8
-from lowbit.fp8.granularity import Granularity
+from lowbit.float8 import E8M0, FLOAT8, Granularity, Scaled
 from lowbit.strides import contiguous, rows_of
 
+NAME = "triton_fp8_mm"  # what `explain` calls the kernel
 REQUANTIZED_GROUP = 16
 _ALL_ROWS = 1 << 30  # a multiple of every tile
 _logger = logging.getLogger("lowbit")
@@ -39,13 +41,12 @@ def meaning(
     granularity_b: Granularity,
 ) -> dict[str, Any]:
     """What types and granularities say to the kernel, as its constants."""
-    a, b = FLOAT8[dtype_a], FLOAT8[dtype_b]
-    return {
-        "MANTISSA_A": a.mantissa, "BIAS_A": a.bias, "MAX_CODE_A": a.max_code,
-        "MANTISSA_B": b.mantissa, "BIAS_B": b.bias, "MAX_CODE_B": b.max_code,
-        "ROWS_A": granularity_a.rows or _ALL_ROWS, "ROWS_B": granularity_b.rows or _ALL_ROWS,
-        "GROUP_A": granularity_a.columns or 0, "GROUP_B": granularity_b.columns or 0,
-    }  # fmt: skip
+    made: dict[str, Any] = {}
+    for side, dtype, g in (("A", dtype_a, granularity_a), ("B", dtype_b, granularity_b)):
+        each = constants(dtype, "mantissa", "bias", "max_code")
+        each |= {"ROWS": g.rows or _ALL_ROWS, "GROUP": g.columns or 0}
+        made |= {f"{name}_{side}": value for name, value in each.items()}
+    return made
 
 
 def group_of(granularity_a: Granularity, granularity_b: Granularity) -> int:
@@ -73,28 +74,22 @@ def tma_obstacle(a: Tensor, b: Tensor, group: int) -> str | None:
     return why
 
 
-def choose(
-    a: Tensor,
-    b: Tensor,
-    granularity_a: Granularity,
-    granularity_b: Granularity,
-    quantized: bool,
-) -> Any:
+def choose(a: Scaled, b: Scaled, quantized: bool) -> Any:
     """The tile of a product, `configs.Fp8Config`; `quantized`: of one that is stored in FP8."""
-    (m, k), n = a.shape, b.shape[0]
-    group = group_of(granularity_a, granularity_b)
-    obstacle = tma_obstacle(a, b, group)
-    if obstacle is not None and not interpreted(a.device):
+    (m, k), n, device = a.q.shape, len(b.q), a.q.device
+    group = group_of(a.granularity, b.granularity)
+    obstacle = tma_obstacle(a.q, b.q, group)
+    if obstacle is not None and not interpreted(device):
         _log_pointers(obstacle)
     return kernels().configs.choose_fp8(
         m,
         n,
         k,
         group,
-        capability=capability(a.device),
-        sms=num_sms(a.device),
+        capability=capability(device),
+        sms=num_sms(device),
         tma=obstacle is None,
-        by_column=by_column(granularity_b),
+        by_column=by_column(b.granularity),
         quantized=quantized,
     )
 
@@ -104,94 +99,88 @@ def _log_pointers(why: str) -> None:
     _logger.info("the Triton kernel of FP8 products loads by pointers, not TMA: %s", why)
 
 
-def describe(c: Any) -> str:
-    """The name of the kernel of a tile."""
+def explain(a: Scaled, b: Scaled, quantized: bool) -> tuple[tuple[str, str | None], ...]:
+    """The kernel with TMA and, where that cannot be, why, and the one with pointers; the last one runs."""
+    obstacle = tma_obstacle(a.q, b.q, group_of(a.granularity, b.granularity))
+    c = choose(a, b, quantized)
     loads = "tma" if c.tma else "pointers"
-    return f"triton_fp8_mm_{c.block_m}x{c.block_n}x{c.block_k}_{loads}_split{c.splits}"
+    name = f"{NAME}_{c.block_m}x{c.block_n}x{c.block_k}_{loads}_split{c.splits}"
+    return ((name, None),) if obstacle is None else ((f"{NAME}_tma", obstacle), (name, None))
 
 
 def scaled_mm(
-    a: Tensor,  # (M, K), unit stride along K
-    b: Tensor,  # (N, K), unit stride along K
-    scale_a: Tensor,  # contiguous
-    scale_b: Tensor,  # contiguous
-    granularity_a: Granularity,
-    granularity_b: Granularity,
+    a: Scaled,  # (M, K), unit stride along K
+    b: Scaled,  # (N, K), unit stride along K
     bias: Tensor | None,  # (N,)
     dtype: torch.dtype,
     config: Any = None,
 ) -> Tensor:  # (M, N) in `dtype`
     """`reference.scaled_mm` in fp32, rounded once to `dtype`; `config` overrides the tile."""
-    out = torch.empty((len(a), len(b)), dtype=stored(dtype, a.device), device=a.device)
-    _launch(a, b, scale_a, scale_b, granularity_a, granularity_b, bias, out, None, dtype, config)
+    out = empty((len(a.q), len(b.q)), dtype, a.q.device)
+    _launch(a, b, bias, out, None, dtype, config)
     return out.to(dtype)
 
 
 def scaled_mm_quantized(
-    a: Tensor,  # (M, K), unit stride along K
-    b: Tensor,  # (N, K), unit stride along K
-    scale_a: Tensor,  # contiguous
-    scale_b: Tensor,  # contiguous
-    granularity_a: Granularity,
-    granularity_b: Granularity,
+    a: Scaled,  # (M, K), unit stride along K
+    b: Scaled,  # (N, K), unit stride along K
     bias: Tensor | None,  # (N,)
     dtype: torch.dtype,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:  # (M, N) in FP8, (M, ceil(N / 16)) fp32
     """`scaled_mm` in fp32, quantized by groups of 1 x 16 before it is stored."""
-    m, n = len(a), len(b)
-    out = torch.empty((m, n), dtype=dtype, device=a.device)
-    scales = torch.empty((m, -(-n // REQUANTIZED_GROUP)), dtype=torch.float32, device=a.device)
-    _launch(a, b, scale_a, scale_b, granularity_a, granularity_b, bias, out, scales, dtype, config)
+    m, n, device = len(a.q), len(b.q), a.q.device
+    out = torch.empty((m, n), dtype=dtype, device=device)
+    scales = torch.empty((m, -(-n // REQUANTIZED_GROUP)), dtype=torch.float32, device=device)
+    _launch(a, b, bias, out, scales, dtype, config)
     return out, scales
 
 
 def requantization(dtype: torch.dtype | None) -> dict[str, Any]:
     """What the FP8 type of y says to the kernel, as its constants; None for a y that is not quantized."""
-    f = FLOAT8[dtype or torch.float8_e4m3fn]
+    fp8 = dtype or torch.float8_e4m3fn
     return {
         "REQUANTIZE": 0 if dtype is None else REQUANTIZED_GROUP,
-        "MANTISSA": f.mantissa, "BIAS": f.bias, "MAX": f.max, "EMAX": f.emax, "TOP": f.max_code,
-    }  # fmt: skip
+        **constants(fp8, "mantissa", "bias", "max", "emax"),
+        "TOP": FLOAT8[fp8].max_code,
+    }
 
 
 def _launch(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    granularity_a: Granularity,
-    granularity_b: Granularity,
+    a: Scaled,
+    b: Scaled,
     bias: Tensor | None,
     out: Tensor,
     out_scales: Tensor | None,
     dtype: torch.dtype,
     config: Any,
 ) -> None:
-    (m, k), n = a.shape, b.shape[0]
+    (m, k), n, device = a.q.shape, len(b.q), a.q.device
     if out.numel() == 0:
         return
-    a, b, bias = rows_of(a, k), rows_of(b, k), contiguous(bias)
+    a, b = (s._replace(q=rows_of(s.q, k)) for s in (a, b))
+    bias = None if bias is None else readable(contiguous(bias))
     package = kernels()
-    constants = meaning(a.dtype, b.dtype, granularity_a, granularity_b)
-    constants |= requantization(None if out_scales is None else dtype)
-    compute = compute_dtype(group_of(granularity_a, granularity_b), a.device)
-    c = config or choose(a, b, granularity_a, granularity_b, out_scales is not None)
-    if bias is not None and interpreted(a.device):
-        bias = bias.float()
-    if compute is not None:
-        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    said = meaning(a.q.dtype, b.q.dtype, a.granularity, b.granularity)
+    said |= requantization(None if out_scales is None else dtype)
+    compute = compute_dtype(group_of(a.granularity, b.granularity), device)
+    c = config or choose(a, b, out_scales is not None)
+    codes = [s.q if compute is None else s.q.view(torch.uint8) for s in (a, b)]
     parts = out if out_scales is None else out.view(torch.uint8)
     if c.splits > 1:
-        parts = torch.empty((c.splits, m, n), dtype=torch.float32, device=a.device)
+        parts = torch.empty((c.splits, m, n), dtype=torch.float32, device=device)
     items = -(-m // c.block_m) * -(-n // c.block_n) * c.splits
-    descriptor = package.fp8_mm.descriptor
-    with on_device(a.device):
-        package.fp8_mm.scaled_mm_kernel[(min(items, c.programs * num_sms(a.device)),)](
-            descriptor(a, c.block_m, c.block_k) if c.tma else a,
-            descriptor(b, c.block_n, c.block_k) if c.tma else b,
-            _scale_values(scale_a),
-            _scale_values(scale_b),
+    if c.tma:
+        blocks = (c.block_m, c.block_n)
+        codes = [
+            package.fp8_matmul.descriptor(t, rows, c.block_k)
+            for t, rows in zip(codes, blocks, strict=True)
+        ]
+    with on_device(device):
+        package.fp8_matmul.scaled_mm_kernel[(min(items, c.programs * num_sms(device)),)](
+            *codes,
+            _scale_values(a.scale),
+            _scale_values(b.scale),
             out if bias is None else bias,
             parts,
             out if out_scales is None else out_scales,
@@ -199,13 +188,13 @@ def _launch(
             n,
             k,
             c.k_per_split,
-            a.stride(0),
-            b.stride(0),
-            scale_a.shape[1] if scale_a.dim() else 0,
-            scale_b.shape[1] if scale_b.dim() else 0,
-            **constants,
-            E8M0_A=scale_a.dtype == E8M0,
-            E8M0_B=scale_b.dtype == E8M0,
+            a.q.stride(0),
+            b.q.stride(0),
+            a.scale.shape[1] if a.scale.dim() else 0,
+            b.scale.shape[1] if b.scale.dim() else 0,
+            **said,
+            E8M0_A=a.scale.dtype == E8M0,
+            E8M0_B=b.scale.dtype == E8M0,
             HAS_BIAS=bias is not None,
             COMPUTE=None if compute is None else package.TYPES[compute],
             TMA=c.tma,

@@ -8,11 +8,12 @@ without expansion. A code z stands for sign(z) |z s|^(1 / k) c, without expansio
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowbit.fp8.dtypes import FLOAT8
+from lowbit.float8 import FLOAT8
 
 GROUP = 128
 # What is smaller counts as zero, where groups are expanded each value: exponents below 1 / 16 and scales that are not
@@ -21,6 +22,25 @@ TINY = 2.0**-100
 EXPONENT_STEPS = 16
 # Groups of values that hardly differ have r near 1; beyond this exponent fp32 powers lose what FP8 could hold.
 MAX_EXPONENT = 256.0
+
+
+class State(NamedTuple):
+    """A quantized state: FP8 codes and the terms of their groups."""
+
+    codes: Tensor
+    terms: Tensor
+
+
+class Step(NamedTuple):
+    """The numbers of a step; `number` and `lr` are fp32 tensors of one element on the device of the parameter."""
+
+    number: Tensor
+    lr: Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
 
 
 def num_groups(numel: int) -> int:

@@ -19,9 +19,11 @@ from guarded import Guard
 
 from fp8_operands import PAIRINGS, TYPES, assert_close, check_neighbours, operand
 from fp8_values import E4M3, E5M2, nan_is_no_mistake, same
+from lowbit import float8
+from lowbit.backends.triton import fp8_matmul as matmul_triton
 from lowbit.backends.triton.launch import kernels
-from lowbit.fp8 import granularity as granularities
-from lowbit.fp8 import matmul_triton, reference
+from lowbit.float8 import Scaled, scaled
+from lowbit.reference import fp8 as reference
 
 # How tiles are loaded, and whether programs share K.
 PATHS = (("pointers", False), ("tma", False), ("pointers", True), ("tma", True))
@@ -31,13 +33,13 @@ def run(
     a, b, scale_a, scale_b, bias=None, dtype=torch.float32, path=PATHS[0], **changes: int
 ) -> torch.Tensor:
     """With small tiles, so that a program has several."""
-    g = granularities.infer(scale_a, *a.shape), granularities.infer(scale_b, *b.shape)
-    c = matmul_triton.choose(a, b, *g, False)
+    operands = scaled(a, scale_a), scaled(b, scale_b)
+    c = matmul_triton.choose(*operands, False)
     changes = {"block_m": 16, "block_n": 32, "band": 2, **changes, "tma": path[0] == "tma"}
     if path[1]:
         changes |= {"k_per_split": c.block_k, "splits": -(-a.shape[1] // c.block_k)}
     c = dataclasses.replace(c, **changes)
-    return matmul_triton.scaled_mm(a, b, scale_a, scale_b, *g, bias, dtype, c)
+    return matmul_triton.scaled_mm(*operands, bias, dtype, c)
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:
@@ -52,7 +54,7 @@ def aligned(t: torch.Tensor) -> torch.Tensor:
 def test_every_pairing(pairing: tuple[str, str]) -> None:
     """Each granularity of each operand on each path."""
     m, n, k = 18, 33, 40 if "1x16" in pairing else 131
-    names = list(granularities.GRANULARITIES)
+    names = list(float8.GRANULARITIES)
     path = PATHS[sum(map(names.index, pairing)) % len(PATHS)]
     a, scale_a = operand(m, k, pairing[0])
     b, scale_b = operand(n, k, pairing[1], E5M2)
@@ -113,14 +115,14 @@ def test_epilogue_strides_and_chosen_tile() -> None:
     assert_close(y, a, b, scale_a, scale_b)
     split = run(a, b, scale_a, scale_b, bias, path=PATHS[2])
     torch.testing.assert_close(split, y + bias.float(), rtol=1e-5, atol=1e-5)
-    g = granularities.find("1x128"), granularities.find("128x128")
+    left, right = scaled(a, scale_a), scaled(b, scale_b)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        got = matmul_triton.scaled_mm(a, b, scale_a, scale_b, *g, bias, dtype)
+        got = matmul_triton.scaled_mm(left, right, bias, dtype)
         torch.testing.assert_close(got, (y + bias.float()).to(dtype), rtol=1e-2, atol=1e-5)
     nan = scale_a.clone()
     nan[2, 1] = torch.nan
     assert bool(run(a, b, nan, scale_b)[2].isnan().all())
-    empty = matmul_triton.scaled_mm(a[:0], b, scale_a[:0], scale_b, *g, None, torch.bfloat16)
+    empty = matmul_triton.scaled_mm(scaled(a[:0], scale_a[:0]), right, None, torch.bfloat16)
     assert empty.shape == (0, 33)
 
 
@@ -128,20 +130,21 @@ def test_epilogue_strides_and_chosen_tile() -> None:
 @pytest.mark.parametrize("dtype", (E4M3, E5M2), ids=str)
 def test_requantized(dtype: torch.dtype) -> None:
     """Bit for bit the quantized product, with a ragged group and an infinite row."""
-    g = granularities.find("1x128"), granularities.find("row")
     a, scale_a = operand(19, 150, "1x128")
     b, scale_b = operand(70, 150, "row")
     a, b = aligned(a), aligned(b)
     scale_a[3] = torch.inf
-    c = matmul_triton.choose(a, b, *g, True)
+    operands = scaled(a, scale_a), scaled(b, scale_b)
+    c = matmul_triton.choose(*operands, True)
     c = dataclasses.replace(c, block_n=32, programs=2, tma=dtype == E5M2)
     bias = torch.randn(70)
-    y = matmul_triton.scaled_mm(a, b, scale_a, scale_b, *g, bias, torch.float32, c)
-    q, scale = matmul_triton.scaled_mm_quantized(a, b, scale_a, scale_b, *g, bias, dtype, c)
-    want, want_scale = reference.quantize(y, dtype, granularities.find("1x16"))
+    y = matmul_triton.scaled_mm(*operands, bias, torch.float32, c)
+    q, scale = matmul_triton.scaled_mm_quantized(*operands, bias, dtype, c)
+    want, want_scale = reference.quantize(y, dtype, float8.find_granularity("1x16"))
     assert same(q, want)
     assert same(scale, want_scale)
-    empty = matmul_triton.scaled_mm_quantized(a[:0], b, scale_a[:0], scale_b, *g, None, dtype, None)
+    none = scaled(a[:0], scale_a[:0])
+    empty = matmul_triton.scaled_mm_quantized(none, operands[1], None, dtype)
     assert [t.shape for t in empty] == [(0, 70), (0, 5)]
 
 
@@ -168,15 +171,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.disasm import get_sass
 from lowbit import triton_kernels as kernels
-from lowbit.fp8 import granularity, matmul_triton
-from lowbit.fp8.dtypes import E8M0
+from lowbit import float8
+from lowbit.backends.triton import fp8_matmul as matmul_triton
+from lowbit.float8 import E8M0
 
 FP8 = {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
 N = K = 4096
 SMS = int(sys.argv[2])
 
 def compiled(name_a, name_b, e5m2, m, arch, aligned):
-    g = granularity.find(name_a), granularity.find(name_b)
+    g = float8.find_granularity(name_a), float8.find_granularity(name_b)
     types = torch.float8_e4m3fn, torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
     group, capability = matmul_triton.group_of(*g), divmod(arch, 10)
     rows = (0, K if aligned else K + 1), (0, K)
@@ -200,7 +204,7 @@ def compiled(name_a, name_b, e5m2, m, arch, aligned):
         else:
             pointers[side] = "*" + stored
         pointers["scale_" + side] = "*u8" if name == "mx" else "*fp32"
-    kernel = kernels.fp8_mm.scaled_mm_kernel
+    kernel = kernels.fp8_matmul.scaled_mm_kernel
     types = pointers | descriptors
     signature = {
         key: types.get(key, "constexpr" if key in constants else "i32") for key in kernel.arg_names}
@@ -349,8 +353,8 @@ def test_tensors_say_what_tma_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are cut out of longer ones are fine, rows of another length or begin are not."""
     monkeypatch.setattr(matmul_triton, "capability", lambda device: (9, 0))
     wide = torch.zeros(4, 160).to(E4M3)
-    g = granularities.find("row"), granularities.find("row")
+    row, ones = float8.find_granularity("row"), torch.ones(4, 1)
     for a, tma in ((wide[:, 16:100], True), (wide[:, 10:], False), (wide[:, :70].clone(), False)):
         b = wide[:, : a.shape[1]]
         assert (matmul_triton.tma_obstacle(a, b, 0) is None) == tma
-        assert matmul_triton.choose(a, b, *g, False).tma == tma
+        assert matmul_triton.choose(Scaled(a, ones, row), Scaled(b, ones, row), False).tma == tma

@@ -1,13 +1,61 @@
-"""How many elements of a (R, K) matrix share a scale: blocks, the shape of the scales, and the way back from it."""
+"""The FP8 types, the types of their scales, and how many elements of a matrix share one (OCP OFP8 1.0, OCP MX 1.0)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowbit.fp8.dtypes import E8M0, SCALE_DTYPES
+# The bits of E8M0 in uint8 where torch (before 2.7) has no dtype for them.
+E8M0: torch.dtype = getattr(torch, "float8_e8m0fnu", torch.uint8)
+E8M0_BIAS = 127
+SCALE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Constants of an FP8 type: sign, exponent, `mantissa` bits."""
+
+    name: str
+    max: float
+    mantissa: int
+    bias: int
+    emax: int  # exponent of the largest value
+    max_code: int  # of `max`; codes above are infinity or NaN
+    overflow: float  # the smallest fp32 that rounds to more than `max`
+    overflow_code: int  # what a cast that does not saturate makes of it: NaN or infinity
+
+    @property
+    def min_normal(self) -> float:
+        """The smallest value with all mantissa bits; below it the step is constant."""
+        return 2.0 ** (1 - self.bias)
+
+
+FLOAT8: dict[torch.dtype, Float8] = {
+    torch.float8_e4m3fn: Float8("e4m3", 448.0, 3, 7, 8, 0x7E, 464 + 2**-15, 0x7F),
+    torch.float8_e5m2: Float8("e5m2", 57344.0, 2, 15, 15, 0x7B, 61440.0, 0x7C),
+}
+NAN_CODE = 0x7F
+
+
+def check_float8(name: str, dtype: torch.dtype) -> Float8:
+    """The constants of an FP8 dtype.
+
+    Raises:
+        TypeError: `dtype` is another one.
+    """
+    if dtype not in FLOAT8:
+        raise TypeError(f"{name} must be float8_e4m3fn or float8_e5m2, got {dtype}")
+    return FLOAT8[dtype]
+
+
+def e8m0_values(code: Tensor) -> Tensor:
+    """2^(code - 127) in fp32, exact, of E8M0 or of its bits in uint8; 255 is NaN (OCP MX 1.0)."""
+    code = code.contiguous().view(torch.uint8).to(torch.int32)
+    value = torch.ldexp(torch.ones_like(code, dtype=torch.float64), code - E8M0_BIAS)
+    return torch.where(code == 255, torch.nan, value).to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -43,7 +91,7 @@ GRANULARITIES = {
 }
 
 
-def find(name: str) -> Granularity:
+def find_granularity(name: str) -> Granularity:
     """The granularity of that name.
 
     Raises:
@@ -54,7 +102,7 @@ def find(name: str) -> Granularity:
     return GRANULARITIES[name]
 
 
-def infer(scale: Tensor, rows: int, k: int, name: str = "scale") -> Granularity:
+def infer_granularity(scale: Tensor, rows: int, k: int, name: str = "scale") -> Granularity:
     """The granularity of the scales of a (rows, k) matrix, from their shape and dtype.
 
     Shapes that fit several granularities, such as (R, 1) with K <= 16, mean the same blocks in all of them.
@@ -79,3 +127,16 @@ def infer(scale: Tensor, rows: int, k: int, name: str = "scale") -> Granularity:
         f"{name} of a ({rows}, {k}) matrix must have, in {scale.dtype}, one of the shapes {expected}, got "
         f"{tuple(scale.shape)}"
     )
+
+
+class Scaled(NamedTuple):
+    """A matrix in FP8 and its scales."""
+
+    q: Tensor  # (R, K)
+    scale: Tensor
+    granularity: Granularity
+
+
+def scaled(q: Tensor, scale: Tensor, name: str = "scale") -> Scaled:
+    """A matrix and its scales, whose shape and dtype say what they are; `infer_granularity` says what it raises."""
+    return Scaled(q, scale, infer_granularity(scale, q.shape[0], q.shape[1], name))

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from lowbit import _C
 from lowbit.backends.cpu.requests import CODES
-from lowbit.fp8.dtypes import E8M0
-from lowbit.fp8.granularity import Granularity
+from lowbit.float8 import E8M0, Granularity
 from lowbit.strides import address, address_of_rows
 
 # csrc/fp8.h

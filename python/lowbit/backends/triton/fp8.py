@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit.backends.triton.launch import interpreted, kernels, on_device, stored
-from lowbit.fp8.dtypes import E8M0, FLOAT8
-from lowbit.fp8.granularity import Granularity
+from lowbit.backends.triton.launch import empty, kernels, on_device, readable
+from lowbit.float8 import E8M0, FLOAT8, Granularity
 from lowbit.strides import contiguous
 
 _LONGEST_ROW = 4096  # a tile holds whole rows up to here, which are then read once
@@ -60,10 +59,6 @@ def _tile(granularity: Granularity, k: int, transposed: bool) -> _Tile:
     return _Tile(1, block_k, _TILE_ELEMENTS // width, width)
 
 
-def _readable(x: Tensor) -> Tensor:
-    return x.float() if interpreted(x.device) else x
-
-
 def _scale_bytes(scale: Tensor) -> tuple[int, Tensor]:
     """The number by which the kernels know the dtype of the scales, and the scales as they write them."""
     k = kernels().fp8_quantize
@@ -74,8 +69,9 @@ def _scale_bytes(scale: Tensor) -> tuple[int, Tensor]:
     return k.SCALE_F32.value, scale
 
 
-def _type(dtype: torch.dtype) -> dict[str, int]:
-    return {"MANTISSA": FLOAT8[dtype].mantissa, "BIAS": FLOAT8[dtype].bias}
+def constants(dtype: torch.dtype, *fields: str) -> dict[str, float]:
+    """Fields of the `Float8` of a dtype by the names that kernels give them."""
+    return {field.upper(): getattr(FLOAT8[dtype], field) for field in fields}
 
 
 def absmax(x: Tensor, granularity: Granularity) -> Tensor:  # (R, K) float to fp32 of scale_shape
@@ -83,7 +79,7 @@ def absmax(x: Tensor, granularity: Granularity) -> Tensor:  # (R, K) float to fp
     rows, k = x.shape
     tile = _tile(granularity, k, False)
     columns = -(-k // tile.block_k)
-    x = _readable(x)
+    x = readable(x)
     out = torch.empty((-(-rows // tile.block_rows), columns), dtype=torch.float32, device=x.device)
     with on_device(x.device):
         kernels().fp8_quantize.maxima_kernel[tile.grid(rows, k)](
@@ -123,7 +119,7 @@ def quantize(
     shape = granularity.scale_shape(rows, k)
     scale = torch.empty(shape, dtype=scale_dtype, device=x.device)
     name, stored_scale = _scale_bytes(scale)
-    x, f = _readable(x), FLOAT8[dtype]
+    x = readable(x)
     with on_device(x.device):
         kernels().fp8_quantize.quantize_kernel[tile.grid(rows, k)](
             x,
@@ -138,10 +134,8 @@ def quantize(
             shape[1] if shape else 0,
             _signed(seed or 0),
             _signed((seed or 0) >> 32),
-            **_type(dtype),
-            MAX=f.max,
-            EMAX=f.emax,
-            TOP=f.max_code,
+            **constants(dtype, "mantissa", "bias", "max", "emax"),
+            TOP=FLOAT8[dtype].max_code,
             SCALE=name,
             ONE_COLUMN=one_column,
             HAS_MAXIMA=maxima is not None,
@@ -168,9 +162,9 @@ def dequantize(
     """`reference.dequantize` of at least one element."""
     rows, k = q.shape
     shape = granularity.scale_shape(rows, k)
-    out = torch.empty((rows, k), dtype=stored(dtype, q.device), device=q.device)
+    out = empty((rows, k), dtype, q.device)
     name = _scale_bytes(scale)[0]
-    values = scale.view(torch.uint8) if scale.dtype == E8M0 else _readable(scale)
+    values = scale.view(torch.uint8) if scale.dtype == E8M0 else readable(scale)
     tile = _Tile(1, 1, 16, 256)
     with on_device(q.device):
         kernels().fp8_quantize.dequantize_kernel[tile.grid(rows, k)](
@@ -181,8 +175,7 @@ def dequantize(
             k,
             *granularity.block(rows, k),
             shape[1] if shape else 0,
-            **_type(q.dtype),
-            MAX_CODE=FLOAT8[q.dtype].max_code,
+            **constants(q.dtype, "mantissa", "bias", "max_code"),
             SCALE=name,
             TILE_ROWS=tile.rows,
             TILE_K=tile.k,
@@ -197,10 +190,10 @@ def cast(x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:  # contiguous
     f, block = FLOAT8[dtype], 4096
     with on_device(x.device):
         kernels().fp8_quantize.cast_kernel[(-(-x.numel() // block),)](
-            contiguous(_readable(x)),
+            contiguous(readable(x)),
             q.view(torch.uint8),
             x.numel(),
-            **_type(dtype),
+            **constants(dtype, "mantissa", "bias"),
             TOP=f.max_code if saturate else f.overflow_code,
             BLOCK=block,
         )

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fp8_operands import PAIRINGS, TYPES, assert_close, check_neighbours, operand
 from fp8_values import E4M3, E5M2
-from lowbit import _C, fp8
-from lowbit.fp8 import granularity as granularities
-from lowbit.fp8 import matmul_cpu, reference
+from lowbit import _C, float8, fp8
+from lowbit.backends.cpu import fp8_matmul as matmul_cpu
+from lowbit.float8 import scaled
+from lowbit.reference import fp8 as reference
 
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 
@@ -27,8 +28,7 @@ def isa(request: pytest.FixtureRequest) -> str:
 
 
 def run(isa: str, a, b, scale_a, scale_b, bias=None, dtype=torch.float32) -> Tensor:
-    g_a, g_b = granularities.infer(scale_a, *a.shape), granularities.infer(scale_b, *b.shape)
-    return matmul_cpu.scaled_mm(a, b, scale_a, scale_b, g_a, g_b, bias, dtype, isa)
+    return matmul_cpu.scaled_mm(scaled(a, scale_a), scaled(b, scale_b), bias, dtype, isa)
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS, ids="-".join)
@@ -76,7 +76,7 @@ def test_more_rows_than_a_task(isa: str) -> None:
     assert torch.equal(run(isa, a.to(E4M3), b.to(E4M3), one, one), a @ b.T)
 
 
-@pytest.mark.parametrize("granularity", granularities.GRANULARITIES)
+@pytest.mark.parametrize("granularity", float8.GRANULARITIES)
 def test_scales_of_more_rows_than_a_task(granularity: str, isa: str) -> None:
     """Each row has its own, or its band's."""
     for m, k in ((517, 48), (1100, 17)):
@@ -108,7 +108,7 @@ def test_extreme_scales(isa: str) -> None:
     """Neither product of two scales is finite and not zero, all results are."""
     for scales in ((2.0**100, 2.0**30), (2.0**-100, 2.0**-40)):
         for granularity in ("row", "1x128"):
-            shape = granularities.find(granularity).scale_shape(3, 200)
+            shape = float8.find_granularity(granularity).scale_shape(3, 200)
             a = torch.full((3, 200), 2.0**-6 if scales[0] > 1 else 448.0).to(E4M3)
             each = [torch.full(shape, s) for s in scales]
             assert_close(run(isa, a, a, *each), a, a, *each)
@@ -183,7 +183,7 @@ def test_requantized(requantize: str) -> None:
     y = fp8.scaled_mm(a, b, scale_a, scale_b, bias, torch.float32)
     for dtype in (None, E4M3, E5M2):
         q, scale = fp8.scaled_mm(a, b, scale_a, scale_b, bias, dtype, requantize=requantize)
-        want = reference.quantize(y, dtype or E4M3, granularities.find(requantize))
+        want = reference.quantize(y, dtype or E4M3, float8.find_granularity(requantize))
         assert q.dtype == (dtype or E4M3)
         assert torch.equal(q.view(torch.uint8), want[0].view(torch.uint8))
         assert torch.equal(scale, want[1])
