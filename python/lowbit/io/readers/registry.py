@@ -8,12 +8,14 @@ from pathlib import Path
 from lowbit.io.readers.base import Reader
 from lowbit.io.readers.dense import DenseReader
 from lowbit.io.readers.gguf_reader import GGUFReader
+from lowbit.io.readers.gptq import GPTQReader
 from lowbit.io.readers.native import NativeReader
 
 # Asked in this order; the last takes what is left and says what it is.
 READERS: tuple[type[Reader], ...] = (
     GGUFReader,
     NativeReader,
+    GPTQReader,
     DenseReader,
 )
 
