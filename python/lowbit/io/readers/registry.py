@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lowbit.io.readers.awq import AWQReader
 from lowbit.io.readers.base import Reader
 from lowbit.io.readers.dense import DenseReader
 from lowbit.io.readers.gguf_reader import GGUFReader
@@ -16,6 +17,7 @@ READERS: tuple[type[Reader], ...] = (
     GGUFReader,
     NativeReader,
     GPTQReader,
+    AWQReader,
     DenseReader,
 )
 
