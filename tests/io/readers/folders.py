@@ -74,7 +74,7 @@ def write_folder(
             continue
         del state[f"{name}.weight"]
         tensors, decoded = pack(name, module.weight.detach())
-        state.update((f"{name}.{part}", t.contiguous()) for part, t in tensors.items())
+        state.update((f"{name}.{part}", t.contiguous().clone()) for part, t in tensors.items())
         with torch.no_grad():
             module.weight.copy_(decoded)
     path.mkdir(parents=True, exist_ok=True)

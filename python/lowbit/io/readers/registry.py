@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lowbit.io.readers.awq import AWQReader
 from lowbit.io.readers.base import Reader
+from lowbit.io.readers.bitsandbytes import BitsAndBytesReader
 from lowbit.io.readers.dense import DenseReader
 from lowbit.io.readers.gguf_reader import GGUFReader
 from lowbit.io.readers.gptq import GPTQReader
@@ -18,6 +19,7 @@ READERS: tuple[type[Reader], ...] = (
     NativeReader,
     GPTQReader,
     AWQReader,
+    BitsAndBytesReader,
     DenseReader,
 )
 
