@@ -37,6 +37,18 @@ def affine(
     )
 
 
+def float8(group: int | None, k: int, scale: str) -> Format:
+    """E4M3 with a scale of this dtype per group; one group that spans the row is the row."""
+    group = None if group is None or group >= k else group
+    tail = "row" if group is None else f"g{group}"
+    return Format(name=f"e4m3_{tail}_{scale}", codec="e4m3", bits=8, group=group, scale=scale)
+
+
+def of_rows(blocks: Tensor, rows: int, n: int) -> Tensor:
+    """The scales (N, groups) of blocks (ceil(N / rows), groups) that several rows share."""
+    return blocks.repeat_interleave(rows, 0)[:n].contiguous()
+
+
 def stream_bytes(words: Tensor, bits: int, count: int) -> Tensor:
     """Rows (R, W) of little-endian words, each a stream of `count` codes, as canonical rows of bytes."""
     raw = words.contiguous().view(torch.uint8)
@@ -49,6 +61,10 @@ def stream_bytes(words: Tensor, bits: int, count: int) -> Tensor:
 
 def stream_codes(words: Tensor, bits: int, count: int) -> Tensor:
     """The codes of such rows, (R, count) uint8."""
+    if bits not in BITS:
+        single = stream_codes(words, 1, count * bits).view(len(words), count, bits)
+        shifts = torch.arange(bits, dtype=torch.uint8, device=words.device)
+        return (single << shifts).sum(-1, dtype=torch.uint8)
     # Only its bits count here.
     return packing.unpack_codes(stream_bytes(words, bits, count), _plain(bits), count)
 

@@ -10,7 +10,7 @@ import math
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,13 +31,36 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 @dataclass(frozen=True)
 class Plan:
     """What a layer will be: a weight of `shape` in `format`; or, where none holds its values, their dense form, and
-    why. `order`: its columns are those of x in another order.
+    why. `order`: its columns are those of x in another order. `bits` of the stored codes, and
+    `rows` that share a scale (0: all), where the format does not say.
     """
 
     shape: tuple[int, int]
     format: Format | None
     loss: str = ""
     order: Tensor | None = None
+    bits: int = 0
+    rows: int = 1
+
+
+def ordered(plan: Plan, index: Tensor, group: int, groups: int) -> Plan:
+    """The plan of a layer whose column k is of group index[k]: sorted by group, if every group is whole."""
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= groups:
+        raise ValueError(f"g_idx must be in [0, {groups}), got {low if low < 0 else high}")
+    straight = torch.arange(len(index), dtype=torch.int64, device="cpu") // group
+    if torch.equal(index, straight):
+        return plan
+    order = torch.argsort(index, stable=True)
+    if torch.equal(index[order], straight):
+        return replace(plan, order=order)
+    return replace(plan, format=None, loss=f"its groups are not all of {group} columns")
+
+
+def _check_nan(weight: QuantTensor) -> None:
+    """Two codes of E4M3 are NaN."""
+    if weight.format.codec == "e4m3" and bool((weight.tensors["codes"] & 0x7F == 0x7F).any()):
+        raise ValueError("the weight holds the E4M3 NaN")
 
 
 class FolderReader(Reader):
@@ -137,7 +160,7 @@ class FolderReader(Reader):
         try:
             made = self._decode(plan, tensors)
             if isinstance(made, QuantTensor):
-                made.validate()
+                _check_nan(made.validate())
             elif not bool(made.isfinite().all()):
                 raise ValueError("the values hold NaN or inf")
         except ValueError as e:

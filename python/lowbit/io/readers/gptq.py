@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from lowbit.io.readers.codes import (
     stream_bytes,
     stream_codes,
 )
-from lowbit.io.readers.folder import FolderReader, Plan
+from lowbit.io.readers.folder import FolderReader, Plan, ordered
 from lowbit.weights.quantized import QuantTensor
 
 _BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -123,12 +122,12 @@ class GPTQReader(FolderReader):
             )
         symmetric = config.get("sym", True) is True
         format = affine(bits, group, k, scales[1], None if symmetric and bits != 7 else "int")
-        plan = Plan((n, k), format)
+        plan = Plan((n, k), format, bits=bits)
         if "g_idx" in specs:
             check("g_idx", specs["g_idx"], (k,), INTEGERS)
             index = self._part(layer, "g_idx")
             assert index is not None
-            return _ordered(plan, index.long(), group, groups)
+            return ordered(plan, index.long(), group, groups)
         return plan
 
     def _is_planar(self, bits: int) -> bool:
@@ -137,7 +136,7 @@ class GPTQReader(FolderReader):
     def _decode(self, plan: Plan, tensors: Mapping[str, Tensor]) -> QuantTensor | Tensor:
         n, k = plan.shape
         words, scales = tensors["qweight"].t(), tensors["scales"].t()
-        bits = words.shape[1] * 8 * words.element_size() // k
+        bits = plan.bits
         zeros = self._zeros(tensors["qzeros"], bits, n).t()
         if plan.format is None:
             index = tensors["g_idx"].long()
@@ -182,20 +181,6 @@ def _matrix(part: str, spec: Spec) -> tuple[tuple[int, int], torch.dtype]:
     check(part, spec, (None, None), INTEGERS)
     rows, columns = spec[0]
     return (rows, columns), spec[1]
-
-
-def _ordered(plan: Plan, index: Tensor, group: int, groups: int) -> Plan:
-    """The plan of a layer whose column k is of group index[k]: sorted by group, if every group is whole."""
-    low, high = int(index.min()), int(index.max())
-    if low < 0 or high >= groups:
-        raise ValueError(f"g_idx must be in [0, {groups}), got {low if low < 0 else high}")
-    straight = torch.arange(len(index), dtype=torch.int64, device="cpu") // group
-    if torch.equal(index, straight):
-        return plan
-    order = torch.argsort(index, stable=True)
-    if torch.equal(index[order], straight):
-        return replace(plan, order=order)
-    return replace(plan, format=None, loss=f"its groups are not all of {group} columns")
 
 
 def _planar_codes(words: Tensor, bits: int, count: int) -> Tensor:

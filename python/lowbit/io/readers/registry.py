@@ -8,6 +8,7 @@ from pathlib import Path
 from lowbit.io.readers.awq import AWQReader
 from lowbit.io.readers.base import Reader
 from lowbit.io.readers.bitsandbytes import BitsAndBytesReader
+from lowbit.io.readers.compressed_tensors import CompressedTensorsReader
 from lowbit.io.readers.dense import DenseReader
 from lowbit.io.readers.gguf_reader import GGUFReader
 from lowbit.io.readers.gptq import GPTQReader
@@ -20,6 +21,7 @@ READERS: tuple[type[Reader], ...] = (
     GPTQReader,
     AWQReader,
     BitsAndBytesReader,
+    CompressedTensorsReader,
     DenseReader,
 )
 
