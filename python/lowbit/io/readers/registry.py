@@ -10,6 +10,7 @@ from lowbit.io.readers.base import Reader
 from lowbit.io.readers.bitsandbytes import BitsAndBytesReader
 from lowbit.io.readers.compressed_tensors import CompressedTensorsReader
 from lowbit.io.readers.dense import DenseReader
+from lowbit.io.readers.fp8 import FP8Reader
 from lowbit.io.readers.gguf_reader import GGUFReader
 from lowbit.io.readers.gptq import GPTQReader
 from lowbit.io.readers.native import NativeReader
@@ -22,6 +23,7 @@ READERS: tuple[type[Reader], ...] = (
     AWQReader,
     BitsAndBytesReader,
     CompressedTensorsReader,
+    FP8Reader,
     DenseReader,
 )
 
