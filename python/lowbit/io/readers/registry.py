@@ -13,6 +13,7 @@ from lowbit.io.readers.dense import DenseReader
 from lowbit.io.readers.fp8 import FP8Reader
 from lowbit.io.readers.gguf_reader import GGUFReader
 from lowbit.io.readers.gptq import GPTQReader
+from lowbit.io.readers.hqq import HQQReader
 from lowbit.io.readers.native import NativeReader
 
 # Asked in this order; the last takes what is left and says what it is.
@@ -24,6 +25,7 @@ READERS: tuple[type[Reader], ...] = (
     BitsAndBytesReader,
     CompressedTensorsReader,
     FP8Reader,
+    HQQReader,
     DenseReader,
 )
 
