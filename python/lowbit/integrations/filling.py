@@ -141,6 +141,8 @@ class _Filling:
         modules = dict(self.model.named_modules())
         for name, layer in self._layers.items():
             module, shape = modules.get(name), self.reader.plans[layer].shape
+            if self.reader.plans[layer].experts and name in self._wanted:
+                continue
             if not isinstance(module, nn.Linear | nn.Embedding):
                 kind = "no module" if module is None else f"a {type(module).__name__}"
                 raise NotImplementedError(
@@ -160,6 +162,9 @@ class _Filling:
             self.found.unused.append(stored)
 
     def _fill_layer(self, name: str, layer: str) -> None:
+        if self.reader.plans[layer].experts:
+            self._set(name, self.reader.layer(layer))
+            return
         module, weight = self.model.get_submodule(name), self.reader.layer(layer)
         order, bias = self.reader.order(layer), self._bias(name, module)
         if self.decoded or (self.format is not None and not self._is_head(module)):
@@ -249,6 +254,8 @@ class _Filling:
                     self.model.get_submodule(parent).register_parameter(leaf, shared)
 
     def _layer_name(self, layer: str) -> str:
+        if self.reader.plans[layer].experts:
+            return self._name(layer)
         return self._name(layer + _WEIGHT).removesuffix(_WEIGHT)
 
     def _name(self, stored: str) -> str:

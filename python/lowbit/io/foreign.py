@@ -78,6 +78,8 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
                     raise ValueError(f"{file}: {key} must be an object, got {how!r:.100}")
                 default = {"quant_method": "compressed-tensors"} if key == CONFIG_KEYS[1] else {}
                 return {**default, **how}
+    if isinstance(content.get("anyprec"), dict):
+        return {"quant_method": "anyprec", **content["anyprec"]}
     for name, method in METHOD_FILES.items():
         if (own := folder / name).is_file():
             return {"quant_method": method, **read_json(own)}

@@ -32,7 +32,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 class Plan:
     """What a layer will be: a weight of `shape` in `format`; or, where none holds its values, their dense form, and
     why. `order`: its columns are those of x in another order. `bits` of the stored codes, and
-    `rows` that share a scale (0: all), where the format does not say.
+    `rows` that share a scale (0: all), where the format does not say. `experts`: how many weights of that shape it is.
     """
 
     shape: tuple[int, int]
@@ -41,6 +41,12 @@ class Plan:
     order: Tensor | None = None
     bits: int = 0
     rows: int = 1
+    experts: int = 0
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """With the experts, if the layer is all of theirs."""
+        return (self.experts, *self.shape) if self.experts else self.shape
 
 
 def ordered(plan: Plan, index: Tensor, group: int, groups: int) -> Plan:
@@ -81,6 +87,7 @@ class FolderReader(Reader):
     # Every part that a layer may have, and those of which one makes a layer.
     parts: ClassVar[tuple[str, ...]]
     markers: ClassVar[tuple[str, ...]]
+    separator: ClassVar[str] = "."  # between the name of a layer and a part
 
     def __init__(self, path: str | os.PathLike[str], mmap: bool = True) -> None:
         self.path = Path(path)
@@ -149,7 +156,7 @@ class FolderReader(Reader):
         specs = [self._files[name].specs[name] for name in names]
         size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
         label = plan.format.name if plan.format else f"{self.name}, in no format of lowbit"
-        return TensorInfo(layer, label, plan.shape, size, True)
+        return TensorInfo(layer, label, plan.whole_shape, size, True)
 
     def layer(self, name: str) -> QuantTensor | Tensor:
         """A layer packed as stored, or a dense tensor; a layer that no format holds is dense, in fp32."""
@@ -180,7 +187,7 @@ class FolderReader(Reader):
 
     def _part(self, layer: str, part: str) -> Tensor | None:
         """A part that is small and says what the layer is."""
-        name = f"{layer}.{part}"
+        name = f"{layer}{self.separator}{part}"
         return self._tensor(name) if name in self._files else None
 
     def _file_of(self, layer: str) -> Path:
@@ -192,11 +199,11 @@ class FolderReader(Reader):
             name[: -len(marker) - 1]: {}
             for name in self.dense
             for marker in self.markers
-            if name.endswith(f".{marker}")
+            if name.endswith(f"{self.separator}{marker}")
         }
         for layer, names in found.items():
             for part in self.parts:
-                if (full := f"{layer}.{part}") in self.dense:
+                if (full := f"{layer}{self.separator}{part}") in self.dense:
                     names[part] = full
         return found
 
