@@ -63,7 +63,10 @@ RESTRICTED = {
 # Files that reach for compiled code though they are neither a backend nor the decoder. Only ever shorter.
 COMPILED_EXCEPTIONS: set[str] = set()
 # Modules that need an optional package, by the file that imports them when they are needed.
-OPTIONAL_IMPORTS = {("python/lowbit/io/readers/gguf_reader.py", "lowbit.io.readers.gguf")}
+OPTIONAL_IMPORTS = {
+    ("python/lowbit/io/readers/gguf_reader.py", "lowbit.io.readers.gguf"),
+    ("python/lowbit/integrations/load.py", "lowbit.integrations.transformers"),
+}
 COMPILED = {"_C", "_cuda", "triton_kernels"}
 COMPILED_HOMES = {"backends", "decoder"}
 KERNEL_IMPORTS = {"__future__", "dataclasses", "torch", "triton"}

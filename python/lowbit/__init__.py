@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lowbit import binary, codebooks, fp8, int8, integrations, nn, optim, qat
     from lowbit._C import kernels
     from lowbit.explanation import explain
+    from lowbit.integrations.load import load_model
     from lowbit.io.save_load import load, save
     from lowbit.methods import quantize
     from lowbit.ops.linear import linear
@@ -37,14 +38,14 @@ _HOMES = {
     "explain": "lowbit.explanation",
     "fp8": None, "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops.linear",
     "linear_many": "lowbit.ops.many",
-    "load": "lowbit.io.save_load", "nn": None, "optim": None, "qat": None,
+    "load": "lowbit.io.save_load", "load_model": "lowbit.integrations.load", "nn": None, "optim": None, "qat": None,
     "quantize": "lowbit.methods", "quantize_llm_int8": "lowbit.ptq",
     "quantize_model": "lowbit.ptq", "save": "lowbit.io.save_load",
 }  # fmt: skip
 __all__ = [
     "Format", "QuantTensor", "__version__", "binary", "codebooks", "dequantize", "explain", "formats", "fp8", "int8",
-    "integrations", "kernels", "linear", "linear_many", "load", "nn", "optim", "qat", "quantize", "quantize_llm_int8",
-    "quantize_model", "save",
+    "integrations", "kernels", "linear", "linear_many", "load", "load_model", "nn", "optim", "qat", "quantize",
+    "quantize_llm_int8", "quantize_model", "save",
 ]  # fmt: skip
 
 

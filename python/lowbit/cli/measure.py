@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 WINDOW = 512
 # Rows of logits that are turned to fp32 at a time: with a vocabulary of 50000, 25 MiB.
@@ -71,7 +71,7 @@ def sample_text() -> str:
 
 
 def window_logits(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     ids: Tensor,  # (T,) int64
 ) -> Iterator[Tensor]:  # (at most WINDOW, vocabulary)
     """The logits of every position, window by window; each window starts afresh."""

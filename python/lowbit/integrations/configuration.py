@@ -69,8 +69,11 @@ def model_class(folder: Path, config: Any) -> Any:
     return kind
 
 
-def empty_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """The model that config.json describes, its parameters on the meta device.
+def empty_model(
+    folder: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model that config.json describes, its parameters on the meta device, in the dtype that is asked for or
+    that config.json names.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as `load_folder` of `pretrained`.
@@ -83,6 +86,8 @@ def empty_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
         ) from None
     path = Path(folder)
     config = read_config(path)
+    if dtype is not None:
+        config.dtype = dtype
     check_counts(path, config)
     kind = model_class(path, config)
     what = f"{path / CONFIG_NAME}: transformers cannot make a {kind.__name__} of it"

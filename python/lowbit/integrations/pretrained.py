@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,13 @@ from lowbit.integrations.configuration import (
     quiet,
     read_config,
 )
-from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
+from lowbit.io.foreign import (
+    CONFIG_KEYS,
+    CONFIG_NAME,
+    METHOD_FILES,
+    read_json,
+    refuse_quantized,
+)
 from lowbit.io.match import Match
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.safetensors_file import FILE_NAME, SafetensorsFile, tensor_files
@@ -107,10 +113,23 @@ def save_folder(
     check_folders(source, target)
     with staged(target, FILE_NAME) as place:
         copy_rest(Path(source), place)
+        _forget_quantization(place)
         save(model, place / FILE_NAME)
         if finish is not None:
             finish(place)
     return Path(target) / FILE_NAME
+
+
+def _forget_quantization(folder: Path) -> None:
+    """Takes what another program said of the tensors of the source out of the folder."""
+    for name in METHOD_FILES:
+        (folder / name).unlink(missing_ok=True)
+    content = read_json(folder / CONFIG_NAME)
+    parts = [content, *(v for v in content.values() if isinstance(v, dict))]
+    found = [part.pop(key, None) for part in parts for key in CONFIG_KEYS]
+    if any(found):
+        text = json.dumps(content, indent=2).encode()
+        write_atomically(folder / CONFIG_NAME, lambda f: f.write(text))
 
 
 def check_folders(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -133,19 +152,24 @@ def load_folder(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """
     path = Path(folder)
     model = empty_model(path)
-    _linears_for(model, NativeReader(path))
+    linears_for(model, NativeReader(path).header.layers)
     load(model, path)
-    if (path / _GENERATION).exists():
-        with errors_of(f"{path / _GENERATION}: transformers cannot read it"):
-            model.generation_config = GenerationConfig.from_pretrained(str(path))
+    read_generation(model, path)
     return model.eval()
+
+
+def read_generation(model: PreTrainedModel, folder: Path) -> None:
+    """Gives a model the generation_config.json of a folder, if there is one; ValueError if it is damaged."""
+    if (folder / _GENERATION).exists():
+        with errors_of(f"{folder / _GENERATION}: transformers cannot read it"):
+            model.generation_config = GenerationConfig.from_pretrained(str(folder))
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
     """Raises what `load_folder` would, but for wrong values in tensors, which are not read."""
     path = Path(folder)
     model, checkpoint = empty_model(path), NativeReader(path)
-    _linears_for(model, checkpoint)
+    linears_for(model, checkpoint.header.layers)
     Match(model, checkpoint)
 
 
@@ -193,26 +217,35 @@ def plain_linears(model: nn.Module) -> Iterator[set[str]]:
     for name, module in list(model.named_modules()):
         if type(module) is Conv1D:
             transposed.add(name)
-            _put(model, name, _linear(module))
+            put(model, name, _linear(module))
         elif type(module) is FalconLinear:
-            _put(model, name, _linear(module))
+            put(model, name, _linear(module))
     yield transposed
-    for name in transposed:
-        module = model.get_submodule(name)
-        if isinstance(module, nn.Linear):
-            _put(model, name, _conv1d(module))
+    conv1d_again(model, transposed)
 
 
-def _linears_for(model: nn.Module, checkpoint: NativeReader) -> None:
-    """Puts an nn.Linear where a layer of the checkpoint has a Conv1D in the model."""
+def linears_for(model: nn.Module, layers: Iterable[str]) -> set[str]:
+    """Puts an nn.Linear where a layer of a checkpoint has a Conv1D in the model; returns their names."""
     modules = dict(model.named_modules())
-    for name in checkpoint.header.layers:
+    changed = set()
+    for name in layers:
         module = modules.get(name)
         if type(module) is Conv1D:
-            _put(model, name, _linear(module))
+            put(model, name, _linear(module))
+            changed.add(name)
+    return changed
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def conv1d_again(model: nn.Module, names: Iterable[str]) -> None:
+    """Makes those of these modules that are an nn.Linear a Conv1D."""
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            put(model, name, _conv1d(module))
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of one that nothing is attached to."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

@@ -19,7 +19,9 @@ _QUANTIZER_FILES = {
     "quant_config.json": "AWQ",
     "hf_quant_config.json": "ModelOpt",
 }
-_CONFIG_KEYS = ("quantization_config", "compression_config")
+# Those that say all that a reader needs.
+METHOD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+CONFIG_KEYS = ("quantization_config", "compression_config")
 # The first that a tensor's name ends in says who made it.
 _SUFFIXES = (
     (r"\.g_idx", "GPTQ"),
@@ -50,9 +52,38 @@ def refuse_quantized(source: Path) -> None:
             )
     if found := _by_files(source) or _by_tensors(readers):
         raise ValueError(
-            f"{source}: is quantized already ({found}), which lowbit cannot read yet; give the dense "
-            "checkpoint that it was made from, or make one with the program that quantized it"
+            f"{source}: is quantized already ({found}): give the dense checkpoint that it was made from, or "
+            "let lowbit quantize --quantized keep or requantize it; lowbit.load_model reads a folder of it"
         )
+
+
+def quantization_config(folder: Path) -> dict[str, Any] | None:
+    """What the program that quantized a folder of transformers wrote of it: `quantization_config` (or
+    `compression_config`) of config.json, at its top or in a part, else GPTQ's or AWQ's own file, with "quant_method".
+
+    None if there is no config.json, or nothing says that the folder is quantized.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    file = folder / CONFIG_NAME
+    if not folder.is_dir() or not file.is_file():
+        return None
+    content = read_json(file)
+    parts = [content, *(part for part in content.values() if isinstance(part, dict))]
+    for key in CONFIG_KEYS:
+        for part in parts:
+            if how := part.get(key):
+                if not isinstance(how, dict):
+                    raise ValueError(f"{file}: {key} must be an object, got {how!r:.100}")
+                default = {"quant_method": "compressed-tensors"} if key == CONFIG_KEYS[1] else {}
+                return {**default, **how}
+    if isinstance(content.get("anyprec"), dict):
+        return {"quant_method": "anyprec", **content["anyprec"]}
+    for name, method in METHOD_FILES.items():
+        if (own := folder / name).is_file():
+            return {"quant_method": method, **read_json(own)}
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,7 +107,7 @@ def _by_files(source: Path) -> str | None:
     if (config := source / CONFIG_NAME).is_file():
         content = read_json(config)
         parts = [content, *(part for part in content.values() if isinstance(part, dict))]
-        for key in _CONFIG_KEYS:
+        for key in CONFIG_KEYS:
             for part in parts:
                 if how := part.get(key):
                     method = how.get("quant_method") if isinstance(how, dict) else how

@@ -74,6 +74,10 @@ class Match:
                 if static in self._available and isinstance(module, nn.Linear | QuantLinear):
                     # Loading makes it where the model has none.
                     own.setdefault(static, torch.empty((), dtype=torch.float32, device="cpu"))
+                order = f"{prefix_of(name)}input_order"
+                if order in self._available and isinstance(module, nn.Linear):
+                    columns = module.in_features
+                    own.setdefault(order, torch.empty(columns, dtype=torch.int64, device="cpu"))
             elif isinstance(module, PackedModule):
                 problems.append(
                     f"layer {shown(name)} is {module.format.name} in the model and not in the file"

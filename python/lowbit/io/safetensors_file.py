@@ -217,11 +217,27 @@ def tensor_files(path: Path) -> list[Path]:
     return files
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def indexed_names(folder: Path) -> dict[str, str]:
+    """The tensors that the index of a folder names, with the names of their files; none if the files were not found
+    by an index.
+    """
+    index = folder / INDEX_NAME
+    return _weight_map(index) if index.exists() and not (folder / FILE_NAME).exists() else {}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     file = InputFile(index)
     try:
-        names = set(json.loads(file.read(0, file.size))["weight_map"].values())
+        weight_map = json.loads(file.read(0, file.size))["weight_map"]
+        return dict(weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{index}: not an index of safetensors files: {shown(e)}") from e
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = set(_weight_map(index).values())
+    except TypeError as e:  # a name that is no string
         raise ValueError(f"{index}: not an index of safetensors files: {shown(e)}") from e
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:

@@ -29,7 +29,7 @@ from lowbit.io.native import (
 )
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.safetensors_file import FILE_NAME, Source
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
+from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
 from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
@@ -247,7 +247,8 @@ def load(
             made[name] = module
             state.update((prefix_of(name) + key, t) for key, t in weight.tensors.items())
         else:
-            made[name] = _quantized(module, weight)
+            reordered = f"{prefix_of(name)}input_order" in match.wanted
+            made[name] = _quantized(module, weight, reordered)
     for name, first in match.tied.items():
         made[name] = _tied(match.modules[name], match.modules[first], made[first])
     for name, module in made.items():
@@ -270,13 +271,14 @@ def _device_of(module: Any, default: torch.device | str) -> torch.device | str:
     return default if tensor.is_meta else tensor.device
 
 
-def _quantized(module: Any, weight: QuantTensor) -> PackedModule:
-    """The quantized module with this weight in place of a dense one; its bias is loaded later."""
+def _quantized(module: Any, weight: QuantTensor, reordered: bool = False) -> PackedModule:
+    """The quantized module with this weight in place of a dense one; bias and order are loaded later."""
     made: PackedModule
     if isinstance(module, nn.Embedding):
         made = QuantEmbedding.from_quant_tensor(weight, module.weight.dtype, module.padding_idx)
     else:
-        made = QuantLinear.from_quant_tensor(weight, _bias(module, weight.device))
+        kind = ReorderedLinear if reordered else QuantLinear
+        made = kind.from_quant_tensor(weight, _bias(module, weight.device))
     return made.train(module.training)
 
 

@@ -69,3 +69,11 @@ class Reader(ABC):
     @abstractmethod
     def layer(self, name: str) -> QuantTensor | Tensor:
         """A weight packed as stored, or a dense tensor, on the CPU; its values are checked."""
+
+    def loss(self, name: str) -> str:
+        """Why no format holds the values of a layer, which `layer` then gives dense; "" if one does."""
+        return ""
+
+    def order(self, name: str) -> Tensor | None:
+        """(K,) int64, the columns of x that the columns of a layer stand for; None if they are x's own."""
+        return None

@@ -5,15 +5,34 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lowbit.io.readers.awq import AWQReader
 from lowbit.io.readers.base import Reader
+from lowbit.io.readers.bitnet import BitNetReader
+from lowbit.io.readers.bitsandbytes import BitsAndBytesReader
+from lowbit.io.readers.compressed_tensors import CompressedTensorsReader
 from lowbit.io.readers.dense import DenseReader
+from lowbit.io.readers.fp8 import FP8Reader
 from lowbit.io.readers.gguf_reader import GGUFReader
+from lowbit.io.readers.gptq import GPTQReader
+from lowbit.io.readers.hqq import HQQReader
+from lowbit.io.readers.mxfp4 import MXFP4Reader
 from lowbit.io.readers.native import NativeReader
+from lowbit.io.readers.tables import AnyPrecisionReader, SqueezeLLMReader
 
 # Asked in this order; the last takes what is left and says what it is.
 READERS: tuple[type[Reader], ...] = (
     GGUFReader,
     NativeReader,
+    GPTQReader,
+    AWQReader,
+    BitsAndBytesReader,
+    CompressedTensorsReader,
+    FP8Reader,
+    HQQReader,
+    BitNetReader,
+    SqueezeLLMReader,
+    AnyPrecisionReader,
+    MXFP4Reader,
     DenseReader,
 )
 

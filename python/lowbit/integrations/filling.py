@@ -1,0 +1,288 @@
+"""Fills an empty transformers model from an open folder that another program quantized, a layer at a time."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.pytorch_utils import Conv1D
+
+from lowbit.files import shown
+from lowbit.formats import Format
+from lowbit.integrations.configuration import empty_model
+from lowbit.integrations.pretrained import conv1d_again, linears_for
+from lowbit.io.readers.folder import FolderReader
+from lowbit.methods import quantize
+from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
+from lowbit.nn.surgery import replace
+from lowbit.weights.quantized import QuantTensor
+
+_SHOWN = 8
+_WEIGHT = ".weight"
+
+
+@dataclass
+class Found:
+    """What a checkpoint held and what became of it, by layers: `packed` and `requantized` with their formats."""
+
+    kind: str
+    packed: dict[str, str] = field(default_factory=dict)
+    requantized: dict[str, str] = field(default_factory=dict)
+    dense: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [self.kind]
+        for what, layers in (
+            ("packed as stored", self.packed),
+            ("requantized", self.requantized),
+        ):
+            counts = Counter(layers.values()).most_common()
+            formats = ", ".join(f"{count} {name}" for name, count in counts)
+            parts.append(f"{len(layers)} layers {what}" + (f" ({formats})" if layers else ""))
+        parts.append(f"{len(self.dense)} dense" + (f" ({_list(self.dense)})" if self.dense else ""))
+        if self.unused:
+            parts.append(f"{len(self.unused)} tensors not used ({_list(self.unused)})")
+        return "; ".join(parts)
+
+
+def fill(
+    reader: FolderReader,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    format: Format | None,
+    decoded: bool = False,
+) -> tuple[PreTrainedModel, Found]:
+    """Makes the model of a folder.
+
+    Args:
+        reader: of the folder.
+        dtype, device, format: as in `load_model`.
+        decoded: make every layer dense.
+
+    Raises:
+        ImportError, NotImplementedError, ValueError: as `load_model`.
+    """
+    model = empty_model(reader.path, dtype)
+    for config in (
+        model.config,
+        *(v for v in vars(model.config).values() if hasattr(v, "to_dict")),
+    ):
+        vars(config).pop("quantization_config", None)
+    job = _Filling(reader, model, device, format, decoded)
+    job.run()
+    return model, job.found
+
+
+class _Filling:
+    def __init__(
+        self,
+        reader: FolderReader,
+        model: PreTrainedModel,
+        device: torch.device | str,
+        format: Format | None,
+        decoded: bool,
+    ) -> None:
+        self.reader, self.model, self.device, self.format = reader, model, device, format
+        self.decoded = decoded
+        self.found = Found(str(reader.config.get("quant_method", reader.name)))
+        self._dtype: torch.dtype = model.dtype
+        self._plan = model._get_dtype_plan(self._dtype)
+        self._wanted: dict[str, Any] = dict(model.state_dict(keep_vars=True))
+        self._renamings = get_model_conversion_mapping(model)
+        self._stored = {self._name(name): name for name in reader.dense}
+        self._layers = {self._layer_name(name): name for name in reader.plans}
+        self._transposed = linears_for(model, self._layers)
+        self._shared: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._shared.setdefault(id(parameter), []).append(name)
+        self._filled: set[str] = set()
+
+    def run(self) -> None:
+        self._check()
+        for name, layer in self._layers.items():
+            self._fill_layer(name, layer)
+        for name, stored in self._stored.items():
+            if name in self._wanted and name not in self._filled:
+                self._set(name, self.reader.layer(stored))
+        self._share()
+        conv1d_again(self.model, self._transposed)
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+                self.found.dense.append(name)
+        if missing := sorted(n for n, t in self.model.state_dict().items() if _is_meta(t)):
+            raise ValueError(f"{self.reader.path}: lacks {len(missing)} tensors: {_list(missing)}")
+        if self.found.unused:
+            warnings.warn(
+                f"{self.reader.path}: {len(self.found.unused)} tensors are no part of a "
+                f"{type(self.model).__name__} and are not used: {_list(self.found.unused)}",
+                stacklevel=4,
+            )
+        losses = {n: self.reader.loss(layer) for n, layer in self._layers.items()}
+        lossy = [n for n in losses if losses[n] and n not in self.found.requantized]
+        if lossy and not self.decoded:
+            warnings.warn(
+                f"{self.reader.path}: no format holds {len(lossy)} layers exactly ({losses[lossy[0]]}), "
+                f"they are dense: {_list(lossy)}; quantize them anew with format=",
+                stacklevel=4,
+            )
+
+    def _check(self) -> None:
+        """Raises unless every layer has its linear; notes what has no place in the model."""
+        modules = dict(self.model.named_modules())
+        for name, layer in self._layers.items():
+            module, shape = modules.get(name), self.reader.plans[layer].shape
+            if self.reader.plans[layer].experts and name in self._wanted:
+                continue
+            if not isinstance(module, nn.Linear | nn.Embedding):
+                kind = "no module" if module is None else f"a {type(module).__name__}"
+                raise NotImplementedError(
+                    f"{self.reader.path}: layer {shown(layer)} must be an nn.Linear or nn.Embedding of "
+                    f"the {type(self.model).__name__}, it is {kind}"
+                )
+            if tuple(module.weight.shape) != shape:
+                raise ValueError(
+                    f"{self.reader.path}: layer {shown(layer)} has shape {shape}, the model's has "
+                    f"{tuple(module.weight.shape)}"
+                )
+        ignored = [re.compile(p) for p in self.model._keys_to_ignore_on_load_unexpected or ()]
+        biases = {f"{name}.bias" for name in self._layers}
+        for name, stored in self._stored.items():
+            if name in self._wanted or name in biases or any(p.search(name) for p in ignored):
+                continue
+            self.found.unused.append(stored)
+
+    def _fill_layer(self, name: str, layer: str) -> None:
+        if self.reader.plans[layer].experts:
+            self._set(name, self.reader.layer(layer))
+            return
+        module, weight = self.model.get_submodule(name), self.reader.layer(layer)
+        order, bias = self.reader.order(layer), self._bias(name, module)
+        if self.decoded or (self.format is not None and not self._is_head(module)):
+            weight = weight.dequantize() if isinstance(weight, QuantTensor) else weight
+            if order is not None:
+                weight, order = weight[:, torch.argsort(order)], None
+            if self.format is not None and not self.decoded:
+                weight = quantize(weight, self.format)
+                self.found.requantized[name] = weight.format.name
+        elif isinstance(weight, QuantTensor):
+            self.found.packed[name] = weight.format.name
+        if not isinstance(weight, QuantTensor):
+            self._set(name + _WEIGHT, weight)
+            if bias is not None:
+                self._put(f"{name}.bias", bias)
+            return
+        weight = weight.to(self.device)
+        made: PackedModule
+        if isinstance(module, nn.Embedding):
+            made = QuantEmbedding.from_quant_tensor(weight, self._dtype, module.padding_idx)
+        elif order is not None:
+            made = ReorderedLinear.from_ordered(weight, order, bias, self._dtype)
+        else:
+            made = QuantLinear.from_quant_tensor(weight, bias, self._dtype)
+        replace(self.model, name, made)
+        made.set_weight_dtype(self._dtype)  # not that of the empty model
+        self._filled.update((name + _WEIGHT, f"{name}.bias"))
+
+    def _is_head(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding) or module is self.model.get_output_embeddings()
+
+    def _bias(self, name: str, module: nn.Module) -> Tensor | None:
+        """The bias of a layer; of one that has none in the model, a stored one that is not all zero."""
+        full = f"{name}.bias"
+        if full not in self._stored:
+            if getattr(module, "bias", None) is not None:
+                raise ValueError(f"{self.reader.path}: lacks tensor {shown(full)}")
+            return None
+        bias = self.reader.layer(self._stored[full])
+        assert isinstance(bias, Tensor)
+        if getattr(module, "bias", None) is None and not bool(bias.any()):
+            return None
+        return bias.to(self.device, self._dtype)
+
+    def _set(self, name: str, value: QuantTensor | Tensor) -> None:
+        old = self._wanted[name]
+        assert isinstance(value, Tensor)
+        if tuple(value.shape) != tuple(old.shape):
+            raise ValueError(
+                f"{self.reader.path}: tensor {shown(name)} must have shape {tuple(old.shape)}, got "
+                f"{tuple(value.shape)}"
+            )
+        if old.is_floating_point():
+            value = value.to(self._own_dtype(name))
+        self._put(name, value.to(self.device))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        parent, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(parent)
+        if leaf in module._buffers:
+            module._buffers[leaf] = value
+        else:
+            module.register_parameter(leaf, nn.Parameter(value, value.is_floating_point()))
+        self._filled.add(name)
+
+    def _own_dtype(self, name: str) -> torch.dtype:
+        """That of the model, but of what transformers keeps in fp32."""
+        for pattern, dtype in self._plan.items():
+            if re.search(rf"(^|\.){pattern}($|\.)", name):
+                return dtype
+        return self._dtype
+
+    def _share(self) -> None:
+        """What the model shares and the folder holds once, it still shares."""
+        for names in self._shared.values():
+            first = next((n for n in names if n in self._filled), None)
+            for name in names:
+                if first is None or name in self._filled:
+                    continue
+                source = self.model.get_submodule(first.removesuffix(_WEIGHT))
+                target = name.removesuffix(_WEIGHT)
+                if isinstance(source, PackedModule):
+                    replace(self.model, target, QuantLinear.tied_to(source))
+                else:
+                    parent, _, leaf = name.rpartition(".")
+                    shared = self.model.get_parameter(first)
+                    self.model.get_submodule(parent).register_parameter(leaf, shared)
+
+    def _layer_name(self, layer: str) -> str:
+        if self.reader.plans[layer].experts:
+            return self._name(layer)
+        return self._name(layer + _WEIGHT).removesuffix(_WEIGHT)
+
+    def _name(self, stored: str) -> str:
+        """What transformers calls a tensor of the folder."""
+        name, fused = stored, False
+        for renaming in self._renamings:
+            renamed, pattern = renaming.rename_source_key(name)
+            fused |= pattern is not None and not isinstance(renaming, WeightRenaming)
+            name = renamed
+        if fused:
+            raise NotImplementedError(
+                f"{self.reader.path}: transformers fuses {shown(stored)} with other tensors of a "
+                f"{type(self.model).__name__}, which no packed layer can hold yet"
+            )
+        prefix = f"{self.model.base_model_prefix}."
+        if name not in self._wanted and prefix != ".":
+            for other in (prefix + name, name.removeprefix(prefix)):
+                if other in self._wanted:
+                    return other
+        return name
+
+
+def _is_meta(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
+
+
+def _list(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(f"{name:.200}" for name in names[:_SHOWN]) + more

@@ -1,0 +1,223 @@
+"""load_model: a GGUF file or a folder of transformers, dense or quantized by anyone, as a transformers model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from lowbit.formats import Format, as_format
+from lowbit.integrations.configuration import LOADS_HERE, errors_of, quiet
+from lowbit.integrations.filling import Found, fill
+from lowbit.integrations.pretrained import load_dense, load_folder, put, read_generation
+from lowbit.io.foreign import CONFIG_NAME
+from lowbit.io.readers.folder import FolderReader
+from lowbit.io.readers.native import NativeReader
+from lowbit.io.readers.registry import open_checkpoint
+from lowbit.methods import quantize
+from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
+from lowbit.ptq import quantize_model
+
+_logger = logging.getLogger("lowbit")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    format: Format | str | None = None,
+) -> PreTrainedModel:
+    """Loads a model whose weights stay packed as they are stored.
+
+    Takes a GGUF file, or a folder of transformers (config.json and safetensors, sharded or not, heads tied or not):
+    dense, of lowbit, or quantized by another program that `lowbit.io.readers.registry` knows. Linears become
+    `QuantLinear`, embeddings that are quantized `QuantEmbedding`; what the checkpoint holds dense stays dense. Layers
+    are read one at a time. The logger "lowbit" says in one line, at level INFO, what was found and what became of it;
+    what no format holds exactly is dense, and a warning says so.
+
+    Args:
+        path: the file or the folder. Nothing is downloaded and no code in it is run.
+        dtype: of what is dense, and of activations: fp32, bf16 or fp16; by default that of config.json (bf16 of a
+            GGUF file).
+        device: where the model shall run.
+        format: quantize the linears anew to this format, one by one; heads and embeddings stay as stored.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or a part of it is missing.
+        ImportError: accelerate is not installed, or gguf for a GGUF file.
+        ValueError: something is damaged or contradicts itself; the message names file, tensor and value.
+        NotImplementedError: transformers computes another thing with the weights than a linear, or fuses them.
+
+    Example:
+        >>> model = lowbit.load_model("Qwen2.5-0.5B-Instruct-GPTQ-Int4")  # doctest: +SKIP
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    target = None if format is None else as_format(format)
+    where = Path(path)
+    if where.is_dir() and not any(where.glob("*.safetensors")):
+        return _load_dense(where, dtype, device, target)  # what transformers alone reads
+    reader = open_checkpoint(where, mmap=False)
+    if reader.name == "gguf":
+        from lowbit.integrations.transformers import load_gguf
+
+        model: PreTrainedModel = load_gguf(where, dtype=dtype or torch.bfloat16, format=target)
+        _say(where, _survey(model, "gguf", target))
+        return _moved(model, device)
+    if not where.is_dir():
+        raise ValueError(
+            f"{where}: must be a folder with a {CONFIG_NAME} and this file, or a GGUF file"
+        )
+    if isinstance(reader, NativeReader):
+        return _load_native(where, dtype, device, target)
+    if not isinstance(reader, FolderReader):
+        return _load_dense(where, dtype, device, target)
+    return _load_stored(reader, dtype, device, target)[0]
+
+
+def load_as_stored(
+    path: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, Found]:
+    """As `load_model` of a folder that another program quantized; also what became of it.
+
+    Raises:
+        ValueError: another program has not.
+    """
+    reader = open_checkpoint(path, mmap=False)
+    if not isinstance(reader, FolderReader):
+        raise ValueError(
+            f"{path}: must be a folder that another program quantized, this one is {reader.name}"
+        )
+    return _load_stored(reader, dtype, "cpu", None)
+
+
+def _load_stored(
+    reader: FolderReader,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    format: Format | None,
+) -> tuple[PreTrainedModel, Found]:
+    model, found = fill(reader, dtype, device, format)
+    read_generation(model, reader.path)
+    _say(reader.path, found)
+    return model.eval(), found
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file or of a folder.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: there is no tokenizer, or transformers cannot make it.
+    """
+    where = Path(path)
+    if not where.is_dir():
+        from lowbit.integrations.transformers import load_tokenizer as of_gguf
+
+        return of_gguf(where)
+    with errors_of(f"{where}: transformers cannot make its tokenizer"), quiet():
+        made: Any = AutoTokenizer.from_pretrained(str(where), **LOADS_HERE)
+    tokenizer: PreTrainedTokenizerFast = made
+    return tokenizer
+
+
+def load_decoded(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Loads the dense model of a folder that is quantized, by lowbit or another program; errors as `load_model`."""
+    reader = open_checkpoint(path, mmap=False)
+    if isinstance(reader, FolderReader):
+        return fill(reader, dtype, "cpu", None, decoded=True)[0].eval()
+    if not isinstance(reader, NativeReader):
+        raise ValueError(f"{path}: must be a folder that is quantized, got one that is not")
+    model = load_folder(path)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            put(model, name, _dense_of(module))
+    if dtype is not None:
+        _cast(model, dtype)
+    return model
+
+
+def _dense_of(module: QuantLinear | QuantEmbedding) -> nn.Module:
+    weight = nn.Parameter(_values(module).to(module.dtype))
+    n, k = weight.shape
+    made: nn.Linear | nn.Embedding
+    if isinstance(module, QuantEmbedding):
+        made = nn.Embedding(n, k, module.padding_idx, device="meta", dtype=weight.dtype)
+    else:
+        made = nn.Linear(k, n, device="meta", dtype=weight.dtype)
+        made.register_parameter("bias", module._parameters["bias"])
+    made.weight = weight
+    return made
+
+
+def _values(module: PackedModule) -> torch.Tensor:  # (N, K) fp32, in the order of x
+    values = module.quant_tensor().dequantize()
+    if isinstance(module, ReorderedLinear):
+        values = values.index_select(1, torch.argsort(module.input_order.detach()))
+    return values
+
+
+def _load_dense(
+    path: Path, dtype: torch.dtype | None, device: torch.device | str, format: Format | None
+) -> PreTrainedModel:
+    model = load_dense(path, dtype)
+    if format is not None:
+        quantize_model(model, format, progress=False)
+    _say(path, _survey(model, "not quantized", format))
+    return _moved(model, device)
+
+
+def _load_native(
+    path: Path, dtype: torch.dtype | None, device: torch.device | str, format: Format | None
+) -> PreTrainedModel:
+    model = load_folder(path)
+    if format is not None:
+        head = model.get_output_embeddings()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantLinear) and module is not head:
+                weight = quantize(_values(module), format)
+                made = QuantLinear.from_quant_tensor(weight, module._parameters["bias"])
+                put(model, name, made)
+    if dtype is not None:
+        _cast(model, dtype)
+    _say(path, _survey(model, "lowbit", format))
+    return _moved(model, device)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Casts parameters, and not buffers: angles of positions need their bits."""
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.set_weight_dtype(dtype)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and name != "input_scale":
+                parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def _moved(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return moved
+
+
+def _survey(model: nn.Module, kind: str, format: Format | None) -> Found:
+    """What the layers of a model are that another loader made."""
+    found = Found(kind)
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            again = module.format == format and not isinstance(module, QuantEmbedding)
+            (found.requantized if again else found.packed)[name] = module.format.name
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            found.dense.append(name)
+    return found
+
+
+def _say(path: Path, found: Found) -> None:
+    _logger.info("%s: %s", path, found)

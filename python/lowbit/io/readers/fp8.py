@@ -1,0 +1,77 @@
+"""FP8 of transformers: "fp8" with a scale per block (DeepSeek, Qwen) or tensor, "mxfp8", and "fbgemm_fp8" per row.
+
+W = code * scale, whatever the name `weight_scale_inv` says. Activations are taken as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lowbit.files import shown
+from lowbit.io.readers.codes import FLOATS, Spec, check, float8, of_rows
+from lowbit.io.readers.folder import FolderReader, Plan
+from lowbit.weights.quantized import QuantTensor
+
+_POWERS = (getattr(torch, "float8_e8m0fnu", torch.uint8), torch.uint8)
+_SCALES = ("weight_scale_inv", "weight_scale")
+
+
+class FP8Reader(FolderReader):
+    """An open folder of FP8 weights."""
+
+    name = "fp8"
+    methods = frozenset({"fp8", "mxfp8", "fbgemm_fp8"})
+    parts = ("weight", *_SCALES, "input_scale", "input_scale_ub", "activation_scale")
+    markers = _SCALES
+
+    def _check_config(self) -> None:
+        default = {"fp8": [128, 128], "mxfp8": [1, 32]}.get(self.config["quant_method"])
+        block = self.config.get("weight_block_size", default)
+        if block is not None and not (
+            isinstance(block, list)
+            and len(block) == 2
+            and all(isinstance(b, int) and 0 < b < 2**31 for b in block)
+        ):
+            raise ValueError(
+                f"{self.path}: weight_block_size must be two positive integers, got {shown(block)}"
+            )
+        self._block: list[int] | None = block
+
+    def _plan(self, layer: str, specs: Mapping[str, Spec]) -> Plan:
+        if "weight" not in specs:
+            raise ValueError(f"weight is missing, the layer has {', '.join(specs)}")
+        check("weight", specs["weight"], (None, None), (torch.float8_e4m3fn,))
+        n, k = specs["weight"][0]
+        part = next(name for name in _SCALES if name in specs)
+        shape, dtype = specs[part]
+        if dtype not in FLOATS and dtype not in _POWERS:
+            raise ValueError(f"{part} must be float or E8M0, got {dtype}")
+        scale = FLOATS.get(dtype, "e8m0")
+        if shape in ((), (1,), (1, 1)) and (part == "weight_scale" or self._block is None):
+            return Plan((n, k), float8(None, k, scale), rows=0)
+        if part == "weight_scale" and shape in ((n,), (n, 1)):
+            return Plan((n, k), float8(None, k, scale))
+        if self._block is None:
+            raise ValueError(f"{part} must be one number without weight_block_size, got {shape}")
+        rows, group = self._block
+        wanted = (-(-n // rows), -(-k // group))
+        if shape != wanted:
+            raise ValueError(
+                f"{part} must have shape {wanted} for blocks of {rows} x {group} of a weight {(n, k)}, "
+                f"got {shape}"
+            )
+        return Plan((n, k), float8(group, k, scale), rows=rows)
+
+    def _decode(self, plan: Plan, tensors: Mapping[str, Tensor]) -> QuantTensor | Tensor:
+        assert plan.format is not None
+        scales = next(tensors[name] for name in _SCALES if name in tensors)
+        if plan.format.scale == "e8m0":
+            scales = scales.view(torch.uint8)
+        n = plan.shape[0]
+        blocks = scales if scales.dim() == 2 else scales.reshape(-1, 1)
+        codes = tensors["weight"].view(torch.uint8).contiguous()
+        made = {"codes": codes, "scales": of_rows(blocks, plan.rows or n, n)}
+        return QuantTensor(plan.format, plan.shape, made)
