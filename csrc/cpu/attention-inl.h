@@ -96,27 +96,34 @@ void attend_tile(const Attend& a, const typename P::Weight* q, int64_t r0, int64
       for (int v = 0; v < kTileVecs; ++v) store(p[r] + at + v * kVecLanes, acc[r][v]);
     }
   }
-  int64_t seen = 0;  // positions of the block that some row sees
+  int64_t unseen = kKeyBlock, seen = 0;  // the first position of the block that some row sees, and behind the last
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = r0 + r, limit = a.first_limit + row / a.group;
-    int64_t count = (limit < a.end ? limit : a.end) - b0;
+    int64_t count = (limit < a.end ? limit : a.end) - b0, first = limit - a.window - b0;
     count = count < 0 ? 0 : count < kKeyBlock ? count : kKeyBlock;
-    for (int64_t i = count; i < kKeyBlock; ++i) p[r][i] = -__builtin_inff();
-    seen = count > seen ? count : seen;
-    if (count == 0) {
+    first = first < 0 ? 0 : first;
+    if (first >= count) {
       for (float& v : p[r]) v = 0.0f;
       continue;
     }
+    seen = count > seen ? count : seen;
+    unseen = first < unseen ? first : unseen;
+    const auto fill_unseen = [&](float value) {
+      for (int64_t i = 0; i < first; ++i) p[r][i] = value;
+      for (int64_t i = count; i < kKeyBlock; ++i) p[r][i] = value;
+    };
+    fill_unseen(-__builtin_inff());
     F most = set1(a.max[row]);
     for (int i = 0; i < kKeyBlock; i += kVecLanes) {
-      const F scaled = mul(load(p[r] + i), set1(a.scale));
+      F scaled = mul(load(p[r] + i), set1(a.scale));
+      if (a.cap != 0.0f) scaled = mul(tanh(div(scaled, set1(a.cap))), set1(a.cap));
       store(p[r] + i, scaled);
       most = max_or_nan(most, scaled);
     }
     const float new_max = max_lane(most), rescale = exp(a.max[row] - new_max);
     F total = zero();
     for (int i = 0; i < kKeyBlock; i += kVecLanes) store(p[r] + i, exp(sub(load(p[r] + i), set1(new_max))));
-    for (int64_t i = count; i < kKeyBlock; ++i) p[r][i] = 0.0f;
+    fill_unseen(0.0f);
     for (int i = 0; i < kKeyBlock; i += kVecLanes) total = add(total, load(p[r] + i));
     a.sum[row] = a.sum[row] * rescale + sum(total);
     if (a.max[row] != new_max) {
@@ -127,7 +134,8 @@ void attend_tile(const Attend& a, const typename P::Weight* q, int64_t r0, int64
   }
   alignas(64) float scratch[kRows * kKeyBlock];
   const typename P::Weight* w = P::weights(&p[0][0], kRows * kKeyBlock, scratch);
-  const T* values = static_cast<const T*>(c.values) + b0 / P::kPerT * c.padded_dim;
+  const int64_t pair = unseen / 2;
+  const T* values = static_cast<const T*>(c.values) + (b0 + 2 * pair) / P::kPerT * c.padded_dim;
   const auto columns = [&](auto vecs, int64_t at) LOWBIT_INLINE {
     constexpr int kVecs = decltype(vecs)::value;
     const T* base[kVecs];
@@ -137,7 +145,7 @@ void attend_tile(const Attend& a, const typename P::Weight* q, int64_t r0, int64
       base[v] = values + at + v * kVecLanes;
       for (int r = 0; r < kRows; ++r) acc[r][v] = load(out + r * c.padded_dim + v * kVecLanes);
     }
-    multiply_pairs<P, kRows, kVecs>(base, c.padded_dim, (seen + 1) / 2, w, kKeyBlock, acc);
+    multiply_pairs<P, kRows, kVecs>(base, c.padded_dim, (seen + 1) / 2 - pair, w + 2 * pair, kKeyBlock, acc);
     for (int v = 0; v < kVecs; ++v) {
       for (int r = 0; r < kRows; ++r) store(out + r * c.padded_dim + v * kVecLanes, acc[r][v]);
     }
@@ -159,7 +167,7 @@ void attend_with(const Attend& a) {
   for (int64_t b0 = a.begin; b0 < a.end; b0 += kKeyBlock) {
     for (int64_t r = 0; r < a.rows; r += 4) {
       const int64_t left = a.rows - r, last = r + (left < 4 ? left : 4) - 1;
-      if (a.first_limit + last / a.group <= b0) continue;
+      if (a.first_limit + last / a.group <= b0 || a.first_limit + r / a.group - a.window >= b0 + kKeyBlock) continue;
       if (left >= 4) {
         attend_tile<P, 4>(a, q, r, b0);
       } else if (left == 3) {
@@ -219,7 +227,8 @@ void store_position(const HeadCache& c, int64_t position, bool last, const float
   }
 }
 
-const DecoderOps kDecoderOps = {add_norm, rotate, store_position, attend, finish, silu_mul, dense, argmax};
+const DecoderOps kDecoderOps = {add_norm, ready, store_position, attend, finish,
+                                gate_mul, scale, cap_logits,     dense,  argmax};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

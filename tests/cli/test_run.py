@@ -15,7 +15,7 @@ from gguf_files import Llama, llama_tensors, write_llama
 from lowbit.cli import measure
 from lowbit.cli import run as job
 from lowbit.cli.run import RunOptions, default_model, run
-from lowbit.decoder.runner import LlamaRunner
+from lowbit.decoder.runner import Runner
 from lowbit.integrations.transformers import load_gguf, load_tokenizer
 
 KEYS = {
@@ -92,7 +92,7 @@ def test_the_kernels_are_those_that_ran(path, dtype, capsys):
         )
         model = load_gguf(path, dtype=job.DTYPES[dtype], format=format)
         ids = torch.arange(21)
-        found[format]["logits"] = LlamaRunner(model, 40).forward(ids).clone()
+        found[format]["logits"] = Runner(model, 40).forward(ids).clone()
     for phase, names in found["int4_g32_a8"]["kernels"].items():
         packed = [name for name in names if not name.endswith(("int8", "lut8"))]
         assert any("_i8_int4_" in name for name in packed), (phase, names)

@@ -158,7 +158,7 @@ def _answer(
 ) -> dict[str, Any]:
     """Generates the answer, printing it to `stream` as it is made."""
     from lowbit.cli.measure import Stopwatch
-    from lowbit.decoder.runner import LlamaRunner
+    from lowbit.decoder.runner import Runner
 
     length, context = len(prompt_ids) + max_new_tokens, model.config.max_position_embeddings
     if length > context:
@@ -166,7 +166,7 @@ def _answer(
             f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens} do not fit "
             f"the model's context of {context}"
         )
-    runner = LlamaRunner(model, length)
+    runner = Runner(model, length)
     take_rows_run()
     rows_run: dict[str, list[str]] = {}
     eos = model.generation_config.eos_token_id
