@@ -60,6 +60,9 @@ void bind_structs(py::module_& m) {
           "dtype", [](const DecoderConfig& c) { return static_cast<int>(c.dtype); },
           [](DecoderConfig& c, int dtype) { c.dtype = static_cast<Dtype>(dtype); })
       .def_property(
+          "cache_dtype", [](const DecoderConfig& c) { return static_cast<int>(c.cache_dtype); },
+          [](DecoderConfig& c, int dtype) { c.cache_dtype = static_cast<Dtype>(dtype); })
+      .def_property(
           "activation", [](const DecoderConfig& c) { return static_cast<int>(c.activation); },
           [](DecoderConfig& c, const std::string& name) { c.activation = activation_of(name); });
 #define FIELD(name) config.def_readwrite(#name, &DecoderConfig::name)

@@ -112,14 +112,16 @@ Decoder::Decoder(const DecoderConfig& config, const DecoderModel& model)
     : config_(config), model_(model), ops_(choose_ops(active_isa())), head_padded_(padded(config.head_dim)) {
   check();
   config_.threads = std::clamp(config.threads, 1, kMostThreads);
-  const bool wide = config.dtype == Dtype::kF32;
-  element_ = wide ? 4 : 2;
-  // fp16 is kept as fp32: two of them in a dword are no cheaper to widen than to load.
-  cache_element_ = config.dtype == Dtype::kBf16 ? 2 : 4;
+  element_ = config.dtype == Dtype::kF32 ? 4 : 2;
+  cache_element_ = config.cache_dtype == Dtype::kF32 ? 4 : config.cache_dtype == Dtype::kI8 ? 1 : 2;
   const int64_t length = ceil_div(config.max_length, kKeyBlock) * kKeyBlock;
   const size_t head_rows = model.layers.size() * static_cast<size_t>(config.kv_heads * length);
   keys_ = Memory(head_rows * static_cast<size_t>(config.head_dim) * cache_element_);
   values_ = Memory(head_rows * static_cast<size_t>(head_padded_) * cache_element_);
+  if (config.cache_dtype == Dtype::kI8) {
+    key_scales_ = Memory(head_rows * sizeof(float));
+    value_scales_ = Memory(head_rows * sizeof(float));
+  }
 
   copy_constants();
   make_int8_tables();
@@ -338,12 +340,19 @@ void Decoder::allocate_threads() {
 }
 
 HeadCache Decoder::cache(size_t layer, int64_t kv_head) const {
-  const int64_t length = ceil_div(config_.max_length, kKeyBlock) * kKeyBlock;
-  const size_t head = (layer * static_cast<size_t>(config_.kv_heads) + static_cast<size_t>(kv_head)) *
-                      static_cast<size_t>(length) * cache_element_;
-  return {keys_.data() + head * static_cast<size_t>(config_.head_dim),
-          values_.data() + head * static_cast<size_t>(head_padded_), cache_element_ == 2 ? Dtype::kBf16 : Dtype::kF32,
-          config_.head_dim, head_padded_};
+  const size_t length = static_cast<size_t>(ceil_div(config_.max_length, kKeyBlock) * kKeyBlock);
+  const size_t row = (layer * static_cast<size_t>(config_.kv_heads) + static_cast<size_t>(kv_head)) * length;
+  HeadCache c{};
+  c.keys = keys_.data() + row * static_cast<size_t>(config_.head_dim) * cache_element_;
+  c.values = values_.data() + row * static_cast<size_t>(head_padded_) * cache_element_;
+  if (config_.cache_dtype == Dtype::kI8) {
+    c.key_scales = reinterpret_cast<float*>(key_scales_.data()) + row;
+    c.value_scales = reinterpret_cast<float*>(value_scales_.data()) + row;
+  }
+  c.dtype = config_.cache_dtype;
+  c.dim = config_.head_dim;
+  c.padded_dim = head_padded_;
+  return c;
 }
 
 char* Decoder::row(char* rows, int64_t i, int64_t width) const {

@@ -17,7 +17,8 @@ namespace lowbit {
 class Team;
 
 struct DecoderConfig {
-  Dtype dtype;  // of the activations, the embedding's rows and dense weights
+  Dtype dtype;        // of the activations, the embedding's rows and dense weights
+  Dtype cache_dtype;  // kF32, kBf16, kF16 or kI8: of keys and values
   int64_t hidden, heads, kv_heads, head_dim, intermediate, vocab, max_length;
   float eps;        // of the norms
   bool late_norms;  // rounded once, behind the weight
@@ -149,7 +150,7 @@ class Decoder {
   const DecoderOps* ops_;
   int64_t head_padded_, weights_ = 0;
   size_t element_, cache_element_;
-  Memory constants_, keys_, values_, tables_;
+  Memory constants_, keys_, values_, key_scales_, value_scales_, tables_;
   Bound one_, many_;
   Projection head_;
   std::vector<Private> threads_;

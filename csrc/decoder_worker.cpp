@@ -217,6 +217,7 @@ void Worker::attend_one(size_t layer, const char* qkv, int64_t position) {
     Attend a{};
     a.cache = d.cache(layer, h);
     a.q = my.q;
+    a.q_dtype = c.dtype;
     a.rows = a.group = group;
     a.first_limit = position + 1;
     a.window = window ? window : position + 1;
@@ -319,6 +320,7 @@ void Worker::attend_rows(size_t layer, int64_t position) {
       Attend a{};
       a.cache = d.cache(layer, h);
       a.q = my.q;
+      a.q_dtype = c.dtype;
       a.rows = rows * group;
       a.group = group;
       a.first_limit = position + first + 1;

@@ -11,20 +11,26 @@ namespace {
 
 // How two neighbours along the sum meet their two weights. T: an element of the cache, Weight: what q and the
 // probabilities are multiplied as.
-struct PairsF32 {
-  using T = float;
+template <Dtype kType, class Element>
+struct Pairs {
+  using T = Element;
   using Weight = float;
   struct Pair {
     F even, odd;
   };
   static constexpr int64_t kPerT = 1;  // neighbours in a T
-  LOWBIT_INLINE static Pair load_pair(const float* p, int64_t pair, int64_t stride) {
-    return {load(p + 2 * pair * stride), load(p + (2 * pair + 1) * stride)};
+  static constexpr bool kScaled = kType == Dtype::kI8;
+  LOWBIT_INLINE static Pair load_pair(const T* p, int64_t pair, int64_t stride) {
+    return {load_as(p, kType, 2 * pair * stride), load_as(p, kType, (2 * pair + 1) * stride)};
   }
   LOWBIT_INLINE static Pair broadcast(const float* w) { return {set1(w[0]), set1(w[1])}; }
   LOWBIT_INLINE static F dot(F acc, Pair w, Pair v) { return fma(w.odd, v.odd, fma(w.even, v.even, acc)); }
   static const float* weights(const float* values, int64_t, float*) { return values; }
 };
+
+using PairsF32 = Pairs<Dtype::kF32, float>;
+using PairsF16 = Pairs<Dtype::kF16, uint16_t>;
+using PairsI8 = Pairs<Dtype::kI8, int8_t>;
 
 struct PairsBf16 : PairsF32 {
   using T = uint32_t;
@@ -42,6 +48,7 @@ struct PairsBf16Dot {
   using Weight = uint16_t;
   using Pair = I;
   static constexpr int64_t kPerT = 2;
+  static constexpr bool kScaled = false;
   LOWBIT_INLINE static I load_pair(const uint32_t* p, int64_t pair, int64_t stride) {
     return load_i(p + pair * stride);
   }
@@ -93,7 +100,11 @@ void attend_tile(const Attend& a, const typename P::Weight* q, int64_t r0, int64
     }
     multiply_pairs<P, kRows, kTileVecs>(base, 16, c.dim / 2, q + r0 * c.padded_dim, c.padded_dim, acc);
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kTileVecs; ++v) store(p[r] + at + v * kVecLanes, acc[r][v]);
+      for (int v = 0; v < kTileVecs; ++v) {
+        const int64_t i = at + v * kVecLanes;
+        if constexpr (P::kScaled) acc[r][v] = mul(acc[r][v], load(c.key_scales + b0 + i));
+        store(p[r] + i, acc[r][v]);
+      }
     }
   }
   int64_t unseen = kKeyBlock, seen = 0;  // the first position of the block that some row sees, and behind the last
@@ -130,6 +141,11 @@ void attend_tile(const Attend& a, const typename P::Weight* q, int64_t r0, int64
       float* acc = a.acc + row * c.padded_dim;
       for (int64_t i = 0; i < c.padded_dim; i += kVecLanes) store(acc + i, mul(load(acc + i), set1(rescale)));
       a.max[row] = new_max;
+    }
+    if constexpr (P::kScaled) {
+      for (int i = 0; i < kKeyBlock; i += kVecLanes) {
+        store(p[r] + i, mul(load(p[r] + i), load(c.value_scales + b0 + i)));
+      }
     }
   }
   alignas(64) float scratch[kRows * kKeyBlock];
@@ -182,10 +198,15 @@ void attend_with(const Attend& a) {
 }
 
 void attend(const Attend& a) {
-  if (a.cache.dtype == Dtype::kF32) {
-    attend_with<PairsF32>(a);
-  } else {
-    attend_with<PairsOfBf16>(a);
+  switch (a.cache.dtype) {
+    case Dtype::kF32:
+      return attend_with<PairsF32>(a);
+    case Dtype::kF16:
+      return attend_with<PairsF16>(a);
+    case Dtype::kI8:
+      return attend_with<PairsI8>(a);
+    default:
+      return a.q_dtype == Dtype::kBf16 ? attend_with<PairsOfBf16>(a) : attend_with<PairsBf16>(a);
   }
 }
 
@@ -202,29 +223,58 @@ void finish(const Partial* parts, int count, int64_t n, Dtype dtype, void* out) 
   }
 }
 
+// x (n), zero up to whole vectors, in a cache's dtype; its scale if that is int8. NaN or infinity in x makes the scale
+// NaN.
+float narrow(Dtype dtype, const float* x, int64_t n, char* out) {
+  F most = zero(), poison = zero();
+  if (dtype == Dtype::kI8) {
+    for (int64_t i = 0; i < n; i += kVecLanes) {
+      const F v = load(x + i);
+      most = max_or_nan(most, max_or_nan(v, sub(zero(), v)));
+      poison = fma(v, zero(), poison);
+    }
+  }
+  const float scale = max_lane(most) / 127.0f + sum(poison);
+  for (int64_t i = 0; i < n; i += kVecLanes) {
+    const F v = load(x + i);
+    store_vector(out + i * size_of(dtype), dtype, dtype == Dtype::kI8 ? div(v, set1(scale)) : v);
+  }
+  return scale;
+}
+
+template <class T>
+void store_position_as(const HeadCache& c, int64_t position, bool last, const char* key, const char* value) {
+  const int64_t per = c.dtype == Dtype::kBf16 ? 2 : 1;  // neighbours beside each other
+  T* keys = static_cast<T*>(c.keys) + position / 16 * c.dim * 16 + position % 16 * per;
+  for (int64_t d = 0; d < c.dim; ++d) {
+    __builtin_memcpy(keys + (d / per * 16 * per + d % per), key + d * sizeof(T), sizeof(T));
+  }
+  T* values = static_cast<T*>(c.values) + position / per * c.padded_dim * per + position % per;
+  const bool clears = last && position % 2 == 0;
+  T* next = values + (per == 2 ? 1 : c.padded_dim);
+  for (int64_t d = 0; d < c.dim; ++d) {
+    __builtin_memcpy(values + d * per, value + d * sizeof(T), sizeof(T));
+    if (clears) next[d * per] = 0;
+  }
+}
+
 void store_position(const HeadCache& c, int64_t position, bool last, const float* key, Dtype dtype, const void* value,
                     float* scratch) {
-  widen(dtype, value, c.dim, scratch);
+  char* narrowed = reinterpret_cast<char*>(scratch + c.padded_dim);
+  char* narrowed_value = narrowed + c.padded_dim * 2;
   if (c.dtype == Dtype::kF32) {
-    float* keys = static_cast<float*>(c.keys) + position / 16 * c.dim * 16 + position % 16;
-    for (int64_t d = 0; d < c.dim; ++d) keys[d * 16] = key[d];
-    float* values = static_cast<float*>(c.values) + position * c.padded_dim;
-    __builtin_memcpy(values, scratch, c.dim * sizeof(float));
-    if (last && position % 2 == 0) __builtin_memset(values + c.padded_dim, 0, c.dim * sizeof(float));
-    return;
+    widen(dtype, value, c.dim, scratch);
+    return store_position_as<uint32_t>(c, position, last, reinterpret_cast<const char*>(key),
+                                       reinterpret_cast<const char*>(scratch));
   }
-  const auto upper = [](float v) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &v, 4);
-    return bits >> 16;
-  };
-  uint32_t* keys = static_cast<uint32_t*>(c.keys) + position / 16 * (c.dim / 2) * 16 + position % 16;
-  for (int64_t d = 0; d < c.dim; d += 2) keys[d * 8] = upper(key[d]) | upper(key[d + 1]) << 16;
-  uint16_t* values = static_cast<uint16_t*>(c.values) + position / 2 * c.padded_dim * 2;
-  for (int64_t d = 0; d < c.dim; ++d) {
-    values[2 * d + position % 2] = static_cast<uint16_t>(upper(scratch[d]));
-    if (last && position % 2 == 0) values[2 * d + 1] = 0;
-  }
+  const float key_scale = narrow(c.dtype, key, c.dim, narrowed);
+  widen(dtype, value, c.dim, scratch);
+  const float value_scale = narrow(c.dtype, scratch, c.dim, narrowed_value);
+  if (c.dtype != Dtype::kI8) return store_position_as<uint16_t>(c, position, last, narrowed, narrowed_value);
+  store_position_as<uint8_t>(c, position, last, narrowed, narrowed_value);
+  c.key_scales[position] = key_scale;
+  c.value_scales[position] = value_scale;
+  if (last && position % 2 == 0) c.value_scales[position + 1] = 0.0f;
 }
 
 const DecoderOps kDecoderOps = {add_norm, ready, store_position, attend, finish,

@@ -11,16 +11,18 @@ namespace lowbit {
 constexpr int64_t kRowAlign = 16;
 constexpr int64_t kKeyBlock = 64;  // positions that attention takes at a time; caches hold whole blocks
 
-// The cache of one key head, fp32 or bf16. Positions of keys lie in the lanes, dimensions of values do, and for bf16
-// two neighbours of what is summed over share a dword:
-//     keys:    fp32 [position / 16][dim][16],      bf16 [position / 16][dim / 2][16][2]
-//     values:  fp32 [position][padded_dim],        bf16 [position / 2][padded_dim][2]
+// The cache of one key head. Positions of keys lie in the lanes, dimensions of values do, and for bf16 two neighbours
+// of what is summed over share a dword:
+//     keys:    [position / 16][dim][16],  bf16 [position / 16][dim / 2][16][2]
+//     values:  [position][padded_dim],    bf16 [position / 2][padded_dim][2]
+// int8: a key is its codes times the scale of its position, absmax / 127, and a value likewise.
 struct HeadCache {
   void* keys;
   void* values;
-  Dtype dtype;
-  int64_t dim;         // even
-  int64_t padded_dim;  // to kRowAlign
+  float *key_scales, *value_scales;  // (positions), int8 only
+  Dtype dtype;                       // kF32, kBf16, kF16 or kI8
+  int64_t dim;                       // even
+  int64_t padded_dim;                // to kRowAlign
 };
 
 // softmax(s) v of `rows` queries over the positions [begin, end), not yet divided by the sum, for s = scale q k or
@@ -28,7 +30,8 @@ struct HeadCache {
 // least one in the range. begin is a multiple of kKeyBlock.
 struct Attend {
   HeadCache cache;
-  const float* q;  // (rows, padded_dim)
+  const float* q;  // (rows, padded_dim), the values of q_dtype
+  Dtype q_dtype;
   int64_t rows, group, first_limit, window, begin, end;
   float scale, cap;  // cap 0: none
   float* scratch;    // (rows, padded_dim)
@@ -79,7 +82,7 @@ struct DecoderOps {
   void (*add_norm)(const AddNorm& a);
   void (*ready)(const Head& h);
   // Stores a rotated key and a value (dim) in `dtype` at a position. If it is the `last` one so far, its neighbour in a
-  // pair becomes zero, so that a sum over pairs meets no stale value.
+  // pair becomes zero, so that a sum over pairs meets no stale value. scratch: 2 padded_dim.
   void (*store_position)(const HeadCache& cache, int64_t position, bool last, const float* key, Dtype dtype,
                          const void* value, float* scratch);
   void (*attend)(const Attend& a);

@@ -85,6 +85,7 @@ def dense_linear(n: int, k: int, weight: int, bias: int, bias_dtype: int) -> Dec
 
 class DecoderConfig:
     dtype: int
+    cache_dtype: int
     hidden: int
     heads: int
     kv_heads: int

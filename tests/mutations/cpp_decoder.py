@@ -5,12 +5,13 @@ from __future__ import annotations
 from mutations import cpp
 
 TEST = "tests/decoder/test_decoder.py"
+CACHE = "tests/decoder/test_cache.py"
 ARCHITECTURES = "tests/decoder/test_architectures.py"
 MUTANTS = [
     *cpp("cpu/attention-inl.h", TEST, "scalar")(
         ("limit = a.first_limit + row / a.group;", "limit = a.first_limit + row / a.group - 1;"),
         ("a.sum[row] = a.sum[row] * rescale + sum(total);", "a.sum[row] = a.sum[row] + sum(total);"),
-        ("if (last && position % 2 == 0) __builtin_memset(values + c.padded_dim, 0, c.dim * sizeof(float));", ""),
+        ("if (clears) next[d * per] = 0;", ""),
         ("fill_unseen(-__builtin_inff());", ""),
         ("total += parts[i].sum * exp(parts[i].max - most);", "total += parts[i].sum;"),
         ("(seen + 1) / 2 - pair, w", "seen / 2 - pair, w"),
@@ -19,6 +20,12 @@ MUTANTS = [
         ("first = limit - a.window - b0;", "first = limit - a.window - 1 - b0;"),
         ("if (a.cap != 0.0f) scaled = mul(tanh(div(scaled, set1(a.cap))), set1(a.cap));", ""),
         ("unseen = first < unseen ? first : unseen;", "unseen = first;"),
+    ),
+    *cpp("cpu/attention-inl.h", CACHE, "scalar")(
+        ("if (last && position % 2 == 0) c.value_scales[position + 1] = 0.0f;", ""),
+        ("max_lane(most) / 127.0f + sum(poison)", "max_lane(most) / 127.0f"),
+        ("max_or_nan(v, sub(zero(), v))", "v"),
+        ("store(p[r] + i, mul(load(p[r] + i), load(c.value_scales + b0 + i)));", ""),
     ),
     *cpp("cpu/rows-inl.h", TEST, "scalar")(
         ("__builtin_sqrtf(sum(squares) / static_cast<float>(n) + norm.eps)", "__builtin_sqrtf(sum(squares) / static_cast<float>(n))"),

@@ -22,21 +22,37 @@ _CONFIG = (
 )  # fmt: skip
 
 
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
 class CompiledDecoder:
     """Decodes a model that fits a `Description`.
 
+    Args:
+        cache_dtype: of keys and values. int8: codes, and a fp32 scale for each head and position. By default bf16 for
+            a model of bf16, and fp32 for others.
+
     Raises:
         NotImplementedError: the model does not fit.
+        ValueError: the cache has no such dtype.
     """
 
-    def __init__(self, model: PreTrainedModel, max_length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, max_length: int, cache_dtype: torch.dtype | None = None
+    ) -> None:
         described = describe(model)
+        if cache_dtype is None:
+            bf16 = described.dtype == torch.bfloat16
+            cache_dtype = torch.bfloat16 if bf16 else torch.float32
+        if cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype must be one of {CACHE_DTYPES}, got {cache_dtype}")
         self._logits = torch.empty(described.vocab, dtype=described.dtype, device="cpu")
         # The compiled decoder holds addresses; these tensors must live as long as it does.
         self._kept: list[object] = [self._logits]
         config = _filled(
             _C.DecoderConfig(),
             dtype=cpu.CODES[described.dtype],
+            cache_dtype=cpu.CODES[cache_dtype],
             max_length=max_length,
             threads=torch.get_num_threads(),
             **{name: getattr(described, name) for name in _CONFIG},

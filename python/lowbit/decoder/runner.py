@@ -34,6 +34,8 @@ class Runner:
     Args:
         model: a causal language model of transformers, with dense or packed linears.
         max_length: tokens that the cache holds, prompt and answer together.
+        cache_dtype: of the compiled decoder's keys and values: torch.float32, bfloat16, float16, or int8 with a scale
+            for each head and position. None is bfloat16 for a model of bfloat16, and float32 for others.
 
     Attributes:
         position: tokens of the sequence so far.
@@ -41,10 +43,13 @@ class Runner:
     Raises:
         TypeError: the model is no causal language model of transformers.
         ValueError: max_length is beyond what the model is made for.
-        NotImplementedError: the model keeps no cache of keys and values.
+        NotImplementedError: the model keeps no cache of keys and values, or cache_dtype is given and the compiled
+            decoder cannot decode the model.
     """
 
-    def __init__(self, model: PreTrainedModel, max_length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, max_length: int, cache_dtype: torch.dtype | None = None
+    ) -> None:
         if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
             raise TypeError(
                 f"model must be a causal language model of transformers, got {type(model).__name__}"
@@ -55,7 +60,7 @@ class Runner:
         self.model = model
         self.max_length = max_length
         self.position = 0
-        self._decoder = _decoder(model, max_length)
+        self._decoder = _decoder(model, max_length, cache_dtype)
 
     def reset(self) -> None:
         """Forgets the sequence."""
@@ -97,11 +102,15 @@ class Runner:
 
 
 def _decoder(
-    model: PreTrainedModel, max_length: int
+    model: PreTrainedModel, max_length: int, cache_dtype: torch.dtype | None
 ) -> CompiledDecoder | EagerDecoder | GenericDecoder:
     obstacle = CompiledDecoder.obstacle(model)
     if obstacle is None:
-        return CompiledDecoder(model, max_length)
+        return CompiledDecoder(model, max_length, cache_dtype)
+    if cache_dtype is not None:
+        raise NotImplementedError(
+            f"cache_dtype={cache_dtype} needs the compiled decoder, which cannot run the model: {obstacle}"
+        )
     if EagerDecoder.serves(model):
         _logger.info("torch decodes the model, not the compiled decoder: %s", obstacle)
         return EagerDecoder(cast("LlamaForCausalLM", model), max_length)
