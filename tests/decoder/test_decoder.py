@@ -21,10 +21,12 @@ from lowbit.nn import BinaryLinear, LLMInt8Linear, QuantLinear
 LENGTH = 150  # more than two blocks of 64 positions
 
 
-def llama(heads, kv_heads, dim, hidden, dtype=torch.float32, format="int4_g32", bias=False):
+def llama(
+    heads, kv_heads, dim, hidden, dtype=torch.float32, format="int4_g32", bias=False, vocab=203
+):
     """A model of random weights with packed layers; its embedding and head are dense."""
     config = LlamaConfig(
-        vocab_size=203,
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=hidden + 37,
         num_hidden_layers=2,
@@ -161,8 +163,9 @@ def test_bad_tokens():
     assert runner.position == 0
 
 
-def test_likeliest_is_the_first_of_equals():
-    model = llama(4, 2, 32, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("vocab", [203, 1100])
+def test_likeliest_is_the_first_of_equals(vocab):
+    model = llama(4, 2, 32, 64, dtype=torch.bfloat16, vocab=vocab)
     model.lm_head.weight.data[:] = model.lm_head.weight.data[5]
     decoder = CompiledDecoder(model, 8)
     decoder.forward(torch.tensor([3]), 0)

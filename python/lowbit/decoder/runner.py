@@ -18,6 +18,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from lowbit.decoder.compiled import CompiledDecoder
 from lowbit.decoder.eager import EagerDecoder
 from lowbit.decoder.generic import GenericDecoder
+from lowbit.decoder.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -26,7 +27,7 @@ _logger = logging.getLogger("lowbit")
 
 
 class Runner:
-    """Greedy generation for one sequence.
+    """Generation for one sequence.
 
     The weights are those of the model when the runner is made, and so is torch's number of threads:
     make a new runner after moving the model or changing either.
@@ -60,6 +61,7 @@ class Runner:
         self.model = model
         self.max_length = max_length
         self.position = 0
+        self._tokens = torch.empty(max_length, dtype=torch.int64, device="cpu")
         self._decoder = _decoder(model, max_length, cache_dtype)
 
     def reset(self) -> None:
@@ -78,6 +80,7 @@ class Runner:
                 f"{self.position}, max_length {self.max_length}), got shape {tuple(ids.shape)}"
             )
         logits = self._decoder.forward(ids, self.position)
+        self._tokens[self.position : self.position + len(ids)] = ids
         self.position += len(ids)
         return logits
 
@@ -86,15 +89,20 @@ class Runner:
         ids: Tensor,  # (T,) int64
         max_new_tokens: int,
         stop: frozenset[int] = frozenset(),
+        sampling: Sampling | None = None,
     ) -> Iterator[int]:
-        """Appends a prompt and yields the likeliest next tokens, through the first of `stop`.
+        """Appends a prompt and yields the next tokens as they come, through the first of `stop`.
+
+        Without `sampling` they are the likeliest ones.
 
         Raises:
             ValueError: a logit is NaN.
         """
+        sampler = None if sampling is None or sampling.plain else Sampler(sampling)
         for _ in range(max_new_tokens):
-            self.forward(ids)
-            token = self._decoder.likeliest()
+            logits = self.forward(ids)
+            seen = self._tokens[: self.position]
+            token = self._decoder.likeliest() if sampler is None else sampler(logits, seen)
             yield token
             if token in stop:
                 return
