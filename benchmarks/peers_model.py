@@ -108,11 +108,11 @@ def load_lowbit(path: str, threads: int) -> tuple[Forward, Callable[[], None], C
     """(appends tokens, forgets them, the logits after the last) of the model in `path`."""
     import torch
 
-    from lowbit.decoder.runner import LlamaRunner
+    from lowbit.decoder.runner import Runner
     from lowbit.integrations.transformers import load_gguf
 
     torch.set_num_threads(threads)
-    runner = LlamaRunner(load_gguf(path), PROMPT + DECODED)
+    runner = Runner(load_gguf(path), PROMPT + DECODED)
     last: list[torch.Tensor] = []
 
     def forward(ids: list[int]) -> None:

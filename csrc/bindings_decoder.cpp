@@ -1,9 +1,8 @@
-// The Python class `lowbit._C.Decoder`. Addresses for torch's tensors; the caller keeps them alive.
+// The Python class `lowbit._C.Decoder` and the structs that describe one. Addresses for torch's tensors; the caller
+// keeps them alive.
 #include <pybind11/stl.h>
 
-#include <array>
 #include <string>
-#include <tuple>
 
 #include "bindings.h"
 #include "decoder.h"
@@ -11,58 +10,95 @@
 namespace lowbit {
 namespace {
 
-const void* address(uint64_t a) { return reinterpret_cast<const void*>(static_cast<uintptr_t>(a)); }
+template <class T>
+T* pointer(uint64_t a) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(a));
+}
 
 DecoderLinear dense_linear(int64_t n, int64_t k, uint64_t weight, uint64_t bias, int bias_dtype) {
   want_positive({{"n", n}, {"k", k}});
   DecoderLinear linear{};
   linear.launch.n = n;
   linear.launch.k = k;
-  linear.launch.bias = address(bias);
+  linear.launch.bias = pointer<const void>(bias);
   linear.launch.bias_dtype = static_cast<Dtype>(bias_dtype);
-  linear.dense = address(weight);
+  linear.dense = pointer<const void>(weight);
   return linear;
 }
 
-using Layer = std::tuple<uint64_t, uint64_t, std::array<DecoderLinear, 7>>;
+Activation activation_of(const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  fail("activation must be silu, relu, gelu or gelu_tanh, got '" + name + "'");
+}
 
-std::unique_ptr<Decoder> make_decoder(int dtype, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                                      int64_t intermediate, int64_t vocab, int64_t max_length, float eps, float scale,
-                                      int threads, const DecoderLinear& embedding, const std::vector<Layer>& layers,
-                                      uint64_t norm, const DecoderLinear& head, uint64_t cos, uint64_t sin,
-                                      uint64_t logits) {
-  want_positive({{"hidden", hidden},
-                 {"heads", heads},
-                 {"kv_heads", kv_heads},
-                 {"head_dim", head_dim},
-                 {"intermediate", intermediate},
-                 {"vocab", vocab},
-                 {"max_length", max_length}});
-  if (heads % kv_heads != 0) {
-    fail("heads must be a multiple of kv_heads, got " + std::to_string(heads) + " and " + std::to_string(kv_heads));
-  }
-  const DecoderConfig config{static_cast<Dtype>(dtype),
-                             hidden,
-                             heads,
-                             kv_heads,
-                             head_dim,
-                             intermediate,
-                             vocab,
-                             max_length,
-                             eps,
-                             scale,
-                             threads};
-  DecoderModel model{};
-  model.embedding = embedding;
-  model.head = head;
-  for (const auto& [input_norm, mlp_norm, l] : layers) {
-    model.layers.push_back({address(input_norm), address(mlp_norm), l[0], l[1], l[2], l[3], l[4], l[5], l[6]});
-  }
-  model.norm = address(norm);
-  model.cos = static_cast<const float*>(address(cos));
-  model.sin = static_cast<const float*>(address(sin));
-  model.logits = const_cast<void*>(address(logits));
-  return std::make_unique<Decoder>(config, model);
+// A field that Python sets as an address or a code.
+template <class Struct, class T>
+void address_field(py::class_<Struct>& c, const char* name, T* Struct::* field) {
+  c.def_property(
+      name, [field](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*field); },
+      [field](Struct& s, uint64_t a) { s.*field = pointer<T>(a); });
+}
+
+std::unique_ptr<Decoder> make_decoder(const DecoderConfig& c, const DecoderModel& model) {
+  want_positive({{"hidden", c.hidden},
+                 {"heads", c.heads},
+                 {"kv_heads", c.kv_heads},
+                 {"head_dim", c.head_dim},
+                 {"intermediate", c.intermediate},
+                 {"vocab", c.vocab},
+                 {"max_length", c.max_length}});
+  return std::make_unique<Decoder>(c, model);
+}
+
+void bind_structs(py::module_& m) {
+  py::class_<DecoderConfig> config(m, "DecoderConfig", "As in csrc/decoder.h.");
+  config.def(py::init<>())
+      .def_property(
+          "dtype", [](const DecoderConfig& c) { return static_cast<int>(c.dtype); },
+          [](DecoderConfig& c, int dtype) { c.dtype = static_cast<Dtype>(dtype); })
+      .def_property(
+          "cache_dtype", [](const DecoderConfig& c) { return static_cast<int>(c.cache_dtype); },
+          [](DecoderConfig& c, int dtype) { c.cache_dtype = static_cast<Dtype>(dtype); })
+      .def_property(
+          "activation", [](const DecoderConfig& c) { return static_cast<int>(c.activation); },
+          [](DecoderConfig& c, const std::string& name) { c.activation = activation_of(name); });
+#define FIELD(name) config.def_readwrite(#name, &DecoderConfig::name)
+  FIELD(hidden), FIELD(heads), FIELD(kv_heads), FIELD(head_dim), FIELD(intermediate), FIELD(vocab), FIELD(max_length);
+  FIELD(eps), FIELD(late_norms), FIELD(score_scale), FIELD(score_cap), FIELD(embedding_scale), FIELD(residual_scale);
+  FIELD(logit_divisor), FIELD(logit_cap), FIELD(threads);
+#undef FIELD
+
+  py::class_<DecoderLayer> layer(m, "DecoderLayer", "As in csrc/decoder.h.");
+  layer.def(py::init<>())
+      .def_readwrite("rope", &DecoderLayer::rope)
+      .def_readwrite("window", &DecoderLayer::window)
+      .def_readwrite("qkv", &DecoderLayer::qkv)
+      .def_readwrite("gate_up", &DecoderLayer::gate_up)
+      .def_readwrite("o", &DecoderLayer::o)
+      .def_readwrite("down", &DecoderLayer::down);
+  address_field(layer, "input_norm", &DecoderLayer::input_norm);
+  address_field(layer, "mlp_norm", &DecoderLayer::mlp_norm);
+  address_field(layer, "attention_out_norm", &DecoderLayer::attention_out_norm);
+  address_field(layer, "out_norm", &DecoderLayer::out_norm);
+  address_field(layer, "q_norm", &DecoderLayer::q_norm);
+  address_field(layer, "k_norm", &DecoderLayer::k_norm);
+
+  py::class_<DecoderRope> rope(m, "DecoderRope", "As in csrc/decoder.h.");
+  rope.def(py::init<>()).def_readwrite("dim", &DecoderRope::dim);
+  address_field(rope, "cos", &DecoderRope::cos);
+  address_field(rope, "sin", &DecoderRope::sin);
+
+  py::class_<DecoderModel> model(m, "DecoderModel", "As in csrc/decoder.h.");
+  model.def(py::init<>())
+      .def_readwrite("embedding", &DecoderModel::embedding)
+      .def_readwrite("head", &DecoderModel::head)
+      .def_readwrite("layers", &DecoderModel::layers)
+      .def_readwrite("ropes", &DecoderModel::ropes);
+  address_field(model, "norm", &DecoderModel::norm);
+  address_field(model, "logits", &DecoderModel::logits);
 }
 
 }  // namespace
@@ -70,14 +106,12 @@ std::unique_ptr<Decoder> make_decoder(int dtype, int64_t hidden, int64_t heads, 
 void bind_decoder(py::module_& m) {
   py::class_<DecoderLinear>(m, "DecoderLinear", "A weight as csrc/decoder.h takes it; made by Weight or dense_linear.");
   m.def("dense_linear", &dense_linear);
-  py::class_<Decoder>(m, "Decoder", "A Llama-like decoder over packed weights (csrc/decoder.h).")
-      .def(py::init(&make_decoder), py::kw_only(), py::arg("dtype"), py::arg("hidden"), py::arg("heads"),
-           py::arg("kv_heads"), py::arg("head_dim"), py::arg("intermediate"), py::arg("vocab"), py::arg("max_length"),
-           py::arg("eps"), py::arg("scale"), py::arg("threads"), py::arg("embedding"), py::arg("layers"),
-           py::arg("norm"), py::arg("head"), py::arg("cos"), py::arg("sin"), py::arg("logits"))
+  bind_structs(m);
+  py::class_<Decoder>(m, "Decoder", "A decoder over packed weights (csrc/decoder.h).")
+      .def(py::init(&make_decoder), py::arg("config"), py::arg("model"))
       .def("run_ptr",
            [](Decoder& d, uint64_t ids, int64_t count, int64_t position) {
-             run_unlocked([&](Stop* stop) { d.run(static_cast<const int64_t*>(address(ids)), count, position, stop); });
+             run_unlocked([&](Stop* stop) { d.run(pointer<const int64_t>(ids), count, position, stop); });
            })
       .def("likeliest", &Decoder::likeliest, py::call_guard<py::gil_scoped_release>());
 }

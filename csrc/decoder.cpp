@@ -42,6 +42,7 @@ class Pieces {
     used_ += align64(bytes);
     return piece;
   }
+  bool memory() const { return base_ != nullptr; }
   float* floats(int64_t count) { return reinterpret_cast<float*>(take(static_cast<size_t>(count) * sizeof(float))); }
   size_t used() const { return used_; }
 
@@ -109,54 +110,117 @@ void Projection::Part::prepare(int64_t begin, int64_t end) const {
 
 Decoder::Decoder(const DecoderConfig& config, const DecoderModel& model)
     : config_(config), model_(model), ops_(choose_ops(active_isa())), head_padded_(padded(config.head_dim)) {
+  check();
   config_.threads = std::clamp(config.threads, 1, kMostThreads);
-  const bool wide = config.dtype == Dtype::kF32;
-  element_ = wide ? 4 : 2;
-  // fp16 is kept as fp32: two of them in a dword are no cheaper to widen than to load.
-  cache_element_ = config.dtype == Dtype::kBf16 ? 2 : 4;
+  element_ = config.dtype == Dtype::kF32 ? 4 : 2;
+  cache_element_ = config.cache_dtype == Dtype::kF32 ? 4 : config.cache_dtype == Dtype::kI8 ? 1 : 2;
   const int64_t length = ceil_div(config.max_length, kKeyBlock) * kKeyBlock;
   const size_t head_rows = model.layers.size() * static_cast<size_t>(config.kv_heads * length);
   keys_ = Memory(head_rows * static_cast<size_t>(config.head_dim) * cache_element_);
   values_ = Memory(head_rows * static_cast<size_t>(head_padded_) * cache_element_);
-
-  const size_t norm_bytes = static_cast<size_t>(config.hidden) * element_;
-  std::vector<char*> norms;
-  constants_ = lay_out([&](Pieces& p) {
-    cos_ = p.floats(config.max_length * head_padded_);
-    sin_ = p.floats(config.max_length * head_padded_);
-    norms.clear();
-    for (size_t i = 0; i < 2 * model.layers.size() + 1; ++i) {
-      norms.push_back(p.take(static_cast<size_t>(padded(config.hidden)) * element_));
-    }
-  });
-  for (int64_t i = 0; i < config.max_length; ++i) {
-    const size_t bytes = static_cast<size_t>(config.head_dim) * sizeof(float);
-    std::memcpy(cos_ + i * head_padded_, model.cos + i * config.head_dim, bytes);
-    std::memcpy(sin_ + i * head_padded_, model.sin + i * config.head_dim, bytes);
+  if (config.cache_dtype == Dtype::kI8) {
+    key_scales_ = Memory(head_rows * sizeof(float));
+    value_scales_ = Memory(head_rows * sizeof(float));
   }
-  const auto copy_norm = [&](const void** from, char* to) {
-    std::memcpy(to, *from, norm_bytes);
-    *from = to;
-  };
-  for (size_t i = 0; i < model.layers.size(); ++i) {
-    copy_norm(&model_.layers[i].input_norm, norms[2 * i]);
-    copy_norm(&model_.layers[i].mlp_norm, norms[2 * i + 1]);
-  }
-  copy_norm(&model_.norm, norms.back());
 
+  copy_constants();
   make_int8_tables();
   bind(&one_, 1);
-  head_ = project({&model_.head}, {static_cast<char*>(model.logits)}, config.vocab, nullptr, 0, 1);
+  head_ = project({model_.head}, {static_cast<char*>(model.logits)}, config.vocab, nullptr, 0, 1);
   for (const Projection& p : one_.layers) {
     for (const Projection::Part& part : p.parts) weights_ += part.launch.n * part.launch.k;
   }
   allocate_threads();
 }
 
+void Decoder::check() const {
+  const DecoderConfig& c = config_;
+  const auto want = [](const std::string& name, int64_t got, int64_t expected) {
+    if (got == expected) return;
+    throw std::invalid_argument(name + " must be " + std::to_string(expected) + ", got " + std::to_string(got));
+  };
+  want("head_dim % 2", c.head_dim % 2, 0);
+  want("heads % kv_heads", c.heads % c.kv_heads, 0);
+  const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+  // Each of several rows, or one of their sum.
+  const auto want_linears = [&](const std::string& name, const std::vector<DecoderLinear>& linears, int64_t k,
+                                const std::vector<int64_t>& rows) {
+    const bool fused = linears.size() == 1;
+    if (!fused) want("weights of " + name, static_cast<int64_t>(linears.size()), static_cast<int64_t>(rows.size()));
+    for (size_t i = 0; i < linears.size(); ++i) {
+      int64_t n = rows[i];
+      for (size_t j = 1; fused && j < rows.size(); ++j) n += rows[j];
+      want("rows of " + name, linears[i].launch.n, n);
+      want("columns of " + name, linears[i].launch.k, k);
+    }
+  };
+  want_linears("embedding", {model_.embedding}, c.hidden, {c.vocab});
+  want_linears("head", {model_.head}, c.hidden, {c.vocab});
+  for (const DecoderRope& rope : model_.ropes) {
+    if (rope.dim < 0 || rope.dim > c.head_dim || rope.dim % 2) {
+      throw std::invalid_argument("a rope's dim must be even and in [0, " + std::to_string(c.head_dim) + "], got " +
+                                  std::to_string(rope.dim));
+    }
+  }
+  if (model_.layers.empty()) throw std::invalid_argument("layers must not be empty");
+  for (const DecoderLayer& layer : model_.layers) {
+    want_linears("qkv", layer.qkv, c.hidden, {q, kv, kv});
+    want_linears("o", {layer.o}, q, {c.hidden});
+    want_linears("gate_up", layer.gate_up, c.hidden, {c.intermediate, c.intermediate});
+    want_linears("down", {layer.down}, c.intermediate, {c.hidden});
+    // Tasks are blocks of columns.
+    if (layer.gate_up.size() == 1) want("intermediate % 64 of one weight for gate and up", c.intermediate % kBlockN, 0);
+    if (layer.rope < -1 || layer.rope >= static_cast<int64_t>(model_.ropes.size())) {
+      throw std::invalid_argument("rope must be -1 or the index of a rope, got " + std::to_string(layer.rope));
+    }
+    if (layer.window < 0)
+      throw std::invalid_argument("window must not be negative, got " + std::to_string(layer.window));
+  }
+}
+
+void Decoder::copy_constants() {
+  const DecoderConfig& c = config_;
+  constants_ = lay_out([&](Pieces& p) {
+    const auto copy_norm = [&](const float** norm, int64_t n) {
+      if (!*norm) return;
+      float* to = p.floats(padded(n));
+      if (!p.memory()) return;
+      std::memcpy(to, *norm, static_cast<size_t>(n) * sizeof(float));
+      *norm = to;
+    };
+    for (DecoderLayer& layer : model_.layers) {
+      for (const float** norm : {&layer.input_norm, &layer.mlp_norm, &layer.attention_out_norm, &layer.out_norm}) {
+        copy_norm(norm, c.hidden);
+      }
+      copy_norm(&layer.q_norm, c.head_dim);
+      copy_norm(&layer.k_norm, c.head_dim);
+    }
+    copy_norm(&model_.norm, c.hidden);
+    for (DecoderRope& rope : model_.ropes) {
+      const int64_t width = padded(rope.dim);
+      const auto copy_angles = [&](const float** angles, float beyond) {
+        float* to = p.floats(c.max_length * width);
+        if (!p.memory()) return;
+        for (int64_t i = 0; i < c.max_length; ++i) {
+          std::fill_n(to + i * width, width, beyond);
+          std::copy_n(*angles + i * rope.dim, rope.dim, to + i * width);
+        }
+        *angles = to;
+      };
+      copy_angles(&rope.cos, 1.0f);
+      copy_angles(&rope.sin, 0.0f);
+    }
+  });
+}
+
 void Decoder::make_int8_tables() {
   std::vector<DecoderLinear*> linears{&model_.head};
-  for (DecoderLayer& l : model_.layers) {
-    for (DecoderLinear* linear : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) linears.push_back(linear);
+  for (DecoderLayer& layer : model_.layers) {
+    for (std::vector<DecoderLinear>* group : {&layer.qkv, &layer.gate_up}) {
+      for (DecoderLinear& linear : *group) linears.push_back(&linear);
+    }
+    linears.push_back(&layer.o);
+    linears.push_back(&layer.down);
   }
   tables_ = Memory(linears.size() * kMaxEntries);
   int8_t* memory = reinterpret_cast<int8_t*>(tables_.data());
@@ -167,11 +231,11 @@ void Decoder::make_int8_tables() {
   }
 }
 
-Projection Decoder::project(const std::vector<const DecoderLinear*>& linears, const std::vector<char*>& outs,
+Projection Decoder::project(const std::vector<DecoderLinear>& linears, const std::vector<char*>& outs,
                             int64_t out_stride, const char* x, int64_t x_stride, int64_t rows) const {
   Projection made;
   for (size_t i = 0; i < linears.size(); ++i) {
-    const DecoderLinear& linear = *linears[i];
+    const DecoderLinear& linear = linears[i];
     Projection::Part part{nullptr, linear.launch,       linear.dense,       x, x_stride, linear.x_scale,
                           0,       static_cast<int>(i), made.prepared_bytes};
     Launch& l = part.launch;
@@ -216,6 +280,10 @@ void Decoder::bind(Bound* bound, int64_t rows) const {
   const DecoderConfig& c = config_;
   const int64_t qkv_width = (c.heads + 2 * c.kv_heads) * c.head_dim;
   bound->rows = rows;
+  // One weight for both writes up behind gate.
+  const bool fused = std::any_of(model_.layers.begin(), model_.layers.end(),
+                                 [](const DecoderLayer& layer) { return layer.gate_up.size() == 1; });
+  bound->gate_stride = fused ? 2 * c.intermediate : padded(c.intermediate);
   bound->activations = lay_out([&](Pieces& p) {
     const auto take = [&](int64_t width) { return p.take(static_cast<size_t>(rows * padded(width)) * element_); };
     bound->residual = take(c.hidden);
@@ -223,22 +291,21 @@ void Decoder::bind(Bound* bound, int64_t rows) const {
     bound->qkv = take(qkv_width);
     bound->attended = take(c.heads * c.head_dim);
     bound->y = take(c.hidden);
-    bound->gate = take(c.intermediate);
-    bound->up = take(c.intermediate);
+    bound->gate = take(bound->gate_stride);
+    if (!fused) bound->up = take(c.intermediate);
   });
-  const int64_t hidden = padded(c.hidden), qkv = padded(qkv_width), inner = padded(c.intermediate);
+  if (fused) bound->up = bound->gate + static_cast<size_t>(c.intermediate) * element_;
+  const int64_t hidden = padded(c.hidden), qkv = padded(qkv_width), inner = bound->gate_stride;
   char* k = bound->qkv + static_cast<size_t>(c.heads * c.head_dim) * element_;
   char* v = k + static_cast<size_t>(c.kv_heads * c.head_dim) * element_;
   bound->layers.clear();
   size_t bytes = 0;
   for (const DecoderLayer& layer : model_.layers) {
+    bound->layers.push_back(project(layer.qkv, {bound->qkv, k, v}, qkv, bound->normed, hidden, rows));
     bound->layers.push_back(
-        project({&layer.q, &layer.k, &layer.v}, {bound->qkv, k, v}, qkv, bound->normed, hidden, rows));
-    bound->layers.push_back(
-        project({&layer.o}, {bound->y}, hidden, bound->attended, padded(c.heads * c.head_dim), rows));
-    bound->layers.push_back(
-        project({&layer.gate, &layer.up}, {bound->gate, bound->up}, inner, bound->normed, hidden, rows));
-    bound->layers.push_back(project({&layer.down}, {bound->y}, hidden, bound->gate, inner, rows));
+        project({layer.o}, {bound->y}, hidden, bound->attended, padded(c.heads * c.head_dim), rows));
+    bound->layers.push_back(project(layer.gate_up, {bound->gate, bound->up}, inner, bound->normed, hidden, rows));
+    bound->layers.push_back(project({layer.down}, {bound->y}, hidden, bound->gate, inner, rows));
   }
   for (const Projection& p : bound->layers) bytes = std::max(bytes, p.prepared_bytes);
   if (rows == 1) return;  // prepared by every thread for itself
@@ -273,12 +340,19 @@ void Decoder::allocate_threads() {
 }
 
 HeadCache Decoder::cache(size_t layer, int64_t kv_head) const {
-  const int64_t length = ceil_div(config_.max_length, kKeyBlock) * kKeyBlock;
-  const size_t head = (layer * static_cast<size_t>(config_.kv_heads) + static_cast<size_t>(kv_head)) *
-                      static_cast<size_t>(length) * cache_element_;
-  return {keys_.data() + head * static_cast<size_t>(config_.head_dim),
-          values_.data() + head * static_cast<size_t>(head_padded_), cache_element_ == 2 ? Dtype::kBf16 : Dtype::kF32,
-          config_.head_dim, head_padded_};
+  const size_t length = static_cast<size_t>(ceil_div(config_.max_length, kKeyBlock) * kKeyBlock);
+  const size_t row = (layer * static_cast<size_t>(config_.kv_heads) + static_cast<size_t>(kv_head)) * length;
+  HeadCache c{};
+  c.keys = keys_.data() + row * static_cast<size_t>(config_.head_dim) * cache_element_;
+  c.values = values_.data() + row * static_cast<size_t>(head_padded_) * cache_element_;
+  if (config_.cache_dtype == Dtype::kI8) {
+    c.key_scales = reinterpret_cast<float*>(key_scales_.data()) + row;
+    c.value_scales = reinterpret_cast<float*>(value_scales_.data()) + row;
+  }
+  c.dtype = config_.cache_dtype;
+  c.dim = config_.head_dim;
+  c.padded_dim = head_padded_;
+  return c;
 }
 
 char* Decoder::row(char* rows, int64_t i, int64_t width) const {

@@ -1,6 +1,6 @@
-// A Llama-like decoder over packed weights for one sequence: embedding, layers of attention and a gated MLP, final norm
-// and head, with a static cache of keys and values. All threads run all steps in one parallel region per call, with
-// buffers that never move.
+// A decoder over packed weights for one sequence, from a description of it: embedding, layers of attention and a gated
+// MLP, final norm and head, with a static cache of keys and values. All threads run all steps in one parallel region
+// per call, with buffers that never move.
 #pragma once
 
 #include <cstddef>
@@ -17,10 +17,15 @@ namespace lowbit {
 class Team;
 
 struct DecoderConfig {
-  Dtype dtype;  // of the activations, the norms, the embedding's rows and dense weights
+  Dtype dtype;        // of the activations, the embedding's rows and dense weights
+  Dtype cache_dtype;  // kF32, kBf16, kF16 or kI8: of keys and values
   int64_t hidden, heads, kv_heads, head_dim, intermediate, vocab, max_length;
-  float eps;    // of the norms
-  float scale;  // of the scores
+  float eps;        // of the norms
+  bool late_norms;  // rounded once, behind the weight
+  Activation activation;
+  float score_scale, score_cap;  // scores: score_cap tanh(score_scale q k / score_cap); a cap of 0 is none
+  float embedding_scale, residual_scale;
+  float logit_divisor, logit_cap;
   int threads;
 };
 
@@ -34,17 +39,30 @@ struct DecoderLinear {
   float x_scale;
 };
 
+// x += attention(norm(x)); x += mlp(norm(x)). The norms are what normed values are multiplied by.
 struct DecoderLayer {
-  const void *input_norm, *mlp_norm;  // (hidden)
-  DecoderLinear q, k, v, o, gate, up, down;
+  const float *input_norm, *mlp_norm;          // (hidden)
+  const float *attention_out_norm, *out_norm;  // (hidden), of what attention and the MLP add, or null
+  const float *q_norm, *k_norm;                // (head_dim), of each head, or null
+  int rope;                                    // which of the model's, or -1: none
+  int64_t window;                              // positions that a token sees, the last being its own; 0: all
+  std::vector<DecoderLinear> qkv, gate_up;     // q, k, v, or one with the rows of all; gate and up likewise
+  DecoderLinear o, down;
+};
+
+// Rotary embedding of the first `dim` dimensions of a head. cos, sin: (max_length, dim), in the values of the
+// activations' dtype; the first half of sin is negated.
+struct DecoderRope {
+  int64_t dim;
+  const float *cos, *sin;
 };
 
 struct DecoderModel {
   DecoderLinear embedding, head;
   std::vector<DecoderLayer> layers;
-  const void* norm;        // (hidden)
-  const float *cos, *sin;  // (max_length, head_dim), in the values of `dtype`; the first half of sin is negated
-  void* logits;            // (vocab): where they go
+  std::vector<DecoderRope> ropes;
+  const float* norm;  // (hidden)
+  void* logits;       // (vocab): where they go
 };
 
 // Zeroed memory, aligned to 64 bytes; large pieces take no memory until they are written.
@@ -86,8 +104,8 @@ struct Projection {
 
 class Decoder {
  public:
-  // Copies the norms, cos and sin; the other memory must outlive the decoder. Throws std::invalid_argument if no kernel
-  // of this CPU serves a weight.
+  // Copies the norms, cos and sin; the other memory must outlive the decoder. Throws std::invalid_argument if sizes
+  // contradict each other or no kernel of this CPU serves a weight.
   Decoder(const DecoderConfig& config, const DecoderModel& model);
 
   // Appends `count` tokens, each in [0, vocab), at `position`: the cache holds what was appended at the positions below
@@ -107,6 +125,7 @@ class Decoder {
     Memory activations, prepared;
     // (rows, ...) activations in `dtype`, padded rows.
     char *residual, *normed, *qkv, *attended, *y, *gate, *up;
+    int64_t gate_stride;  // elements between rows of gate, and of up
   };
   // What belongs to one thread. Other threads read the attention's results.
   struct Private {
@@ -115,9 +134,11 @@ class Decoder {
     float *q, *scratch, *acc, *max, *sum, *key;
   };
 
+  void check() const;
+  void copy_constants();
   void bind(Bound* bound, int64_t rows) const;
-  Projection project(const std::vector<const DecoderLinear*>& linears, const std::vector<char*>& outs,
-                     int64_t out_stride, const char* x, int64_t x_stride, int64_t rows) const;
+  Projection project(const std::vector<DecoderLinear>& linears, const std::vector<char*>& outs, int64_t out_stride,
+                     const char* x, int64_t x_stride, int64_t rows) const;
   void make_int8_tables();
   void allocate_threads();
   HeadCache cache(size_t layer, int64_t kv_head) const;
@@ -129,9 +150,7 @@ class Decoder {
   const DecoderOps* ops_;
   int64_t head_padded_, weights_ = 0;
   size_t element_, cache_element_;
-  Memory constants_, keys_, values_, tables_;
-  float *cos_, *sin_;  // (max_length, head_padded_)
-  char* final_norm_;
+  Memory constants_, keys_, values_, key_scales_, value_scales_, tables_;
   Bound one_, many_;
   Projection head_;
   std::vector<Private> threads_;

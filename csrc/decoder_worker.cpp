@@ -30,7 +30,7 @@ void Worker::run(const int64_t* ids, int64_t rows, int64_t position, bool logits
   if (rows == 1) {
     embed_rows(ids, 0, 1, my.residual);
     for (size_t layer = 0; layer < layers; ++layer) {
-      add_norm(layer ? d.one_.y : nullptr, d.model_.layers[layer].input_norm);
+      add_norm(layer ? d.one_.y : nullptr, norm_before(layer), d.model_.layers[layer].input_norm);
       project(d.one_.layers[Decoder::kInputs * layer + Decoder::kQkv], my.normed);
       finish_layer(layer, d.one_.qkv, position);
     }
@@ -58,8 +58,8 @@ void Worker::run(const int64_t* ids, int64_t rows, int64_t position, bool logits
     finish_layer(layer, d.row(d.many_.qkv, last, width), position + last);
   }
   if (!logits) return;
-  add_norm(d.one_.y, d.model_.norm);
-  project(d.head_, my.normed);
+  add_norm(d.one_.y, norm_before(layers), d.model_.norm);
+  head();
 }
 
 void Worker::embed_rows(const int64_t* ids, int64_t begin, int64_t end, char* out) const {
@@ -70,17 +70,27 @@ void Worker::embed_rows(const int64_t* ids, int64_t begin, int64_t end, char* ou
       std::memcpy(d.row(out, i - begin, d.config_.hidden),
                   static_cast<const char*>(e.dense) + static_cast<size_t>(ids[i]) * bytes, bytes);
     }
-    return;
+  } else {
+    Launch l = e.launch;
+    l.out = out;
+    l.out_dtype = d.config_.dtype;
+    l.out_stride = ceil_div(d.config_.hidden, kRowAlign) * kRowAlign;
+    embed(l, e.desc.bits, e.desc.scope, ids + begin, end - begin, 1);
   }
-  Launch l = e.launch;
-  l.out = out;
-  l.out_dtype = d.config_.dtype;
-  l.out_stride = ceil_div(d.config_.hidden, kRowAlign) * kRowAlign;
-  embed(l, e.desc.bits, e.desc.scope, ids + begin, end - begin, 1);
+  if (d.config_.embedding_scale == 1.0f) return;
+  for (int64_t i = begin; i < end; ++i) {
+    d.ops_->scale(d.config_.dtype, d.row(out, i - begin, d.config_.hidden), d.config_.embedding_scale,
+                  d.config_.hidden);
+  }
 }
 
-void Worker::add_norm(const char* y, const void* weight) const {
-  d.ops_->add_norm(d.config_.dtype, mine().residual, y, weight, d.config_.eps, d.config_.hidden, mine().normed);
+AddNorm Worker::between(char* x, const char* y, const float* y_norm, const float* weight, char* out) const {
+  const DecoderConfig& c = d.config_;
+  return {{c.dtype, c.eps, c.late_norms}, c.hidden, c.residual_scale, x, y, y_norm, weight, out};
+}
+
+void Worker::add_norm(const char* y, const float* y_norm, const float* weight) const {
+  d.ops_->add_norm(between(mine().residual, y, y_norm, weight, mine().normed));
 }
 
 void Worker::prepare_one(Projection::Part* part, size_t i, const char* x) const {
@@ -89,7 +99,8 @@ void Worker::prepare_one(Projection::Part* part, size_t i, const char* x) const 
   if (part->prepared_by == static_cast<int>(i)) part->prepare(0, 1);
 }
 
-void Worker::project(const Projection& p, const char* x) {
+template <class Fn>
+void Worker::project(const Projection& p, const char* x, const Fn& finish) {
   constexpr size_t kMost = 3;
   Projection::Part parts[kMost];
   const size_t count = p.parts.size();
@@ -104,42 +115,84 @@ void Worker::project(const Projection& p, const char* x) {
     share(tasks, [&](int64_t b, int64_t e) {
       const Launch& l = part.launch;
       d.ops_->dense(d.config_.dtype, part.dense, l.bias, x, l.k, b * kBlockN, std::min(e * kBlockN, l.n), l.out);
+      finish(b, e);
     });
   } else {
-    share(tasks, [&](int64_t b, int64_t e) { run_parts(parts, count, b, e); });
+    share(tasks, [&](int64_t b, int64_t e) {
+      run_parts(parts, count, b, e);
+      finish(b, e);
+    });
   }
   team.wait();
+}
+
+void Worker::project(const Projection& p, const char* x) {
+  project(p, x, [](int64_t, int64_t) {});
+}
+
+void Worker::head() {
+  const DecoderConfig& c = d.config_;
+  if (c.logit_divisor == 1.0f && c.logit_cap == 0.0f) return project(d.head_, mine().normed);
+  project(d.head_, mine().normed, [&](int64_t b, int64_t e) {
+    d.ops_->cap_logits(c.dtype, d.model_.logits, c.logit_divisor, c.logit_cap, b * kBlockN,
+                       std::min(e * kBlockN, c.vocab));
+  });
 }
 
 void Worker::gate_up(const Projection& p, const char* x) {
   Projection::Part parts[2];
-  for (size_t i = 0; i < 2; ++i) {
+  const size_t count = p.parts.size();
+  for (size_t i = 0; i < count; ++i) {
     parts[i] = p.parts[i];
     prepare_one(&parts[i], i, x);
   }
-  share(num_blocks(d.config_.intermediate), [&](int64_t b, int64_t e) {
-    for (const Projection::Part& part : parts) run_tasks(*part.kernel, part.launch, b, e);
+  const int64_t blocks = num_blocks(d.config_.intermediate);
+  share(blocks, [&](int64_t b, int64_t e) {
+    for (size_t i = 0; i < count; ++i) run_tasks(*parts[i].kernel, parts[i].launch, b, e);
+    if (count == 1) run_tasks(*parts[0].kernel, parts[0].launch, blocks + b, blocks + e);
     const size_t offset = static_cast<size_t>(b * kBlockN) * d.element_;
-    const int64_t count = std::min(e * kBlockN, d.config_.intermediate) - b * kBlockN;
-    d.ops_->silu_mul(d.config_.dtype, d.one_.gate + offset, d.one_.up + offset, count);
+    const int64_t n = std::min(e * kBlockN, d.config_.intermediate) - b * kBlockN;
+    d.ops_->gate_mul(d.config_.activation, d.config_.dtype, d.one_.gate + offset, d.one_.up + offset, n);
   });
   team.wait();
 }
 
-void Worker::rotate_query(const char* qkv, int64_t head, int64_t position, float* out) const {
-  const size_t at = static_cast<size_t>(head * d.config_.head_dim) * d.element_;
-  const int64_t angle = position * d.head_padded_;
-  d.ops_->rotate(d.config_.dtype, qkv + at, d.cos_ + angle, d.sin_ + angle, d.config_.head_dim, mine().scratch, out);
+void Worker::ready(size_t layer, const char* qkv, int64_t head, int64_t position, float* out) const {
+  const DecoderConfig& c = d.config_;
+  const DecoderLayer& l = d.model_.layers[layer];
+  Head h{};
+  h.norm = {c.dtype, c.eps, c.late_norms};
+  h.dim = c.head_dim;
+  h.x = qkv + static_cast<size_t>(head * c.head_dim) * d.element_;
+  h.weight = head < c.heads ? l.q_norm : l.k_norm;
+  if (l.rope >= 0) {
+    const DecoderRope& rope = d.model_.ropes[static_cast<size_t>(l.rope)];
+    const int64_t angle = position * (ceil_div(rope.dim, kRowAlign) * kRowAlign);
+    h.rotary = rope.dim;
+    h.cos = rope.cos + angle;
+    h.sin = rope.sin + angle;
+  }
+  h.scratch = mine().scratch;
+  h.out = out;
+  d.ops_->ready(h);
 }
 
 void Worker::store_key(size_t layer, int64_t kv_head, const char* qkv, int64_t position, bool last) const {
   const int64_t heads = d.config_.heads, value = heads + d.config_.kv_heads + kv_head;
-  rotate_query(qkv, heads + kv_head, position, mine().key);
+  ready(layer, qkv, heads + kv_head, position, mine().key);
   const char* v = qkv + static_cast<size_t>(value * d.config_.head_dim) * d.element_;
   d.ops_->store_position(d.cache(layer, kv_head), position, last, mine().key, d.config_.dtype, v, mine().scratch);
 }
 
 namespace {
+
+// The blocks of kKeyBlock positions that a token of a layer sees.
+struct Seen {
+  int64_t first, blocks;
+  Seen(int64_t window, int64_t position)
+      : first(window ? std::max<int64_t>(position + 1 - window, 0) / kKeyBlock : 0),
+        blocks(ceil_div(position + 1, kKeyBlock) - first) {}
+};
 
 // The units of one key head and kKeyBlock positions that a thread takes, head by head.
 struct Range {
@@ -150,22 +203,28 @@ struct Range {
 }  // namespace
 
 void Worker::attend_one(size_t layer, const char* qkv, int64_t position) {
-  const int64_t blocks = ceil_div(position + 1, kKeyBlock), group = d.config_.heads / d.config_.kv_heads;
-  const Range range(index, team.threads(), blocks * d.config_.kv_heads);
+  const DecoderConfig& c = d.config_;
+  const int64_t window = d.model_.layers[layer].window, group = c.heads / c.kv_heads;
+  const Seen seen(window, position);
+  const int64_t blocks = seen.blocks;
+  const Range range(index, team.threads(), blocks * c.kv_heads);
   Decoder::Private& my = mine();
   for (int64_t h = range.begin / blocks; h * blocks < range.end; ++h) {
     const int64_t begin = std::max(range.begin - h * blocks, int64_t{0}),
                   end = std::min(range.end - h * blocks, blocks);
     if (end == blocks) store_key(layer, h, qkv, position, true);
-    for (int64_t i = 0; i < group; ++i) rotate_query(qkv, h * group + i, position, my.q + i * d.head_padded_);
+    for (int64_t i = 0; i < group; ++i) ready(layer, qkv, h * group + i, position, my.q + i * d.head_padded_);
     Attend a{};
     a.cache = d.cache(layer, h);
     a.q = my.q;
+    a.q_dtype = c.dtype;
     a.rows = a.group = group;
     a.first_limit = position + 1;
-    a.begin = begin * kKeyBlock;
-    a.end = std::min(end * kKeyBlock, position + 1);
-    a.scale = d.config_.scale;
+    a.window = window ? window : position + 1;
+    a.begin = (seen.first + begin) * kKeyBlock;
+    a.end = std::min((seen.first + end) * kKeyBlock, position + 1);
+    a.scale = c.score_scale;
+    a.cap = c.score_cap;
     a.scratch = my.scratch;
     a.acc = my.acc + h * group * d.head_padded_;
     a.max = my.max + h * group;
@@ -175,8 +234,9 @@ void Worker::attend_one(size_t layer, const char* qkv, int64_t position) {
   team.wait();
 }
 
-void Worker::merge(int64_t position) const {
-  const int64_t blocks = ceil_div(position + 1, kKeyBlock), group = d.config_.heads / d.config_.kv_heads;
+void Worker::merge(size_t layer, int64_t position) const {
+  const int64_t blocks = Seen(d.model_.layers[layer].window, position).blocks;
+  const int64_t group = d.config_.heads / d.config_.kv_heads;
   Partial parts[kMostThreads];
   for (int64_t head = 0; head < d.config_.heads; ++head) {
     const int64_t first = head / group * blocks;
@@ -195,9 +255,9 @@ void Worker::merge(int64_t position) const {
 void Worker::finish_layer(size_t layer, const char* qkv, int64_t position) {
   const Projection* p = &d.one_.layers[Decoder::kInputs * layer];
   attend_one(layer, qkv, position);
-  merge(position);
+  merge(layer, position);
   project(p[Decoder::kOut], mine().attended);
-  add_norm(d.one_.y, d.model_.layers[layer].mlp_norm);
+  add_norm(d.one_.y, d.model_.layers[layer].attention_out_norm, d.model_.layers[layer].mlp_norm);
   gate_up(p[Decoder::kGateUp], mine().normed);
   project(p[Decoder::kDown], d.one_.gate);
 }
@@ -225,9 +285,9 @@ void Worker::input_rows(size_t layer) {
   const int64_t hidden = d.config_.hidden;
   project_rows(d.many_.layers[Decoder::kInputs * layer + Decoder::kQkv], [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      d.ops_->add_norm(d.config_.dtype, d.row(d.many_.residual, i, hidden),
-                       layer ? d.row(d.many_.y, i, hidden) : nullptr, d.model_.layers[layer].input_norm, d.config_.eps,
-                       hidden, d.row(d.many_.normed, i, hidden));
+      d.ops_->add_norm(between(d.row(d.many_.residual, i, hidden), layer ? d.row(d.many_.y, i, hidden) : nullptr,
+                               norm_before(layer), d.model_.layers[layer].input_norm,
+                               d.row(d.many_.normed, i, hidden)));
     }
   });
 }
@@ -247,7 +307,7 @@ void Worker::store_rows(size_t layer, int64_t position, int64_t rows) {
 void Worker::attend_rows(size_t layer, int64_t position) {
   const DecoderConfig& c = d.config_;
   const int64_t group = c.heads / c.kv_heads, width = (c.heads + 2 * c.kv_heads) * c.head_dim;
-  const int64_t total = d.many_.rows;
+  const int64_t total = d.many_.rows, window = d.model_.layers[layer].window;
   Decoder::Private& my = mine();
   share(ceil_div(total, kQueryRows) * c.kv_heads, [&](int64_t b, int64_t e) {
     for (int64_t task = b; task < e; ++task) {
@@ -255,16 +315,20 @@ void Worker::attend_rows(size_t layer, int64_t position) {
       const int64_t rows = std::min(kQueryRows, total - first);
       for (int64_t r = 0; r < rows * group; ++r) {
         const int64_t i = first + r / group;
-        rotate_query(d.row(d.many_.qkv, i, width), h * group + r % group, position + i, my.q + r * d.head_padded_);
+        ready(layer, d.row(d.many_.qkv, i, width), h * group + r % group, position + i, my.q + r * d.head_padded_);
       }
       Attend a{};
       a.cache = d.cache(layer, h);
       a.q = my.q;
+      a.q_dtype = c.dtype;
       a.rows = rows * group;
       a.group = group;
       a.first_limit = position + first + 1;
       a.end = position + first + rows;
-      a.scale = c.scale;
+      a.window = window ? window : a.end;
+      a.begin = Seen(window, position + first).first * kKeyBlock;
+      a.scale = c.score_scale;
+      a.cap = c.score_cap;
       a.scratch = my.scratch;
       a.acc = my.acc;
       a.max = my.max;
@@ -287,14 +351,15 @@ void Worker::finish_rows(size_t layer) {
   project_rows(p[Decoder::kOut], [](int64_t, int64_t) {});
   project_rows(p[Decoder::kGateUp], [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      d.ops_->add_norm(c.dtype, d.row(d.many_.residual, i, c.hidden), d.row(d.many_.y, i, c.hidden),
-                       d.model_.layers[layer].mlp_norm, c.eps, c.hidden, d.row(d.many_.normed, i, c.hidden));
+      d.ops_->add_norm(between(d.row(d.many_.residual, i, c.hidden), d.row(d.many_.y, i, c.hidden),
+                               d.model_.layers[layer].attention_out_norm, d.model_.layers[layer].mlp_norm,
+                               d.row(d.many_.normed, i, c.hidden)));
     }
   });
   project_rows(p[Decoder::kDown], [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      d.ops_->silu_mul(c.dtype, d.row(d.many_.gate, i, c.intermediate), d.row(d.many_.up, i, c.intermediate),
-                       c.intermediate);
+      const size_t at = static_cast<size_t>(i * d.many_.gate_stride) * d.element_;
+      d.ops_->gate_mul(c.activation, c.dtype, d.many_.gate + at, d.many_.up + at, c.intermediate);
     }
   });
 }

@@ -31,18 +31,27 @@ struct Worker {
   // One token: every thread holds the residual and prepares the inputs for itself.
   // Part i of a projection, on the memory of this thread.
   void prepare_one(Projection::Part* part, size_t i, const char* x) const;
+  // Each range of blocks of 64 results that a thread has made is handed to finish(begin, end).
+  template <class Fn>
+  void project(const Projection& p, const char* x, const Fn& finish);
   void project(const Projection& p, const char* x);
+  void head();
   void gate_up(const Projection& p, const char* x);
-  void rotate_query(const char* qkv, int64_t head, int64_t position, float* out) const;
+  // A head of the queries, then of the keys, with its norm and rotary embedding.
+  void ready(size_t layer, const char* qkv, int64_t head, int64_t position, float* out) const;
   void store_key(size_t layer, int64_t kv_head, const char* qkv, int64_t position, bool last) const;
   void attend_one(size_t layer, const char* qkv, int64_t position);
-  void merge(int64_t position) const;
+  void merge(size_t layer, int64_t position) const;
   void finish_layer(size_t layer, const char* qkv, int64_t position);
-  void add_norm(const char* y, const void* weight) const;
+  // x += y, through the norm y_norm unless it is null; the normed x.
+  AddNorm between(char* x, const char* y, const float* y_norm, const float* weight, char* out) const;
+  void add_norm(const char* y, const float* y_norm, const float* weight) const;
 
   // Many tokens: rows are shared out.
   template <class Fn>
   void project_rows(const Projection& p, const Fn& fill);
+  // The weight of the norm of what the layer before this one adds.
+  const float* norm_before(size_t layer) const { return layer ? d.model_.layers[layer - 1].out_norm : nullptr; }
   void input_rows(size_t layer);
   void store_rows(size_t layer, int64_t position, int64_t rows);
   void attend_rows(size_t layer, int64_t position);

@@ -11,20 +11,26 @@ namespace {
 
 // How two neighbours along the sum meet their two weights. T: an element of the cache, Weight: what q and the
 // probabilities are multiplied as.
-struct PairsF32 {
-  using T = float;
+template <Dtype kType, class Element>
+struct Pairs {
+  using T = Element;
   using Weight = float;
   struct Pair {
     F even, odd;
   };
   static constexpr int64_t kPerT = 1;  // neighbours in a T
-  LOWBIT_INLINE static Pair load_pair(const float* p, int64_t pair, int64_t stride) {
-    return {load(p + 2 * pair * stride), load(p + (2 * pair + 1) * stride)};
+  static constexpr bool kScaled = kType == Dtype::kI8;
+  LOWBIT_INLINE static Pair load_pair(const T* p, int64_t pair, int64_t stride) {
+    return {load_as(p, kType, 2 * pair * stride), load_as(p, kType, (2 * pair + 1) * stride)};
   }
   LOWBIT_INLINE static Pair broadcast(const float* w) { return {set1(w[0]), set1(w[1])}; }
   LOWBIT_INLINE static F dot(F acc, Pair w, Pair v) { return fma(w.odd, v.odd, fma(w.even, v.even, acc)); }
   static const float* weights(const float* values, int64_t, float*) { return values; }
 };
+
+using PairsF32 = Pairs<Dtype::kF32, float>;
+using PairsF16 = Pairs<Dtype::kF16, uint16_t>;
+using PairsI8 = Pairs<Dtype::kI8, int8_t>;
 
 struct PairsBf16 : PairsF32 {
   using T = uint32_t;
@@ -42,6 +48,7 @@ struct PairsBf16Dot {
   using Weight = uint16_t;
   using Pair = I;
   static constexpr int64_t kPerT = 2;
+  static constexpr bool kScaled = false;
   LOWBIT_INLINE static I load_pair(const uint32_t* p, int64_t pair, int64_t stride) {
     return load_i(p + pair * stride);
   }
@@ -93,30 +100,41 @@ void attend_tile(const Attend& a, const typename P::Weight* q, int64_t r0, int64
     }
     multiply_pairs<P, kRows, kTileVecs>(base, 16, c.dim / 2, q + r0 * c.padded_dim, c.padded_dim, acc);
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kTileVecs; ++v) store(p[r] + at + v * kVecLanes, acc[r][v]);
+      for (int v = 0; v < kTileVecs; ++v) {
+        const int64_t i = at + v * kVecLanes;
+        if constexpr (P::kScaled) acc[r][v] = mul(acc[r][v], load(c.key_scales + b0 + i));
+        store(p[r] + i, acc[r][v]);
+      }
     }
   }
-  int64_t seen = 0;  // positions of the block that some row sees
+  int64_t unseen = kKeyBlock, seen = 0;  // the first position of the block that some row sees, and behind the last
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = r0 + r, limit = a.first_limit + row / a.group;
-    int64_t count = (limit < a.end ? limit : a.end) - b0;
+    int64_t count = (limit < a.end ? limit : a.end) - b0, first = limit - a.window - b0;
     count = count < 0 ? 0 : count < kKeyBlock ? count : kKeyBlock;
-    for (int64_t i = count; i < kKeyBlock; ++i) p[r][i] = -__builtin_inff();
-    seen = count > seen ? count : seen;
-    if (count == 0) {
+    first = first < 0 ? 0 : first;
+    if (first >= count) {
       for (float& v : p[r]) v = 0.0f;
       continue;
     }
+    seen = count > seen ? count : seen;
+    unseen = first < unseen ? first : unseen;
+    const auto fill_unseen = [&](float value) {
+      for (int64_t i = 0; i < first; ++i) p[r][i] = value;
+      for (int64_t i = count; i < kKeyBlock; ++i) p[r][i] = value;
+    };
+    fill_unseen(-__builtin_inff());
     F most = set1(a.max[row]);
     for (int i = 0; i < kKeyBlock; i += kVecLanes) {
-      const F scaled = mul(load(p[r] + i), set1(a.scale));
+      F scaled = mul(load(p[r] + i), set1(a.scale));
+      if (a.cap != 0.0f) scaled = mul(tanh(div(scaled, set1(a.cap))), set1(a.cap));
       store(p[r] + i, scaled);
       most = max_or_nan(most, scaled);
     }
     const float new_max = max_lane(most), rescale = exp(a.max[row] - new_max);
     F total = zero();
     for (int i = 0; i < kKeyBlock; i += kVecLanes) store(p[r] + i, exp(sub(load(p[r] + i), set1(new_max))));
-    for (int64_t i = count; i < kKeyBlock; ++i) p[r][i] = 0.0f;
+    fill_unseen(0.0f);
     for (int i = 0; i < kKeyBlock; i += kVecLanes) total = add(total, load(p[r] + i));
     a.sum[row] = a.sum[row] * rescale + sum(total);
     if (a.max[row] != new_max) {
@@ -124,10 +142,16 @@ void attend_tile(const Attend& a, const typename P::Weight* q, int64_t r0, int64
       for (int64_t i = 0; i < c.padded_dim; i += kVecLanes) store(acc + i, mul(load(acc + i), set1(rescale)));
       a.max[row] = new_max;
     }
+    if constexpr (P::kScaled) {
+      for (int i = 0; i < kKeyBlock; i += kVecLanes) {
+        store(p[r] + i, mul(load(p[r] + i), load(c.value_scales + b0 + i)));
+      }
+    }
   }
   alignas(64) float scratch[kRows * kKeyBlock];
   const typename P::Weight* w = P::weights(&p[0][0], kRows * kKeyBlock, scratch);
-  const T* values = static_cast<const T*>(c.values) + b0 / P::kPerT * c.padded_dim;
+  const int64_t pair = unseen / 2;
+  const T* values = static_cast<const T*>(c.values) + (b0 + 2 * pair) / P::kPerT * c.padded_dim;
   const auto columns = [&](auto vecs, int64_t at) LOWBIT_INLINE {
     constexpr int kVecs = decltype(vecs)::value;
     const T* base[kVecs];
@@ -137,7 +161,7 @@ void attend_tile(const Attend& a, const typename P::Weight* q, int64_t r0, int64
       base[v] = values + at + v * kVecLanes;
       for (int r = 0; r < kRows; ++r) acc[r][v] = load(out + r * c.padded_dim + v * kVecLanes);
     }
-    multiply_pairs<P, kRows, kVecs>(base, c.padded_dim, (seen + 1) / 2, w, kKeyBlock, acc);
+    multiply_pairs<P, kRows, kVecs>(base, c.padded_dim, (seen + 1) / 2 - pair, w + 2 * pair, kKeyBlock, acc);
     for (int v = 0; v < kVecs; ++v) {
       for (int r = 0; r < kRows; ++r) store(out + r * c.padded_dim + v * kVecLanes, acc[r][v]);
     }
@@ -159,7 +183,7 @@ void attend_with(const Attend& a) {
   for (int64_t b0 = a.begin; b0 < a.end; b0 += kKeyBlock) {
     for (int64_t r = 0; r < a.rows; r += 4) {
       const int64_t left = a.rows - r, last = r + (left < 4 ? left : 4) - 1;
-      if (a.first_limit + last / a.group <= b0) continue;
+      if (a.first_limit + last / a.group <= b0 || a.first_limit + r / a.group - a.window >= b0 + kKeyBlock) continue;
       if (left >= 4) {
         attend_tile<P, 4>(a, q, r, b0);
       } else if (left == 3) {
@@ -174,10 +198,15 @@ void attend_with(const Attend& a) {
 }
 
 void attend(const Attend& a) {
-  if (a.cache.dtype == Dtype::kF32) {
-    attend_with<PairsF32>(a);
-  } else {
-    attend_with<PairsOfBf16>(a);
+  switch (a.cache.dtype) {
+    case Dtype::kF32:
+      return attend_with<PairsF32>(a);
+    case Dtype::kF16:
+      return attend_with<PairsF16>(a);
+    case Dtype::kI8:
+      return attend_with<PairsI8>(a);
+    default:
+      return a.q_dtype == Dtype::kBf16 ? attend_with<PairsOfBf16>(a) : attend_with<PairsBf16>(a);
   }
 }
 
@@ -194,32 +223,62 @@ void finish(const Partial* parts, int count, int64_t n, Dtype dtype, void* out) 
   }
 }
 
-void store_position(const HeadCache& c, int64_t position, bool last, const float* key, Dtype dtype, const void* value,
-                    float* scratch) {
-  widen(dtype, value, c.dim, scratch);
-  if (c.dtype == Dtype::kF32) {
-    float* keys = static_cast<float*>(c.keys) + position / 16 * c.dim * 16 + position % 16;
-    for (int64_t d = 0; d < c.dim; ++d) keys[d * 16] = key[d];
-    float* values = static_cast<float*>(c.values) + position * c.padded_dim;
-    __builtin_memcpy(values, scratch, c.dim * sizeof(float));
-    if (last && position % 2 == 0) __builtin_memset(values + c.padded_dim, 0, c.dim * sizeof(float));
-    return;
+// x (n), zero up to whole vectors, in a cache's dtype; its scale if that is int8. NaN or infinity in x makes the scale
+// NaN.
+float narrow(Dtype dtype, const float* x, int64_t n, char* out) {
+  F most = zero(), poison = zero();
+  if (dtype == Dtype::kI8) {
+    for (int64_t i = 0; i < n; i += kVecLanes) {
+      const F v = load(x + i);
+      most = max_or_nan(most, max_or_nan(v, sub(zero(), v)));
+      poison = fma(v, zero(), poison);
+    }
   }
-  const auto upper = [](float v) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &v, 4);
-    return bits >> 16;
-  };
-  uint32_t* keys = static_cast<uint32_t*>(c.keys) + position / 16 * (c.dim / 2) * 16 + position % 16;
-  for (int64_t d = 0; d < c.dim; d += 2) keys[d * 8] = upper(key[d]) | upper(key[d + 1]) << 16;
-  uint16_t* values = static_cast<uint16_t*>(c.values) + position / 2 * c.padded_dim * 2;
+  const float scale = max_lane(most) / 127.0f + sum(poison);
+  for (int64_t i = 0; i < n; i += kVecLanes) {
+    const F v = load(x + i);
+    store_vector(out + i * size_of(dtype), dtype, dtype == Dtype::kI8 ? div(v, set1(scale)) : v);
+  }
+  return scale;
+}
+
+template <class T>
+void store_position_as(const HeadCache& c, int64_t position, bool last, const char* key, const char* value) {
+  const int64_t per = c.dtype == Dtype::kBf16 ? 2 : 1;  // neighbours beside each other
+  T* keys = static_cast<T*>(c.keys) + position / 16 * c.dim * 16 + position % 16 * per;
   for (int64_t d = 0; d < c.dim; ++d) {
-    values[2 * d + position % 2] = static_cast<uint16_t>(upper(scratch[d]));
-    if (last && position % 2 == 0) values[2 * d + 1] = 0;
+    __builtin_memcpy(keys + (d / per * 16 * per + d % per), key + d * sizeof(T), sizeof(T));
+  }
+  T* values = static_cast<T*>(c.values) + position / per * c.padded_dim * per + position % per;
+  const bool clears = last && position % 2 == 0;
+  T* next = values + (per == 2 ? 1 : c.padded_dim);
+  for (int64_t d = 0; d < c.dim; ++d) {
+    __builtin_memcpy(values + d * per, value + d * sizeof(T), sizeof(T));
+    if (clears) next[d * per] = 0;
   }
 }
 
-const DecoderOps kDecoderOps = {add_norm, rotate, store_position, attend, finish, silu_mul, dense, argmax};
+void store_position(const HeadCache& c, int64_t position, bool last, const float* key, Dtype dtype, const void* value,
+                    float* scratch) {
+  char* narrowed = reinterpret_cast<char*>(scratch + c.padded_dim);
+  char* narrowed_value = narrowed + c.padded_dim * 2;
+  if (c.dtype == Dtype::kF32) {
+    widen(dtype, value, c.dim, scratch);
+    return store_position_as<uint32_t>(c, position, last, reinterpret_cast<const char*>(key),
+                                       reinterpret_cast<const char*>(scratch));
+  }
+  const float key_scale = narrow(c.dtype, key, c.dim, narrowed);
+  widen(dtype, value, c.dim, scratch);
+  const float value_scale = narrow(c.dtype, scratch, c.dim, narrowed_value);
+  if (c.dtype != Dtype::kI8) return store_position_as<uint16_t>(c, position, last, narrowed, narrowed_value);
+  store_position_as<uint8_t>(c, position, last, narrowed, narrowed_value);
+  c.key_scales[position] = key_scale;
+  c.value_scales[position] = value_scale;
+  if (last && position % 2 == 0) c.value_scales[position + 1] = 0.0f;
+}
+
+const DecoderOps kDecoderOps = {add_norm, ready, store_position, attend, finish,
+                                gate_mul, scale, cap_logits,     dense,  argmax};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

@@ -66,6 +66,20 @@ inline float exp(float x) {
   return lanes[0];
 }
 
+// tanh(x): of e = e^2x - 1 it is e / (e + 2). With 2x = n ln(2) + f, e is 2^n (e^f - 1) + (2^n - 1), which keeps small
+// x.
+inline F tanh(F x) {
+  x = min(set1(30.0f), max_or_nan(set1(-30.0f), add(x, x)));
+  const F shifted = fma(x, set1(1.44269504f), set1(12582912.0f));
+  const F n = sub(shifted, set1(12582912.0f));
+  const F f = fma(n, set1(1.42860677e-6f), fma(n, set1(-0.693145752f), x));
+  F p = set1(1.0f / 40320);
+  for (const float c : {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f}) p = fma(p, f, set1(c));
+  const F power = as_float(add_i(bits_of(set1(1.0f)), shift_left<23>(bits_of(shifted))));
+  const F e = fma(power, mul(p, f), sub(power, set1(1.0f)));
+  return div(e, add(e, set1(2.0f)));
+}
+
 inline float max_lane(F v) {
   alignas(64) float lanes[kVecLanes];
   store(lanes, v);
@@ -74,22 +88,49 @@ inline float max_lane(F v) {
   return best;
 }
 
-void add_norm(Dtype dtype, void* x, const void* y, const void* weight, float eps, int64_t n, void* out) {
-  with_dtype(dtype, [&](auto type) {
+inline F norm_scale(const Norm& norm, F squares, int64_t n) {
+  return set1(1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + norm.eps));
+}
+
+template <Dtype kType>
+inline F normed(const Norm& norm, F x, F scale, F weight) {
+  const F v = mul(x, scale);
+  return mul(norm.late ? v : round_t<kType>(v), weight);
+}
+
+void add_norm(const AddNorm& a) {
+  with_dtype(a.norm.dtype, [&](auto type) {
     constexpr Dtype kType = decltype(type)::value;
+    const void* y = a.y;
+    if (y && a.y_norm) {
+      F squares = zero();
+      for (int64_t i = 0; i < a.n; i += kVecLanes) {
+        const F v = load_t<kType>(y, i);
+        squares = fma(v, v, squares);
+      }
+      const F scale = norm_scale(a.norm, squares, a.n);
+      for (int64_t i = 0; i < a.n; i += kVecLanes) {
+        store_t<kType>(a.out, i, normed<kType>(a.norm, load_t<kType>(y, i), scale, load(a.y_norm + i)));
+      }
+      // A NaN makes the padding NaN, which would stay in x.
+      const int64_t left = (kVecLanes - a.n % kVecLanes) % kVecLanes;
+      __builtin_memset(static_cast<char*>(a.out) + a.n * size_of(kType), 0, left * size_of(kType));
+      y = a.out;
+    }
     F squares = zero();
-    for (int64_t i = 0; i < n; i += kVecLanes) {
-      F v = load_t<kType>(x, i);
+    for (int64_t i = 0; i < a.n; i += kVecLanes) {
+      F v = load_t<kType>(a.x, i);
       if (y) {
-        v = round_t<kType>(add(v, load_t<kType>(y, i)));
-        store_t<kType>(x, i, v);
+        F addend = load_t<kType>(y, i);
+        if (a.y_scale != 1.0f) addend = round_t<kType>(mul(addend, set1(a.y_scale)));
+        v = round_t<kType>(add(v, addend));
+        store_t<kType>(a.x, i, v);
       }
       squares = fma(v, v, squares);
     }
-    const F scale = set1(1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + eps));
-    for (int64_t i = 0; i < n; i += kVecLanes) {
-      const F normed = round_t<kType>(mul(load_t<kType>(x, i), scale));
-      store_t<kType>(out, i, mul(normed, load_t<kType>(weight, i)));
+    const F scale = norm_scale(a.norm, squares, a.n);
+    for (int64_t i = 0; i < a.n; i += kVecLanes) {
+      store_t<kType>(a.out, i, normed<kType>(a.norm, load_t<kType>(a.x, i), scale, load(a.weight + i)));
     }
   });
 }
@@ -101,29 +142,69 @@ inline void widen(Dtype dtype, const void* x, int64_t n, float* out) {
   if (i < n) store(out + i, load_tail(x, dtype, i, n - i));
 }
 
-void rotate(Dtype dtype, const void* x, const float* cos, const float* sin, int64_t dim, float* scratch, float* out) {
-  const int64_t half = dim / 2, padded = (dim + kRowAlign - 1) / kRowAlign * kRowAlign;
-  float* swapped = scratch + padded;
-  widen(dtype, x, dim, scratch);
-  __builtin_memcpy(swapped, scratch + half, half * sizeof(float));
-  __builtin_memcpy(swapped + half, scratch, half * sizeof(float));
-  with_dtype(dtype, [&](auto type) {
+void ready(const Head& h) {
+  widen(h.norm.dtype, h.x, h.dim, h.out);
+  with_dtype(h.norm.dtype, [&](auto type) {
     constexpr Dtype kType = decltype(type)::value;
-    for (int64_t i = 0; i < dim; i += kVecLanes) {
-      const F straight = round_t<kType>(mul(load(scratch + i), load(cos + i)));
-      const F crossed = round_t<kType>(mul(load(swapped + i), load(sin + i)));
-      store(out + i, round_t<kType>(add(straight, crossed)));
+    if (h.weight) {
+      F squares = zero();
+      for (int64_t i = 0; i < h.dim; i += kVecLanes) {
+        const F v = load(h.out + i);
+        squares = fma(v, v, squares);
+      }
+      const F scale = norm_scale(h.norm, squares, h.dim);
+      for (int64_t i = 0; i < h.dim; i += kVecLanes) {
+        store(h.out + i, round_t<kType>(normed<kType>(h.norm, load(h.out + i), scale, load(h.weight + i))));
+      }
+    }
+    const int64_t half = h.rotary / 2;
+    __builtin_memcpy(h.scratch, h.out + half, half * sizeof(float));
+    __builtin_memcpy(h.scratch + half, h.out, half * sizeof(float));
+    for (int64_t i = h.rotary; i % kVecLanes; ++i) h.scratch[i] = 0.0f;
+    for (int64_t i = 0; i < h.rotary; i += kVecLanes) {
+      const F straight = round_t<kType>(mul(load(h.out + i), load(h.cos + i)));
+      const F crossed = round_t<kType>(mul(load(h.scratch + i), load(h.sin + i)));
+      store(h.out + i, round_t<kType>(add(straight, crossed)));
     }
   });
 }
 
-void silu_mul(Dtype dtype, void* gate, const void* up, int64_t n) {
+void gate_mul(Activation activation, Dtype dtype, void* gate, const void* up, int64_t n) {
   with_dtype(dtype, [&](auto type) {
     constexpr Dtype kType = decltype(type)::value;
     for (int64_t i = 0; i < n; i += kVecLanes) {
-      const F g = load_t<kType>(gate, i);
-      const F s = round_t<kType>(div(g, add(set1(1.0f), exp(sub(zero(), g)))));
-      store_t<kType>(gate, i, mul(s, load_t<kType>(up, i)));
+      F g = load_t<kType>(gate, i);
+      if (activation == Activation::kSilu) {
+        g = div(g, add(set1(1.0f), exp(sub(zero(), g))));
+      } else {
+        alignas(64) float lanes[kVecLanes];
+        store(lanes, g);
+        activate(activation, lanes, kVecLanes);
+        g = load(lanes);
+      }
+      store_t<kType>(gate, i, mul(round_t<kType>(g), load_t<kType>(up, i)));
+    }
+  });
+}
+
+void scale(Dtype dtype, void* x, float factor, int64_t n) {
+  with_dtype(dtype, [&](auto type) {
+    constexpr Dtype kType = decltype(type)::value;
+    for (int64_t i = 0; i < n; i += kVecLanes) store_t<kType>(x, i, mul(load_t<kType>(x, i), set1(factor)));
+  });
+}
+
+void cap_logits(Dtype dtype, void* x, float divisor, float cap, int64_t begin, int64_t end) {
+  with_dtype(dtype, [&](auto type) {
+    constexpr Dtype kType = decltype(type)::value;
+    for (int64_t i = begin; i < end; i += kVecLanes) {
+      const int64_t count = end - i < kVecLanes ? end - i : kVecLanes;
+      F v = count < kVecLanes ? load_tail(x, kType, i, count) : load_t<kType>(x, i);
+      if (divisor != 1.0f) v = round_t<kType>(div(v, set1(divisor)));
+      if (cap != 0.0f) v = mul(round_t<kType>(tanh(round_t<kType>(div(v, set1(cap))))), set1(cap));
+      alignas(64) float values[kVecLanes];
+      store(values, v);
+      store_as(x, kType, i, values, count);
     }
   });
 }

@@ -83,29 +83,56 @@ class DecoderLinear: ...
 
 def dense_linear(n: int, k: int, weight: int, bias: int, bias_dtype: int) -> DecoderLinear: ...
 
+class DecoderConfig:
+    dtype: int
+    cache_dtype: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    max_length: int
+    eps: float
+    late_norms: bool
+    activation: str
+    score_scale: float
+    score_cap: float
+    embedding_scale: float
+    residual_scale: float
+    logit_divisor: float
+    logit_cap: float
+    threads: int
+
+class DecoderLayer:
+    input_norm: int
+    mlp_norm: int
+    attention_out_norm: int
+    out_norm: int
+    q_norm: int
+    k_norm: int
+    rope: int
+    window: int
+    qkv: list[DecoderLinear]
+    gate_up: list[DecoderLinear]
+    o: DecoderLinear
+    down: DecoderLinear
+
+class DecoderRope:
+    dim: int
+    cos: int
+    sin: int
+
+class DecoderModel:
+    embedding: DecoderLinear
+    head: DecoderLinear
+    layers: list[DecoderLayer]
+    ropes: list[DecoderRope]
+    norm: int
+    logits: int
+
 class Decoder:
-    def __init__(
-        self,
-        *,
-        dtype: int,
-        hidden: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        intermediate: int,
-        vocab: int,
-        max_length: int,
-        eps: float,
-        scale: float,
-        threads: int,
-        embedding: DecoderLinear,
-        layers: list[tuple[int, int, list[DecoderLinear]]],
-        norm: int,
-        head: DecoderLinear,
-        cos: int,
-        sin: int,
-        logits: int,
-    ) -> None: ...
+    def __init__(self, config: DecoderConfig, model: DecoderModel) -> None: ...
     def run_ptr(self, ids: int, count: int, position: int) -> None: ...
     def likeliest(self) -> int: ...
 

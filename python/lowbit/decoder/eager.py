@@ -13,9 +13,11 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from lowbit.decoder.bound import bind_linear
+from lowbit.decoder.description import ROPE_TYPES
+from lowbit.decoder.sampling import likeliest
 from lowbit.nn import QuantLinear
 
 Call = Callable[[], object]
@@ -38,7 +40,7 @@ class _Layer:
 
 
 class EagerDecoder:
-    """Decodes with the model's own modules: dense linears, and devices other than the CPU."""
+    """Decodes a llama with its own modules: dense linears, and devices other than the CPU."""
 
     def __init__(self, model: LlamaForCausalLM, max_length: int) -> None:
         config = model.config
@@ -53,6 +55,15 @@ class EagerDecoder:
             self._allocate()
             self._layers = [self._bind_layer(i) for i in range(config.num_hidden_layers)]
             self._head = _bind(model.lm_head, self._normed, self._logits)
+
+    @staticmethod
+    def serves(model: PreTrainedModel) -> bool:
+        """Whether it can decode a model."""
+        return (
+            isinstance(model, LlamaForCausalLM)
+            and model.config.hidden_act == "silu"
+            and model.model.rotary_emb.rope_type in ROPE_TYPES
+        )
 
     def forward(
         self,
@@ -69,11 +80,8 @@ class EagerDecoder:
         Raises:
             ValueError: a logit is NaN.
         """
-        # argmax over bf16 takes six times as long as converting first; it finds a NaN before any number.
-        token = int(self._scores.copy_(self._logits[0]).argmax())
-        if self._scores[token].isnan():
-            raise ValueError("the logits are NaN: the model's weights or its arithmetic are broken")
-        return token
+        # argmax over bf16 takes six times as long as converting first.
+        return likeliest(self._scores.copy_(self._logits[0]))
 
     def _allocate(self) -> None:
         config, norm = self.model.config, self.model.model.norm.weight

@@ -1,67 +1,68 @@
-"""Generates from a transformers LlamaForCausalLM without the Python time of its forward.
+"""Generates from a transformers causal language model without the Python time of its forward.
 
-`LlamaRunner` uses the model's own tensors and adds a static key-value cache, for one sequence at a
-time. Packed models on the CPU run in the compiled decoder, others in torch: the logger "lowbit" says why.
+`Runner` uses the model's own tensors and adds a static key-value cache, for one sequence at a time. Packed models of
+known architectures run on the CPU in the compiled decoder, other llamas in torch, and any other model in transformers'
+own forward: the logger "lowbit" says why.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import GenerationMixin, PreTrainedModel
 
 from lowbit.decoder.compiled import CompiledDecoder
 from lowbit.decoder.eager import EagerDecoder
+from lowbit.decoder.generic import GenericDecoder
+from lowbit.decoder.sampling import Sampler, Sampling
 
-# Those whose angles depend on nothing but the position.
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
 _logger = logging.getLogger("lowbit")
 
 
-class LlamaRunner:
-    """Greedy generation for one sequence.
+class Runner:
+    """Generation for one sequence.
 
     The weights are those of the model when the runner is made, and so is torch's number of threads:
     make a new runner after moving the model or changing either.
 
     Args:
-        model: a LlamaForCausalLM with dense or packed linears.
+        model: a causal language model of transformers, with dense or packed linears.
         max_length: tokens that the cache holds, prompt and answer together.
+        cache_dtype: of the compiled decoder's keys and values: torch.float32, bfloat16, float16, or int8 with a scale
+            for each head and position. None is bfloat16 for a model of bfloat16, and float32 for others.
 
     Attributes:
         position: tokens of the sequence so far.
 
     Raises:
-        NotImplementedError: the model has another activation than "silu", or a rotary embedding
-            that depends on the length of the sequence.
+        TypeError: the model is no causal language model of transformers.
+        ValueError: max_length is beyond what the model is made for.
+        NotImplementedError: the model keeps no cache of keys and values, or cache_dtype is given and the compiled
+            decoder cannot decode the model.
     """
 
-    def __init__(self, model: LlamaForCausalLM, max_length: int) -> None:
-        if not isinstance(model, LlamaForCausalLM):
-            raise TypeError(f"model must be a LlamaForCausalLM, got {type(model).__name__}")
-        config = model.config
-        rope_type = model.model.rotary_emb.rope_type
-        if config.hidden_act != "silu" or rope_type not in _ROPE_TYPES:
-            raise NotImplementedError(
-                f"model must have the activation 'silu' and a rope type of {_ROPE_TYPES}, got "
-                f"{config.hidden_act!r} and {rope_type!r}"
+    def __init__(
+        self, model: PreTrainedModel, max_length: int, cache_dtype: torch.dtype | None = None
+    ) -> None:
+        if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+            raise TypeError(
+                f"model must be a causal language model of transformers, got {type(model).__name__}"
             )
-        if not 0 < max_length <= config.max_position_embeddings:
-            raise ValueError(
-                f"max_length must be in [1, {config.max_position_embeddings}], got {max_length}"
-            )
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", max_length)
+        if not 0 < max_length <= most:
+            raise ValueError(f"max_length must be in [1, {most}], got {max_length}")
         self.model = model
         self.max_length = max_length
         self.position = 0
-        self._decoder: CompiledDecoder | EagerDecoder
-        if obstacle := CompiledDecoder.obstacle(model):
-            _logger.info("torch decodes the model, not the compiled decoder: %s", obstacle)
-            self._decoder = EagerDecoder(model, max_length)
-        else:
-            self._decoder = CompiledDecoder(model, max_length)
+        self._tokens = torch.empty(max_length, dtype=torch.int64, device="cpu")
+        self._decoder = _decoder(model, max_length, cache_dtype)
 
     def reset(self) -> None:
         """Forgets the sequence."""
@@ -79,6 +80,7 @@ class LlamaRunner:
                 f"{self.position}, max_length {self.max_length}), got shape {tuple(ids.shape)}"
             )
         logits = self._decoder.forward(ids, self.position)
+        self._tokens[self.position : self.position + len(ids)] = ids
         self.position += len(ids)
         return logits
 
@@ -87,16 +89,38 @@ class LlamaRunner:
         ids: Tensor,  # (T,) int64
         max_new_tokens: int,
         stop: frozenset[int] = frozenset(),
+        sampling: Sampling | None = None,
     ) -> Iterator[int]:
-        """Appends a prompt and yields the likeliest next tokens, through the first of `stop`.
+        """Appends a prompt and yields the next tokens as they come, through the first of `stop`.
+
+        Without `sampling` they are the likeliest ones.
 
         Raises:
             ValueError: a logit is NaN.
         """
+        sampler = None if sampling is None or sampling.plain else Sampler(sampling)
         for _ in range(max_new_tokens):
-            self.forward(ids)
-            token = self._decoder.likeliest()
+            logits = self.forward(ids)
+            seen = self._tokens[: self.position]
+            token = self._decoder.likeliest() if sampler is None else sampler(logits, seen)
             yield token
             if token in stop:
                 return
             ids = torch.tensor([token], dtype=torch.int64, device=ids.device)
+
+
+def _decoder(
+    model: PreTrainedModel, max_length: int, cache_dtype: torch.dtype | None
+) -> CompiledDecoder | EagerDecoder | GenericDecoder:
+    obstacle = CompiledDecoder.obstacle(model)
+    if obstacle is None:
+        return CompiledDecoder(model, max_length, cache_dtype)
+    if cache_dtype is not None:
+        raise NotImplementedError(
+            f"cache_dtype={cache_dtype} needs the compiled decoder, which cannot run the model: {obstacle}"
+        )
+    if EagerDecoder.serves(model):
+        _logger.info("torch decodes the model, not the compiled decoder: %s", obstacle)
+        return EagerDecoder(cast("LlamaForCausalLM", model), max_length)
+    _logger.warning("transformers decodes the model, not the compiled decoder: %s", obstacle)
+    return GenericDecoder(model)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lowbit.codebooks.tables import E2M1_TABLE
+from lowbit.float8 import e8m0_values
 from lowbit.io.readers.codes import Spec, check, need
 from lowbit.io.readers.folder import FolderReader, Plan
-from lowbit.float8 import e8m0_values
 from lowbit.weights.quantized import QuantTensor
 
 _LOSS = "its experts are one tensor of three dimensions"

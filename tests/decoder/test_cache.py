@@ -1,0 +1,138 @@
+"""Keys and values kept in fewer bits, against transformers' forward with a cache that rounds the same numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers")
+
+from test_architectures import IDS, PIECES, compiled, forward, logits_after, one_thread  # noqa: F401
+from tiny import LENGTH, bound, tiny
+from transformers import DynamicCache
+
+from lowbit.decoder.compiled import CompiledDecoder
+from lowbit.decoder.runner import Runner
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+
+
+def rounded(x, dtype):
+    """x (batch, heads, tokens, dim) as the cache gives it back."""
+    if dtype != torch.int8:
+        return x.to(dtype).float()
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+class RoundingCache(DynamicCache):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        key, value = rounded(key_states, self.dtype), rounded(value_states, self.dtype)
+        return super().update(key, value, layer_idx, *args, **kwargs)
+
+
+def forward_rounding(model, dtype):
+    with torch.inference_mode():
+        return model(IDS[None], past_key_values=RoundingCache(dtype), use_cache=True).logits[0]
+
+
+def decoder_with(packed, cache_dtype, threads=1):
+    torch.set_num_threads(threads)
+    decoder = CompiledDecoder(packed, LENGTH, cache_dtype)
+    torch.set_num_threads(1)
+    return decoder
+
+
+@pytest.mark.parametrize("case", ["llama3", "phi3", "gemma3"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounded_caches(dtype, case):
+    """A number within the error of fp32 of the middle between two rounds another way: some hundredth of them in fp16,
+    fewer in the others. Logits differ by less than half of what rounding itself makes of them.
+    """
+    packed, oracle = tiny(case)
+    plain, expected = forward(oracle), forward_rounding(oracle, dtype)
+    effect = (expected - plain).norm() / math.sqrt(LENGTH)
+    assert (effect > 0) == (dtype != torch.float32)
+    limit = bound(oracle, plain)
+    for threads in (1, 3):
+        decoder = decoder_with(packed, dtype, threads)
+        for pieces in PIECES:
+            for got, last in logits_after(decoder, pieces):
+                error = got - expected[last]
+                assert error.norm() < 0.4 * effect + limit, (threads, pieces, last)
+
+
+@pytest.mark.parametrize("cache", [torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_models(dtype, cache):
+    """Activations of 16 bits: a cache of more bits than they have changes nothing, int8 little."""
+    packed, oracle = tiny("gemma2", dtype)
+    exact = forward(oracle)
+    error = (forward(packed).float() - exact).norm()
+    decoder = decoder_with(packed, cache)
+    ones = torch.stack([logits.float() for logits, _ in logits_after(decoder, (1,) * LENGTH)])
+    rounding = (forward_rounding(oracle, cache) - exact).norm()
+    assert (ones - exact).norm() < 1.25 * torch.hypot(error, rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_stale_values_do_not_return(dtype, poison):
+    packed, _ = tiny("mistral")
+    stale, fresh = decoder_with(packed, dtype), decoder_with(packed, dtype)
+    embedding = packed.model.embed_tokens.weight.data
+    saved = embedding[202].clone()
+    embedding[202] = poison
+    assert stale.forward(torch.full((LENGTH,), 202), 0).isnan().all()
+    embedding[202] = saved
+    for pieces in PIECES[1:]:
+        for (got, _), (expected, _) in zip(
+            logits_after(stale, pieces), logits_after(fresh, pieces), strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("case", ["llama3", "qwen3", "gemma3"])
+def test_divergence_of_int8(case, capsys):
+    """Mean KL divergence of the next token from that of a fp32 cache."""
+    packed, _ = tiny(case)
+    found = []
+    for dtype in (torch.float32, torch.int8):
+        decoder = decoder_with(packed, dtype)
+        found.append(torch.stack([logits for logits, _ in logits_after(decoder, (1,) * LENGTH)]))
+    p, q = (F.log_softmax(logits, dim=1) for logits in found)
+    divergence = float(F.kl_div(q, p, reduction="batchmean", log_target=True))
+    with capsys.disabled():
+        print(f"\nKL divergence of an int8 cache, {case}: {divergence:.1e} nats")
+    assert 0 < divergence < 0.002
+
+
+def test_zeros_are_kept():
+    """absmax of 0: there is no scale to divide by."""
+    packed, oracle = tiny("llama3")
+    for layer in (*packed.model.layers, *oracle.model.layers):
+        attention = layer.self_attn
+        attention.v_proj.bias.zero_()
+    for name in ("scales", "weight"):
+        model = packed if name == "scales" else oracle
+        for layer in model.model.layers:
+            getattr(layer.self_attn.v_proj, name).data.zero_()
+    expected = forward(oracle)
+    for got, last in logits_after(decoder_with(packed, torch.int8), PIECES[1]):
+        assert (got - expected[last]).abs().max() < bound(oracle, expected)
+
+
+def test_arguments():
+    packed, _ = tiny("llama3")
+    with pytest.raises(ValueError, match=r"cache_dtype must be one of .* got torch\.int16"):
+        Runner(packed, LENGTH, torch.int16)
+    packed.model.layers[0].mlp.up_proj = torch.nn.Linear(72, 101)
+    with pytest.raises(NotImplementedError, match=r"cache_dtype=torch\.int8 needs the compiled"):
+        Runner(packed, LENGTH, torch.int8)
