@@ -107,15 +107,27 @@ float float8_value(Codec codec, int code) {
 struct Case {
   int64_t m, n, k, group;
   ZeroMode zero;
+  Dtype scale = Dtype::kF32;   // that of the codes with which scales, and zeros of kAdd, are stored
+  Dtype second = Dtype::kF32;  // and of what these are multiplied by,
+  int64_t super_groups = 0;    // for so many groups; 0: one fp32 for the weight, if scales are int8 or E4M3
 };
 
-// One weight in n16 layout with fp32 scales and zeros, and its dequantized values.
+// What a code of scales stands for, by the formats' definition.
+float scale_value(Dtype dtype, uint8_t code) {
+  return dtype == Dtype::kI8     ? static_cast<float>(static_cast<int8_t>(code))
+         : dtype == Dtype::kE4m3 ? float8_value(Codec::kE4m3, code)
+                                 : std::ldexp(1.0f, code - 127);
+}
+
+// One weight in n16 layout, its scales and zeros in fp32, and, of some cases, as they are stored, and its dequantized
+// values.
 struct Problem {
   Case c;
   int bits;
   Scope scope;
-  Guarded<uint8_t> codes, packed, n16;
+  Guarded<uint8_t> codes, packed, n16, scale_codes, zero_codes;
   Guarded<float> scales, zeros, table;
+  Numbers scales2{Dtype::kF32, {}}, zeros2{Dtype::kF32, {}};
   std::vector<float> value;
 
   Problem(const Case& c_, const Kernel& kernel, std::mt19937& rng) : c(c_), bits(kernel.bits), scope(kernel.scope) {
@@ -160,6 +172,10 @@ struct Problem {
     for (float& s : scales) s = 0.5f + std::abs(normal(rng));
     // Of int8 products, integers: so they may be int8 as well.
     for (float& z : zeros) z = kernel.compute == Dtype::kI8 ? std::nearbyint(4 * normal(rng)) : normal(rng);
+    if (coded()) {
+      store(scale_codes, scales2, scales, rng);
+      if (c.zero == ZeroMode::kAdd) store(zero_codes, zeros2, zeros, rng);
+    }
     value.resize(c.n * c.k);
     for (int64_t n = 0; n < c.n; ++n) {
       for (int64_t k = 0; k < c.k; ++k) {
@@ -175,15 +191,49 @@ struct Problem {
     }
   }
 
+  bool coded() const { return c.scale != Dtype::kF32; }
+  bool second_level() const { return coded() && c.scale != Dtype::kE8m0; }
+  int64_t supers() const { return c.super_groups ? ceil_div(ceil_div(c.k, c.group), c.super_groups) : 0; }
+
+  // Draws codes and what they are multiplied by; `terms` become what these stand for.
+  void store(Guarded<uint8_t>& stored, Numbers& second, Guarded<float>& terms, std::mt19937& rng) {
+    const int64_t groups = ceil_div(c.k, c.group);
+    std::vector<float> factors(supers() ? num_blocks(c.n) * supers() * kBlockN : 1);
+    // No more bits than any dtype of them has.
+    for (float& f : factors) f = static_cast<float>(64 + rng() % 64) / 4096;
+    second = Numbers(c.second, factors);
+    stored = Guarded<uint8_t>(terms.size());
+    for (size_t i = 0; i < terms.size(); ++i) {
+      const int64_t group = static_cast<int64_t>(i) / kBlockN % groups,
+                    block = static_cast<int64_t>(i) / kBlockN / groups;
+      stored[i] = static_cast<uint8_t>(c.scale == Dtype::kE8m0 ? 120 + rng() % 8 : rng());
+      if (c.scale == Dtype::kE4m3) stored[i] &= 0xBF;  // below 2
+      const int64_t super = supers() ? (block * supers() + group / c.super_groups) * kBlockN + i % kBlockN : 0;
+      terms[i] = scale_value(c.scale, stored[i]) * (second_level() ? factors[super] : 1.0f);
+    }
+  }
+
   Launch launch() {
     Launch l{};
+    if (coded()) {
+      l.scale_dtype = c.scale;
+      l.second_dtype = c.second;
+      l.super_groups = c.super_groups;
+      l.num_supers = supers();
+    }
     l.n = c.n;
     l.k = c.k;
     l.group = c.group;
     l.num_groups = ceil_div(c.k, c.group);
     l.codes = n16.data();
-    l.scales = scales.data();
+    l.scales = coded() ? static_cast<const void*>(scale_codes.data()) : scales.data();
+    l.scales2 = second_level() ? scales2.data() : nullptr;
     l.zeros = c.zero == ZeroMode::kNone ? nullptr : zeros.data();
+    if (coded() && c.zero == ZeroMode::kAdd) {
+      l.zeros = zero_codes.data();
+      l.zero_dtype = c.scale;
+      l.zeros2 = zeros2.data();
+    }
     l.zero = c.zero;
     l.table = table.data();
     l.table_groups = scope == Scope::kShared ? 1 : l.num_groups;
@@ -452,10 +502,26 @@ void check_embedding(Problem& p) {
 
 int main() {
   const Case cases[] = {
-      {1, 64, 64, 32, ZeroMode::kNone},    {3, 70, 96, 96, ZeroMode::kSubtract}, {9, 1, 33, 32, ZeroMode::kAdd},
-      {2, 130, 100, 64, ZeroMode::kNone},  {5, 17, 1, 1, ZeroMode::kSubtract},   {4, 65, 77, 20, ZeroMode::kAdd},
-      {7, 63, 40, 7, ZeroMode::kSubtract}, {200, 66, 31, 31, ZeroMode::kNone},   {98, 64, 288, 32, ZeroMode::kSubtract},
+      {1, 64, 64, 32, ZeroMode::kNone},
+      {3, 70, 96, 96, ZeroMode::kSubtract},
+      {9, 1, 33, 32, ZeroMode::kAdd},
+      {2, 130, 100, 64, ZeroMode::kNone},
+      {5, 17, 1, 1, ZeroMode::kSubtract},
+      {4, 65, 77, 20, ZeroMode::kAdd},
+      {7, 63, 40, 7, ZeroMode::kSubtract},
+      {200, 66, 31, 31, ZeroMode::kNone},
+      {98, 64, 288, 32, ZeroMode::kSubtract},
       {1, 128, 320, 320, ZeroMode::kNone},
+      // Groups of half a chunk, an odd number of them too, and scales in all the ways in which they are stored.
+      {1, 65, 272, 16, ZeroMode::kAdd, Dtype::kI8, Dtype::kF16, 16},
+      {2, 64, 512, 16, ZeroMode::kNone, Dtype::kI8, Dtype::kF16, 16},
+      {7, 70, 80, 16, ZeroMode::kSubtract},
+      {98, 66, 144, 16, ZeroMode::kAdd, Dtype::kI8, Dtype::kBf16, 3},
+      {4, 65, 200, 16, ZeroMode::kNone, Dtype::kE4m3},
+      {13, 130, 352, 32, ZeroMode::kAdd, Dtype::kI8, Dtype::kF16, 8},
+      {3, 64, 1100, 512, ZeroMode::kSubtract, Dtype::kI8, Dtype::kF32, 3},
+      {5, 33, 96, 32, ZeroMode::kNone, Dtype::kE8m0},
+      {2, 67, 50, 20, ZeroMode::kAdd, Dtype::kI8, Dtype::kF32, 2},
   };
   // A group longer than an int32 sum allows, and more of them than are summed in one chain: of int8 products alone.
   const Case long_cases[] = {{3, 2, 65536 + 40, 65536 + 40, ZeroMode::kAdd}, {2, 3, 4160, 32, ZeroMode::kAdd}};
