@@ -22,19 +22,21 @@ from lowbit.formats import FORMATS, Format
 if TYPE_CHECKING:
     from lowbit import binary, codebooks, fp8, int8, integrations, nn, optim, qat
     from lowbit._C import kernels
-    from lowbit.backends import explain
+    from lowbit.explain import explain
     from lowbit.io.save_load import load, save
     from lowbit.methods import quantize
-    from lowbit.ops import dequantize, linear, linear_many
+    from lowbit.ops.linear import linear
+    from lowbit.ops.many import linear_many
+    from lowbit.ops.weights import dequantize
     from lowbit.ptq import quantize_llm_int8, quantize_model
     from lowbit.weights.quantized import QuantTensor
 
 # Where each name lives; None for a module.
 _HOMES = {
-    "QuantTensor": "lowbit.weights.quantized", "binary": None, "codebooks": None, "dequantize": "lowbit.ops",
-    "explain": "lowbit.backends",
-    "fp8": None, "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops",
-    "linear_many": "lowbit.ops",
+    "QuantTensor": "lowbit.weights.quantized", "binary": None, "codebooks": None, "dequantize": "lowbit.ops.weights",
+    "explain": "lowbit.explain",
+    "fp8": None, "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops.linear",
+    "linear_many": "lowbit.ops.many",
     "load": "lowbit.io.save_load", "nn": None, "optim": None, "qat": None,
     "quantize": "lowbit.methods", "quantize_llm_int8": "lowbit.ptq",
     "quantize_model": "lowbit.ptq", "save": "lowbit.io.save_load",
@@ -47,12 +49,13 @@ __all__ = [
 
 
 def _dequantize(*args: Any) -> Any:
-    from lowbit.ops import dequantize as decode
+    from lowbit.ops.weights import dequantize as decode
 
     return decode(*args)
 
 
 late.dequantize = _dequantize
+late.usable_threads, late.prepack, late.unprepack = _C.usable_threads, _C.prepack, _C.unprepack
 
 
 def _rebuild(*args: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from lowbit import _C
+from lowbit import late
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 def forked() -> bool:
     """Whether this process is the child of a fork that happened after lowbit was imported."""
-    return _C.usable_threads(2) == 1
+    return late.usable_threads(2) == 1
 
 
 def alone_after_fork(function: Callable[P, R]) -> Callable[P, R]:

@@ -10,7 +10,7 @@ import os
 import torch
 
 from lowbit.formats import Format
-from lowbit.layouts import CANONICAL, K16, LAYOUTS, M16, N16, Operands, to_operands
+from lowbit.layouts import CANONICAL, K16, LAYOUTS, M16, N16, KernelWeight, to_kernel
 from lowbit.weights.quantized import QuantTensor
 
 _logger = logging.getLogger("lowbit")
@@ -49,7 +49,7 @@ def kernel_layout(device: torch.device, format: Format) -> str:
     return K16 if has_triton() else CANONICAL
 
 
-def kernel_operands(qt: QuantTensor) -> Operands:
+def kernel_weight(qt: QuantTensor) -> KernelWeight:
     """The weight in the layout of the kernels of its device.
 
     Raises:
@@ -58,7 +58,7 @@ def kernel_operands(qt: QuantTensor) -> Operands:
     layout = kernel_layout(qt.device, qt.format)
     if qt.device.type == "cuda":
         _log_layout(layout)
-    return to_operands(qt, layout)
+    return to_kernel(qt, layout)
 
 
 @functools.cache

@@ -1,83 +1,167 @@
-"""What the backends of the GPU layouts share: every op that follows from a product and from decoding rows."""
+"""Backend: what a device does with weights. Whatever follows from a product and from rows of the weight is composed
+here; a device overrides what it does better.
+
+No checks: `ops/` has checked shapes and dtypes and laid the tensors out as `strides.py` says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lowbit import reference
-from lowbit.backends import reference as plain
-from lowbit.formats import Format
+from lowbit import packing, reference
+from lowbit.forking import alone_after_fork
+from lowbit.formats import FORMATS, Format
 from lowbit.layouts import Operands, canonical_tensors
+from lowbit.weights.sparse import SparseTerm
 
-Weight = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""Codes, scales, zeros and table."""
+_FP16_MAX = 65504
+# Programs of Triton's interpreter run one after another: as many as one multiprocessor would hold.
+_INTERPRETED_SMS = 1
 
 
-class Derived:
-    """The ops of a backend, in the order of arguments of `backends.reference`.
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    if device.type != "cuda":
+        return _INTERPRETED_SMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
-    Args:
-        layout: of the operands.
-        linear: (x, codes, scales, zeros, table, bias, format, n, k, dtype) to x W^T + bias in `dtype`.
-        rows: (indices or None, codes, scales, zeros, table, format, n, k, dtype) to those rows of W, or all.
-    """
 
-    def __init__(
-        self, layout: str, linear: Callable[..., Tensor], rows: Callable[..., Tensor]
-    ) -> None:
-        self._layout, self._linear, self._rows = layout, linear, rows
+def compute_dtype(x: torch.dtype, format: Format) -> torch.dtype:
+    """What x and the table are multiplied in: the dtype of x, or fp32 where fp16 cannot hold the table."""
+    values = () if format.codec == "affine" else format.values() or ()
+    fits = all(abs(v) <= _FP16_MAX for v in values if math.isfinite(v))
+    return x if x != torch.float16 or fits else torch.float32
 
-    def linear_epilogue(self, x: Tensor, *args: Any) -> Tensor:
-        """`linear` and what follows it in fp32, rounded once to the dtype of x."""
-        *product, activation, gate, residual = args
-        y = self._linear(x, *product, torch.float32)
+
+class Backend:
+    """The kernels of one device and layout. x is (M, K), weights are (N, K), bias is (N,) or None."""
+
+    name: str
+
+    def linear(
+        self, x: Tensor, w: Operands, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> Tensor:  # (M, N) in `dtype`, by default that of x
+        """x W^T + bias with fp32 sums, rounded once."""
+        raise NotImplementedError
+
+    def rows(self, indices: Tensor | None, w: Operands, dtype: torch.dtype) -> Tensor:  # (R, K)
+        """Rows of the weight, or all of them, in fp32 and rounded once to `dtype`; `indices` (R,) int64 in [0, N)."""
+        raise NotImplementedError
+
+    def describe(
+        self, format: Format, n: int, k: int, m: int, x: torch.dtype, device: torch.device
+    ) -> str:
+        """What `explain` calls the kernel that `linear` runs for M rows of dtype `x`."""
+        return self.name
+
+    def sparse_name(self) -> str:
+        """What `explain` calls `sparse_linear`."""
+        return "torch"
+
+    def linear_epilogue(
+        self,
+        x: Tensor,
+        w: Operands,
+        bias: Tensor | None,
+        gate: Tensor | None,  # (M, N)
+        residual: Tensor | None,  # (M, N)
+        added: Tensor | None,  # (M, N) fp32
+        activation: str | None,
+    ) -> Tensor:  # (M, N), dtype of x
+        """`reference.apply_epilogue` of x W^T + bias + added in fp32, rounded once."""
+        y = self.linear(x, w, bias, torch.float32)
+        y = y if added is None else y + added
         return reference.apply_epilogue(y, activation, gate, residual).to(x.dtype)
 
-    def linear_added(self, x: Tensor, *args: Any) -> Tensor:
-        """`backends.reference.linear_added`."""
-        *product, added, dtype = args
-        return (self._linear(x, *product, torch.float32) + added).to(dtype)
-
     def linear_many(
-        self,
-        x: Tensor,  # (M, K)
-        weights: list[Weight],
-        biases: list[Tensor | None],  # (N_i,)
-        formats: list[Format],
-        ns: list[int],
-        k: int,
+        self, x: Tensor, weights: Sequence[Operands], biases: Sequence[Tensor | None]
     ) -> list[Tensor]:  # (M, N_i), dtype of x
-        """x W_i^T + bias_i, one after another."""
-        each = zip(weights, biases, formats, ns, strict=True)
-        return [self._linear(x, *w, bias, format, n, k, x.dtype) for w, bias, format, n in each]
+        """x W_i^T + bias_i."""
+        return [self.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
 
-    def dequantize(self, *args: Any) -> Tensor:
-        """The weight in fp32, rounded once to the dtype that is asked for."""
-        return self._rows(None, *args)
+    def dequantize(self, w: Operands, dtype: torch.dtype) -> Tensor:  # (N, K)
+        """The weight in fp32, rounded once to `dtype`."""
+        return self.rows(None, w, dtype)
 
-    def embedding(self, indices: Tensor, *args: Any) -> Tensor:
+    def embedding(self, indices: Tensor, w: Operands, dtype: torch.dtype) -> Tensor:  # (R, K)
         """Rows of the dequantized weight; only these rows are decoded."""
-        return self._rows(indices, *args)
+        return self.rows(indices, w, dtype)
 
-    def activation_linear(self, x: Tensor, *args: Any) -> Tensor:
-        """`linear` in fp32 of a format with int8 activations, which has no kernel."""
-        return self._plain(plain.linear, x.float(), *args)
+    def sparse_linear(self, x: Tensor, term: SparseTerm) -> Tensor:  # (M, N) fp32
+        """x S^T in fp32. ValueError for a column that x lacks; on a GPU, where looking at them would wait for it,
+        torch's own assertion stops the device.
+        """
+        columns = term.columns
+        wrong = columns[(columns < 0) | (columns >= x.shape[1])] if x.is_cpu else columns[:0]
+        if wrong.numel():
+            raise ValueError(f"outlier_columns must be in [0, {x.shape[1]}), got {int(wrong[0])}")
+        return reference.outlier_product(x.float(), *term)
 
-    def int8_linear(self, q: Tensor, x_scales: Tensor, *args: Any) -> Tensor:
-        """`backends.reference.int8_linear`."""
-        return self._plain(plain.int8_linear, q, x_scales, *args)
+    def int8_quantize(
+        self, x: Tensor, group: int | None, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`reference.quantize_int8`."""
+        return reference.quantize_int8(x, group, scale)
 
-    def binary_linear(self, bits: Tensor, x_scales: Tensor, *args: Any) -> Tensor:
-        """`backends.reference.binary_linear`."""
-        return self._plain(plain.binary_linear, bits, x_scales, *args)
+    @alone_after_fork
+    def int8_linear(
+        self,
+        q: Tensor,  # (M, K) int8
+        x_scales: Tensor,  # (M,) or (M, groups) fp32
+        w: Operands,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        out_scale: float | None,
+    ) -> Tensor:  # (M, N) in `dtype`
+        """`reference.int8_linear`, rounded once to `dtype`, or divided by out_scale for int8."""
+        codes, scales, zeros, table = self._canonical(w)
+        y = reference.int8_linear(q, x_scales, codes, w.format, scales, zeros, table, bias)
+        return reference.requantize(y, out_scale) if out_scale is not None else y.to(dtype)
 
-    def _plain(self, call: Callable[..., Tensor], *args: Any) -> Tensor:
-        """A call of the plain backend with the operands in canonical layout; they stand before bias and format."""
-        at = next(i for i, a in enumerate(args) if isinstance(a, Format))
-        codes, scales, zeros, table, bias, format, n, k = args[at - 5 : at + 3]
-        weight = Operands(format, (n, k), self._layout, codes, scales, zeros, table, {})
-        return call(*args[: at - 5], *canonical_tensors(weight), bias, *args[at:])
+    def binary_quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`reference.quantize_binary`, the codes in canonical packing."""
+        codes, scales = reference.quantize_binary(x)
+        return packing.pack_codes(codes, FORMATS["binary"]), scales
+
+    @alone_after_fork
+    def binary_linear(
+        self,
+        bits: Tensor,  # (M, ceil(K / 8)) uint8
+        x_scales: Tensor,  # (M,) fp32
+        w: Operands,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # (M, N) in `dtype`
+        """`reference.binary_linear`, rounded once to `dtype`."""
+        codes, scales, _, _ = self._canonical(w)
+        signs = packing.unpack_codes(bits, w.format, w.k)
+        return reference.binary_linear(signs, x_scales, codes, w.format, scales, bias).to(dtype)
+
+    def pack(self, codes: Tensor, format: Format) -> Tensor:
+        """Canonical packing: (N, K) uint8 to (N, row bytes) uint8."""
+        return packing.pack_codes(codes, format)
+
+    def unpack(self, packed: Tensor, format: Format, k: int) -> Tensor:
+        """Inverse of `pack`."""
+        return packing.unpack_codes(packed, format, k)
+
+    def activation_linear(
+        self, x: Tensor, w: Operands, bias: Tensor | None
+    ) -> Tensor:  # (M, N) fp32
+        """`linear` of a format with int8 activations, from their product."""
+        q, x_scales = self.int8_quantize(x, None, None)
+        return self.int8_linear(q, x_scales, w, bias, torch.float32, None)
+
+    def _canonical(
+        self, w: Operands
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Codes one a byte, scales in fp32, zeros and the fitted table."""
+        codes, scales, zeros, table = canonical_tensors(w)
+        scales = None if scales is None else scales.float()
+        return packing.unpack_codes(codes, w.format, w.k), scales, zeros, table

@@ -7,7 +7,6 @@ alternate with the dense ones, so that both see the same machine, and times are 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import statistics
@@ -21,10 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import _C, backends, ops, reference
+from lowbit import reference
+from lowbit.backends.cpu.requests import kernels
+from lowbit.explain import explain
 from lowbit.formats import Format, as_format
-from lowbit.layouts import Operands
+from lowbit.layouts import KernelWeight
 from lowbit.methods import quantize
+from lowbit.ops.linear import linear
+from lowbit.ops.terms import kernel_weight
 from lowbit.weights.quantized import QuantTensor
 
 _UNKNOWN_CACHE = 64 << 20
@@ -36,7 +39,7 @@ class Result:
     """One case: an (m, k) x against an (n, k) weight.
 
     Attributes:
-        kernel: the row of the kernel table that ran.
+        kernel: what ran.
         us: median time of a call.
         gb_per_second: packed weight, x and y, read and written once.
         gflops: 2 m n k operations.
@@ -92,19 +95,19 @@ def bench(
         dense = _copies(weight.to(dtype), weight.numel() * dtype.itemsize)
         for format in chosen:
             qt = quantize(weight, format)
-            copies = _rotation(ops.operands(qt))
+            copies = _rotation(kernel_weight(qt))
             for m in counts:
                 seeded.manual_seed(m)
                 x = torch.randn(m, k, generator=seeded, dtype=torch.float32, device="cpu").to(dtype)
-                row = backends.explain(x, copies[0])
-                _check(x, qt, copies[0], row.selected)
+                selected = explain(x, copies[0]).selected
+                _check(x, qt, copies[0], selected)
                 us, dense_us = _median_us(((_linear(x), copies), (_dense(x), dense)), seconds)
-                results.append(_result(x, copies[0], row.selected, us, dense_us))
+                results.append(_result(x, copies[0], selected, us, dense_us))
     return results
 
 
-def _linear(x: Tensor) -> Callable[[Operands], object]:
-    return lambda w: ops.linear(x, w)
+def _linear(x: Tensor) -> Callable[[KernelWeight], object]:
+    return lambda w: linear(x, w)
 
 
 def _dense(x: Tensor) -> Callable[[Tensor], object]:
@@ -119,32 +122,19 @@ def _num_copies(nbytes: int) -> int:
     return 2 + 2 * cache_bytes() // max(1, nbytes)
 
 
-def _rotation(w: Operands) -> list[Operands]:
-    return [
-        dataclasses.replace(w, codes=codes, **_terms(w)) for codes in _copies(w.codes, _nbytes(w))
-    ]
+def _rotation(w: KernelWeight) -> list[KernelWeight]:
+    return [w.map(Tensor.clone) for _ in range(_num_copies(w.nbytes))]
 
 
-def _terms(w: Operands) -> dict[str, Any]:
-    terms = {"scales": w.scales, "zeros": w.zeros, "table": w.table}
-    terms |= {"outlier_columns": w.outlier_columns, "outlier_values": w.outlier_values}
-    return {name: t.clone() for name, t in terms.items() if t is not None}
-
-
-def _nbytes(w: Operands) -> int:
-    tensors = (w.codes, w.scales, w.zeros, w.table, w.outlier_columns, w.outlier_values)
-    return sum(t.nbytes for t in tensors if t is not None)
-
-
-def _check(x: Tensor, qt: QuantTensor, w: Operands, kernel: str) -> None:
+def _check(x: Tensor, qt: QuantTensor, w: KernelWeight, kernel: str) -> None:
     """Raises RuntimeError if the kernel is wrong by more than rounding."""
-    in_bf16 = any(row["name"] == kernel and row["compute"] == "bf16" for row in _C.kernels())
+    in_bf16 = any(row["name"] == kernel and row["compute"] == "bf16" for row in kernels())
     if qt.format.activation is not None and not qt.format.outliers:
-        if not torch.equal(ops.linear(x, w), reference.linear(x, qt)):
+        if not torch.equal(linear(x, w), reference.linear(x, qt)):
             raise RuntimeError(f"{kernel} is not exact on {qt}")
         return
     exact = reference.linear(x.double(), qt, round_table_to=torch.bfloat16 if in_bf16 else None)
-    got = ops.linear(x, w).double()
+    got = linear(x, w).double()
     # sum |x w| <= |x| |w|; each of 2 k roundings to fp32 loses 2^-24 of it, and y is rounded once.
     # A zero point doubles the terms. Anything worse is a wrong weight, not rounding.
     size = x.double().norm(dim=1, keepdim=True) * qt.dequantize().double().norm(dim=1)
@@ -176,9 +166,9 @@ def _median_us(
     return [statistics.median(taken) * 1e6 for taken in times]
 
 
-def _result(x: Tensor, w: Operands, kernel: str, us: float, dense_us: float) -> Result:
+def _result(x: Tensor, w: KernelWeight, kernel: str, us: float, dense_us: float) -> Result:
     (n, k), m = w.shape, x.shape[0]
-    moved = _nbytes(w) + x.nbytes + m * n * x.element_size()
+    moved = w.nbytes + x.nbytes + m * n * x.element_size()
     return Result(
         format=w.format.name,
         dtype=str(x.dtype).removeprefix("torch."),

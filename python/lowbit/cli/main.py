@@ -285,7 +285,7 @@ def explain(
     json_output: JsonFlag = False,
 ) -> None:
     """Says which kernel runs a product, and why the others do not."""
-    from lowbit.backends import explain_request
+    from lowbit.explain import explain_request
 
     n, k = _shape(shape)
     found = explain_request(parse(format), n, k, m, _dtype(dtype))
@@ -312,7 +312,7 @@ def bench(
     """Times quantized linears beside torch's dense one, with weights that are in no cache."""
     import torch
 
-    from lowbit import _C
+    from lowbit.backends.cpu.requests import isa_active
     from lowbit.cli.bench import bench as measure
     from lowbit.cli.bench import cache_bytes
 
@@ -321,7 +321,7 @@ def bench(
     results = measure(format, [_shape(s) for s in shape], m, _dtype(dtype), seconds)
     machine = {
         "threads": torch.get_num_threads(),
-        "isa": _C.isa_active(),
+        "isa": isa_active(),
         "cache_bytes": cache_bytes(),
         "torch": torch.__version__,
     }

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowbit.backends.cpu import kernels, take_rows_run
+from lowbit.backends.cpu.requests import kernels, take_rows_run
 from lowbit.nn import PackedModule
 from lowbit.text import as_json, printable
 from lowbit.weights.quantized import stored_bytes

@@ -10,14 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowbit import ops
-from lowbit.backends import cpu
-from lowbit.layouts import Operands
+from lowbit.backends.cpu import requests, weights
+from lowbit.layouts import KernelWeight
+from lowbit.ops.linear import linear
 
 
 def bind_linear(
     x: Tensor,  # (M, K)
-    weight: Operands,  # (N, K)
+    weight: KernelWeight,  # (N, K)
     out: Tensor,  # (M, N)
     bias: Tensor | None = None,  # (N,)
 ) -> Callable[[], object]:
@@ -28,12 +28,12 @@ def bind_linear(
     tensors. The number of threads is torch's now. There are no gradients.
 
     Raises:
-        TypeError, ValueError: as `ops.linear`; or a tensor is not contiguous, or out has another
+        TypeError, ValueError: as `lowbit.linear`; or a tensor is not contiguous, or out has another
             shape or dtype.
     """
     with torch.no_grad():
         # All checks of the op.
-        y = ops.linear(x, weight, bias)
+        y = linear(x, weight, bias)
     if out.shape != y.shape or out.dtype != y.dtype or out.device != y.device:
         raise ValueError(
             f"out must be {y.dtype} of shape {tuple(y.shape)} on {y.device}, "
@@ -42,8 +42,6 @@ def bind_linear(
     for name, t in (("x", x), ("out", out), ("bias", bias)):
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
-    if not cpu.reads(weight.layout) or weight.outlier_columns is not None:
-        return lambda: out.copy_(ops.linear(x, weight, bias))
-    w = weight
-    assert w.table is not None
-    return cpu.bind_linear(x, w.codes, w.scales, w.zeros, w.table, bias, out, w.format, *w.shape)
+    if not requests.reads(weight.layout) or weight.sparse is not None:
+        return lambda: out.copy_(linear(x, weight, bias))
+    return weights.bind_linear(x, weight.operands, bias, out)

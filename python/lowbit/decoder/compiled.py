@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lowbit import _C
-from lowbit.backends import cpu
+from lowbit.backends.cpu import requests
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.strides import address
 
@@ -47,7 +47,7 @@ class CompiledDecoder:
             for layer in model.model.layers
         ]
         self._decoder = _C.Decoder(
-            dtype=cpu.CODES[dtype],
+            dtype=requests.CODES[dtype],
             hidden=config.hidden_size,
             heads=attention.q_proj.out_features // dim,
             kv_heads=attention.k_proj.out_features // dim,
@@ -135,27 +135,21 @@ class CompiledDecoder:
 
     def _linear(self, module: nn.Module) -> _C.DecoderLinear:
         bias = cast("Tensor | None", getattr(module, "bias", None))
-        bias_dtype = 0 if bias is None else cpu.CODES[bias.dtype]
+        bias_dtype = 0 if bias is None else requests.CODES[bias.dtype]
         if not isinstance(module, PackedModule):
             weight: Any = module.weight
             n, k = weight.shape
             return _C.dense_linear(n, k, self._address(weight), self._address(bias), bias_dtype)
-        w = module.operands()
-        made = cpu.weight(
-            w.format,
-            *w.shape,
-            None if w.scales is None else w.scales.dtype,
-            None if w.zeros is None else w.zeros.dtype,
-        )
-        tensors = (w.codes, w.scales, w.zeros, w.table, bias)
+        w = module.kernel_weight().operands
+        made, _ = requests.request(w)
         scale = getattr(module, "input_scale", None)
         x_scale = 0.0 if scale is None else float(scale)
-        return made.decoder_linear(*map(self._address, tensors), bias_dtype, x_scale)
+        return made.decoder_linear(*map(self._address, (*w.tensors, bias)), bias_dtype, x_scale)
 
 
 def _packed_obstacle(module: nn.Module, kind: type[PackedModule]) -> str | None:
     if type(module) is not kind:
         return f"is a {type(module).__name__}, not a {kind.__name__}"
-    if not cpu.reads(module.layout):
+    if not requests.reads(module.layout):
         return f"is in layout {module.layout!r}, which the CPU's kernels do not read"
     return "has outliers" if module.format.outliers else None

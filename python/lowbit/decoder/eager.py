@@ -213,7 +213,7 @@ def _bind(module: nn.Module, x: Tensor, out: Tensor, addend: Tensor | None = Non
         return call
     added = own if addend is None else addend.view(-1)
     if isinstance(module, QuantLinear):
-        return bind_linear(x, module.operands(), out, added)
+        return bind_linear(x, module.kernel_weight(), out, added)
     weight = cast("Tensor", module.weight)
     if added is None:
         return functools.partial(torch.mm, x, weight.t(), out=out)

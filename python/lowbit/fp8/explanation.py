@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.backends import REFERENCE_ROW, Explanation, Row
+from lowbit.explain import REFERENCE as REFERENCE_ROW, Explanation, Kernel as Row
 from lowbit.fp8 import matmul, matmul_cpu, matmul_cuda, matmul_triton
 from lowbit.fp8.granularity import Granularity
 

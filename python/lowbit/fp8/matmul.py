@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import checks, transforms
+from lowbit.ops import checks, transforms
 from lowbit.backends import available
 from lowbit.fp8 import granularity as granularities
 from lowbit.fp8 import matmul_cpu, matmul_cuda, matmul_triton, reference
@@ -187,6 +187,8 @@ for _name, _kernel, _meta in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _key)
     torch.library.register_fake(f"lowbit::{_name}", _meta, lib=_library)
-    transforms.register_opaque(_library, _name)
+    transforms.register(
+        _library, _name, transforms.opaque_call(getattr(torch.ops.lowbit, _name).default)
+    )
 _scaled_mm = torch.ops.lowbit.fp8_scaled_mm.default
 _scaled_mm_quantized = torch.ops.lowbit.fp8_scaled_mm_quantized.default

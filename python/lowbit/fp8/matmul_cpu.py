@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.backends.cpu import CODES
+from lowbit.backends.cpu.requests import CODES
 from lowbit.fp8.cpu import SCALE_TYPES, TYPES
 from lowbit.fp8.granularity import Granularity
 from lowbit.strides import address, address_of_rows

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.backends.triton import (
+from lowbit.backends.base import num_sms
+from lowbit.backends.triton.launch import (
     add_splits,
     interpreted,
     kernels,
-    num_sms,
     on_device,
     stored,
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import checks, transforms
+from lowbit.ops import checks, transforms
 from lowbit.backends import available
 from lowbit.fp8 import cpu, reference, triton
 from lowbit.fp8 import granularity as granularities
@@ -296,7 +296,9 @@ for _name, _impl, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, functools.partial(_impl, _key.lower()), _key)
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)
-    transforms.register_opaque(_library, _name)
+    transforms.register(
+        _library, _name, transforms.opaque_call(getattr(torch.ops.lowbit, _name).default)
+    )
 _absmax = torch.ops.lowbit.fp8_absmax.default
 _quantize = torch.ops.lowbit.fp8_quantize.default
 _dequantize = torch.ops.lowbit.fp8_dequantize.default

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit.backends.triton import interpreted, kernels, on_device, stored
+from lowbit.backends.triton.launch import interpreted, kernels, on_device, stored
 from lowbit.fp8.dtypes import E8M0, FLOAT8
 from lowbit.fp8.granularity import Granularity
 from lowbit.strides import contiguous

@@ -5,7 +5,14 @@ from lowbit.layouts.canonical import CANONICAL
 from lowbit.layouts.k16 import K16
 from lowbit.layouts.m16 import M16
 from lowbit.layouts.n16 import N16
-from lowbit.layouts.operands import Operands, canonical_tensors, from_operands, to_operands
+from lowbit.layouts.operands import (
+    KernelWeight,
+    Operands,
+    canonical_tensors,
+    from_kernel,
+    to_kernel,
+    to_operands,
+)
 from lowbit.layouts.registry import LAYOUTS, find, fitting
 
 __all__ = [
@@ -14,11 +21,13 @@ __all__ = [
     "LAYOUTS",
     "M16",
     "N16",
+    "KernelWeight",
     "Layout",
     "Operands",
     "canonical_tensors",
     "find",
     "fitting",
-    "from_operands",
+    "from_kernel",
+    "to_kernel",
     "to_operands",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit import _C
+from lowbit import late
 from lowbit.formats import Format
 from lowbit.layouts.base import Specs
 from lowbit.layouts.lanes import LanesLayout
@@ -32,11 +32,11 @@ class N16Layout(LanesLayout):
     def pack(self, codes: Tensor, format: Format, k: int) -> Tensor:
         """Codes in canonical packing, on the CPU, as they lie here."""
         packed, threads = codes.contiguous().numpy(), torch.get_num_threads()
-        made = _C.prepack(packed, codes.shape[0], k, format.bits, format.base, threads)
+        made = late.prepack(packed, codes.shape[0], k, format.bits, format.base, threads)
         return torch.from_numpy(made)
 
     def unpack(self, codes: Tensor, format: Format, n: int, k: int) -> Tensor:
         """Inverse of `pack`."""
         threads = torch.get_num_threads()
-        made = _C.unprepack(codes.numpy(), n, k, format.bits, format.base, threads)
+        made = late.unprepack(codes.numpy(), n, k, format.bits, format.base, threads)
         return torch.from_numpy(made)

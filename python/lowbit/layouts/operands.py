@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,9 +43,17 @@ class Operands(NamedTuple):
         return parse(self.spec)
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Codes, scales, zeros and table."""
+        return self[: len(TENSORS)]  # type: ignore[return-value]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.n, self.k
+
+
+TENSORS = tuple(name for name in Operands._fields if name not in ("spec", "layout", "n", "k"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +81,20 @@ class KernelWeight:
     def layout(self) -> str:
         """How the operands lie."""
         return self.operands.layout
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that kernels read."""
+        given = (*self.operands.tensors, *(self.sparse or ()))
+        return sum(t.nbytes for t in given if t is not None)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> KernelWeight:
+        """The same weight with `fn` applied to each tensor (a move, a clone)."""
+        tensors = (None if t is None else fn(t) for t in self.operands.tensors)
+        operands = Operands(*tensors, *self.operands[len(TENSORS) :])  # type: ignore[arg-type]
+        sparse = None if self.sparse is None else SparseTerm(*map(fn, self.sparse))
+        second = {name: fn(t) for name, t in self.second.items()}
+        return KernelWeight(self.format, operands, sparse, second)
 
 
 @modes.outside()

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lowbit import checks, ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
+from lowbit import ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
+from lowbit.ops import checks
 from lowbit.formats import Format
 from lowbit.methods.nearest import Nearest, nearest_codes
 from lowbit.methods.scales import store

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit import _C
+from lowbit.backends.cpu.kmeans import kmeans_rows
 from lowbit.formats import Format, as_format
 from lowbit.methods import fitting, grid
 from lowbit.weights.quantized import QuantTensor
@@ -54,7 +54,4 @@ def centers(points: Tensor, count: Tensor | None, entries: int) -> Tensor:  # (R
     """The best entries for points (R, C) fp32 in ascending order that count as much as `count`, (R,
     C) fp64, says, both on the CPU.
     """
-    counts = None if count is None else count.numpy()
-    return torch.from_numpy(
-        _C.kmeans_rows(points.numpy(), counts, entries, torch.get_num_threads())
-    )
+    return kmeans_rows(points, count, entries)

@@ -17,17 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowbit import checks, layouts, outliers
+from lowbit import layouts
 from lowbit.backends import available
 from lowbit.forking import alone_after_fork
 from lowbit.formats import Format, as_format
-from lowbit.layouts import Operands
+from lowbit.layouts import KernelWeight, Operands
+from lowbit.layouts.operands import TENSORS
 from lowbit.nn import states
 from lowbit.nn.weight import HasPackedWeight
+from lowbit.ops import checks
+from lowbit.ops.weights import call_dequantize
 from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, tensor_specs
+from lowbit.weights.sparse import SparseTerm
 
-_OPERANDS = ("codes", "scales", "zeros", "table", "outlier_columns", "outlier_values")
-# Canonical tensors that the operands alone do not give back (`Operands.second`), and their buffers.
+_SPARSE = ("outlier_columns", "outlier_values")
+_OPERANDS = (*TENSORS, *_SPARSE)
+# Canonical tensors that the operands alone do not give back (`KernelWeight.second`), and their buffers.
 _SECOND = {name: f"second_{name}" for name in ("scales", "scales2", "scales2_offset")}
 _BUFFERS = (*_OPERANDS, *_SECOND.values())
 
@@ -106,33 +111,42 @@ class PackedModule(HasPackedWeight):
         self._set_specs(weight.format)
         for name in _BUFFERS:
             self.register_buffer(name, None)
-        self._set_operands(available.kernel_operands(weight))
+        self._set_operands(available.kernel_weight(weight))
 
     def _set_specs(self, format: Format) -> None:
         # Kept: making one takes longer than a small product.
-        self._spec, self._spec_without_outliers = format.spec, format.without_outliers.spec
+        self._spec = format.without_outliers.spec
 
     @property
     def layout(self) -> str:
         """How the buffers lie: the layout of the kernels of their device."""
         return available.kernel_layout(self._buffers["codes"].device, self.format)
 
-    def operands(self) -> Operands:
+    def kernel_weight(self) -> KernelWeight:
         """The weight as the kernels read it; the tensors are the module's own."""
-        return self._make_operands(self._learned())
+        return self._make_weight(self._learned())
 
-    def _make_operands(self, learned: Mapping[str, Tensor]) -> Operands:
+    def _make_weight(self, learned: Mapping[str, Tensor]) -> KernelWeight:
         b = {**self._buffers, **learned}
         specs = tensor_specs(self.format, *self.shape)
         second = {
             name: b[key].view(specs[name][1]) for name, key in _SECOND.items() if b[key] is not None
         }
-        operands = {name: b[name] for name in _OPERANDS}
-        return Operands(self.format, self.shape, self.layout, **operands, second=second)
+        return KernelWeight(self.format, *self._terms(b), second)
+
+    def _terms(self, b: Mapping[str, Tensor]) -> tuple[Operands, SparseTerm | None]:
+        """The terms of the weight whose tensors are `b`."""
+        # Not self.codes: nn.Module finds a buffer only after three failed look-ups.
+        codes, columns = b["codes"], b["outlier_columns"]
+        layout = available.kernel_layout(codes.device, self.format)
+        w = Operands(
+            codes, b["scales"], b["zeros"], b["table"], self._spec, layout, *self.shape
+        )
+        return w, None if columns is None else SparseTerm(columns, b["outlier_values"])
 
     def quant_tensor(self) -> QuantTensor:
         """The weight in canonical layout, bit for bit what the module was made from."""
-        return layouts.from_operands(self.operands())
+        return layouts.from_kernel(self.kernel_weight())
 
     def share_weight(self, other: PackedModule) -> None:
         """Makes this module hold the weight of `other`, also when that is moved or loaded.
@@ -168,12 +182,10 @@ class PackedModule(HasPackedWeight):
 
     def weight_source(self) -> Callable[[], Tensor]:
         """What dequantizes the weight of this moment."""
-        b = {**self._buffers, **self._learned()}
-        tensors = [b[name] for name in ("codes", "scales", "zeros", "table")]
-        meaning = (self._spec_without_outliers, self.layout, *self.shape)
-        sparse, dtype = (b["outlier_columns"], b["outlier_values"]), self.dtype
+        w, term = self._terms({**self._buffers, **self._learned()})
+        dtype = self.dtype
         computed = dtype if dtype in checks.FLOAT_DTYPES else torch.float32
-        return lambda: outliers.dequantize(tensors, meaning, computed, *sparse).to(dtype)
+        return lambda: call_dequantize(w, term, computed).to(dtype)
 
     def _learned(self) -> dict[str, Tensor]:
         """What is learnable of the weight, as the kernels read it."""
@@ -216,7 +228,7 @@ class PackedModule(HasPackedWeight):
                 f"a weight in format {self.format.name!r} cannot be multiplied by {factor} in place: "
                 + (f"its {sorted(learned)} are learnable" if learned else "the result is not exact")
             )
-        self._set_operands(available.kernel_operands(made))
+        self._set_operands(available.kernel_weight(made))
 
     def get_extra_state(self) -> Tensor:
         """What the tensors of a state dict do not say: {"format", "version", "shape"}, as bytes of JSON."""
@@ -241,10 +253,12 @@ class PackedModule(HasPackedWeight):
     def _weight_buffers(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, t) for name in _BUFFERS if (t := self._buffers.get(name)) is not None)
 
-    def _set_operands(self, w: Operands) -> None:
-        for name in _OPERANDS:
+    def _set_operands(self, w: KernelWeight) -> None:
+        sparse = (None, None) if w.sparse is None else w.sparse
+        tensors = (*w.operands.tensors, *sparse)
+        for name, t in zip(_OPERANDS, tensors, strict=True):
             if name not in self._parameters:
-                self._buffers[name] = getattr(w, name)
+                self._buffers[name] = t
         for name, key in _SECOND.items():
             t = w.second.get(name)
             # As bytes: torch can write float8 tensors with pickle but not read them.
@@ -268,7 +282,7 @@ class PackedModule(HasPackedWeight):
                 if empty
                 else self.quant_tensor().map(keep_dtype)
             )
-            self._set_operands(available.kernel_operands(weight))
+            self._set_operands(available.kernel_weight(weight))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=codes.device)).dtype
         done = {id(t) for _, t in self._weight_buffers()}
         return super()._apply(lambda t: t if id(t) in done else self._apply_other(fn, t), recurse)
@@ -360,7 +374,7 @@ class PackedModule(HasPackedWeight):
             for name, old in others.items()
             if name in given
         }
-        operands = None if weight is None else available.kernel_operands(weight)
+        operands = None if weight is None else available.kernel_weight(weight)
 
         def store() -> None:
             if weight is not None and operands is not None:

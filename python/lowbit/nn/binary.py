@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit import binary, checks
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear
+from lowbit.ops import binary, checks
 from lowbit.strides import shaped
 
 
@@ -24,9 +24,6 @@ class BinaryLinear(QuantLinear):
             return node_of(self, x)
         checks.check_tensors(x=x)
         bits, scales = binary.quantize(x.reshape(-1, self.in_features))
-        # Not self.operands(): torch.compile warns of a cache in the making of them.
-        w = {**self._buffers, **self._learned()}
-        tensors = (w["codes"], w["scales"], w["zeros"], w["table"], self._parameters["bias"])
-        meaning = (self._spec, self.layout, *self.shape)
-        y = torch.ops.lowbit.binary_linear(bits, scales, *tensors, *meaning, x.dtype)
+        w, _ = self._terms({**self._buffers, **self._learned()})
+        y = binary.call_linear(bits, scales, w, self._parameters["bias"], x.dtype)
         return shaped(y, *x.shape[:-1], self.out_features)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowbit import checks, ops
-from lowbit.backends import available
 from lowbit.formats import Format
 from lowbit.methods import quantize
 from lowbit.nn.base import PackedModule, zero_weight
 from lowbit.nn.leaf import Proxy, node_of
+from lowbit.ops import checks
+from lowbit.ops.weights import call_embedding
 from lowbit.weights.quantized import QuantTensor
 
 
@@ -89,21 +89,8 @@ class QuantEmbedding(PackedModule):
         """Rows of the weight: indices (...) int64 or int32 give (..., K)."""
         if isinstance(indices, Proxy):
             return node_of(self, indices)
-        b = self._buffers
-        codes = b["codes"]
-        return ops.call_embedding(
-            indices,
-            codes,
-            b["scales"],
-            b["zeros"],
-            b["table"],
-            self._spec_without_outliers,
-            available.kernel_layout(codes.device, self.format),
-            *self.shape,
-            self.dtype,
-            b["outlier_columns"],
-            b["outlier_values"],
-        )
+        w, sparse = self._terms(self._buffers)
+        return call_embedding(indices, w, self.dtype, sparse)
 
     def extra_repr(self) -> str:
         """Shape, padding, dtype, format and bytes."""

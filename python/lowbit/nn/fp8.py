@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowbit import checks, fp8, modes, ops
+from lowbit import fp8, modes
 from lowbit.nn.leaf import Proxy, node_of
+from lowbit.ops import checks
+from lowbit.ops.linear import autocast
 from lowbit.strides import shaped
 
 _FORWARD, _BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
@@ -173,7 +175,7 @@ class FP8Linear(nn.Linear):
         """
         if isinstance(x, Proxy):
             return node_of(self, x)
-        x = ops.autocast(x)
+        x = autocast(x)
         checks.check_float("x", x.dtype)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have shape (..., {self.in_features}), got {tuple(x.shape)}")

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowbit import checks, fp8, modes
+from lowbit import fp8, modes
+from lowbit.ops import checks
 from lowbit.nn.leaf import Proxy, node_of
 
 

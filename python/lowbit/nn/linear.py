@@ -12,12 +12,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lowbit import checks, int8, layouts, ops
+from lowbit import layouts
 from lowbit.backends import available
 from lowbit.formats import Format
 from lowbit.methods import quantize
 from lowbit.nn.base import PackedModule, zero_weight
 from lowbit.nn.leaf import Proxy, node_of
+from lowbit.ops import checks
+from lowbit.ops.int8 import call_static_linear
+from lowbit.ops.linear import call_linear
 from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
 
 TRAINABLE = ("bias", "scales", "zeros", "table")
@@ -198,27 +201,14 @@ class QuantLinear(PackedModule):
             y = self._siblings.product(self, x)
             if y is not None:
                 return y
-        # Not self.codes: nn.Module finds a buffer only after three failed look-ups.
-        w = self._buffers
+        b = self._buffers
         if self._trained:
-            w = {**w, **self._learned()}
-        codes = w["codes"]
-        n, k = self.shape
-        weight = (
-            codes,
-            w["scales"],
-            w["zeros"],
-            w["table"],
-            self._parameters["bias"],
-            self._spec_without_outliers,
-            available.kernel_layout(codes.device, self.format),
-            n,
-            k,
-        )
-        x_scale = self._parameters["input_scale"]
+            b = {**b, **self._learned()}
+        w, sparse = self._terms(b)
+        bias, x_scale = self._parameters["bias"], self._parameters["input_scale"]
         if x_scale is not None:
-            return int8.call_static_linear(x, x_scale, *weight)
-        return ops.call_linear(x, *weight, w["outlier_columns"], w["outlier_values"])
+            return call_static_linear(x, x_scale, w, bias)
+        return call_linear(x, w, bias, sparse)
 
     def train_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Makes the named tensors learnable, and every other one not; () freezes the layer again.
@@ -245,7 +235,7 @@ class QuantLinear(PackedModule):
         for name in self._trained - codebook:
             del self._parameters[name]
         self._trained = frozenset()
-        self._set_operands(available.kernel_operands(current))
+        self._set_operands(available.kernel_weight(current))
         for name in sorted(codebook):
             self._buffers.pop(name, None)  # a Parameter already, if it was learnable before
             values = current.tensors[name].detach().to(torch.float32, copy=True)
@@ -299,7 +289,7 @@ class QuantLinear(PackedModule):
                 name: t.detach() if name == "table" else t.to(self._stored_dtype)
                 for name, t in self._learned().items()
             }
-            return layouts.from_operands(self._make_operands(learned))
+            return layouts.from_kernel(self._make_weight(learned))
 
     def _set_learned(self, weight: QuantTensor) -> None:
         for name in self._trained:

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit import checks, ops
-from lowbit.backends import available
 from lowbit.formats import Format, as_format
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear, check_dense
 from lowbit.nn.weight import HasPackedWeight
+from lowbit.ops import checks
+from lowbit.ops.linear import call_linear
 
 THRESHOLD = 6.0  # of the paper
 
@@ -158,21 +158,9 @@ class LLMInt8Linear(HasPackedWeight):
 
     def _forward_dynamic(self, x: Tensor) -> Tensor:
         large = (x.detach().abs() > self.threshold).reshape(-1, self.in_features).any(0)
-        b = self.quantized._buffers
-        codes = b["codes"]
-        exact = ops.call_linear(
-            torch.where(large, x, 0),
-            codes,
-            b["scales"],
-            b["zeros"],
-            b["table"],
-            None,
-            self._exact_spec,
-            available.kernel_layout(codes.device, self.quantized.format),
-            *self.quantized.shape,
-            b["outlier_columns"],
-            b["outlier_values"],
-        )
+        w, sparse = self.quantized._terms(self.quantized._buffers)
+        w = w._replace(spec=self._exact_spec)
+        exact = call_linear(torch.where(large, x, 0), w, None, sparse)
         return self.quantized(torch.where(large, 0, x)) + exact
 
     def extra_repr(self) -> str:

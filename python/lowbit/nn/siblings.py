@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import fused, layouts, modes, ops
-from lowbit.backends import available
+from lowbit import layouts, modes
 from lowbit.nn.base import same_bits
 from lowbit.nn.linear import QuantLinear
+from lowbit.ops.library import scatter
+from lowbit.ops.linear import autocast
+from lowbit.ops.many import groups, linear_siblings
 
 _logger = logging.getLogger("lowbit")
 
@@ -49,7 +51,7 @@ class Siblings:
     def __setstate__(self, layers: list[QuantLinear]) -> None:
         self.layers = layers
         self._pending = threading.local()
-        fused.groups[id(self)] = self
+        groups[id(self)] = self
         for layer in layers:
             layer._siblings = self
 
@@ -81,18 +83,8 @@ class Siblings:
 
     def arguments(self) -> tuple[Any, ...]:
         """What lowbit::linear_many takes after x."""
-        buffers = [each._buffers for each in self.layers]
-        return (
-            [b["codes"] for b in buffers],
-            [b["scales"] for b in buffers],
-            [b["zeros"] for b in buffers],
-            [b["table"] for b in buffers],
-            [each._parameters["bias"] for each in self.layers],
-            [each._spec for each in self.layers],
-            available.kernel_layout(buffers[0]["codes"].device, self.layers[0].format),
-            [each.shape[0] for each in self.layers],
-            self.layers[0].shape[1],
-        )
+        weights = [each._terms(each._buffers)[0] for each in self.layers]
+        return (*scatter(weights), [each._parameters["bias"] for each in self.layers])
 
     def _compute(self, layer: QuantLinear, x: Tensor, modes: tuple[Any, ...]) -> Tensor | None:
         grad = torch.is_grad_enabled()
@@ -110,7 +102,7 @@ class Siblings:
         kept = x.numel() + sum(rows * each.out_features + _numel(each) for each in others)
         if kept > _MAX_KEPT:
             return None
-        ys = ops.linear_siblings(ops.autocast(x), id(self))
+        ys = linear_siblings(autocast(x), id(self))
         products = {id(each): y for each, y in zip(self.layers, ys, strict=True)}
         results = {id(each): (_Weight(each), products[id(each)]) for each in others}
         self._pending.value = _Pending(x.detach().clone(), modes, results)

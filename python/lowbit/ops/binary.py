@@ -7,31 +7,15 @@ of signs is K - 2 * popcount(x xor w).
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lowbit import backends, checks, ops, transforms
-from lowbit.formats import Format
+from lowbit import backends
 from lowbit.layouts import Operands
 from lowbit.layouts.n16 import CHUNK_K
+from lowbit.ops import checks, library
+from lowbit.ops.terms import Weight, matrix
 from lowbit.strides import contiguous, rows_of
-from lowbit.weights.quantized import QuantTensor
-
-_WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table"
-_SCHEMAS = {
-    "binary_quantize": "(Tensor x) -> (Tensor, Tensor)",
-    "binary_linear": (
-        f"(Tensor bits, Tensor x_scales, {_WEIGHT}, Tensor? bias, str format, str layout, SymInt n, SymInt k, "
-        "ScalarType out_dtype) -> Tensor"
-    ),
-}
-_library = torch.library.Library("lowbit", "FRAGMENT")
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Signs and one scale for each row: x is about scales * (2 * bit - 1).
@@ -54,7 +38,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 def linear(
     bits: Tensor,
     x_scales: Tensor,
-    weight: QuantTensor | Operands,
+    weight: Weight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -76,11 +60,16 @@ def linear(
         TypeError: a dtype is not one of those above.
         ValueError: a shape, device, layout or the format does not fit.
     """
-    w = ops.operands(weight)
-    arguments = (w.codes, w.scales, w.zeros, w.table, bias, w.spec, w.layout, *w.shape)
     checks.check_tensors(bits=bits, x_scales=x_scales)
     checks.check_optional(bias=bias)
-    return _linear(bits, x_scales, *arguments, out_dtype)
+    return call_linear(bits, x_scales, matrix(weight), bias, out_dtype)
+
+
+def call_linear(
+    bits: Tensor, x_scales: Tensor, w: Operands, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """`linear` on operands."""
+    return _linear(bits, x_scales, *w, bias, out_dtype)  # type: ignore[no-any-return]
 
 
 def _check_quantize(x: Tensor) -> None:
@@ -90,9 +79,10 @@ def _check_quantize(x: Tensor) -> None:
     checks.refuse_grad("binary_quantize", x)
 
 
-def _check_linear(bits: Tensor, x_scales: Tensor, *args: Any) -> Format:
-    *tensors, bias, spec, layout, n, k, out_dtype = args
-    format = checks.check_weight(spec, layout, n, k, bits.device, *tensors)
+def _check_linear(
+    bits: Tensor, x_scales: Tensor, w: Operands, bias: Tensor | None, out_dtype: torch.dtype
+) -> None:
+    format, k = checks.check_weight(w, bits.device), w.k
     if format.bits != 1 or format.table != (-1.0, 1.0):
         raise ValueError(
             f"weight must have 1 bit and the table (-1, 1), such as 'binary', got format {format.name!r}"
@@ -115,17 +105,14 @@ def _check_linear(bits: Tensor, x_scales: Tensor, *args: Any) -> Format:
             f"{tuple(x_scales.shape)} on {x_scales.device}"
         )
     if bias is not None:
-        checks.check_bias(bias, n, bits.device)
+        checks.check_bias(bias, w.n, bits.device)
     checks.check_float("out_dtype", out_dtype)
-    checks.refuse_grad("binary_linear", x_scales, *tensors, bias)
-    return format
+    checks.refuse_grad("binary_linear", x_scales, *w.tensors, bias)
 
 
-def _quantize_impl(device_type: str, x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_impl(x: Tensor) -> tuple[Tensor, Tensor]:
     _check_quantize(x)
-    x = rows_of(x, x.shape[1])
-    backend = backends.cpu if device_type == "cpu" else backends.reference
-    return backend.binary_quantize(x)
+    return backends.of_device(x.device.type).binary_quantize(rows_of(x, x.shape[1]))
 
 
 def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,28 +121,28 @@ def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((m, -(-k // 8)), dtype=torch.uint8), x.new_empty((m,), dtype=torch.float32)
 
 
-def _linear_impl(device_type: str, bits: Tensor, x_scales: Tensor, *args: Any) -> Tensor:
-    format = _check_linear(bits, x_scales, *args)
-    *tensors, bias, _, layout, n, k, out_dtype = args
-    bits, bias = rows_of(bits, bits.shape[1]), contiguous(bias)
-    backend: Any = backends.find(device_type, layout)
-    return backend.binary_linear(
-        bits, contiguous(x_scales), *tensors, bias, format, n, k, out_dtype
-    )
+def _linear_impl(
+    bits: Tensor, x_scales: Tensor, w: Operands, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    _check_linear(bits, x_scales, w, bias, out_dtype)
+    bits, x_scales, bias = rows_of(bits, bits.shape[1]), contiguous(x_scales), contiguous(bias)
+    backend = backends.find(bits.device.type, w.layout)
+    return backend.binary_linear(bits, x_scales, w, bias, out_dtype)
 
 
-def _linear_fake(bits: Tensor, x_scales: Tensor, *args: Any) -> Tensor:
-    _check_linear(bits, x_scales, *args)
-    return bits.new_empty((bits.shape[0], args[-3]), dtype=args[-1])
+def _linear_fake(
+    bits: Tensor, x_scales: Tensor, w: Operands, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    _check_linear(bits, x_scales, w, bias, out_dtype)
+    return bits.new_empty((bits.shape[0], w.n), dtype=out_dtype)
 
 
-for _name, _impl, _fake in (
-    ("binary_quantize", _quantize_impl, _quantize_fake),
-    ("binary_linear", _linear_impl, _linear_fake),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, functools.partial(_impl, _key.lower()), _key)
-    torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)
-    transforms.register_opaque(_library, _name)
-_quantize = torch.ops.lowbit.binary_quantize.default
-_linear = torch.ops.lowbit.binary_linear.default
+_quantize = library.op(
+    "binary_quantize", "(Tensor x) -> (Tensor, Tensor)", _quantize_impl, _quantize_fake
+)
+_linear = library.op(
+    "binary_linear",
+    "(Tensor bits, Tensor x_scales, {W}, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    _linear_impl,
+    _linear_fake,
+)

@@ -5,7 +5,9 @@ Kernels read exactly the bytes that `Layout.specs` gives, so nothing here may be
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -13,12 +15,12 @@ from torch import Tensor
 
 from lowbit import layouts, modes
 from lowbit.formats import Format, parse
+from lowbit.layouts.operands import TENSORS, Operands
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32)
 OUTLIER_DTYPES = (torch.float16, torch.float32)
 ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh")
-_OPERANDS = ("codes", "scales", "zeros", "table")
 
 
 def check_tensors(**given: object) -> None:
@@ -67,71 +69,72 @@ class _Expected(NamedTuple):
 def _expected(
     spec: str, layout: str, n: int, k: int
 ) -> tuple[Format, tuple[_Expected | None, ...]]:
-    """The format, and what codes, scales, zeros and table must be, None where there is none."""
+    """The format, and what the tensors of the operands must be, None where there is none."""
     if k < 1 or n < 0:
         raise ValueError(f"weight must have n >= 0 and k >= 1, got ({n}, {k})")
     format = parse(spec)
     if format.outliers:
         raise ValueError(
-            f"format {format.name!r} has outliers: this product does not take them; "
-            "lowbit.linear and lowbit::linear_outliers do"
+            f"format {format.name!r} has outliers: operands are those of the format without them, and "
+            "lowbit::sparse_linear multiplies the outliers"
         )
     specs = layouts.find(layout).specs(format, n, k)
     return format, tuple(
         _Expected(name, *specs[name], specs[name][1].is_floating_point) if name in specs else None
-        for name in _OPERANDS
+        for name in TENSORS
     )
 
 
-def check_weight(
-    spec: str, layout: str, n: int, k: int, device: torch.device | None, *tensors: Tensor | None
-) -> Format:
-    """Checks codes, scales, zeros and table; `device` None says that all are on the CPU."""
+def check_weight(w: Operands, device: torch.device | None) -> Format:
+    """Checks the tensors of a weight; `device` None says that all are on the CPU."""
+    n, k = w.n, w.k
     if not (isinstance(n, int) and isinstance(k, int)):
-        return parse(spec)  # symbolic: the shapes are checked where they are numbers
-    format, expected = _expected(spec, layout, n, k)
-    for t, want in zip(tensors, expected):  # noqa: B905 (strict costs as much as a check)
+        return w.format  # symbolic: the shapes are checked where they are numbers
+    format, expected = _expected(w.spec, w.layout, n, k)
+    for t, want in zip(w, expected):  # noqa: B905 (the tensors are the first fields)
         if t is None or want is None:
             if t is not want:
-                _fail_weight(format, layout, n, k, device, tensors, expected)
+                _fail_weight(w, format, device, expected)
         elif (
-            t.shape != want[1]
-            or (t.dtype is not want[2] and not (want[3] and t.dtype is torch.float32))
-            or not t.is_contiguous()
-            or (device is not None and t.device != device)
+            t.shape != want[1]  # type: ignore[union-attr]
+            or (t.dtype is not want[2] and not (want[3] and t.dtype is torch.float32))  # type: ignore[union-attr]
+            or not t.is_contiguous()  # type: ignore[union-attr]
+            or (device is not None and t.device != device)  # type: ignore[union-attr]
         ):
-            _fail_weight(format, layout, n, k, device, tensors, expected)
+            _fail_weight(w, format, device, expected)
     return format
 
 
 def _fail_weight(
-    format: Format,
-    layout: str,
-    n: int,
-    k: int,
-    device: torch.device | None,
-    tensors: tuple[Tensor | None, ...],
-    expected: tuple[_Expected | None, ...],
+    w: Operands, format: Format, device: torch.device | None, expected: tuple[_Expected | None, ...]
 ) -> None:
     """Says what `check_weight` found."""
-    given = [name for name, t in zip(_OPERANDS, tensors, strict=True) if t is not None]
+    tensors = w[: len(TENSORS)]
+    given = [name for name, t in zip(TENSORS, tensors, strict=True) if t is not None]
     wanted = [want.name for want in expected if want is not None]
     if given != wanted:
         raise ValueError(
-            f"format {format.name!r} in layout {layout!r} takes the operands {wanted}, got {given}"
+            f"format {format.name!r} in layout {w.layout!r} takes the operands {wanted}, got {given}"
         )
     for t, want in zip(tensors, expected, strict=True):
-        if t is None or want is None:
+        if want is None or not isinstance(t, Tensor):
             continue
         if device is not None and t.device != device:
             raise ValueError(f"{want.name} must be on {device}, got {t.device}")
         dtypes = {want.dtype, torch.float32} if want.or_fp32 else {want.dtype}
         if t.shape != want.shape or t.dtype not in dtypes or not t.is_contiguous():
             raise ValueError(
-                f"{want.name} of a ({n}, {k}) weight in format {format.name!r} and layout "
-                f"{layout!r} must be a contiguous {want.dtype} of shape {want.shape}, got "
+                f"{want.name} of a {w.shape} weight in format {format.name!r} and layout "
+                f"{w.layout!r} must be a contiguous {want.dtype} of shape {want.shape}, got "
                 f"{t.dtype} of shape {tuple(t.shape)} and strides {t.stride()}"
             )
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Outside of autocast, which would round what is computed in fp32."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def check_float(name: str, dtype: torch.dtype) -> None:
@@ -149,41 +152,38 @@ def check_bias(bias: Tensor, n: int, device: torch.device) -> None:
         )
 
 
-def check_linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-) -> Format:
+def check_linear(x: Tensor, w: Operands, bias: Tensor | None, added: Tensor | None = None) -> Format:
     """Checks all tensors of a linear and returns the format."""
     if x.dtype not in FLOAT_DTYPES:
         check_float("x", x.dtype)
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"x must have shape (..., {k}), got {tuple(x.shape)}")
+    if x.dim() == 0 or x.shape[-1] != w.k:
+        raise ValueError(f"x must have shape (..., {w.k}), got {tuple(x.shape)}")
     if bias is not None:
-        check_bias(bias, n, x.device)
+        check_bias(bias, w.n, x.device)
+    if added is not None and (
+        added.dtype != torch.float32
+        or added.shape != (*x.shape[:-1], w.n)
+        or added.device != x.device
+    ):
+        raise ValueError(
+            f"added must be float32 of shape {(*x.shape[:-1], w.n)} on {x.device}, got {added.dtype} of shape "
+            f"{tuple(added.shape)} on {added.device}"
+        )
     # The dispatcher calls a CPU kernel only if every tensor is on the CPU.
-    device = None if x.is_cpu else x.device
-    return check_weight(spec, layout, n, k, device, codes, scales, zeros, table)
+    return check_weight(w, None if x.is_cpu else x.device)
 
 
-def check_outliers(columns: Tensor, values: Tensor, n: int, k: int, device: torch.device) -> None:
-    """Checks dtypes, shapes and devices of outliers, P = 0 included; what multiplies them looks at the columns."""
+def check_sparse(columns: Tensor, values: Tensor, k: int, device: torch.device) -> None:
+    """Checks dtypes, shapes and devices of a sparse term, P = 0 included; what multiplies it looks at the columns."""
     if columns.dtype != torch.int32 or values.dtype not in OUTLIER_DTYPES:
         raise TypeError(
             f"outlier_columns must be int32 and outlier_values one of {OUTLIER_DTYPES}, got "
             f"{columns.dtype} and {values.dtype}"
         )
     shape = columns.shape
-    if len(shape) != 2 or shape[0] != n or shape[1] > k or values.shape != shape:
+    if len(shape) != 2 or shape[1] > k or values.shape != shape:
         raise ValueError(
-            f"outlier_columns and outlier_values must have the shape ({n}, P) with P at most {k}, "
+            f"outlier_columns and outlier_values must have the shape (N, P) with P at most {k}, "
             f"got {tuple(shape)} and {tuple(values.shape)}"
         )
     for name, t in (("outlier_columns", columns), ("outlier_values", values)):
@@ -191,7 +191,6 @@ def check_outliers(columns: Tensor, values: Tensor, n: int, k: int, device: torc
             raise ValueError(
                 f"{name} must be contiguous on {device}, got strides {t.stride()} on {t.device}"
             )
-    refuse_grad("linear_outliers", values)
 
 
 def check_epilogue(

@@ -16,64 +16,35 @@ import torch
 from torch import Tensor
 
 from lowbit import layouts, modes, packing, reference
-from lowbit.formats import Format, parse
+from lowbit.formats import Format
 from lowbit.layouts import Operands
 
 
-def dequantize(
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:  # (N, K)
+def dequantize(w: Operands, dtype: torch.dtype) -> Tensor:  # (N, K)
     """What lowbit::dequantize computes, bit for bit; differentiable in scales, zeros and table."""
-    w = _weight(codes, scales, zeros, table, spec, layout, n, k)
-    values = reference.code_values(_codes(w), w.format, _table(table, w))
-    return reference.apply_scales(values, w.format, _rows(scales, w), _rows(zeros, w)).to(dtype)
+    values = reference.code_values(_codes(w), w.format, _table(w.table, w))
+    return reference.apply_scales(values, w.format, _rows(w.scales, w), _rows(w.zeros, w)).to(dtype)
 
 
 def weight_tangent(
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-    of_scales: Tensor | None,
-    of_zeros: Tensor | None,
-    of_table: Tensor | None,
+    w: Operands, of_scales: Tensor | None, of_zeros: Tensor | None, of_table: Tensor | None
 ) -> Tensor:  # (N, K) fp32
     """How the weight moves with tangents of scales, zeros and table: W is linear in each of them."""
-    w = _weight(codes, scales, zeros, table, spec, layout, n, k)
     f, unpacked = w.format, _codes(w)
-    values = reference.code_values(unpacked, f, _table(table, w))
+    values = reference.code_values(unpacked, f, _table(w.table, w))
     moved = torch.zeros_like(values)
     if of_table is not None:
         moved = moved + reference.code_values(unpacked, f, _table(of_table, w))
-    moved = reference.apply_scales(moved, f, _rows(scales, w), _rows(of_zeros, w))
+    moved = reference.apply_scales(moved, f, _rows(w.scales, w), _rows(of_zeros, w))
     if of_scales is None:
         return moved
-    zeros = None if f.zero == "min" else _rows(zeros, w)
+    zeros = None if f.zero == "min" else _rows(w.zeros, w)
     return moved + reference.apply_scales(values, f, _rows(of_scales, w), zeros)
 
 
 def codebook_grad(
     grad_weight: Tensor,  # (N, K) fp32
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
+    weight: Operands,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of scales, zeros and table; an empty tensor in place of one that is not wanted.
@@ -81,7 +52,6 @@ def codebook_grad(
     Raises:
         ValueError: a gradient is wanted of an operand that the weight lacks, or of an integer zero.
     """
-    weight = _weight(codes, scales, zeros, table, spec, layout, n, k)
     f, (want_scales, want_zeros, want_table) = weight.format, wanted
     for name, want in zip(("scales", "zeros", "table"), wanted, strict=True):
         operand = getattr(weight, name)
@@ -99,7 +69,7 @@ def codebook_grad(
     if want_scales:
         values = reference.code_values(unpacked, f, _table(weight.table, weight))
         if zeros is not None and f.zero != "min":
-            values = values - zeros[:, reference.group_index(f, k, zeros.device)]
+            values = values - zeros[:, reference.group_index(f, weight.k, zeros.device)]
         grads[0] = _as_operand(_group_sum(grad_weight * values, f), weight.scales, weight)
     if want_zeros:
         grad = _group_sum(grad_weight, f)
@@ -107,21 +77,8 @@ def codebook_grad(
         grads[1] = _as_operand(grad, weight.zeros, weight)
     if want_table:
         grad = _entry_sum(reference.apply_scales(grad_weight, f, scales, None), unpacked, f)
-        grads[2] = layouts.find(layout).pack_table(grad, f)
+        grads[2] = layouts.find(weight.layout).pack_table(grad, f)
     return grads[0], grads[1], grads[2]
-
-
-def _weight(
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-) -> Operands:
-    return Operands(parse(spec), (n, k), layout, codes, scales, zeros, table, {})
 
 
 @modes.outside()

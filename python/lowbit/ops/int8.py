@@ -6,32 +6,18 @@ activation "int8" or "int8_table" does both inside `lowbit.linear`.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lowbit import backends, checks, ops, transforms
-from lowbit.formats import Format, parse
+from lowbit import backends
+from lowbit.formats import Format
 from lowbit.layouts import Operands
 from lowbit.layouts.n16 import CHUNK_K
+from lowbit.ops import checks, library
+from lowbit.ops.linear import autocast
+from lowbit.ops.terms import Weight, matrix
 from lowbit.strides import contiguous, rows_of, shaped
-from lowbit.weights.quantized import QuantTensor
-
-_WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table"
-_SCHEMAS = {
-    "int8_quantize": "(Tensor x, int? group, Tensor? scale) -> (Tensor, Tensor)",
-    "int8_linear": (
-        f"(Tensor q, Tensor x_scales, {_WEIGHT}, Tensor? bias, str format, str layout, SymInt n, SymInt k, "
-        "ScalarType out_dtype, float? out_scale) -> Tensor"
-    ),
-}
-_library = torch.library.Library("lowbit", "FRAGMENT")
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-
 
 def quantize(
     x: Tensor, group: int | None = None, scale: float | Tensor | None = None
@@ -62,7 +48,7 @@ def quantize(
 def linear(
     q: Tensor,
     x_scales: Tensor,
-    weight: QuantTensor | Operands,
+    weight: Weight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     out_scale: float | None = None,
@@ -86,15 +72,14 @@ def linear(
         ValueError: a shape, device or layout does not fit, the table is not exact in int8, or `out_scale` is missing,
             superfluous or not positive.
     """
-    w = ops.operands(weight)
+    w = matrix(weight)
     checks.check_tensors(q=q, x_scales=x_scales)
     checks.check_optional(bias=bias)
-    arguments = (w.codes, w.scales, w.zeros, w.table, bias, w.spec, w.layout, *w.shape)
-    return _linear(q, x_scales, *arguments, out_dtype, out_scale)
+    return _linear(q, x_scales, *w, bias, out_dtype, out_scale)
 
 
 def static_linear(
-    x: Tensor, x_scale: Tensor, weight: QuantTensor | Operands, bias: Tensor | None = None
+    x: Tensor, x_scale: Tensor, weight: Weight, bias: Tensor | None = None
 ) -> Tensor:
     """`lowbit.linear` with x quantized by one given scale in place of absmax / 127 of each row.
 
@@ -107,34 +92,20 @@ def static_linear(
     Returns:
         (..., N) in the dtype of x. No gradients. NaN in a row of x makes its results NaN.
     """
-    w = ops.operands(weight)
+    w = matrix(weight)
     checks.check_tensors(x_scale=x_scale)
     checks.check_optional(bias=bias)
-    arguments = (w.codes, w.scales, w.zeros, w.table, bias, w.spec, w.layout, *w.shape)
-    return call_static_linear(x, x_scale, *arguments)
+    return call_static_linear(x, x_scale, w, bias)
 
 
-def call_static_linear(
-    x: Tensor,
-    x_scale: Tensor,
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-) -> Tensor:
-    """`static_linear` on loose operands."""
-    x = ops.autocast(x)
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"x must have shape (..., {k}), got {tuple(x.shape)}")
-    rows = x.reshape(-1, k)
+def call_static_linear(x: Tensor, x_scale: Tensor, w: Operands, bias: Tensor | None) -> Tensor:
+    """`static_linear` on operands."""
+    x = autocast(x)
+    if x.dim() == 0 or x.shape[-1] != w.k:
+        raise ValueError(f"x must have shape (..., {w.k}), got {tuple(x.shape)}")
+    rows = x.reshape(-1, w.k)
     q, x_scales = _quantize(rows, None, x_scale.expand(rows.shape[0]).contiguous())
-    y = _linear(q, x_scales, codes, scales, zeros, table, bias, spec, layout, n, k, x.dtype, None)
-    return shaped(y, *x.shape[:-1], n)
+    return shaped(_linear(q, x_scales, *w, bias, x.dtype, None), *x.shape[:-1], w.n)
 
 
 def dyadic(factor: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -243,9 +214,15 @@ def _check_quantize(x: Tensor, group: int | None, scale: Tensor | None) -> None:
     checks.refuse_grad("int8_quantize", x, scale)
 
 
-def _check_linear(q: Tensor, x_scales: Tensor, *args: Any) -> Format:
-    *tensors, bias, spec, layout, n, k, out_dtype, out_scale = args
-    format = parse(spec)
+def _check_linear(
+    q: Tensor,
+    x_scales: Tensor,
+    w: Operands,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    out_scale: float | None,
+) -> None:
+    format = w.format
     if format.activation is None and (format.int8_step is None or format.table_scope != "tensor"):
         raise ValueError(
             f"format {format.name!r}: its table is not exact in int8; activation 'int8_table' (suffix _a8t) "
@@ -253,11 +230,11 @@ def _check_linear(q: Tensor, x_scales: Tensor, *args: Any) -> Format:
         )
     if q.dtype != torch.int8:
         raise TypeError(f"q must be int8, got {q.dtype}")
-    if q.dim() != 2 or q.shape[1] != k:
-        raise ValueError(f"q must have shape (M, {k}), got {tuple(q.shape)}")
+    if q.dim() != 2 or q.shape[1] != w.k:
+        raise ValueError(f"q must have shape (M, {w.k}), got {tuple(q.shape)}")
     _check_x_scales(q, x_scales, format)
     if bias is not None:
-        checks.check_bias(bias, n, q.device)
+        checks.check_bias(bias, w.n, q.device)
     if out_dtype != torch.int8:
         checks.check_float("out_dtype", out_dtype)
     if (out_dtype == torch.int8) != (out_scale is not None):
@@ -266,8 +243,8 @@ def _check_linear(q: Tensor, x_scales: Tensor, *args: Any) -> Format:
         )
     if out_scale is not None and not (out_scale > 0 and math.isfinite(out_scale)):
         raise ValueError(f"out_scale must be positive and finite, got {out_scale}")
-    checks.refuse_grad("int8_linear", x_scales, *tensors, bias)
-    return checks.check_weight(spec, layout, n, k, q.device, *tensors)
+    checks.refuse_grad("int8_linear", x_scales, *w.tensors, bias)
+    checks.check_weight(w, q.device)
 
 
 def _check_x_scales(q: Tensor, x_scales: Tensor, format: Format) -> None:
@@ -288,12 +265,11 @@ def _check_x_scales(q: Tensor, x_scales: Tensor, format: Format) -> None:
 
 
 def _quantize_impl(
-    device_type: str, x: Tensor, group: int | None, scale: Tensor | None
+    x: Tensor, group: int | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     _check_quantize(x, group, scale)
-    x = rows_of(x, x.shape[1])
-    backend = backends.cpu if device_type == "cpu" else backends.reference
-    return backend.int8_quantize(x, group, scale)
+    backend = backends.of_device(x.device.type)
+    return backend.int8_quantize(rows_of(x, x.shape[1]), group, scale)
 
 
 def _quantize_fake(x: Tensor, group: int | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -303,28 +279,41 @@ def _quantize_fake(x: Tensor, group: int | None, scale: Tensor | None) -> tuple[
     return x.new_empty((m, k), dtype=torch.int8), x.new_empty(shape, dtype=torch.float32)
 
 
-def _linear_impl(device_type: str, q: Tensor, x_scales: Tensor, *args: Any) -> Tensor:
-    format = _check_linear(q, x_scales, *args)
-    *tensors, bias, _, layout, n, k, out_dtype, out_scale = args
-    q, bias = rows_of(q, k), contiguous(bias)
-    backend: Any = backends.find(device_type, layout)
-    return backend.int8_linear(
-        q, contiguous(x_scales), *tensors, bias, format, n, k, out_dtype, out_scale
-    )
+def _linear_impl(
+    q: Tensor,
+    x_scales: Tensor,
+    w: Operands,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    out_scale: float | None,
+) -> Tensor:
+    _check_linear(q, x_scales, w, bias, out_dtype, out_scale)
+    q, x_scales, bias = rows_of(q, w.k), contiguous(x_scales), contiguous(bias)
+    backend = backends.find(q.device.type, w.layout)
+    return backend.int8_linear(q, x_scales, w, bias, out_dtype, out_scale)
 
 
-def _linear_fake(q: Tensor, x_scales: Tensor, *args: Any) -> Tensor:
-    _check_linear(q, x_scales, *args)
-    return q.new_empty((q.shape[0], args[-4]), dtype=args[-2])
+def _linear_fake(
+    q: Tensor,
+    x_scales: Tensor,
+    w: Operands,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    out_scale: float | None,
+) -> Tensor:
+    _check_linear(q, x_scales, w, bias, out_dtype, out_scale)
+    return q.new_empty((q.shape[0], w.n), dtype=out_dtype)
 
 
-for _name, _impl, _fake in (
-    ("int8_quantize", _quantize_impl, _quantize_fake),
-    ("int8_linear", _linear_impl, _linear_fake),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, functools.partial(_impl, _key.lower()), _key)
-    torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)
-    transforms.register_opaque(_library, _name)
-_quantize = torch.ops.lowbit.int8_quantize.default
-_linear = torch.ops.lowbit.int8_linear.default
+_quantize = library.op(
+    "int8_quantize",
+    "(Tensor x, int? group, Tensor? scale) -> (Tensor, Tensor)",
+    _quantize_impl,
+    _quantize_fake,
+)
+_linear = library.op(
+    "int8_linear",
+    "(Tensor q, Tensor x_scales, {W}, Tensor? bias, ScalarType out_dtype, float? out_scale) -> Tensor",
+    _linear_impl,
+    _linear_fake,
+)

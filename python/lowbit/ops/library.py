@@ -1,12 +1,14 @@
 """Defines the ops of torch.ops.lowbit: schema, implementation, fake and derivatives of one op in one call.
 
 torch.library takes flat lists of arguments. `{W}` in a schema stands for the operands of a weight
-(`layouts.operands.SCHEMA`); an implementation gets them as one `Operands`, and so does its fake.
+(`layouts.operands.SCHEMA`); an implementation gets them as one `Operands`, and so does its fake. `{Ws}` stands for
+the operands of several weights, a list for each field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from lowbit.layouts.operands import SCHEMA, Operands
 from lowbit.ops import transforms
 
 _NUM_OPERANDS = len(Operands._fields)
+_SEVERAL = re.sub(r"(\w+\??) (\w+)", r"\1[] \2", SCHEMA)
 _library = torch.library.Library("lowbit", "FRAGMENT")
 
 
@@ -26,6 +29,7 @@ def op(
     *,
     transform: Callable[..., Any] | None = None,
     any_batch: bool = False,
+    fast: Callable[..., Any] | None = None,
     derivatives: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> Any:
     """Defines lowbit::name for the CPU and CUDA, and returns its overload.
@@ -39,15 +43,19 @@ def op(
             the op itself is repeated and refuses derivatives.
         any_batch: the first argument may have more dimensions in front, which the result has then, too; only without
             `transform`.
+        fast: tried first, with the flat arguments; None says that the implementation must do it.
         derivatives: `setup_context` and `backward` for autograd, on flat arguments; without them the implementation
             must refuse inputs that require grad.
     """
-    before, found, _ = schema.partition("{W}")
+    before, found, _ = schema.partition("{W")
     at = before.count(",") if found else None
-    _library.define(name + schema.replace("{W}", SCHEMA), tags=(torch.Tag.pt2_compliant_tag,))
+    several = "{Ws}" in schema
+    flat = schema.replace("{Ws}", _SEVERAL).replace("{W}", SCHEMA)
+    _library.define(name + flat, tags=(torch.Tag.pt2_compliant_tag,))
+    call = _whole(implementation, at, several)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, _whole(implementation, at), key)
-    torch.library.register_fake(f"lowbit::{name}", _whole(fake, at), lib=_library)
+        _library.impl(name, call if fast is None else _first(fast, call), key)
+    torch.library.register_fake(f"lowbit::{name}", _whole(fake, at, several), lib=_library)
     if derivatives is not None:
         setup_context, backward = derivatives
         torch.library.register_autograd(
@@ -60,13 +68,39 @@ def op(
     return overload
 
 
-def _whole(function: Callable[..., Any], at: int | None) -> Callable[..., Any]:
-    """`function`, called with flat arguments, those from `at` on as one Operands."""
+def _whole(function: Callable[..., Any], at: int | None, several: bool) -> Callable[..., Any]:
+    """`function`, called with flat arguments, those from `at` on as one Operands, or as a list of them."""
     if at is None:
         return function
     end = at + _NUM_OPERANDS
 
     def call(*args: Any) -> Any:
-        return function(*args[:at], Operands(*args[at:end]), *args[end:])
+        given = args[at:end]
+        return function(*args[:at], gather(*given) if several else Operands(*given), *args[end:])
 
     return call
+
+
+def gather(*lists: Sequence[Any]) -> list[Operands]:
+    """The operands of several weights from a list for each field.
+
+    Raises:
+        ValueError: the lists are not equally long.
+    """
+    counts = [len(each) for each in lists]
+    if len(set(counts)) != 1:
+        raise ValueError(f"{', '.join(Operands._fields)} must be equally long, got {counts}")
+    return list(map(Operands, *lists))
+
+
+def scatter(weights: Sequence[Operands]) -> tuple[list[Any], ...]:
+    """Inverse of `gather`, of at least one weight."""
+    return tuple(map(list, zip(*weights, strict=True)))
+
+
+def _first(fast: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    def either(*args: Any) -> Any:
+        made = fast(*args)
+        return call(*args) if made is None else made
+
+    return either

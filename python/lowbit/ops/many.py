@@ -1,78 +1,106 @@
-"""What lowbit::linear_epilogue and lowbit::linear_many compute, and their fakes; `ops.py` defines them."""
+"""lowbit::linear_many and linear_siblings: several products with one x, and `linear_many`, which calls them."""
 
 from __future__ import annotations
 
 import weakref
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lowbit import backends, checks, modes
-from lowbit.formats import Format
+from lowbit import backends, modes
+from lowbit.backends.cpu import requests
+from lowbit.layouts import Operands
+from lowbit.ops import autograd, checks, library
+from lowbit.ops.linear import autocast, call_linear
+from lowbit.ops.terms import Weight, terms
 from lowbit.strides import contiguous, rows_of, shaped
 
-
-def linear_epilogue_impl(
-    device_type: str,
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-    activation: str | None,
-) -> Tensor:
-    """lowbit::linear_epilogue on a device."""
-    tensors = (codes, scales, zeros, table)
-    checks.refuse_grad("linear_epilogue", x, *tensors, bias, gate, residual)
-    format = checks.check_linear(x, *tensors, bias, spec, layout, n, k)
-    checks.check_epilogue(x, n, activation, gate, residual)
-    bias = contiguous(bias)
-    others = (None if t is None else rows_of(t, n) for t in (gate, residual))
-    backend: ModuleType = backends.find_cached(device_type, layout)
-    y = backend.linear_epilogue(rows_of(x, k), *tensors, bias, format, n, k, activation, *others)
-    return shaped(y, *x.shape[:-1], n)
+_NUM_TENSORS = len(checks.TENSORS)
 
 
-def linear_many_impl(
-    device_type: str,
-    x: Tensor,
-    codes: list[Tensor],
-    scales: list[Tensor | None],
-    zeros: list[Tensor | None],
-    table: list[Tensor | None],
-    bias: list[Tensor | None],
-    spec: list[str],
-    layout: str,
-    n: list[int],
-    k: int,
+def linear_many(
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None] | None = None
 ) -> list[Tensor]:
-    """lowbit::linear_many on a device."""
-    if torch.is_grad_enabled() or modes.in_dual_level():
-        checks.refuse_grad("linear_many", x, *scales, *zeros, *table, *bias)
-    # The dispatcher negates a tensor whose negative bit is set, but not one in a list of optional ones.
-    bias = [b if b is None or not b.is_neg() else b.resolve_neg() for b in bias]
-    if len(spec) == len(n):
-        plans = [backends.cpu.plan(s, layout, rows, k) for s, rows in zip(spec, n, strict=True)]
-        threads = torch.get_num_threads()
-        made: list[Tensor] | None = backends.cpu.linear_many_tensors(
-            plans, threads, x, codes, scales, zeros, table, bias
+    """[x W^T + bias for each weight]: one conversion of x and one parallel region.
+
+    Each result is bit for bit that of `linear`. They are separate calls if a gradient is needed or
+    a weight has outliers.
+
+    Args:
+        x: (..., K), as in `linear`.
+        weights: (N_i, K) in any formats, all on the device of x.
+        biases: (N_i,) or None for each weight; None for no bias at all.
+
+    Raises:
+        TypeError, ValueError: as `linear`; or there is not one bias for each weight.
+    """
+    biases = [None] * len(weights) if biases is None else list(biases)
+    if len(biases) != len(weights):
+        raise ValueError(
+            f"biases must have one entry for each of {len(weights)} weights, got {len(biases)}"
         )
-        if made is not None:
-            return made
-    weights, formats = _check_linear_many(x, codes, scales, zeros, table, bias, spec, layout, n, k)
-    biases = [contiguous(b) for b in bias]
-    backend: ModuleType = backends.find_cached(device_type, layout)
-    outs = backend.linear_many(rows_of(x, k), weights, biases, formats, n, k)
+    for bias in biases:
+        checks.check_optional(biases=bias)
+    given = [terms(weight) for weight in weights]
+    x = autocast(x)
+    needs_grad = torch.is_grad_enabled() and checks.requires_grad(
+        x, *biases, *(t for w, _ in given for t in w.tensors)
+    )
+    apart = needs_grad or modes.in_dual_level() or any(sparse is not None for _, sparse in given)
+    if apart or len({w.layout for w, _ in given}) != 1:  # also no weights at all
+        each = zip(given, biases, strict=True)
+        return [call_linear(x, w, bias, sparse) for (w, sparse), bias in each]
+    return _linear_many(x, *library.scatter([w for w, _ in given]), biases)  # type: ignore[no-any-return]
+
+
+def _fast(x: Tensor, *args: Any) -> list[Tensor] | None:
+    """The products of usual requests on the CPU; None for others."""
+    *operands, bias = args
+    tensors, meaning = operands[:_NUM_TENSORS], operands[_NUM_TENSORS:]
+    if torch.is_grad_enabled() or modes.in_dual_level():
+        checks.refuse_grad("linear_many", x, *(t for each in tensors for t in each), *bias)
+    if len({len(each) for each in args}) != 1:
+        return None
+    plans = [requests.plan(*each) for each in zip(*meaning, strict=True)]
+    threads = torch.get_num_threads()
+    return requests.linear_many_tensors(plans, threads, x, *tensors, _resolved(bias))
+
+
+def _resolved(bias: list[Tensor | None]) -> list[Tensor | None]:
+    """The dispatcher negates a tensor whose negative bit is set, but not one in a list of optional ones."""
+    return [b if b is None or not b.is_neg() else b.resolve_neg() for b in bias]
+
+
+def _check(x: Tensor, weights: list[Operands], bias: list[Tensor | None]) -> None:
+    if len(bias) != len(weights):
+        raise ValueError(f"bias must have {len(weights)} entries, one a weight, got {len(bias)}")
+    checks.refuse_grad("linear_many", x, *(t for w in weights for t in w.tensors), *bias)
+    for w, b in zip(weights, bias, strict=True):
+        checks.check_linear(x, w, b)
+    if len({w.layout for w in weights}) > 1:
+        raise ValueError(f"layout must be one for all, got {[w.layout for w in weights]}")
+
+
+def _compute(x: Tensor, weights: list[Operands], bias: list[Tensor | None]) -> list[Tensor]:
+    _check(x, weights, bias)
+    if not weights:
+        return []
+    backend = backends.find(x.device.type, weights[0].layout)
+    biases = [contiguous(b) for b in _resolved(bias)]
+    outs = backend.linear_many(rows_of(x, weights[0].k), weights, biases)
     return [shaped(y, *x.shape[:-1], y.shape[1]) for y in outs]
+
+
+def _fake(x: Tensor, weights: list[Operands], bias: list[Tensor | None]) -> list[Tensor]:
+    _check(x, weights, bias)
+    return [x.new_empty((*x.shape[:-1], w.n)) for w in weights]
+
+
+def _transformed(x: Tensor, *args: Any) -> list[Tensor]:
+    """Inside a transform: one after another."""
+    return [autograd.Linear.apply(x, *each, None) for each in zip(*args, strict=True)]
 
 
 class Group(Protocol):
@@ -87,51 +115,40 @@ class Group(Protocol):
 groups: weakref.WeakValueDictionary[int, Group] = weakref.WeakValueDictionary()
 
 
-def linear_siblings_impl(device_type: str, x: Tensor, group: int) -> list[Tensor]:
-    """lowbit::linear_siblings on a device."""
-    return linear_many_impl(device_type, x, *arguments(group))
-
-
-def linear_siblings_fake(x: Tensor, group: int) -> list[Tensor]:
-    """Empty results."""
-    return [x.new_empty((*x.shape[:-1], n)) for n in arguments(group)[-2]]
-
-
-def arguments(group: int) -> tuple[Any, ...]:
-    """What lowbit::linear_many takes after x for a group of lowbit::linear_siblings."""
+def _arguments(group: int) -> tuple[Any, ...]:
     found = groups.get(group)
     if found is None:
         raise ValueError(f"group must be that of fused layers that exist, got {group}")
     return found.arguments()
 
 
-def _check_linear_many(
-    x: Tensor, *args: Any
-) -> tuple[list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]], list[Format]]:
-    codes, scales, zeros, table, bias, spec, layout, n, k = args
-    counts = [len(a) for a in (codes, scales, zeros, table, bias, spec, n)]
-    if len(set(counts)) != 1:
-        raise ValueError(
-            f"codes, scales, zeros, table, bias, format and n must be equally long, got {counts}"
-        )
-    weights = list(zip(codes, scales, zeros, table, strict=True))
-    checks.refuse_grad("linear_many", x, *(t for w in weights for t in w), *bias)
-    formats = [
-        checks.check_linear(x, *w, bias[i], spec[i], layout, n[i], k) for i, w in enumerate(weights)
-    ]
-    return weights, formats
+def _siblings(x: Tensor, group: int) -> list[Tensor]:
+    *operands, bias = _arguments(group)
+    made = _fast(x, *operands, bias)
+    return _compute(x, library.gather(*operands), bias) if made is None else made
 
 
-def linear_epilogue_fake(x: Tensor, *args: Any) -> Tensor:
-    """Checks, and an empty result."""
-    gate, residual, *meaning, activation = args[5:]
-    checks.refuse_grad("linear_epilogue", x, *args[:7])
-    checks.check_linear(x, *args[:5], *meaning)
-    checks.check_epilogue(x, meaning[2], activation, gate, residual)
-    return x.new_empty((*x.shape[:-1], meaning[2]))
+def _siblings_fake(x: Tensor, group: int) -> list[Tensor]:
+    weights = library.gather(*_arguments(group)[:-1])
+    return [x.new_empty((*x.shape[:-1], w.n)) for w in weights]
 
 
-def linear_many_fake(x: Tensor, *args: Any) -> list[Tensor]:
-    """Checks, and empty results."""
-    _check_linear_many(x, *args)
-    return [x.new_empty((*x.shape[:-1], n)) for n in args[-2]]
+def _transformed_siblings(x: Tensor, group: int) -> list[Tensor]:
+    return _transformed(x, *_arguments(group))
+
+
+_linear_many = library.op(
+    "linear_many",
+    "(Tensor x, {Ws}, Tensor?[] bias) -> Tensor[]",
+    _compute,
+    _fake,
+    fast=_fast,
+    transform=_transformed,
+)
+linear_siblings = library.op(
+    "linear_siblings",
+    "(Tensor x, int group) -> Tensor[]",
+    _siblings,
+    _siblings_fake,
+    transform=_transformed_siblings,
+)

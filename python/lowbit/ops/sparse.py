@@ -1,118 +1,76 @@
-"""What lowbit::linear_outliers computes, its fake, and weights and rows with outliers; `ops.py` defines the op.
-
-Its operands are those of the format without outliers, and the sparse term of the weight beside them: y = x (W + S)^T.
-"""
+"""lowbit::sparse_linear: the product with the sparse term of a weight, in fp32, to be added to the others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit import backends, checks, reference
-from lowbit.forking import alone_after_fork
-from lowbit.strides import contiguous, rows_of, shaped
+from lowbit import backends, modes, reference
+from lowbit.ops import checks, library
+from lowbit.strides import rows_of, shaped
+from lowbit.weights.sparse import SparseTerm
 
 
-def linear_outliers_impl(device_type: str, x: Tensor, *args: Any) -> Tensor:
-    """lowbit::linear_outliers on a device."""
-    *_, gate, residual, _ = args
-    checks.refuse_grad("linear_outliers", x, *args[:5], gate, residual)
-    return _compute(device_type, x, *args)
+def _check(x: Tensor, columns: Tensor, values: Tensor) -> None:
+    checks.check_float("x", x.dtype)
+    if x.dim() == 0:
+        raise ValueError(f"x must have shape (..., K), got {tuple(x.shape)}")
+    checks.check_sparse(columns, values, x.shape[-1], x.device)
+    checks.refuse_grad("sparse_linear", values)
 
 
-def linear_outliers_trainable_impl(device_type: str, x: Tensor, *args: Any) -> Tensor:
-    """lowbit::linear_outliers_trainable on a device."""
-    return _compute(device_type, x, *args)
+def _compute(x: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    _check(x, columns, values)
+    backend = backends.of_device(x.device.type)
+    y = backend.sparse_linear(rows_of(x, x.shape[-1]), SparseTerm(columns, values))
+    return shaped(y, *x.shape[:-1], columns.shape[0])
 
 
-def _compute(
-    device_type: str,
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-    columns: Tensor,
-    values: Tensor,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-) -> Tensor:
-    """The sparse product in fp32, then the other, to which it is added before anything is rounded."""
-    tensors = (codes, scales, zeros, table)
-    format = checks.check_linear(x, *tensors, bias, spec, layout, n, k)
-    checks.check_outliers(columns, values, n, k, x.device)
-    checks.check_epilogue(x, n, activation, gate, residual)
-    bias = contiguous(bias)
-    gate, residual = (None if t is None else rows_of(t, n) for t in (gate, residual))
-    backend: ModuleType = backends.find_cached(device_type, layout)
-    rows = rows_of(x, k)
-    sparse = backend.outlier_product(rows, columns, values)
-    if activation is None and gate is None:
-        sparse = sparse if residual is None else sparse + residual
-        y = backend.linear_added(rows, *tensors, bias, format, n, k, sparse, x.dtype)
-    else:
-        y = backend.linear_added(rows, *tensors, bias, format, n, k, sparse, torch.float32)
-        y = reference.apply_epilogue(y, activation, gate, residual).to(x.dtype)
-    return shaped(y, *x.shape[:-1], n)
+def _fake(x: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    _check(x, columns, values)
+    return x.new_empty((*x.shape[:-1], columns.shape[0]), dtype=torch.float32)
 
 
-def linear_outliers_fake(x: Tensor, *args: Any) -> Tensor:
-    """Checks, and an empty result."""
-    *product, columns, values, gate, residual, activation = args
-    checks.refuse_grad("linear_outliers", x, *product[:5], gate, residual)
-    y = linear_outliers_trainable_fake(x, *product, columns, values)
-    checks.check_epilogue(x, product[-2], activation, gate, residual)
-    return y
+def dense(columns: Tensor, values: Tensor, k: int, dtype: torch.dtype) -> Tensor:  # (N, K)
+    """The sparse term as a matrix."""
+    zeros = values.new_zeros((columns.shape[0], k), dtype=torch.float32)
+    return reference.add_outliers(zeros, columns, values).to(dtype)
 
 
-def linear_outliers_trainable_fake(x: Tensor, *args: Any) -> Tensor:
-    """Checks, and an empty result."""
-    *product, columns, values = args
-    n, k = product[-2:]
-    checks.check_linear(x, *product)
-    checks.check_outliers(columns, values, n, k, x.device)
-    return x.new_empty((*x.shape[:-1], n))
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, columns, values = inputs
+    ctx.save_for_backward(columns, values)
+    ctx.k, ctx.dtype = x.shape[-1], x.dtype
 
 
-@alone_after_fork
-def dequantize(
-    weight: Sequence[Tensor | None],  # codes, scales, zeros, table
-    meaning: Sequence[Any],  # format, layout, n, k
-    dtype: torch.dtype,
-    columns: Tensor | None = None,
-    values: Tensor | None = None,
-    decode: Callable[..., Tensor] | None = None,
-) -> Tensor:  # (N, K) in `dtype`
-    """The weight with its outliers, if it has any, rounded once; `decode` stands in for lowbit::dequantize."""
-    decode = decode or torch.ops.lowbit.dequantize.default
-    if columns is None or values is None:
-        return decode(*weight, *meaning, dtype)
-    checks.check_float("dtype", dtype)
-    decoded = decode(*weight, *meaning, torch.float32)
-    return reference.add_outliers(decoded, columns, values).to(dtype)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    columns, values = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        with checks.no_autocast(grad.device.type):
+            grad_x = (grad @ dense(columns, values, ctx.k, grad.dtype)).to(ctx.dtype)
+    return grad_x, None, None
 
 
-@alone_after_fork
-def embedding(
-    indices: Tensor,  # int64 or int32
-    weight: Sequence[Any],  # codes, scales, zeros, table, format, layout, n, k
-    dtype: torch.dtype,
-    columns: Tensor,
-    values: Tensor,
-) -> Tensor:  # (*indices.shape, K) in `dtype`
-    """Rows of the weight with their outliers, rounded once."""
-    checks.check_float("dtype", dtype)
-    rows = indices.reshape(-1)
-    found = torch.ops.lowbit.embedding.default(rows, *weight, torch.float32)
-    found = reference.add_outliers(found, columns[rows], values[rows])
-    return shaped(found.to(dtype), *indices.shape, found.shape[1])
+def _transformed(x: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """Inside a transform: the dense product, which has all derivatives."""
+    return x.float() @ dense(columns, values, x.shape[-1], torch.float32).t()
+
+
+def product(x: Tensor, term: SparseTerm) -> Tensor:  # (..., N) fp32
+    """x S^T in fp32, with derivatives for x."""
+    if modes.in_dual_level() and not torch.compiler.is_compiling():
+        return _transformed(x, *term)
+    return _sparse_linear(x, *term)
+
+
+_sparse_linear = library.op(
+    "sparse_linear",
+    "(Tensor x, Tensor outlier_columns, Tensor outlier_values) -> Tensor",
+    _compute,
+    _fake,
+    transform=_transformed,
+    derivatives=(_setup_context, _backward),
+)

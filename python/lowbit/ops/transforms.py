@@ -22,14 +22,12 @@ def register(library: torch.library.Library, name: str, call: Callable[..., Any]
     library.impl(name, call, _KEY)
 
 
-def register_opaque(library: torch.library.Library, name: str, any_batch: bool = False) -> None:
-    """Lets the op itself, without derivatives, be called inside a transform.
+def opaque_call(op: Any, any_batch: bool = False) -> Callable[..., Any]:
+    """The op itself, without derivatives, to be called inside a transform.
 
     `any_batch` says that the first argument may have more dimensions in front, which the result has then, too.
     """
-    register(
-        library, name, functools.partial(opaque, getattr(torch.ops.lowbit, name).default, any_batch)
-    )
+    return functools.partial(opaque, op, any_batch)
 
 
 def opaque(op: Any, any_batch: bool, *args: Any) -> Any:

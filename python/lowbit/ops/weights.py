@@ -1,154 +1,192 @@
-"""What lowbit::dequantize, embedding, codebook_grad, pack and unpack compute, and their fakes; `ops.py` defines the
-ops.
-"""
+"""lowbit::dequantize, embedding, codebook_grad, pack and unpack, and `dequantize` and `embedding`, which call them."""
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 
-from lowbit import backends, checks, gradients
+from lowbit import backends, layouts, reference
 from lowbit.forking import alone_after_fork
+from lowbit.layouts import Operands
+from lowbit.ops import autograd, checks, gradients, library
+from lowbit.ops.terms import Weight, terms
 from lowbit.strides import contiguous, shaped
+from lowbit.weights.quantized import QuantTensor
+from lowbit.weights.sparse import SparseTerm
+
+
+def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight, (N, K): computed in fp32 and rounded once to `dtype` (fp32, bf16 or fp16).
+
+    A QuantTensor is read in its canonical layout, unless it has a copy in the kernel's layout already.
+    """
+    if isinstance(weight, QuantTensor) and weight._packed is None:
+        weight = layouts.to_kernel(weight, layouts.CANONICAL)
+    return call_dequantize(*terms(weight), dtype)
 
 
 @alone_after_fork
-def dequantize_impl(
-    device_type: str,
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """lowbit::dequantize on a device."""
-    checks.refuse_grad("dequantize", scales, zeros, table)
+def call_dequantize(
+    w: Operands, term: SparseTerm | None, dtype: torch.dtype
+) -> Tensor:  # (N, K) in `dtype`
+    """`dequantize` of the terms of a weight."""
+    if term is None:
+        return _dequantize(*w, dtype)
     checks.check_float("dtype", dtype)
-    format = checks.check_weight(spec, layout, n, k, codes.device, codes, scales, zeros, table)
-    backend: ModuleType = backends.find_cached(device_type, layout)
-    return backend.dequantize(codes, scales, zeros, table, format, n, k, dtype)
+    decoded = _dequantize(*w, torch.float32)
+    checks.check_sparse(*term, w.k, decoded.device)
+    return reference.add_outliers(decoded, *term).to(dtype)
+
+
+def embedding(indices: Tensor, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of the weight: (*indices.shape, K) in `dtype`.
+
+    Raises:
+        TypeError: indices are not int64 or int32, or `dtype` is not fp32, bf16 or fp16.
+        IndexError: an index is outside [0, N).
+    """
+    w, term = terms(weight)
+    return call_embedding(indices, w, dtype, term)
+
+
+def call_embedding(
+    indices: Tensor, w: Operands, dtype: torch.dtype, term: SparseTerm | None = None
+) -> Tensor:
+    """`embedding` on the terms of a weight."""
+    checks.check_tensors(indices=indices)
+    if term is None:
+        return _embedding(indices, *w, dtype)
+    return _sparse_embedding(indices, w, dtype, term)
+
+
+# A node of torch.fx graphs: it looks at what a traced tensor does not have.
+torch.fx.wrap("call_embedding")
 
 
 @alone_after_fork
-def embedding_impl(
-    device_type: str,
-    indices: Tensor,
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """lowbit::embedding on a device."""
-    checks.refuse_grad("embedding", scales, zeros, table)
+def _sparse_embedding(
+    indices: Tensor, w: Operands, dtype: torch.dtype, term: SparseTerm
+) -> Tensor:  # (*indices.shape, K) in `dtype`
+    checks.check_float("dtype", dtype)
+    rows = indices.reshape(-1)
+    found = _embedding(rows, *w, torch.float32)
+    found = reference.add_outliers(found, term.columns[rows], term.values[rows])
+    return shaped(found.to(dtype), *indices.shape, found.shape[1])
+
+
+def _check_dequantize(w: Operands, dtype: torch.dtype) -> None:
+    checks.refuse_grad("dequantize", *w.tensors)
+    checks.check_float("dtype", dtype)
+    checks.check_weight(w, w.codes.device)
+
+
+@alone_after_fork
+def _dequantize_impl(w: Operands, dtype: torch.dtype) -> Tensor:
+    _check_dequantize(w, dtype)
+    return backends.find(w.codes.device.type, w.layout).dequantize(w, dtype)
+
+
+def _dequantize_fake(w: Operands, dtype: torch.dtype) -> Tensor:
+    _check_dequantize(w, dtype)
+    return w.codes.new_empty(w.shape, dtype=dtype)
+
+
+def _check_embedding(indices: Tensor, w: Operands, dtype: torch.dtype) -> None:
+    checks.refuse_grad("embedding", *w.tensors)
     checks.check_indices(indices)
     checks.check_float("dtype", dtype)
-    format = checks.check_weight(spec, layout, n, k, indices.device, codes, scales, zeros, table)
+    checks.check_weight(w, indices.device)
+
+
+@alone_after_fork
+def _embedding_impl(indices: Tensor, w: Operands, dtype: torch.dtype) -> Tensor:
+    _check_embedding(indices, w, dtype)
     rows = contiguous(indices.reshape(-1).to(torch.int64))
     if rows.numel():
         low, high = (int(v) for v in torch.aminmax(rows))
-        if low < 0 or high >= n:
-            raise IndexError(f"indices must be in [0, {n}), got {low if low < 0 else high}")
-    backend: ModuleType = backends.find_cached(device_type, layout)
-    y = backend.embedding(rows, codes, scales, zeros, table, format, n, k, dtype)
-    return shaped(y, *indices.shape, k)
+        if low < 0 or high >= w.n:
+            raise IndexError(f"indices must be in [0, {w.n}), got {low if low < 0 else high}")
+    y = backends.find(indices.device.type, w.layout).embedding(rows, w, dtype)
+    return shaped(y, *indices.shape, w.k)
+
+
+def _embedding_fake(indices: Tensor, w: Operands, dtype: torch.dtype) -> Tensor:
+    _check_embedding(indices, w, dtype)
+    return w.codes.new_empty((*indices.shape, w.k), dtype=dtype)
 
 
 @alone_after_fork
-def codebook_grad_impl(
-    device_type: str,
-    grad_weight: Tensor,
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    spec: str,
-    layout: str,
-    n: int,
-    k: int,
-    wanted: list[bool],
+def _codebook_grad_impl(
+    grad_weight: Tensor, w: Operands, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """lowbit::codebook_grad on a device."""
-    if grad_weight.dtype != torch.float32 or grad_weight.shape != (n, k):
+    if grad_weight.dtype != torch.float32 or grad_weight.shape != w.shape:
         raise ValueError(
-            f"grad_weight must be float32 of shape ({n}, {k}), got {grad_weight.dtype} of shape "
+            f"grad_weight must be float32 of shape {w.shape}, got {grad_weight.dtype} of shape "
             f"{tuple(grad_weight.shape)}"
         )
-    checks.check_weight(spec, layout, n, k, grad_weight.device, codes, scales, zeros, table)
-    return gradients.codebook_grad(
-        grad_weight, codes, scales, zeros, table, spec, layout, n, k, wanted
+    checks.check_weight(w, grad_weight.device)
+    return gradients.codebook_grad(grad_weight, w, wanted)
+
+
+def _codebook_grad_fake(
+    grad_weight: Tensor, w: Operands, wanted: list[bool]
+) -> tuple[Tensor | Any, ...]:
+    return tuple(
+        torch.empty_like(t) if want and t is not None else grad_weight.new_empty(0)
+        for t, want in zip(w.tensors[1:], wanted, strict=True)
     )
 
 
 @alone_after_fork
-def pack_impl(device_type: str, codes: Tensor, spec: str) -> Tensor:
-    """lowbit::pack on a device."""
+def _pack_impl(codes: Tensor, spec: str) -> Tensor:
     format = checks.check_codes(codes, spec)
     if codes.numel() and (highest := int(codes.max())) >= format.num_codes:
         raise ValueError(
             f"codes must be below {format.num_codes} in format {format.name!r}, got {highest}"
         )
-    return _canonical_packer(device_type).pack(codes, format)
+    return backends.of_device(codes.device.type).pack(codes, format)
 
 
-@alone_after_fork
-def unpack_impl(device_type: str, packed: Tensor, spec: str, k: int) -> Tensor:
-    """lowbit::unpack on a device."""
-    format = checks.check_packed(packed, spec, k)
-    return _canonical_packer(device_type).unpack(packed, format, k)
-
-
-def _canonical_packer(device_type: str) -> ModuleType:
-    return backends.cpu if device_type == "cpu" else backends.reference
-
-
-def dequantize_fake(codes: Tensor, *args: Any) -> Tensor:
-    """Checks, and an empty result."""
-    *tensors, spec, layout, n, k, dtype = args
-    checks.refuse_grad("dequantize", *tensors)
-    checks.check_float("dtype", dtype)
-    checks.check_weight(spec, layout, n, k, codes.device, codes, *tensors)
-    return codes.new_empty((n, k), dtype=dtype)
-
-
-def embedding_fake(indices: Tensor, codes: Tensor, *args: Any) -> Tensor:
-    """Checks, and an empty result."""
-    *tensors, spec, layout, n, k, dtype = args
-    checks.refuse_grad("embedding", *tensors)
-    checks.check_indices(indices)
-    checks.check_float("dtype", dtype)
-    checks.check_weight(spec, layout, n, k, indices.device, codes, *tensors)
-    return codes.new_empty((*indices.shape, k), dtype=dtype)
-
-
-def codebook_grad_fake(grad_weight: Tensor, codes: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Checks, and an empty result."""
-    operands, wanted = args[:3], args[-1]
-    return tuple(
-        torch.empty_like(t) if want else grad_weight.new_empty(0)
-        for t, want in zip(operands, wanted, strict=True)
-    )
-
-
-def pack_fake(codes: Tensor, spec: str) -> Tensor:
-    """Checks, and an empty result."""
+def _pack_fake(codes: Tensor, spec: str) -> Tensor:
     format = checks.check_codes(codes, spec)
     n, k = codes.shape
     return codes.new_empty((n, format.row_bytes(k)))
 
 
-def unpack_fake(packed: Tensor, spec: str, k: int) -> Tensor:
-    """Checks, and an empty result."""
+@alone_after_fork
+def _unpack_impl(packed: Tensor, spec: str, k: int) -> Tensor:
+    format = checks.check_packed(packed, spec, k)
+    return backends.of_device(packed.device.type).unpack(packed, format, k)
+
+
+def _unpack_fake(packed: Tensor, spec: str, k: int) -> Tensor:
     checks.check_packed(packed, spec, k)
     return packed.new_empty((packed.shape[0], k))
+
+
+_dequantize = library.op(
+    "dequantize",
+    "({W}, ScalarType dtype) -> Tensor",
+    _dequantize_impl,
+    _dequantize_fake,
+    transform=autograd.transformed_dequantize,
+)
+_embedding = library.op(
+    "embedding",
+    "(Tensor indices, {W}, ScalarType dtype) -> Tensor",
+    _embedding_impl,
+    _embedding_fake,
+    any_batch=True,
+)
+library.op(
+    "codebook_grad",
+    "(Tensor grad_weight, {W}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    _codebook_grad_impl,
+    _codebook_grad_fake,
+    transform=autograd.transformed_codebook_grad,
+)
+library.op("pack", "(Tensor codes, str format) -> Tensor", _pack_impl, _pack_fake)
+library.op("unpack", "(Tensor packed, str format, SymInt k) -> Tensor", _unpack_impl, _unpack_fake)

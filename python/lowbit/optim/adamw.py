@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowbit import checks
+from lowbit.ops import checks
 from lowbit.fp8.dtypes import FLOAT8, check_float8
 from lowbit.optim import ops, reference
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from lowbit import checks
+from lowbit.ops import checks
 from lowbit.fp8.dtypes import check_float8
 from lowbit.optim import kernels, reference
 from lowbit.optim.kernels import State, Step

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lowbit import checks
+from lowbit.ops import checks
 from lowbit.ptq.padding import Padding
 
 # Rows of an input that are converted to fp32 at a time hold about this many values.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit import checks
+from lowbit.ops import checks
 from lowbit.formats import Format
 from lowbit.nn import QuantConv2d, QuantLinear
 from lowbit.nn.leaf import Proxy, node_of

@@ -1,0 +1,117 @@
+"""The kernels of quantized activations on the CPU. No maths and no checks, as in `weights.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit import _C
+from lowbit.backends.cpu.requests import CODES, request
+from lowbit.layouts import Operands
+from lowbit.strides import address, address_of_rows
+
+
+def _linear_quantized(
+    x: Tensor,  # (M, K) int8 or (M, ceil(K / 8)) uint8, unit stride along K
+    x_scales: Tensor,
+    w: Operands,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    out_scale: float | None,
+    kernel: int,
+) -> Tensor:
+    m = x.shape[0]
+    out = torch.empty((m, w.n), dtype=dtype, device="cpu")
+    x_address, x_stride = address_of_rows(x)
+    known, addresses = request(w)
+    known.linear_quantized_ptr(
+        x_address,
+        CODES[x.dtype],
+        address(x_scales),
+        x_scales.dim() == 2,
+        m,
+        x_stride,
+        *addresses,
+        address(bias),
+        0 if bias is None else CODES[bias.dtype],
+        address(out),
+        CODES[dtype],
+        1.0 if out_scale is None else out_scale,
+        torch.get_num_threads(),
+        kernel,
+    )
+    return out
+
+
+def int8_linear(
+    q: Tensor,  # (M, K) int8, unit stride along K
+    x_scales: Tensor,  # (M,) or (M, groups) fp32 contiguous
+    w: Operands,
+    bias: Tensor | None,  # (N,) contiguous
+    dtype: torch.dtype,
+    out_scale: float | None = None,
+    kernel: int = -1,
+) -> Tensor:  # (M, N) in `dtype`
+    """`reference.int8_linear`, rounded once to `dtype`, or divided by out_scale for int8."""
+    return _linear_quantized(q, x_scales, w, bias, dtype, out_scale, kernel)
+
+
+def binary_linear(
+    bits: Tensor,  # (M, ceil(K / 8)) uint8, unit stride along K
+    x_scales: Tensor,  # (M,) fp32 contiguous
+    w: Operands,
+    bias: Tensor | None,  # (N,) contiguous
+    dtype: torch.dtype,
+    kernel: int = -1,
+) -> Tensor:  # (M, N) in `dtype`
+    """`reference.binary_linear`, rounded once to `dtype`."""
+    return _linear_quantized(bits, x_scales, w, bias, dtype, None, kernel)
+
+
+def int8_quantize(
+    x: Tensor,  # (M, K), unit stride along K
+    group: int | None,
+    scale: Tensor | None,  # (M,) fp32 contiguous
+) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_int8`."""
+    m, k = x.shape
+    shape = (m,) if group is None else (m, -(-k // group))
+    scales = (
+        torch.empty(shape, dtype=torch.float32, device="cpu") if scale is None else scale.clone()
+    )
+    q = torch.empty((m, k), dtype=torch.int8, device="cpu")
+    x_address, x_stride = address_of_rows(x)
+    _C.quantize_int8_ptr(
+        x_address,
+        CODES[x.dtype],
+        m,
+        k,
+        x_stride,
+        group or k,
+        address(scales),
+        scale is not None,
+        address(q),
+        torch.get_num_threads(),
+    )
+    return q, scales
+
+
+def binary_quantize(
+    x: Tensor,  # (M, K), unit stride along K
+) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_binary`, the codes in canonical packing."""
+    m, k = x.shape
+    bits = torch.empty((m, -(-k // 8)), dtype=torch.uint8, device="cpu")
+    scales = torch.empty(m, dtype=torch.float32, device="cpu")
+    x_address, x_stride = address_of_rows(x)
+    _C.quantize_binary_ptr(
+        x_address,
+        CODES[x.dtype],
+        m,
+        k,
+        x_stride,
+        address(scales),
+        address(bits),
+        torch.get_num_threads(),
+    )
+    return bits, scales

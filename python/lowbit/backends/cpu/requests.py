@@ -1,0 +1,104 @@
+"""What the compiled kernels are told of a weight apart from its bytes, and the codes of csrc/kernel.h."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from lowbit import _C
+from lowbit.formats import Format, parse
+from lowbit.layouts import LAYOUTS, N16, Operands
+from lowbit.strides import address
+
+# csrc/kernel.h Dtype; uint8 holds eight signs.
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
+# csrc/kernel.h Activation
+ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
+_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "int8",
+    None: None,
+}
+_ZERO_MODES = {None: "none", "int": "subtract", "float": "subtract", "min": "add"}
+
+# Keyed by the identity of the format: its hash visits every field, which takes longer than a small call.
+_weights: dict[tuple[object, ...], tuple[Format, _C.Weight]] = {}
+_MAX_WEIGHTS = 4096
+
+# Whether the compiled calls read tensors by themselves: from torch 2.10 on.
+_C.use_tensor_class(torch.Tensor, torch.nn.Parameter)
+linear_tensors, linear_many_tensors = _C.linear_tensors, _C.linear_many_tensors
+kernels, isa_active = _C.kernels, _C.isa_active
+# The kernels that ran since it was last called, and the threads that a call gets.
+take_rows_run, usable_threads = _C.take_rows_run, _C.usable_threads
+
+
+def weight(
+    format: Format, n: int, k: int, scales: torch.dtype | None, zeros: torch.dtype | None
+) -> _C.Weight:
+    """What the kernels know of a weight apart from its bytes; one object per distinct request."""
+    key = (id(format), n, k, scales, zeros)
+    entry = _weights.get(key)
+    if entry is not None and entry[0] is format:
+        return entry[1]
+    group = format.group or k
+    made = _C.Weight(
+        n=n,
+        k=k,
+        bits=format.bits,
+        group=group,
+        codec="int" if format.codec == "affine" else format.codec,
+        column_table=format.table_scope != "tensor",
+        table_groups=format.num_groups(k) if format.table_scope == "group" else 1,
+        zero=_ZERO_MODES[format.zero],
+        scale_dtype=_NAMES[scales],
+        zero_dtype=_NAMES[zeros],
+        int8_x=format.activation is not None,
+        table_step=_table_step(format),
+        bf16_table=format.exact_in_bf16,
+    )
+    if len(_weights) >= _MAX_WEIGHTS:
+        _weights.clear()
+    _weights[key] = (format, made)
+    return made
+
+
+def _table_step(format: Format) -> float:
+    """What a table is divided by to be int8; 0 says the largest entry / 127."""
+    return 0.0 if format.activation == "int8_table" else format.int8_step or 0.0
+
+
+def expected(format: Format, n: int, k: int) -> _C.Weight:
+    """`weight` with the dtypes that the format says."""
+    specs = LAYOUTS[N16].specs(format, n, k)
+    scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
+    return weight(format, n, k, scales, zeros)
+
+
+def reads(layout: str) -> bool:
+    """Whether the kernels read a layout."""
+    return layout == N16
+
+
+@functools.lru_cache(_MAX_WEIGHTS)
+def plan(spec: str, layout: str, n: int, k: int) -> object | None:
+    """The first argument of `linear_tensors`, for operands whose dtypes are those of the format; None, which makes it
+    return None, for a layout or a shape that no kernel takes.
+    """
+    if not reads(layout):
+        return None
+    format = parse(spec)
+    if format.outliers or not (0 < n < 2**31 and 0 < k < 2**31):
+        return None
+    return _C.plan(expected(format, n, k))
+
+
+def request(w: Operands) -> tuple[_C.Weight, tuple[int, int, int, int]]:
+    """What is known of a weight, and the addresses of its operands."""
+    scales = None if w.scales is None else w.scales.dtype
+    zeros = None if w.zeros is None else w.zeros.dtype
+    addresses = (address(w.codes), address(w.scales), address(w.zeros), address(w.table))
+    return weight(w.format, w.n, w.k, scales, zeros), addresses

@@ -1,0 +1,45 @@
+"""The kernel of the sparse term on the CPU. No maths and no checks, as in `weights.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit import _C
+from lowbit.backends.cpu.requests import CODES
+from lowbit.strides import address, address_of_rows
+from lowbit.weights.sparse import SparseTerm
+
+
+def sparse_linear(
+    x: Tensor,  # (M, K), unit stride along K
+    term: SparseTerm,  # contiguous
+    isa: str = "",
+) -> Tensor:  # (M, N) fp32
+    """`reference.outlier_product` of x in fp32; `isa` caps the instruction set as LOWBIT_ISA does."""
+    columns, values = term
+    (m, k), (n, count) = x.shape, columns.shape
+    out = torch.empty((m, n), dtype=torch.float32, device="cpu")
+    x_address, x_stride = address_of_rows(x)
+    _C.multiply_outliers_ptr(
+        x_address,
+        CODES[x.dtype],
+        m,
+        k,
+        x_stride,
+        address(columns),
+        address(values),
+        CODES[values.dtype],
+        n,
+        count,
+        address(out),
+        torch.get_num_threads(),
+        isa,
+    )
+    return out
+
+
+def sparse_name() -> str:
+    """What `explain` calls `sparse_linear`."""
+    active = _C.isa_active()
+    return f"outliers_{next(isa for isa in ('avx512', 'avx2', 'scalar') if isa in active)}"
