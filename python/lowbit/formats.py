@@ -396,7 +396,8 @@ def _builtin() -> dict[str, Format]:
             )
         )
     formats.append(lut(name="iq4_nl", bits=4, group=32, table=IQ4_NL_TABLE))
-    formats.append(lut(name="tq2_0", bits=2, group=256, table=(-1.0, 0.0, 1.0)))
+    ternary = functools.partial(lut, bits=2, group=256, table=(-1.0, 0.0, 1.0))
+    formats += [ternary(name="tq2_0"), ternary(name="tq1_0", packing="trits")]
     two_levels: dict[str, Any] = {"scale": "int8", "scale2": "fp16", "scale2_group": 256}
     minima: dict[str, Any] = {"zero": "min", "scale_rule": "minmax", **two_levels}
     formats += [

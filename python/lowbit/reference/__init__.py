@@ -25,6 +25,7 @@ from lowbit.reference.weights import (
     linear,
     of_two_levels,
     per_weight,
+    scale_values,
 )
 
 __all__ = [
@@ -50,5 +51,6 @@ __all__ = [
     "quantize_binary",
     "quantize_int8",
     "requantize",
+    "scale_values",
     "table_int8",
 ]

@@ -49,7 +49,7 @@ def e8m0_values(code: Tensor) -> Tensor:
 
 def of_two_levels(
     codes: Tensor,  # (N, groups), any dtype
-    second: Tensor,  # (N, super-blocks)
+    second: Tensor,  # (N, super-blocks), or (1,) for all
     format: Format,
 ) -> Tensor:  # (N, groups) fp32
     """Scales, or zeros that are added, times their second level: fp32, rounded once."""
@@ -59,6 +59,15 @@ def of_two_levels(
     return codes.to(torch.float32) * second.to(torch.float32)
 
 
+def scale_values(codes: Tensor, format: Format) -> Tensor:  # fp32, the shape of `codes`
+    """What scales that are codes of a byte stand for, before a second level: int8, E4M3 or E8M0."""
+    if format.scale == "e8m0":
+        return e8m0_values(codes)
+    if format.scale == "e4m3":
+        return codes.view(torch.float8_e4m3fn).to(torch.float32)
+    return codes.to(torch.float32)
+
+
 def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
     """The fp32 scale of every group, second level applied; None without scales."""
     if qt.format.scale is None:
@@ -66,9 +75,7 @@ def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
     scales = qt.tensors["scales"]
     if qt.format.scale == "e8m0":
         return e8m0_values(scales)
-    if qt.format.scale == "e4m3":
-        return scales.to(torch.float32) * qt.tensors["scales2"]
-    if qt.format.scale == "int8":
+    if qt.format.scale in ("e4m3", "int8"):
         return of_two_levels(scales, qt.tensors["scales2"], qt.format)
     if qt.format.scale == "dq8":
         flat = dynamic_map(qt.device)[scales.flatten().long()]
