@@ -26,7 +26,7 @@ from gpu_timing import replay_microseconds
 from record import RESULTS, machine
 from torch import Tensor
 
-from lowbit import backends
+from lowbit.explanation import explain_request
 from lowbit.formats import as_format
 
 SHAPES = ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192), (10944, 4096), (4096, 7392))
@@ -166,7 +166,7 @@ def main() -> None:
     data: dict[str, Any] = {
         "machine": about, "copy_bytes_per_second": copy_bandwidth(), "checks": summed_up(checked),
         "results": [], "fp8": [], "decode": [],
-        "rows": {f"{family} {f}": backends.explain_request(
+        "kernels": {f"{family} {f}": explain_request(
                      as_format(f), 8192, 8192, 1, torch.bfloat16, "cuda", FAMILIES[family]).selected
                  for f in names for family in families},
     }  # fmt: skip

@@ -18,12 +18,13 @@ from gpu_kernels import FAMILIES, PEERS, TOLERANCE, error, ours
 from torch import Tensor
 
 import lowbit
-from lowbit import fp8, layouts, ops
+from lowbit import fp8, layouts
 from lowbit.fp8 import granularity as granularities
 from lowbit.fp8 import matmul_cuda, matmul_triton
 from lowbit.fp8 import reference as fp8_reference
 from lowbit.fp8 import triton as fp8_triton
 from lowbit.fp8.dtypes import FLOAT8
+from lowbit.ops.weights import embedding
 from lowbit.optim import kernels as optim
 from lowbit.optim import reference as optim_reference
 
@@ -59,18 +60,18 @@ def linear(family: str, name: str) -> Iterator[Result]:
     """A format: the weight bit for bit, and products in three dtypes against float64."""
     for n, k in SHAPES[family]:
         qt = lowbit.quantize(torch.randn(n, k, device=device()), name)
-        w = layouts.to_operands(qt, FAMILIES[family])
+        w = layouts.to_kernel(qt, FAMILIES[family])
         want = qt.dequantize()
         rows = torch.randint(0, n, (7,), device=device())
-        same = torch.equal(ops.dequantize(w), want)
-        same &= torch.equal(ops.embedding(rows, w, torch.float32), want[rows])
+        same = torch.equal(lowbit.dequantize(w), want)
+        same &= torch.equal(embedding(rows, w, torch.float32), want[rows])
         yield {"what": f"weight {n}x{k}", "ok": same}
         for dtype, ms in ROWS[family].items():
             for m in ms:
                 x = torch.randn(m, k, device=device(), dtype=dtype)
                 bias = torch.randn(n, device=device(), dtype=dtype)
                 exact = x.double() @ want.double().T + bias.double()
-                y = ops.linear(x, w, bias)
+                y = lowbit.linear(x, w, bias)
                 wrong = float((y.double() - exact).norm() / exact.norm())
                 ok = wrong <= (1e-5 if dtype == torch.float32 else TOLERANCE)
                 found = {"what": f"{dtype} {m}x{n}x{k}", "ok": ok, "error": wrong}

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from gpu_kernels import cloned
 from gpu_timing import replay_microseconds
 from torch import Tensor
 
 import lowbit
-from lowbit import layouts, ops
+from lowbit import layouts
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,9 @@ def make_linears(
     if format is None:
         return [functools.partial(F.linear, weight=weight.bfloat16()) for _ in range(count)]
     qt = lowbit.quantize(weight, format)
-    first = layouts.to_operands(qt, layout)
-    return [functools.partial(ops.linear, weight=cloned(first)) for _ in range(count)]
+    first = layouts.to_kernel(qt, layout)
+    copies = [first.map(Tensor.clone) for _ in range(count)]
+    return [functools.partial(lowbit.linear, weight=w) for w in copies]
 
 
 def milliseconds_per_token(shape: Shape, format: str | None, layout: str | None) -> float:

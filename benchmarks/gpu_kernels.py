@@ -6,16 +6,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import lowbit
-from lowbit import layouts, ops
+from lowbit import layouts
 from lowbit.formats import Format, as_format
-from lowbit.layouts import Operands
 
 FAMILIES = {"triton": layouts.K16, "cuda": layouts.M16}
 ROTATED_BYTES = 180 << 20  # more than three times the largest L2 cache
@@ -53,21 +52,14 @@ def ours(weight: Tensor, name: str, family: str) -> Kernel:
         format = Format.lut(bits=format.bits, table=table, group=format.group, name=name)
     qt = lowbit.quantize(weight, format)
     nbytes = sum(t.nbytes for t in qt.tensors.values())
-    first = layouts.to_operands(qt, FAMILIES[family])
-    copies = [cloned(first) for _ in range(num_copies(nbytes))]
+    first = layouts.to_kernel(qt, FAMILIES[family])
+    copies = [first.map(torch.Tensor.clone) for _ in range(num_copies(nbytes))]
     return Kernel(
         f"{family} {name}",
         nbytes,
         qt.dequantize(),
-        [lambda x, w=w: ops.linear(x, w) for w in copies],
+        [lambda x, w=w: lowbit.linear(x, w) for w in copies],
     )
-
-
-def cloned(w: Operands) -> Operands:
-    """The same weight elsewhere in memory."""
-    kept = ("codes", "scales", "zeros", "table")
-    tensors = {name: getattr(w, name) for name in kept}
-    return replace(w, **{name: None if t is None else t.clone() for name, t in tensors.items()})
 
 
 def dense(weight: Tensor) -> Kernel:

@@ -21,7 +21,7 @@ from record import RESULTS, machine
 from torch import Tensor
 
 from lowbit import Format, QuantTensor, codebooks, explain, linear
-from lowbit.backends import REFERENCE_ROW
+from lowbit.explanation import REFERENCE
 from lowbit.methods import quantize
 from lowbit.ptq.smooth import awq_scales
 
@@ -196,7 +196,7 @@ def checked(qt: QuantTensor) -> Tensor:  # (N, K) fp32
     columns = torch.linspace(0, k - 1, min(k, IDENTITY_ROWS)).long()
     x = torch.zeros(len(columns), k)
     x[torch.arange(len(columns)), columns] = 1
-    if explain(x, qt).selected == REFERENCE_ROW:
+    if explain(x, qt).selected == REFERENCE:
         raise RuntimeError(f"no fast kernel runs {qt}")
     weight = qt.dequantize()
     if not torch.equal(linear(x, qt), weight.T[columns]):

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from lowbit import ops
 from lowbit.methods import quantize
+from lowbit.ops.terms import matrix
 
 N = 64
 CALLS, ROUNDS = 2000, 15
@@ -27,9 +27,9 @@ def overhead() -> dict[str, Any]:
     library.define(f"empty({schema}")
     y = torch.empty(1, N)
     library.impl("empty", lambda *_: y, "CPU")
-    w = ops.operands(quantize(torch.randn(N, N), "int4_g32"))
+    w = matrix(quantize(torch.randn(N, N), "int4_g32"))
     x = torch.randn(1, N)
-    arguments = (x, w.codes, w.scales, w.zeros, w.table, None, w.spec, w.layout, N, N)
+    arguments = (x, *w, None)
     calls: dict[str, Callable[..., object]] = {
         "empty_ns": torch.ops.lowbit_bench.empty.default,
         "op_ns": torch.ops.lowbit.linear.default,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import mmap
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.layouts import Operands
+from lowbit.layouts import KernelWeight, Operands
 from lowbit.weights.quantized import QuantTensor
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -49,11 +48,12 @@ class Guard:
         """Copies of the tensors of an argument: a tensor, a weight, or a sequence of them."""
         if isinstance(value, Tensor):
             return self.tensor(value)
+        if isinstance(value, KernelWeight):
+            return value.map(self.tensor)
+        if isinstance(value, Operands):
+            return Operands(*map(self.all, value))
         if isinstance(value, (tuple, list)):
             return type(value)(self.all(v) for v in value)
-        if isinstance(value, Operands):
-            found = {name: self.all(getattr(value, name)) for name in _OPERANDS}
-            return dataclasses.replace(value, **found)
         if isinstance(value, QuantTensor):
             tensors = {name: self.all(t) for name, t in value.tensors.items()}
             return QuantTensor(value.format, value.shape, tensors)

@@ -12,25 +12,23 @@ from strided import Case, case
 from torch import Tensor
 
 import lowbit
-from lowbit import _C, int8, layouts, ops
+from lowbit import _C, int8, layouts
 from lowbit.formats import parse
-from lowbit.layouts import Operands
+from lowbit.layouts import KernelWeight, Operands
+from lowbit.layouts.operands import TENSORS
+from lowbit.ops.weights import embedding
 from lowbit.weights.quantized import QuantTensor
 from weights import random_weight
 
 N, K = 70, 96
 
 
-def weight(name: str, layout: str = "n16") -> Operands:
-    return layouts.to_operands(random_weight(parse(name), N, K), layout)
-
-
-def meaning(w: Operands) -> tuple[Any, ...]:
-    return w.spec_without_outliers, w.layout, *w.shape
+def weight(name: str, layout: str = "n16") -> KernelWeight:
+    return layouts.to_kernel(random_weight(parse(name), N, K), layout)
 
 
 def operands_of(w: Operands) -> dict[str, Tensor]:
-    found = {name: getattr(w, name) for name in ("codes", "scales", "zeros", "table")}
+    found = {name: getattr(w, name) for name in TENSORS}
     return {name: t for name, t in found.items() if t is not None}
 
 
@@ -48,7 +46,7 @@ for dtype in (torch.float32, torch.bfloat16):
             w = weight(name, layout)
             given = {"x": torch.randn(m, K).to(dtype), "bias": torch.randn(N)}
             return Case(
-                lambda x, bias: ops.linear(x, w, bias), given, ("x",), exact=layout == "n16"
+                lambda x, bias: lowbit.linear(x, w, bias), given, ("x",), exact=layout == "n16"
             )
 
 
@@ -61,7 +59,7 @@ for dtype, layout in itertools.product((torch.float32, torch.bfloat16), ("n16", 
             name: torch.randn(m, size).to(dtype)
             for name, size in (("x", K), ("gate", N), ("residual", N))
         }
-        call = lambda x, gate, residual, bias: ops.linear(  # noqa: E731
+        call = lambda x, gate, residual, bias: lowbit.linear(  # noqa: E731
             x, w, bias, activation="silu", gate=gate, residual=residual
         )
         return Case(
@@ -75,7 +73,7 @@ for dtype, layout in itertools.product((torch.float32, torch.bfloat16), ("n16", 
     def _(m: int, layout: str = layout, dtype: torch.dtype = dtype) -> Case:
         w = weight("int3_g64_o2", layout)
         given = {name: torch.randn(m, size).to(dtype) for name, size in (("x", K), ("residual", N))}
-        call = lambda x, residual, bias: ops.linear(x, w, bias, residual=residual)  # noqa: E731
+        call = lambda x, residual, bias: lowbit.linear(x, w, bias, residual=residual)  # noqa: E731
         return Case(
             call, {**given, "bias": torch.randn(N)}, ("x", "residual"), exact=layout == "n16"
         )
@@ -84,25 +82,25 @@ for dtype, layout in itertools.product((torch.float32, torch.bfloat16), ("n16", 
     def _(m: int, layout: str = layout, dtype: torch.dtype = dtype) -> Case:
         weights = [weight("nf4", layout), weight("q5_1", layout)]
         given = {"x": torch.randn(m, K).to(dtype), "bias": torch.randn(N)}
-        call = lambda x, bias: ops.linear_many(x, weights, [bias, None])  # noqa: E731
+        call = lambda x, bias: lowbit.linear_many(x, weights, [bias, None])  # noqa: E731
         return Case(call, given, ("x",), exact=layout == "n16")
 
 
 @case("linear of 3-D x")
 def _(m: int) -> Case:
     w = weight("nf4")
-    return Case(lambda x: ops.linear(x, w), {"x": torch.randn(m, 3, K)}, ("x",))
+    return Case(lambda x: lowbit.linear(x, w), {"x": torch.randn(m, 3, K)}, ("x",))
 
 
 @case("gradients")
 def _(m: int) -> Case:
-    w = weight("kmeans3_g32_fp32")
+    w = weight("kmeans3_g32_fp32").operands
     learned = [t.clone().requires_grad_() for t in (w.scales, w.table)]
 
     def call(x: Tensor, grad: Tensor, bias: Tensor) -> Any:
         leaves = [x.detach().requires_grad_(), bias.detach().requires_grad_()]
-        tensors = (leaves[0], w.codes, learned[0], None, learned[1], leaves[1])
-        y = torch.ops.lowbit.linear_trainable(*tensors, *meaning(w))
+        given = w._replace(scales=learned[0], table=learned[1])
+        y = torch.ops.lowbit.linear_trainable(leaves[0], *given, leaves[1], None)
         return torch.autograd.grad(y, [*leaves, *learned], grad)
 
     given = {"x": torch.randn(m, K), "grad": torch.randn(m, N), "bias": torch.randn(N)}
@@ -113,16 +111,16 @@ for layout, name in cases_of("nf4", "uint4_zfloat", "kmeans3_pr"):
 
     @case(f"operands {name} {layout}")
     def _(m: int, layout: str = layout, name: str = name) -> Case:
-        w = weight(name, layout)
+        w = weight(name, layout).operands
         given = operands_of(w)
         x = torch.randn(m, K)
 
         def call(**t: Tensor) -> Any:
-            tensors = [t.get(name) for name in ("codes", "scales", "zeros", "table")]
+            made = w._replace(**t)
             return [
-                torch.ops.lowbit.linear(x, *tensors, None, *meaning(w)),
-                torch.ops.lowbit.dequantize(*tensors, *meaning(w), torch.float32),
-                torch.ops.lowbit.embedding(torch.arange(m), *tensors, *meaning(w), torch.float16),
+                torch.ops.lowbit.linear(x, *made, None),
+                torch.ops.lowbit.dequantize(*made, torch.float32),
+                torch.ops.lowbit.embedding(torch.arange(m), *made, torch.float16),
             ]
 
         return Case(call, given, refused=tuple(given))
@@ -131,36 +129,29 @@ for layout, name in cases_of("nf4", "uint4_zfloat", "kmeans3_pr"):
     def _(m: int, layout: str = layout, name: str = name) -> Case:
         w = weight(name, layout)
         given = {"indices": torch.randint(0, N, (m, 4)), "int32": torch.randint(0, N, (m,)).int()}
-        call = lambda indices, int32: [ops.embedding(i, w) for i in (indices, int32)]  # noqa: E731
+        call = lambda indices, int32: [embedding(i, w) for i in (indices, int32)]  # noqa: E731
         return Case(call, given, ("indices", "int32"))
 
     @case(f"codebook_grad {name} {layout}")
     def _(m: int, layout: str = layout, name: str = name) -> Case:
-        w = weight(name, layout)
-        tensors = (w.codes, w.scales, w.zeros, w.table)
-        wanted = [t is not None and t.is_floating_point() for t in tensors[1:]]
+        w = weight(name, layout).operands
+        wanted = [t is not None and t.is_floating_point() for t in w.tensors[1:]]
         wanted[2] = wanted[2] and w.format.codec == "lut"
-        call = lambda grad: torch.ops.lowbit.codebook_grad(grad, *tensors, *meaning(w), wanted)  # noqa: E731
+        call = lambda grad: torch.ops.lowbit.codebook_grad(grad, *w, wanted)  # noqa: E731
         return Case(call, {"grad": torch.randn(N, K)})
 
 
 @case("embedding with outliers")
 def _(m: int) -> Case:
     w = weight("int3_g64_o2")
-    return Case(lambda i: ops.embedding(i, w), {"i": torch.randint(0, N, (m, 4))}, ("i",))
+    return Case(lambda i: embedding(i, w), {"i": torch.randint(0, N, (m, 4))}, ("i",))
 
 
 @case("outlier operands")
 def _(m: int) -> Case:
-    w = weight("int3_g64_o2")
-    x, tensors = torch.randn(m, K), (w.codes, w.scales, w.zeros, w.table)
-    op = torch.ops.lowbit.linear_outliers
-
-    def call(columns: Tensor, values: Tensor) -> Tensor:
-        return op(x, *tensors, None, *meaning(w), columns, values, None, None, None)
-
-    given = {"columns": w.outlier_columns, "values": w.outlier_values}
-    return Case(call, given, refused=("columns", "values"))
+    term, x = weight("int3_g64_o2").sparse, torch.randn(m, K)
+    call = lambda columns, values: torch.ops.lowbit.sparse_linear(x, columns, values)  # noqa: E731
+    return Case(call, term._asdict(), refused=("columns", "values"))
 
 
 for name in ("nf4", "uint4_zfloat", "kmeans3_pr", "nf4_g64_dq8", "nvfp4", "mxfp4", "int3_g64_o2"):

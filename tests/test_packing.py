@@ -10,6 +10,7 @@ import torch
 
 from lowbit import _C, layouts, ops, packing  # noqa: F401  (ops registers torch.ops.lowbit)
 from lowbit.formats import FORMATS, Format
+from lowbit.layouts.operands import TENSORS
 from weights import ALL_FORMATS, random_codes, random_weight
 
 # One format of each way to pack, and a table that does not use all codes.
@@ -167,14 +168,14 @@ def test_operands_have_the_specs_that_checks_compare(format: Format, layout: str
         pytest.skip("no kernel has this layout of the format")
     n, k = 70, 200
     qt = random_weight(format, n, k)
-    op = layouts.to_operands(qt, layout)
-    found = {name: getattr(op, name) for name in ("codes", "scales", "zeros", "table")}
+    w = layouts.to_kernel(qt, layout)
+    found = dict(zip(TENSORS, w.operands.tensors, strict=True))
     specs = layouts.find(layout).specs(format, n, k)
     for name, t in found.items():
         assert (t is None) == (name not in specs), name
         if t is not None:
             assert (tuple(t.shape), t.dtype) == specs[name], name
-    again = layouts.from_operands(op)
+    again = layouts.from_kernel(w)
     assert all(
         torch.equal(t.view(torch.uint8), again.tensors[name].view(torch.uint8))
         for name, t in qt.tensors.items()

@@ -23,19 +23,16 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
-    ("codebooks", "files", "late", "modes", "strides", "text", "transforms"),
+    ("codebooks", "files", "late", "modes", "strides", "text"),
     ("formats", "_C", "_cuda"),
     ("forking", "packing"),
     ("weights",),
     ("reference",),
     ("layouts",),
-    ("backends", "checks", "gradients"),
-    ("fused", "weight_ops"),
-    ("outliers",),
-    ("autograd",),
+    ("backends",),
     ("ops",),
+    ("binary", "explanation", "int8"),
     ("fp8",),
-    ("binary", "int8"),
     ("methods", "optim"),
     ("nn",),
     ("decoder", "io"),
@@ -66,15 +63,10 @@ RESTRICTED = {
 
 # Files that reach for compiled code though they are neither a backend nor the decoder. Only ever shorter.
 COMPILED_EXCEPTIONS = {
-    "python/lowbit/cli/bench.py",
-    "python/lowbit/cli/main.py",
-    "python/lowbit/forking.py",
     "python/lowbit/fp8/cpu.py",
     "python/lowbit/fp8/explanation.py",
     "python/lowbit/fp8/matmul_cpu.py",
     "python/lowbit/fp8/matmul_cuda.py",
-    "python/lowbit/layouts/n16.py",
-    "python/lowbit/methods/kmeans.py",
     "python/lowbit/optim/kernels.py",
 }
 # Modules that need an optional package, by the file that imports them when they are needed.

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from adapters.base import Candidate, eager, group_of, num_copies
-from lowbit import backends, ops
+from lowbit.explanation import explain_request
 from lowbit.formats import as_format
-from lowbit.layouts import Operands
+from lowbit.layouts import KernelWeight
 from lowbit.methods import quantize
+from lowbit.ops.linear import linear
+from lowbit.ops.terms import kernel_weight
 from lowbit.weights.quantized import QuantTensor
 
 _MARKS = {"int8": "_a8", "int8_table": "_a8t"}
@@ -24,26 +26,21 @@ def lowbit(weight: Tensor, name: str, dtype: torch.dtype = torch.bfloat16) -> Ca
         format = as_format(f"{base}_g{group_of(weight.shape[1])}{mark}")
     qt = quantize(weight, format)
     values = qt.dequantize()
-    first = ops.operands(qt)
-    copies = [_rolled(qt, i) for i in range(num_copies(_nbytes(first)))]
-    calls = [lambda x, w=w: ops.linear(x, w) for w in copies]
+    first = kernel_weight(qt)
+    copies = [_rolled(qt, i) for i in range(num_copies(first.nbytes))]
+    calls = [lambda x, w=w: linear(x, w) for w in copies]
     activation = "int8" if format.activation else str(dtype).removeprefix("torch.")
-    bits = 8 * _nbytes(first) / weight.numel()
+    bits = 8 * first.nbytes / weight.numel()
     label = f"lowbit {format.name}" + ("" if dtype == torch.bfloat16 else f" {activation}")
     return eager(label, bits, activation, values, calls, dtype)
 
 
 def selected(candidate_format: str, shape: tuple[int, int], m: int, dtype: torch.dtype) -> str:
-    """The kernel row that runs."""
+    """The kernel that runs."""
     format = as_format(candidate_format)
-    return backends.explain_request(format, *shape, m, dtype).selected
+    return explain_request(format, *shape, m, dtype).selected
 
 
-def _rolled(qt: QuantTensor, i: int) -> Operands:
+def _rolled(qt: QuantTensor, i: int) -> KernelWeight:
     """The weight with its rows rotated by i."""
-    return ops.operands(qt.map(lambda t: t.roll(i, 0) if t.dim() >= 2 else t))
-
-
-def _nbytes(w: Operands) -> int:
-    tensors = (w.codes, w.scales, w.zeros, w.table)
-    return sum(t.nbytes for t in tensors if t is not None)
+    return kernel_weight(qt.map(lambda t: t.roll(i, 0) if t.dim() >= 2 else t))

@@ -16,13 +16,13 @@ if importlib.util.find_spec("torch") is not None:
     import torch  # noqa: F401
 
 # Now, not when it is first used: it must know of a fork that happens in between.
-from lowbit import _C, late  # noqa: F401
+from lowbit import _C, late
 from lowbit.formats import FORMATS, Format
 
 if TYPE_CHECKING:
     from lowbit import binary, codebooks, fp8, int8, integrations, nn, optim, qat
     from lowbit._C import kernels
-    from lowbit.explain import explain
+    from lowbit.explanation import explain
     from lowbit.io.save_load import load, save
     from lowbit.methods import quantize
     from lowbit.ops.linear import linear
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Where each name lives; None for a module.
 _HOMES = {
     "QuantTensor": "lowbit.weights.quantized", "binary": None, "codebooks": None, "dequantize": "lowbit.ops.weights",
-    "explain": "lowbit.explain",
+    "explain": "lowbit.explanation",
     "fp8": None, "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops.linear",
     "linear_many": "lowbit.ops.many",
     "load": "lowbit.io.save_load", "nn": None, "optim": None, "qat": None,

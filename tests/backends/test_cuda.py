@@ -66,7 +66,7 @@ def test_operands_hold_the_weight(format: Format) -> None:
     for key in ("codes", "scales", "zeros", "table"):
         t = getattr(w, key)
         assert (None if t is None else (tuple(t.shape), t.dtype)) == specs.get(key), key
-    back = layouts.from_operands(w)
+    back = layouts.from_kernel(layouts.to_kernel(qt, M16))
     assert back.tensors.keys() == qt.tensors.keys()
     for key, t in qt.tensors.items():
         assert torch.equal(back.tensors[key].view(torch.uint8), t.contiguous().view(torch.uint8)), (

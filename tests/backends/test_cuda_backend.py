@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import lowbit
-from lowbit import layouts, ops, reference
-from lowbit.backends import cuda as backend
+from lowbit import layouts, reference
+from lowbit.backends.cuda import CUDA
+from lowbit.backends.cuda import weights as backend
 from lowbit.formats import FORMATS, parse
 from lowbit.fp8 import granularity as granularities
 from lowbit.fp8 import matmul_cuda
@@ -67,8 +68,7 @@ def launch(
     w = layouts.to_operands(qt, M16)
     fake = Launch(family, splits, w.format.zero in ("float", "min"), x)
     monkeypatch.setattr(backend, "weight", lambda *_: fake)
-    args = (w.codes, w.scales, w.zeros, w.table)
-    y = backend.linear(x, *args, kwargs.pop("bias", None), w.format, *w.shape, **kwargs)
+    y = CUDA.linear(x, w, kwargs.pop("bias", None), **kwargs)
     return fake, y
 
 
@@ -135,8 +135,8 @@ def test_int8_activations_take_canonical_operands() -> None:
     qt = random_weight(parse("uint4_g32_a8"), 40, 96)
     w = layouts.to_operands(qt, M16)
     x = torch.randn(3, 96)
-    y = backend.linear(x, w.codes, w.scales, w.zeros, w.table, None, w.format, *w.shape)
-    assert torch.equal(y, ops.linear(x, layouts.to_operands(qt, layouts.CANONICAL)))
+    y = CUDA.linear(x, w, None)
+    assert torch.equal(y, lowbit.linear(x, layouts.to_operands(qt, layouts.CANONICAL)))
 
 
 @pytest.mark.parametrize("k", (96, 100))

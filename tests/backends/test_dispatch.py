@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from lowbit import _C
-from lowbit.backends import available, cpu
+from lowbit.backends.cpu import weights as cpu
 from lowbit.formats import parse
+from lowbit.ops.terms import matrix
 from weights import random_weight
 
 ALL_ISAS = ["scalar", "avx2", "avx512", "avx512bf16", "avx512vnni", "avx512vpopcntdq"]
@@ -149,11 +150,9 @@ def test_numpy_calls_check_sizes() -> None:
 
 
 def big_call():
-    op = available.kernel_operands(random_weight(parse("int4"), 2048, 2048))
+    op = matrix(random_weight(parse("int4"), 2048, 2048))
     x = torch.randn(64, 2048)
-    return lambda: cpu.linear(
-        x, op.codes, op.scales, op.zeros, op.table, None, op.format, *op.shape
-    )
+    return lambda: cpu.linear(x, op, None)
 
 
 def test_one_openmp_runtime_in_the_process() -> None:

@@ -29,10 +29,10 @@ torch.ones(4_000_000).add_(1)  # torch's threads exist
 USES = {
     "linear": "lowbit.linear(x, q)",
     "many": "lowbit.linear_many(x, [q, q])",
-    "embedding": "lowbit.ops.embedding(torch.arange(n), q)",
-    "many rows of an embedding": "lowbit.ops.embedding(indices, q, torch.bfloat16)",
+    "embedding": "lowbit.ops.weights.embedding(torch.arange(n), q)",
+    "many rows of an embedding": "lowbit.ops.weights.embedding(indices, q, torch.bfloat16)",
     "dequantize": "lowbit.dequantize(q)",
-    "canonical": "lowbit.linear(x, lowbit.layouts.to_operands(q, 'canonical'))",
+    "canonical": "lowbit.linear(x, lowbit.layouts.to_kernel(q, 'canonical'))",
     "layer": "nn.Sequential(lowbit.nn.QuantLinear.from_quant_tensor(q))(x)",
     "state dict": "lowbit.nn.QuantLinear(k, n, bias=False, format=sys.argv[1]).load_state_dict(state)",
     "file": "lowbit.load(model, path)",
@@ -118,6 +118,6 @@ def test_explain_knows_of_the_one_thread(tmp_path: Path) -> None:
         tmp_path,
         "int4_g32",
         "(_ for _ in ()).throw(AssertionError('threads')) if {row.threads for row in lowbit.explain("
-        "x.expand(64, k), q).rows} - {1, None} or ', at most 1 threads' not in str(lowbit.explain(x, q)) else None",
+        "x.expand(64, k), q).kernels} - {1, None} or ', at most 1 threads' not in str(lowbit.explain(x, q)) else None",
     )
     assert done.returncode == 0, done.stderr[-3000:]

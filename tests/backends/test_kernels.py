@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from lowbit import _C, layouts, reference
-from lowbit.backends import available, cpu
+from lowbit.backends.cpu import weights as cpu
 from lowbit.formats import Format, parse
 from lowbit.layouts import Operands
+from lowbit.ops.terms import kernel_weight, matrix
 from weights import ALL_FORMATS, assert_close, random_weight
 
 KERNELS = _C.kernels()
@@ -39,7 +40,8 @@ def legal(format: Format, kernel: dict, op: str) -> bool:
 
 def fits_groups(format: Format, kernel: dict, k: int) -> bool:
     whole = format.group is None or format.group >= k
-    return whole or format.group % kernel["group_multiple"] == 0
+    half = format.group == 16 and kernel["half_groups"]
+    return whole or half or format.group % kernel["group_multiple"] == 0
 
 
 def cases(op: str) -> list:
@@ -56,11 +58,9 @@ def cases(op: str) -> list:
 
 
 def linear(
-    op: Operands, x: torch.Tensor, row: int, bias: torch.Tensor | None = None
+    op: Operands, x: torch.Tensor, kernel: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    return cpu.linear(
-        x, op.codes, op.scales, op.zeros, op.table, bias, op.format, *op.shape, row=row
-    )
+    return cpu.linear(x, op, bias, kernel=kernel)
 
 
 def expected_weight(qt, kernel: dict) -> torch.Tensor:
@@ -68,7 +68,9 @@ def expected_weight(qt, kernel: dict) -> torch.Tensor:
     values = reference.code_values(qt.unpack(), qt.format, qt.table)
     if kernel["compute"] == "bf16":
         values = values.to(torch.bfloat16).to(torch.float32)
-    return reference.apply_scales(values, qt.format, reference.effective_scales(qt), qt.zeros)
+    return reference.apply_scales(
+        values, qt.format, reference.effective_scales(qt), reference.effective_zeros(qt)
+    )
 
 
 @pytest.mark.parametrize(("format", "kernel"), cases("linear"))
@@ -79,7 +81,7 @@ def test_identity_returns_the_weight(format: Format, kernel: dict) -> None:
         if not fits_groups(format, kernel, k):
             continue
         qt = random_weight(format, n, k)
-        op = available.kernel_operands(qt)
+        op = matrix(qt)
         weight = expected_weight(qt, kernel)
         for name in kernel["x"]:
             y = linear(op, torch.eye(k, dtype=DTYPES[name]), kernel["index"])
@@ -92,11 +94,9 @@ def test_identity_returns_the_weight(format: Format, kernel: dict) -> None:
 def test_dequantize_is_exact(format: Format, kernel: dict) -> None:
     for n, k in SHAPES:
         qt = random_weight(format, n, k)
-        op = available.kernel_operands(qt)
+        op = matrix(qt)
         for dtype in DTYPES.values():
-            got = cpu.dequantize(
-                op.codes, op.scales, op.zeros, op.table, format, n, k, dtype, row=kernel["index"]
-            )
+            got = cpu.dequantize(op, dtype, kernel["index"])
             assert torch.equal(got, reference.dequantize(qt, dtype)), (n, k, dtype)
 
 
@@ -109,7 +109,7 @@ def test_random_x_with_bias(format: Format, kernel: dict) -> None:
         if not fits_groups(format, kernel, k):
             pytest.skip(f"groups of {format.group} are for the rows that take any group")
     qt = random_weight(format, n, k, seed=1)
-    op = available.kernel_operands(qt)
+    op = matrix(qt)
     weight = expected_weight(qt, kernel).double()
     for name in kernel["x"]:
         dtype = DTYPES[name]
@@ -127,7 +127,7 @@ def test_every_fp16_enters_as_it_is(name: str) -> None:
     format = parse(name)
     k = 64
     qt = random_weight(format, 1, k)
-    op = available.kernel_operands(qt)
+    op = matrix(qt)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     x = torch.zeros(2**16, k, dtype=torch.float16)
     x[:, 5] = every
@@ -146,7 +146,7 @@ def test_layout_is_invertible(format: Format) -> None:
     """Canonical -> n16 -> canonical returns every tensor bit for bit."""
     for n, k in SHAPES:
         qt = random_weight(format, n, k)
-        back = layouts.from_operands(available.kernel_operands(qt))
+        back = layouts.from_kernel(kernel_weight(qt))
         for name, t in qt.tensors.items():
             assert torch.equal(raw(back.tensors[name]), raw(t)), name
 
@@ -192,10 +192,10 @@ def test_layout_is_as_documented(bits: int) -> None:
 def test_embedding_rows(format: Format) -> None:
     n, k = 70, 100
     qt = random_weight(format, n, k)
-    op = available.kernel_operands(qt)
+    op = matrix(qt)
     indices = torch.tensor([0, 69, 64, 63, 1, 1])
     for dtype in DTYPES.values():
-        got = cpu.embedding(indices, op.codes, op.scales, op.zeros, op.table, format, n, k, dtype)
+        got = cpu.embedding(indices, op, dtype)
         assert torch.equal(got, reference.dequantize(qt, dtype)[indices])
 
 
@@ -212,7 +212,7 @@ def test_no_less_exact_than_dense(name: str, dtype: torch.dtype, m: int) -> None
     """
     format = parse(name)
     qt = random_weight(format, 256, 1024)
-    op = available.kernel_operands(qt)
+    op = matrix(qt)
     weight = reference.dequantize(qt)
     x = torch.randn(m, 1024).to(dtype)
     exact = F.linear(x.double(), weight.double())

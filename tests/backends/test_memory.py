@@ -16,12 +16,13 @@ from guarded import Guard
 from torch import Tensor
 
 import lowbit
-from lowbit import _C, binary, fp8, int8, layouts, ops
-from lowbit.backends import available
+from lowbit import _C, binary, fp8, int8, layouts
 from lowbit.decoder.bound import bind_linear
 from lowbit.formats import parse
 from lowbit.fp8.granularity import GRANULARITIES
 from lowbit.layouts import CANONICAL, K16, N16
+from lowbit.ops.terms import kernel_weight
+from lowbit.ops.weights import embedding
 from lowbit.optim import FP8AdamW
 from weights import random_weight
 
@@ -83,7 +84,7 @@ def _bytes(t: Tensor) -> Tensor:
 def test_products(name: str, dtype: torch.dtype, guard: Guard) -> None:
     """linear, also with what follows it, with rows apart, for siblings and bound."""
     for n, k in SHAPES:
-        w = layouts.to_operands(random_weight(parse(name), n, k), N16)
+        w = layouts.to_kernel(random_weight(parse(name), n, k), N16)
         bias = torch.randn(n).to(dtype)
         for m in (1, 2, 5, 17):
             x = torch.randn(m, k).to(dtype)
@@ -109,14 +110,14 @@ def test_weights(name: str, layout: str, guard: Guard) -> None:
     if layout == K16:
         pytest.importorskip("triton")
     for n, k in SHAPES[:3] if layout == N16 else SHAPES[1:2]:
-        w = layouts.to_operands(random_weight(parse(name), n, k), layout)
+        w = layouts.to_kernel(random_weight(parse(name), n, k), layout)
         for dtype in DTYPES:
-            check(guard, ops.dequantize, w, dtype)
+            check(guard, lowbit.dequantize, w, dtype)
             for ids in (
                 torch.tensor([n - 1, 0, n // 2]),
                 torch.tensor([[n - 1]], dtype=torch.int32),
             ):
-                check(guard, ops.embedding, ids, w, dtype)
+                check(guard, embedding, ids, w, dtype)
         if layout != N16 and w.format.activation is None:
             # The last rows of the identity: sums of one number, which no order of additions rounds.
             check(guard, lowbit.linear, torch.eye(k)[-3:], w)
@@ -132,11 +133,11 @@ def test_packing(name: str, guard: Guard) -> None:
         codes = qt.unpack()
         check(guard, torch.ops.lowbit.pack, codes, plain.spec)
         check(guard, torch.ops.lowbit.unpack, qt.codes, plain.spec, k)
-        check(guard, lambda q: [layouts.to_operands(q, N16).codes], qt)
+        check(guard, lambda q: [layouts.to_kernel(q, N16).operands.codes], qt)
         check(
             guard,
-            lambda w: layouts.from_operands(w).tensors.values(),
-            available.kernel_operands(qt),
+            lambda w: layouts.from_kernel(w).tensors.values(),
+            kernel_weight(qt),
         )
         check(guard, lambda q: q.dequantize(), qt)
 
@@ -150,7 +151,7 @@ def test_int8(dtype: torch.dtype, k: int, guard: Guard) -> None:
         check(guard, int8.quantize, x, 16)
         check(guard, int8.quantize, x, None, torch.full((m,), 0.02))
         assert torch.equal(int8.quantize(guard.rows(x, 3))[0], int8.quantize(x)[0])
-        w = layouts.to_operands(random_weight(parse("int4_a8"), 17, k), N16)
+        w = layouts.to_kernel(random_weight(parse("int4_a8"), 17, k), N16)
         q, scales = int8.quantize(x)
         check(guard, int8.linear, q, scales, w, torch.randn(17))
         check(guard, int8.linear, q, scales, w, None, torch.int8, 0.5)
@@ -163,7 +164,7 @@ def test_binary(dtype: torch.dtype, k: int, guard: Guard) -> None:
         x = torch.randn(m, k).to(dtype)
         check(guard, binary.quantize, x)
         assert torch.equal(binary.quantize(guard.rows(x, 3))[0], binary.quantize(x)[0])
-        w = layouts.to_operands(random_weight(parse("binary_row"), 33, k), N16)
+        w = layouts.to_kernel(random_weight(parse("binary_row"), 33, k), N16)
         check(guard, binary.linear, *binary.quantize(x), w, torch.randn(33))
 
 

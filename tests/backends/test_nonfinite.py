@@ -8,10 +8,11 @@ import torch.nn.functional as F
 
 import lowbit
 from lowbit import _C, int8, layouts, reference
-from lowbit.backends import available, cpu
+from lowbit.backends.cpu import weights as cpu
 from lowbit.formats import Format, parse
 from lowbit.layouts import CANONICAL, K16
 from lowbit.nn import QuantLinear
+from lowbit.ops.terms import matrix
 from weights import ALL_FORMATS, random_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,11 +66,12 @@ def test_products_are_those_of_a_dense_weight(format: Format, dtype: torch.dtype
 @pytest.mark.parametrize("format", ZEROS, ids=lambda f: f.name)
 def test_every_row_of_the_kernel_table(format: Format) -> None:
     qt = random_weight(format, N, K)
-    op, weight, ran = available.kernel_operands(qt), qt.dequantize(), 0
+    op, weight, ran = matrix(qt), qt.dequantize(), 0
     codec = "int" if format.codec == "affine" else format.codec
     for kernel in LINEAR_ROWS:
         group = format.group or K
-        fits = group >= K or group % kernel["group_multiple"] == 0
+        half = group == 16 and kernel["half_groups"]
+        fits = group >= K or half or group % kernel["group_multiple"] == 0
         if (
             not kernel["available"]
             or kernel["bits"] != format.bits
@@ -91,8 +93,7 @@ def test_every_row_of_the_kernel_table(format: Format) -> None:
             blocks = format.name == "uint4" and kernel["name"].startswith(("gemm_bf16", "gemm_f16"))
             for m in (1, 9, 600) if blocks else (1, 9):
                 x = spoilt(m, dtype, torch.inf)
-                arguments = (op.codes, op.scales, op.zeros, op.table, None, format, N, K)
-                y = cpu.linear(x, *arguments, row=kernel["index"])
+                y = cpu.linear(x, op, None, kernel=kernel["index"])
                 want = F.linear(x.float(), weight).to(dtype)
                 assert_alike(y, want, (kernel["name"], m, dtype))
                 ran += 1

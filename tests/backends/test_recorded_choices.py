@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit import _C, int8, layouts, ops, reference
+from lowbit import _C, int8, layouts, reference
 from lowbit.decoder import bound
+from lowbit.explanation import explain_request
 from lowbit.formats import FORMATS, parse
 from lowbit.layouts import CANONICAL, K16, M16
 from lowbit.nn import LLMInt8Linear, QuantConv2d, QuantEmbedding, QuantLinear, fuse
@@ -49,7 +50,13 @@ def expected(made: QuantLinear, x: torch.Tensor) -> torch.Tensor:
         return reference.linear(x, qt, made.bias)
     rows = x.reshape(-1, K)
     q, scales = reference.quantize_int8(rows, None, torch.full((len(rows),), SCALE))
-    weight = (qt.unpack(), qt.format, reference.effective_scales(qt), qt.zeros, qt.table)
+    weight = (
+        qt.unpack(),
+        qt.format,
+        reference.effective_scales(qt),
+        reference.effective_zeros(qt),
+        qt.table,
+    )
     return reference.int8_linear(q, scales, *weight, made.bias).to(x.dtype).view(*x.shape[:-1], N)
 
 
@@ -98,18 +105,18 @@ def convolved(made: QuantLinear, x: torch.Tensor) -> torch.Tensor:
 
 
 def many(made: QuantLinear, x: torch.Tensor) -> torch.Tensor:
-    return lowbit.linear_many(x, [made.operands()] * 2, [None, made.bias])[1]
+    return lowbit.linear_many(x, [made.kernel_weight()] * 2, [None, made.bias])[1]
 
 
 def followed(made: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     residual = torch.zeros(*x.shape[:-1], N, dtype=x.dtype)
-    return lowbit.linear(x, made.operands(), made.bias, residual=residual)
+    return lowbit.linear(x, made.kernel_weight(), made.bias, residual=residual)
 
 
 def bound_call(made: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     rows = x.reshape(-1, K).contiguous()
     out = torch.empty(len(rows), N, dtype=x.dtype)
-    bound.bind_linear(rows, made.operands(), out, made.bias)()
+    bound.bind_linear(rows, made.kernel_weight(), out, made.bias)()
     return out.view(*x.shape[:-1], N)
 
 
@@ -118,7 +125,7 @@ def in_layout(layout: str) -> Callable[[QuantLinear, torch.Tensor], torch.Tensor
         w = layouts.to_operands(made.quant_tensor(), layout)
         if made.input_scale is not None:
             return int8.static_linear(x, made.input_scale, w, made.bias)
-        return ops.linear(x, w, made.bias)
+        return lowbit.linear(x, w, made.bias)
 
     return call
 
@@ -224,8 +231,6 @@ def test_explain_of_layouts_without_int8_kernels(name: str, layout: str) -> None
     if layout == M16 and qt.format.activation is None:
         pytest.skip("the choice of a CUDA kernel asks the device")
     for x in (torch.randn(3, 64), torch.zeros(3, 8, dtype=torch.uint8)):
-        said = lowbit.backends.explain_request(
-            w.format, 64, 64, 3, x.dtype, device, layout
-        ).selected
+        said = explain_request(w.format, 64, 64, 3, x.dtype, device, layout).selected
         plain = qt.format.activation is not None or x.dtype == torch.uint8 or layout == CANONICAL
         assert (said == "reference") == plain

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from lowbit import backends, binary, int8, layouts, ops, reference
-from lowbit.backends import triton as backend
+import lowbit
+from lowbit import binary, int8, layouts, reference
+from lowbit.backends.base import compute_dtype
+from lowbit.backends.triton import TRITON, launch
 from lowbit.formats import FORMATS, Format
 from lowbit.layouts import K16, Operands, k16
+from lowbit.ops.weights import embedding
 from lowbit.weights.quantized import QuantTensor
 from weights import ALL_FORMATS, assert_close, random_weight
 
@@ -25,16 +28,14 @@ SHAPES = ((70, 136), (3, 33), (5, 1))
 
 def config(k: int, format: Format, **changes: int):
     """The chosen tile with changes."""
-    configs = backend.kernels().configs
+    configs = launch.kernels().configs
     return dataclasses.replace(configs.choose(8, 64, k, format.group or k, 1), **changes)
 
 
 def linear(
     w: Operands, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs
 ) -> torch.Tensor:
-    return backend.linear(
-        x, w.codes, w.scales, w.zeros, w.table, bias, w.format, *w.shape, **kwargs
-    )
+    return TRITON.linear(x, w, bias, **kwargs)
 
 
 def weight_of(qt: QuantTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -42,10 +43,12 @@ def weight_of(qt: QuantTensor, dtype: torch.dtype) -> torch.Tensor:
     the scaled weight rounded where steps do not lie in groups.
     """
     f, k = qt.format, qt.shape[1]
-    compute = backend.compute_dtype(dtype, f)
+    compute = compute_dtype(dtype, f)
     if config(k, f).apart:
         values = reference.code_values(qt.unpack(), f, qt.table).to(compute).float()
-        return reference.apply_scales(values, f, reference.effective_scales(qt), qt.zeros)
+        return reference.apply_scales(
+            values, f, reference.effective_scales(qt), reference.effective_zeros(qt)
+        )
     return reference.dequantize(qt).to(compute).float()
 
 
@@ -86,14 +89,14 @@ def test_layout_and_rows(format: Format) -> None:
         for name, (shape, dtype) in layouts.find(K16).specs(format, n, k).items():
             assert getattr(w, name).shape == shape, name
             assert getattr(w, name).dtype == dtype, name
-        back = layouts.from_operands(w)
+        back = layouts.from_kernel(layouts.to_kernel(qt, K16))
         for name, t in qt.tensors.items():
             assert torch.equal(raw(back.tensors[name]), raw(t)), name
         indices = torch.tensor([n - 1, 0, 0])
         for dtype in DTYPES.values():
             exact = reference.dequantize(qt, dtype)
-            assert torch.equal(ops.dequantize(w, dtype), exact), (n, k, dtype)
-            assert torch.equal(ops.embedding(indices, w, dtype), exact[indices])
+            assert torch.equal(lowbit.dequantize(w, dtype), exact), (n, k, dtype)
+            assert torch.equal(embedding(indices, w, dtype), exact[indices])
 
 
 def raw(t: torch.Tensor) -> torch.Tensor:
@@ -127,19 +130,19 @@ def test_ops_take_the_layout() -> None:
     """Through torch.ops: bias, epilogue, several weights, no rows, int8 activations, gradients."""
     qt = random_weight(FLOAT_FORMATS[0], 70, 136)
     w, x = layouts.to_operands(qt, K16), torch.randn(2, 3, 136)
-    y = ops.linear(x, w)
+    y = lowbit.linear(x, w)
     assert y.shape == (2, 3, 70)
     gate, residual = torch.randn(2, 3, 70), torch.randn(2, 3, 70)
-    z = ops.linear(x, w, activation="silu", gate=gate, residual=residual)
+    z = lowbit.linear(x, w, activation="silu", gate=gate, residual=residual)
     torch.testing.assert_close(z, F.silu(gate) * y + residual)
-    many = ops.linear_many(x, [w, w])
+    many = lowbit.linear_many(x, [w, w])
     assert all(torch.equal(t, y) for t in many)
-    assert ops.linear(torch.empty(0, 136), w).shape == (0, 70)
+    assert lowbit.linear(torch.empty(0, 136), w).shape == (0, 70)
     a8 = random_weight(
         Format(name="a8", codec="affine", bits=4, group=32, activation="int8"), 5, 64
     )
     x8 = torch.randn(3, 64)
-    assert torch.equal(ops.linear(x8, layouts.to_operands(a8, K16)), reference.linear(x8, a8))
+    assert torch.equal(lowbit.linear(x8, layouts.to_operands(a8, K16)), reference.linear(x8, a8))
     q, q_scales = int8.quantize(x8)
     assert torch.equal(
         int8.linear(q, q_scales, layouts.to_operands(a8, K16)), int8.linear(q, q_scales, a8)
@@ -151,14 +154,14 @@ def test_ops_take_the_layout() -> None:
         binary.linear(bits, bit_scales, signs),
     )
     grad = x.clone().requires_grad_()
-    ops.linear(grad, w).sum().backward()
+    lowbit.linear(grad, w).sum().backward()
     torch.testing.assert_close(grad.grad, qt.dequantize().sum(0).expand_as(x))
-    assert "triton_linear_16x64x64" in backends.explain(x, w).selected
+    assert "triton_linear_16x64x64" in lowbit.explain(x, w).selected
 
 
 def test_choice_is_within_limits() -> None:
     """The host-side rule: splits cover K, steps lie within groups, many programs for few rows."""
-    choose = backend.kernels().configs.choose
+    choose = launch.kernels().configs.choose
     for m in (1, 8, 16, 17, 64, 100, 512, 4096):
         for n, k in ((8192, 8192), (576, 576), (1, 1), (28672, 8192), (10944, 4096), (70, 7392)):
             for group in (k, 16, 32, 48, 64, 128, 7):

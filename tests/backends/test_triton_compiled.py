@@ -37,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.disasm import get_sass
 from lowbit import layouts, triton_kernels as kernels
-from lowbit.backends import triton as backend
+from lowbit.backends.triton import weights as backend
 from lowbit.formats import parse
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.uint8: "u8"}

@@ -34,14 +34,14 @@ def test_checks_pass(task: list[object], monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_wrong_result_is_found_and_placed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu_checks.SHAPES, "triton", ((40, 200),))
-    right = gpu_checks.ops.linear
+    right = gpu_checks.lowbit.linear
 
     def wrong(x: torch.Tensor, *args: object) -> torch.Tensor:
         y = right(x, *args)
         y[0, 3] += 100
         return y
 
-    monkeypatch.setattr(gpu_checks.ops, "linear", wrong)
+    monkeypatch.setattr(gpu_checks.lowbit, "linear", wrong)
     weight, *products = gpu_checks.answer(["linear", "triton", "int4"])
     assert weight["ok"]
     assert all(not r["ok"] and "[0, 3]" in r["where"] for r in products)

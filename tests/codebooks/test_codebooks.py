@@ -12,7 +12,7 @@ from oracle import normal
 
 import lowbit
 from lowbit import codebooks
-from lowbit.backends import REFERENCE_ROW
+from lowbit.explanation import REFERENCE
 from lowbit.formats import Format
 
 pytest.importorskip("scipy")
@@ -192,7 +192,7 @@ def test_tables_run_through_linear(name: str):
     format = Format.lut(bits=max(1, math.ceil(math.log2(len(table)))), table=table, group=64)
     weight, x = normal(48, 200), normal(3, 200, seed=1)
     qt = lowbit.quantize(weight, format).validate()
-    assert lowbit.explain(x, qt).selected != REFERENCE_ROW
+    assert lowbit.explain(x, qt).selected != REFERENCE
     y, w = lowbit.linear(x, qt), qt.dequantize().double()
     # fp32 sums of 200 products that are rounded twice.
     bound = 2 * 202 * 2**-24 * F.linear(x.double().abs(), w.abs())

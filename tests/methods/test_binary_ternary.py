@@ -11,7 +11,7 @@ import torch
 from oracle import assert_codes_are_best, normal
 
 import lowbit
-from lowbit.backends import REFERENCE_ROW
+from lowbit.explanation import REFERENCE
 from lowbit.formats import Format
 from lowbit.methods import quantize
 from lowbit.ptq.report import measure
@@ -224,4 +224,4 @@ def test_the_kernels_run_it(name: str, method: str):
     qt = quantize(normal(48, 256), name, method)
     eye = torch.eye(256)
     assert torch.equal(lowbit.linear(eye, qt).T, qt.dequantize())
-    assert lowbit.explain(eye, qt).selected != REFERENCE_ROW
+    assert lowbit.explain(eye, qt).selected != REFERENCE

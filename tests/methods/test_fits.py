@@ -13,7 +13,7 @@ import torch
 from oracle import assert_codes_are_best, normal
 
 import lowbit
-from lowbit.backends import REFERENCE_ROW
+from lowbit.explanation import REFERENCE
 from lowbit.formats import Format
 from lowbit.methods import fitting, grid, kde, quantize
 from lowbit.weights.quantized import QuantTensor
@@ -43,7 +43,7 @@ def test_every_method_makes_a_weight_that_runs(method: str, scope: str):
         assert_codes_are_best(qt, weight)
         assert error(weight, qt) < 0.15
         x = torch.eye(80)
-        assert lowbit.explain(x, qt).selected != REFERENCE_ROW
+        assert lowbit.explain(x, qt).selected != REFERENCE
         assert torch.equal(lowbit.linear(x, qt).T, qt.dequantize())
 
 

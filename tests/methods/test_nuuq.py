@@ -13,7 +13,7 @@ from torch import nn
 
 import lowbit
 from lowbit import reference
-from lowbit.backends import REFERENCE_ROW
+from lowbit.explanation import REFERENCE
 from lowbit.formats import Format, parse
 from lowbit.io.save_load import load_tensors
 from lowbit.methods import quantize
@@ -54,7 +54,7 @@ def test_any_number_of_levels(levels: int, scale: str):
     relative = error(weight, qt) / float(weight.double().square().mean())
     assert relative < worse * best
     x = torch.eye(150)
-    assert lowbit.explain(x, qt).selected != REFERENCE_ROW
+    assert lowbit.explain(x, qt).selected != REFERENCE
     exact = QuantTensor(dataclasses.replace(qt.format, activation=None), qt.shape, qt.tensors)
     assert torch.equal(lowbit.linear(x, exact).T, qt.dequantize())
 
@@ -86,7 +86,7 @@ def test_products_with_int8_activations_are_exact():
     expected = sums.double() * x_scale.double()[:, None] * step * qt.scales.double().T
     # Three fp32 products of an exact sum.
     assert ((got - expected).abs() <= 2**-22 * expected.abs()).all()
-    assert lowbit.explain(x, qt).selected != REFERENCE_ROW
+    assert lowbit.explain(x, qt).selected != REFERENCE
 
 
 def test_powers_of_two():

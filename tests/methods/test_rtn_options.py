@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from oracle import assert_codes_are_best, normal
 
 import lowbit
-from lowbit.backends import REFERENCE_ROW
+from lowbit.explanation import REFERENCE
 from lowbit.formats import Format
 from lowbit.methods import clipping, quantize
 
@@ -296,4 +296,4 @@ def test_the_kernels_run_it(clip: str):
     qt = quantize(weight, "int4", clipping=clip, granularity="tensor", rounding="stochastic")
     eye = torch.eye(256)
     assert torch.equal(lowbit.linear(eye, qt).T, qt.dequantize())
-    assert lowbit.explain(eye, qt).selected != REFERENCE_ROW
+    assert lowbit.explain(eye, qt).selected != REFERENCE

@@ -17,9 +17,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowbit
-from lowbit import ops
 from lowbit.formats import parse
-from lowbit.nn import QuantLinear, fuse, unfuse
+from lowbit.nn import QuantLinear, fuse, siblings, unfuse
 from weights import random_weight
 
 K = 96
@@ -50,14 +49,14 @@ class Attention(nn.Module):
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many products each call for siblings computed."""
     made: list[int] = []
-    real = ops.linear_siblings
+    real = siblings.linear_siblings
 
     def counted(x: torch.Tensor, group: int) -> list[torch.Tensor]:
         ys = real(x, group)
         made.append(len(ys))
         return ys
 
-    monkeypatch.setattr(ops, "linear_siblings", counted)
+    monkeypatch.setattr(siblings, "linear_siblings", counted)
     return made
 
 
@@ -70,7 +69,7 @@ def attention() -> Attention:
 
 def separate(module: Attention, x: torch.Tensor) -> list[torch.Tensor]:
     return [
-        lowbit.linear(x, layer.operands(), layer.bias)
+        lowbit.linear(x, layer.kernel_weight(), layer.bias)
         for layer in (module.q_proj, module.k_proj, module.v_proj)
     ]
 
@@ -299,7 +298,7 @@ def test_hooks_see_their_own_layer(attention: Attention) -> None:
     assert seen[0] is x
     # A hook that hands on another x.
     attention.v_proj.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
-    assert_same(attention(x), [q, k + 1, lowbit.linear(x * 2, attention.v_proj.operands())])
+    assert_same(attention(x), [q, k + 1, lowbit.linear(x * 2, attention.v_proj.kernel_weight())])
 
 
 class LoRA(nn.Module):
@@ -315,7 +314,7 @@ class LoRA(nn.Module):
 def test_a_wrapped_layer_stays_fused(attention: Attention, calls: list[int]) -> None:
     attention.k_proj = LoRA(attention.k_proj)
     x = torch.randn(2, K)
-    base = lowbit.linear(x, attention.k_proj.base_layer.operands())
+    base = lowbit.linear(x, attention.k_proj.base_layer.kernel_weight())
     with torch.no_grad():
         y = attention(x)
         assert torch.equal(y[1], base + attention.k_proj.b(attention.k_proj.a(x)))
@@ -327,8 +326,10 @@ def test_a_replaced_layer_dissolves_the_group(attention: Attention, calls: list[
     for x in (torch.randn(2, K), torch.randn(3, K), torch.randn(4, K)):
         q, k, v = attention(x)
         assert torch.equal(k, dense(x))
-        assert torch.equal(q, lowbit.linear(x, attention.q_proj.operands(), attention.q_proj.bias))
-        assert torch.equal(v, lowbit.linear(x, attention.v_proj.operands()))
+        assert torch.equal(
+            q, lowbit.linear(x, attention.q_proj.kernel_weight(), attention.q_proj.bias)
+        )
+        assert torch.equal(v, lowbit.linear(x, attention.v_proj.kernel_weight()))
     assert calls == [3]
     assert attention.q_proj._siblings is None
 

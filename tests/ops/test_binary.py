@@ -7,8 +7,9 @@ import torch
 
 import lowbit
 from lowbit import _C, binary, int8, layouts, packing, reference
-from lowbit.backends import available, cpu
+from lowbit.backends.cpu import activations
 from lowbit.formats import FORMATS, parse
+from lowbit.ops.terms import matrix
 from weights import random_weight
 
 KERNELS = [k for k in _C.kernels() if k["compute"] == "b1"]
@@ -30,8 +31,7 @@ def signs(m: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_row(op, bits, x_scales, kernel: dict, bias=None, dtype=torch.float32):
-    weight = (op.codes, op.scales, op.zeros, op.table, bias, op.format, *op.shape)
-    return cpu.binary_linear(bits, x_scales, *weight, dtype, row=kernel["index"])
+    return activations.binary_linear(bits, x_scales, op, bias, dtype, kernel["index"])
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k["name"])
@@ -41,7 +41,7 @@ def test_rows_are_the_reference_bit_for_bit(kernel: dict) -> None:
     for name in FORMATS_HERE:
         for n, k in SHAPES:
             qt = random_weight(parse(name), n, k)
-            op = available.kernel_operands(qt)
+            op = matrix(qt)
             weight = reference.effective_scales(qt)
             bias = torch.randn(n)
             for m in ROWS:
@@ -68,7 +68,7 @@ def test_sums_are_exact_integers(kernel: dict) -> None:
         q, bits = signs(7, k)
         q[0], q[1], bits[0], bits[1] = -1, 1, 0, 255
         exact = q.long() @ (codes.long() * 2 - 1).T
-        op = available.kernel_operands(qt)
+        op = matrix(qt)
         for m in (1, 2, 4, 7):
             y = run_row(op, bits[:m], torch.ones(m), kernel)
             assert torch.equal(y, exact[:m].float()), (k, m)
@@ -115,7 +115,7 @@ def test_explain_shows_the_row() -> None:
     bits, _ = binary.quantize(torch.randn(3, 300))
     shown = lowbit.explain(bits, qt)
     assert shown.selected in {k["name"] for k in KERNELS}
-    assert {k["name"] for k in KERNELS} <= {row.name for row in shown.rows}
+    assert {k["name"] for k in KERNELS} <= {row.name for row in shown.kernels}
     assert lowbit.explain(torch.randn(3, 300), qt).selected not in {k["name"] for k in KERNELS}
     with pytest.raises(ValueError, match=r"x must have shape \(..., 38\), got \(3, 37\)"):
         lowbit.explain(bits[:, 1:], qt)
@@ -148,14 +148,12 @@ def test_bad_input() -> None:
 
 
 def test_opcheck_and_compile() -> None:
-    w = available.kernel_operands(random_weight(parse("binary"), 70, 96))
+    w = matrix(random_weight(parse("binary"), 70, 96))
     x = torch.randn(3, 96)
     bits, s = binary.quantize(x)
     torch.library.opcheck(torch.ops.lowbit.binary_quantize.default, (x,))
-    meaning = (w.codes, w.scales, w.zeros, w.table, torch.randn(70), w.spec, w.layout, 70, 96)
-    torch.library.opcheck(
-        torch.ops.lowbit.binary_linear.default, (bits, s, *meaning, torch.bfloat16)
-    )
+    args = (bits, s, *w, torch.randn(70), torch.bfloat16)
+    torch.library.opcheck(torch.ops.lowbit.binary_linear.default, args)
 
     def f(x: torch.Tensor) -> torch.Tensor:
         return binary.linear(*binary.quantize(x), w)

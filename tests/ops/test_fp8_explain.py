@@ -14,10 +14,13 @@ import lowbit
 from fp8_operands import operand
 from fp8_values import E4M3
 from lowbit import _C, fp8
-from lowbit.backends import REFERENCE_ROW, available, cpu
+from lowbit.backends import available
+from lowbit.backends.cpu import weights as cpu
+from lowbit.explanation import REFERENCE
 from lowbit.formats import parse
 from lowbit.fp8 import explanation, matmul, matmul_cuda, matmul_triton, reference
 from lowbit.fp8.granularity import find
+from lowbit.ops.terms import matrix
 from weights import random_weight
 
 ROWS = [row for row in lowbit.kernels() if row["op"] == "fp8_scaled_mm"]
@@ -28,10 +31,10 @@ def test_the_cpu_runs_its_newest_instruction_set() -> None:
     b, scale_b = operand(5, 40, "1x16")
     shown = fp8.explain(a, b, scale_a, scale_b)
     assert shown.selected == _C.fp8_matmul_name()
-    assert [row.name for row in shown.rows] == [row["name"] for row in ROWS]
+    assert [row.name for row in shown.kernels] == [row["name"] for row in ROWS]
     active = [row["name"] for row in ROWS if row["isa"] in _C.isa_active()]
     assert shown.selected == active[0]
-    assert all((row.reason is None) == (row.name == shown.selected) for row in shown.rows)
+    assert all((row.reason is None) == (row.name == shown.selected) for row in shown.kernels)
     first, *lines = str(shown).splitlines()
     assert first == f"fp8_scaled_mm row 1x16 M=3 N=5 K=40 on cpu: {shown.selected}"
     assert [line for line in lines if line.endswith("  runs")] == [
@@ -68,10 +71,9 @@ def test_a_cap_is_named() -> None:
 def test_rows_of_the_table_are_not_run_by_weights() -> None:
     """`Weight` takes the rows of other ops alone."""
     assert [row["isa"] for row in ROWS] == ["avx512bf16", "avx512", "avx2", "scalar"]
-    op = available.kernel_operands(random_weight(parse("int4"), 64, 64))
-    operands = op.codes, op.scales, op.zeros, op.table, None, op.format, *op.shape
+    op = matrix(random_weight(parse("int4"), 64, 64))
     with pytest.raises(ValueError, match="not for FP8 products"):
-        cpu.linear(torch.ones(2, 64), *operands, row=ROWS[0]["index"])
+        cpu.linear(torch.ones(2, 64), op, None, kernel=ROWS[0]["index"])
 
 
 def test_bad_input() -> None:
@@ -164,5 +166,5 @@ def test_without_triton_plain_torch_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(matmul, "backend_of", lambda *_: reference)
     monkeypatch.setattr(matmul_cuda, "obstacle", lambda *_: "it is not built")
     shown = fp8.explain(a, a, scale, scale)
-    assert shown.selected == REFERENCE_ROW
-    assert [row.reason for row in shown.rows] == ["it is not built", "triton is not installed"]
+    assert shown.selected == REFERENCE
+    assert [row.reason for row in shown.kernels] == ["it is not built", "triton is not installed"]

@@ -19,7 +19,7 @@ from guarded import Guard
 
 from fp8_operands import PAIRINGS, TYPES, assert_close, check_neighbours, operand
 from fp8_values import E4M3, E5M2, nan_is_no_mistake, same
-from lowbit.backends.triton import kernels
+from lowbit.backends.triton.launch import kernels
 from lowbit.fp8 import granularity as granularities
 from lowbit.fp8 import matmul_triton, reference
 

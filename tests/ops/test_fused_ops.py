@@ -12,9 +12,14 @@ import torch
 import torch.nn.functional as F
 
 import lowbit
-from lowbit import _C, backends, checks, layouts, ops, reference
+from lowbit import _C, layouts, reference
+from lowbit.backends.cpu import requests
+from lowbit.explanation import Explanation, Kernel, explain_request
 from lowbit.formats import Format, parse
 from lowbit.layouts import CANONICAL, N16, Operands
+from lowbit.ops import checks
+from lowbit.ops.library import scatter
+from lowbit.ops.terms import matrix
 from weights import ALL_FORMATS, random_weight
 
 LAYOUTS = (CANONICAL, N16)
@@ -63,7 +68,7 @@ def test_many_shapes_and_counts() -> None:
 def test_many_with_int8_activations(rows: int) -> None:
     """Weights that quantize x, alike or not, beside weights that take it as it is."""
     names = ("int4_g32_a8", "nf4", "int4_g32_a8", "uint2_zfloat_a8", "nf4_a8t", "int4_g32")
-    weights = [ops.operands(random_weight(parse(n), 70, 96, i)) for i, n in enumerate(names)]
+    weights = [matrix(random_weight(parse(n), 70, 96, i)) for i, n in enumerate(names)]
     x = torch.randn(rows, 96)
     for y, w in zip(lowbit.linear_many(x, weights), weights, strict=True):
         assert torch.equal(y, lowbit.linear(x, w))
@@ -97,7 +102,7 @@ def identity_operands(n: int, layout: str) -> Operands:
 @pytest.mark.parametrize("name", NAMES)
 def test_activation_is_within_its_bound(name: str, layout: str) -> None:
     w = identity_operands(96, layout)
-    assert torch.equal(ops.dequantize(w), torch.eye(96))
+    assert torch.equal(lowbit.dequantize(w), torch.eye(96))
     y = torch.cat(
         [torch.linspace(-110, 110, 64 * 96 - 4), torch.tensor([0.0, -0.0, 1e-30, -1e-30])]
     )
@@ -116,7 +121,7 @@ def test_activation_is_within_its_bound(name: str, layout: str) -> None:
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 @pytest.mark.parametrize("name", NAMES)
 def test_activation_keeps_nan_and_inf(name: str, value: float) -> None:
-    w = ops.operands(random_weight(parse("nf4"), 3, 32))
+    w = matrix(random_weight(parse("nf4"), 3, 32))
     bias = torch.tensor([value, 1.0, -1.0])
     y = lowbit.linear(torch.zeros(1, 32), w, bias, activation=name)
     expected = reference.apply_epilogue(bias.double(), name, None, None)[None]
@@ -173,7 +178,7 @@ def test_epilogue_of_any_batch(shape: tuple[int, ...], layout: str) -> None:
 
 
 def test_a_needed_gradient_takes_separate_steps() -> None:
-    w = ops.operands(random_weight(parse("int4_g32"), 70, 96))
+    w = matrix(random_weight(parse("int4_g32"), 70, 96))
     leaves = [torch.randn(5, n, requires_grad=True) for n in (96, 70, 70)]
     bias = torch.randn(70, requires_grad=True)
     x, gate, residual = leaves
@@ -182,7 +187,7 @@ def test_a_needed_gradient_takes_separate_steps() -> None:
         return lowbit.linear(x, w, bias, activation="silu", gate=gate, residual=residual)
 
     def separate() -> torch.Tensor:
-        return F.silu(gate) * (F.linear(x, ops.dequantize(w)) + bias) + residual
+        return F.silu(gate) * (F.linear(x, lowbit.dequantize(w)) + bias) + residual
 
     for y, expected in zip(
         torch.autograd.grad(fused().sin().sum(), (*leaves, bias)),
@@ -196,11 +201,11 @@ def test_a_needed_gradient_takes_separate_steps() -> None:
         assert y.requires_grad
     first, second = lowbit.linear_many(x, [w, w], [None, bias])
     (grad,) = torch.autograd.grad((first + second).sum(), x)
-    torch.testing.assert_close(grad, 2 * ops.dequantize(w).sum(0).expand(5, 96))
+    torch.testing.assert_close(grad, 2 * lowbit.dequantize(w).sum(0).expand(5, 96))
 
 
 def test_autocast_casts_what_has_the_dtype_of_x() -> None:
-    w = ops.operands(random_weight(parse("int4_g32"), 70, 96))
+    w = matrix(random_weight(parse("int4_g32"), 70, 96))
     x, other = torch.randn(3, 96), torch.randn(3, 70)
     with torch.autocast("cpu", torch.bfloat16):
         y = lowbit.linear(x, w, gate=other, residual=other)
@@ -224,14 +229,11 @@ def test_opcheck(layout: str) -> None:
 
 
 def many_arguments(weights: list[Operands]) -> tuple:
-    lists = [[getattr(w, name) for w in weights] for name in ("codes", "scales", "zeros", "table")]
-    biases = [None] * len(weights)
-    shapes = [w.shape[0] for w in weights]
-    return (*lists, biases, [w.spec for w in weights], weights[0].layout, shapes, 96)
+    return (*scatter(weights), [None] * len(weights))
 
 
 def test_compile_without_graph_break() -> None:
-    w = ops.operands(random_weight(parse("nf4"), 70, 96))
+    w = matrix(random_weight(parse("nf4"), 70, 96))
     other = torch.randn(5, 70)
 
     def f(x: torch.Tensor) -> torch.Tensor:
@@ -247,7 +249,7 @@ def test_compile_without_graph_break() -> None:
 class TestBadInput:
     @pytest.fixture
     def w(self) -> Operands:
-        return ops.operands(random_weight(parse("nf4"), 70, 96))
+        return matrix(random_weight(parse("nf4"), 70, 96))
 
     def test_activation(self, w: Operands) -> None:
         with pytest.raises(ValueError, match=r"activation must be one of .*, got 'tanh'"):
@@ -268,17 +270,21 @@ class TestBadInput:
             lowbit.linear_many(x, [w, w], [None])
         with pytest.raises(ValueError, match=r"bias must have shape \(70,\)"):
             lowbit.linear_many(x, [w, w], [None, torch.zeros(69)])
-        other = ops.operands(random_weight(parse("nf4"), 70, 64))
+        other = matrix(random_weight(parse("nf4"), 70, 64))
         with pytest.raises(ValueError, match=r"codes of a \(70, 96\) weight"):
             lowbit.linear_many(x, [w, other])
         with pytest.raises(ValueError, match=r"x must have shape \(..., 96\), got \(2, 95\)"):
             lowbit.linear_many(x[:, 1:], [w])
         with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16"):
             lowbit.linear_many(x.double(), [w])
-        with pytest.raises(TypeError, match="weight must be a QuantTensor or Operands, got Tensor"):
+        with pytest.raises(
+            TypeError, match="weight must be a QuantTensor, KernelWeight or Operands, got Tensor"
+        ):
             lowbit.linear_many(x, [x])
         args = list(many_arguments([w, w]))
-        args[4] = [None]
+        with pytest.raises(ValueError, match="bias must have 2 entries"):
+            torch.ops.lowbit.linear_many(x, *args[:-1], [None])
+        args[1] = [None]
         with pytest.raises(ValueError, match="must be equally long"):
             torch.ops.lowbit.linear_many(x, *args)
 
@@ -286,26 +292,24 @@ class TestBadInput:
         x = torch.zeros(2, 96, requires_grad=True)
         with pytest.raises(ValueError, match="lowbit::linear_many has no gradients"):
             torch.ops.lowbit.linear_many(x, *many_arguments([w]))
-        tensors = (w.codes, w.scales, w.zeros, w.table, None)
-        rest = (w.spec, w.layout, *w.shape, "silu")
         with pytest.raises(ValueError, match="lowbit::linear_epilogue has no gradients"):
-            torch.ops.lowbit.linear_epilogue(x, *tensors, None, None, *rest)
+            torch.ops.lowbit.linear_epilogue(x, *w, None, None, None, None, "silu")
 
 
 def test_explain_shows_threads_and_time() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        tiny = backends.explain_request(parse("nf4"), 64, 64, 1, torch.bfloat16)
-        large = backends.explain_request(parse("nf4"), 4096, 4096, 1, torch.bfloat16)
-        one_block = backends.explain_request(parse("nf4"), 64, 1 << 20, 1, torch.bfloat16)
+        tiny = explain_request(parse("nf4"), 64, 64, 1, torch.bfloat16)
+        large = explain_request(parse("nf4"), 4096, 4096, 1, torch.bfloat16)
+        one_block = explain_request(parse("nf4"), 64, 1 << 20, 1, torch.bfloat16)
         torch.set_num_threads(1)
-        alone = backends.explain_request(parse("nf4"), 4096, 4096, 1, torch.bfloat16)
+        alone = explain_request(parse("nf4"), 4096, 4096, 1, torch.bfloat16)
     finally:
         torch.set_num_threads(before)
 
-    def runs(found: backends.Explanation) -> backends.Row:
-        return next(row for row in found.rows if row.name == found.selected)
+    def runs(found: Explanation) -> Kernel:
+        return next(row for row in found.kernels if row.name == found.selected)
 
     assert [runs(e).threads for e in (tiny, large, one_block, alone)] == [1, 2, 1, 1]
     assert runs(alone).cost > runs(large).cost > runs(alone).cost / 2
@@ -322,4 +326,4 @@ def test_few_columns_and_many_rows_are_split_by_rows() -> None:
 
 
 def test_activation_names_are_those_of_the_kernels() -> None:
-    assert tuple(backends.cpu.ACTIVATIONS) == checks.ACTIVATIONS
+    assert tuple(requests.ACTIVATIONS) == checks.ACTIVATIONS

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import lowbit
-from lowbit import layouts, ops, reference
-from lowbit.backends import available
+from lowbit import layouts, reference
 from lowbit.formats import Format, parse
 from lowbit.layouts import CANONICAL, N16
+from lowbit.ops.linear import call_linear
+from lowbit.ops.terms import matrix
 from lowbit.weights.quantized import QuantTensor
 from weights import ALL_FORMATS, random_weight
 
 LAYOUTS = (CANONICAL, N16)
 FORMATS = (
     *(parse(s) for s in ("nf4", "int4_g32", "uint3_g32", "uint4_zfloat_g20", "q5_1", "e4m3")),
-    *(parse(s) for s in ("kmeans2_g32", "kmeans3_pr", "mxfp4", "nvfp4", "ternary_trits")),
+    *(parse(s) for s in ("kmeans2_g32", "kmeans3_pr", "mxfp4", "nvfp4", "q4_k", "ternary_trits")),
     *(f for f in ALL_FORMATS if f.fitted and "tables" in f.name),
 )
 
 
 def leaves_of(qt: QuantTensor) -> dict[str, torch.Tensor]:
-    """Canonical fp64 scales, float zeros and table of a weight, as leaves."""
-    found = {"scales": reference.effective_scales(qt), "zeros": qt.zeros, "table": qt.table}
+    """Canonical fp64 scales, float zeros and table of a weight, as leaves; scales that are codes are none."""
+    learnable = qt.format.scale not in CODE_DTYPES
+    scales = reference.effective_scales(qt) if learnable else None
+    found = {"scales": scales, "zeros": qt.zeros, "table": qt.table}
     return {
         name: t.double().requires_grad_()
         for name, t in found.items()
@@ -45,11 +46,12 @@ def dense_weight(qt: QuantTensor, leaves: dict[str, torch.Tensor]) -> torch.Tens
     else:
         table = leaves["table"].view(n, -1, 2**f.bits)
         w = table[torch.arange(n)[:, None], group if f.table_scope == "group" else 0, codes]
-    zeros = leaves.get("zeros", qt.zeros)
+    zeros = leaves.get("zeros", reference.effective_zeros(qt))
+    scales = leaves.get("scales", reference.effective_scales(qt))
     if zeros is not None and f.zero != "min":
         w = w - zeros[:, group]
-    if "scales" in leaves:
-        w = w * leaves["scales"][:, group]
+    if scales is not None:
+        w = w * scales[:, group]
     return w + zeros[:, group] if f.zero == "min" else w
 
 
@@ -65,15 +67,16 @@ def test_every_gradient_equals_autograds(format: Format, layout: str) -> None:
     xd, bd = x.double().requires_grad_(), bias.double().requires_grad_()
     F.linear(xd, dense_weight(qt, leaves), bd).backward(out_grad.double())
 
-    w = layouts.to_operands(qt, layout)
+    weight = layouts.to_kernel(qt, layout)
+    w = weight.operands
     fp32 = {
         name: getattr(w, name).float().requires_grad_()
         for name in leaves
-        if name != "scales" or not w.second
+        if name != "scales" or not weight.second
     }
     x.requires_grad_()
     bias.requires_grad_()
-    ops.linear(x, dataclasses.replace(w, **fp32), bias).backward(out_grad)
+    lowbit.linear(x, w._replace(**fp32), bias).backward(out_grad)
 
     lanes = layout == N16
     expected = {
@@ -94,25 +97,23 @@ def test_every_gradient_equals_autograds(format: Format, layout: str) -> None:
 
 
 def test_padded_lanes_have_no_gradient() -> None:
-    w = available.kernel_operands(random_weight(parse("int4_g32_fp32"), 70, 96))
+    w = matrix(random_weight(parse("int4_g32_fp32"), 70, 96))
     scales = w.scales.clone().requires_grad_()
-    ops.linear(torch.ones(1, 96), dataclasses.replace(w, scales=scales)).sum().backward()
+    lowbit.linear(torch.ones(1, 96), w._replace(scales=scales)).sum().backward()
     assert bool((scales.grad[-1, :, 70 - 64 :] == 0).all())
     assert bool((scales.grad[-1, :, : 70 - 64] != 0).any())
 
 
 def test_only_what_is_wanted_is_computed() -> None:
-    w = available.kernel_operands(random_weight(parse("kmeans3_g32"), 70, 96))
+    w = matrix(random_weight(parse("kmeans3_g32"), 70, 96))
     x = torch.randn(3, 96, requires_grad=True)
     table = w.table.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(ops.linear(x, w).sum(), x)
+    (grad,) = torch.autograd.grad(lowbit.linear(x, w).sum(), x)
     # A sum of 70 fp32 numbers in another order.
-    expected = ops.dequantize(w).sum(0).expand(3, 96)
-    bound = 70 * 2**-23 * float(ops.dequantize(w).abs().sum(0).max())
+    expected = lowbit.dequantize(w).sum(0).expand(3, 96)
+    bound = 70 * 2**-23 * float(lowbit.dequantize(w).abs().sum(0).max())
     assert float((grad - expected).abs().max()) <= bound
-    (grad,) = torch.autograd.grad(
-        ops.linear(x.detach(), dataclasses.replace(w, table=table)).sum(), table
-    )
+    (grad,) = torch.autograd.grad(lowbit.linear(x.detach(), w._replace(table=table)).sum(), table)
     assert grad.shape == table.shape
 
 
@@ -129,7 +130,7 @@ def test_gradient_of_x_is_that_of_a_dense_layer(dtype: torch.dtype) -> None:
 
 
 def test_compiled_backward() -> None:
-    w = available.kernel_operands(random_weight(parse("kmeans3_g32_fp32"), 70, 96))
+    w = matrix(random_weight(parse("kmeans3_g32_fp32"), 70, 96))
     x = torch.randn(4, 96)
 
     def gradients(f) -> list[torch.Tensor]:
@@ -137,7 +138,7 @@ def test_compiled_backward() -> None:
         return list(torch.autograd.grad(f(*leaves), leaves))
 
     def loss(x: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        y = ops.call_linear(x, w.codes, scales, None, table, None, w.spec, w.layout, 70, 96)
+        y = call_linear(x, w._replace(scales=scales, table=table))
         return y.square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -147,13 +148,13 @@ def test_compiled_backward() -> None:
 
 @pytest.mark.parametrize("op", ("linear", "dequantize", "embedding"))
 def test_inference_ops_refuse_gradients(op: str) -> None:
-    w = available.kernel_operands(random_weight(parse("nf4"), 70, 96))
+    w = matrix(random_weight(parse("nf4"), 70, 96))
     scales = w.scales.clone().requires_grad_()
-    meaning = (w.format.spec, w.layout, 70, 96)
+    w = w._replace(scales=scales)
     args = {
-        "linear": (torch.randn(1, 96), w.codes, scales, None, w.table, None, *meaning),
-        "dequantize": (w.codes, scales, None, w.table, *meaning, torch.float32),
-        "embedding": (torch.tensor([1]), w.codes, scales, None, w.table, *meaning, torch.float32),
+        "linear": (torch.randn(1, 96), *w, None),
+        "dequantize": (*w, torch.float32),
+        "embedding": (torch.tensor([1]), *w, torch.float32),
     }[op]
     call = getattr(torch.ops.lowbit, op)
     with pytest.raises(ValueError, match=f"lowbit::{op} has no gradients"):
@@ -173,28 +174,26 @@ def test_inference_ops_refuse_gradients(op: str) -> None:
     ),
 )
 def test_what_has_no_gradient(name: str, operand: str, message: str) -> None:
-    w = available.kernel_operands(random_weight(parse(name), 70, 96))
+    w = matrix(random_weight(parse(name), 70, 96))
     wanted = [operand == t for t in ("scales", "zeros", "table")]
-    args = (w.codes, w.scales, w.zeros, w.table, w.format.spec, w.layout, 70, 96, wanted)
     with pytest.raises(ValueError, match=message):
-        torch.ops.lowbit.codebook_grad(torch.zeros(70, 96), *args)
+        torch.ops.lowbit.codebook_grad(torch.zeros(70, 96), *w, wanted)
 
 
 def test_shape_of_the_weights_gradient() -> None:
-    w = available.kernel_operands(random_weight(parse("nf4"), 70, 96))
-    args = (w.codes, w.scales, None, w.table, "nf4", w.layout, 70, 96, [True, False, False])
+    w = matrix(random_weight(parse("nf4"), 70, 96))
     with pytest.raises(ValueError, match=r"grad_weight must be float32 of shape \(70, 96\)"):
-        torch.ops.lowbit.codebook_grad(torch.zeros(96, 70), *args)
+        torch.ops.lowbit.codebook_grad(torch.zeros(96, 70), *w, [True, False, False])
 
 
 @pytest.mark.parametrize("compiled", (False, True))
 def test_backward_inside_autocast(compiled: bool) -> None:
     """The gradient of the table is summed in fp32 whatever autocast says."""
-    w = available.kernel_operands(random_weight(parse("kmeans3_g32"), 70, 96))
+    w = matrix(random_weight(parse("kmeans3_g32"), 70, 96))
     x, out_grad = torch.randn(4, 96), torch.randn(4, 70).bfloat16()
 
     def product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return ops.call_linear(x, w.codes, w.scales, None, table, None, w.spec, w.layout, 70, 96)
+        return call_linear(x, w._replace(table=table))
 
     f = torch.compile(product, fullgraph=True, backend="aot_eager") if compiled else product
     found = []

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import lowbit
-from lowbit import _C, int8, layouts, ops, reference
-from lowbit.backends import available, cpu
+from lowbit import _C, int8, layouts, reference
+from lowbit.backends.cpu import activations
 from lowbit.formats import Format, parse
 from lowbit.nn import QuantLinear
+from lowbit.ops.terms import matrix
 from weights import random_weight
 
 KERNELS = [k for k in _C.kernels() if k["compute"] == "int8"]
@@ -30,19 +31,22 @@ def serves(format: Format, kernel: dict, k: int) -> bool:
     return (
         kernel["bits"] == format.bits
         and (kernel["codec"] == "int") == (format.codec == "affine")
-        and (group >= k or group % kernel["group_multiple"] == 0)
+        and (
+            group >= k
+            or group % kernel["group_multiple"] == 0
+            or (group == 16 and kernel["half_groups"])
+        )
     )
 
 
 def run_row(op, q, x_scales, kernel: dict, dtype=torch.float32, out_scale=None, bias=None):
-    weight = (op.codes, op.scales, op.zeros, op.table, bias, op.format, *op.shape)
-    return cpu.int8_linear(q, x_scales, *weight, dtype, out_scale, row=kernel["index"])
+    return activations.int8_linear(q, x_scales, op, bias, dtype, out_scale, kernel["index"])
 
 
 def expected(qt, q, x_scales, bias=None):
     scales = reference.effective_scales(qt)
     return reference.int8_linear(
-        q, x_scales, qt.unpack(), qt.format, scales, qt.zeros, qt.table, bias
+        q, x_scales, qt.unpack(), qt.format, scales, reference.effective_zeros(qt), qt.table, bias
     )
 
 
@@ -51,7 +55,7 @@ def test_rows_are_the_reference_bit_for_bit(name: str) -> None:
     format, ran = parse(name), 0
     for n, k in SHAPES:
         qt = random_weight(format, n, k)
-        op = available.kernel_operands(qt)
+        op = matrix(qt)
         bias = torch.randn(n)
         for m in ROWS:
             q = torch.randint(-128, 128, (m, k + 3), dtype=torch.int8)[:, :k]
@@ -88,7 +92,7 @@ def test_sums_are_exact_integers(kernel: dict) -> None:
         qt.scales.fill_(1)
         qt.zeros.copy_(torch.randint(0, 2, (n, 1)) * (2**bits - 1))
         weight = weight - qt.zeros.long()
-    op = available.kernel_operands(qt)
+    op = matrix(qt)
     q = torch.randint(-128, 128, (7, k), dtype=torch.int8)
     q[:3] = torch.tensor([[-128], [127], [-127]], dtype=torch.int8)
     exact = q.long() @ weight.T
@@ -129,7 +133,7 @@ def test_long_groups(k: int, group: int | None, zero: str | None) -> None:
         q = torch.randint(-128, 128, (7, k), dtype=torch.int8)
         q[0], q[1] = -128, 127
         weight = reference.dequantize(qt).double()
-        op, exact = available.kernel_operands(qt), q.double() @ weight.T
+        op, exact = matrix(qt), q.double() @ weight.T
         bound = q.double().abs() @ weight.abs().T * 2**-21
         for m in (1, 2, 7):
             want = expected(qt, q[:m], torch.ones(m))
@@ -155,7 +159,7 @@ def test_long_groups_with_scales_of_x() -> None:
 def test_group_scales_of_x(name: str) -> None:
     format = parse(name)
     qt = random_weight(format, 70, 300)
-    op = available.kernel_operands(qt)
+    op = matrix(qt)
     for m in (1, 3, 13):
         q, x_scales = int8.quantize(torch.randn(m, 300), group=format.group)
         want = expected(qt, q, x_scales)
@@ -167,7 +171,7 @@ def test_group_scales_of_x(name: str) -> None:
 @pytest.mark.parametrize("isa", ("scalar", "avx2", "avx512vnni"))
 def test_requantization_saturates(isa: str) -> None:
     qt = random_weight(parse("int4_g32_a8"), 70, 96)
-    op = available.kernel_operands(qt)
+    op = matrix(qt)
     q = torch.randint(-128, 128, (9, 96), dtype=torch.int8)
     x_scales = torch.rand(9)
     kernels = [k for k in KERNELS if k["isa"] == isa and serves(qt.format, k, 96)]
@@ -208,7 +212,7 @@ def test_linear_quantizes_x(name: str, layout: str) -> None:
     w = layouts.to_operands(qt, layout)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.randn(2, 5, 96).to(dtype)
-        assert torch.equal(ops.linear(x, w), reference.linear(x, qt))
+        assert torch.equal(lowbit.linear(x, w), reference.linear(x, qt))
 
 
 def test_a_rounded_table_is_within_its_bound() -> None:
@@ -289,24 +293,14 @@ def test_module_keeps_its_activations_in_a_state_dict() -> None:
 
 
 def test_opcheck_and_compile() -> None:
-    w = available.kernel_operands(random_weight(parse("int4_g32_a8"), 70, 96))
+    w = matrix(random_weight(parse("int4_g32_a8"), 70, 96))
     x = torch.randn(3, 96)
     q, s = int8.quantize(x)
     torch.library.opcheck(torch.ops.lowbit.int8_quantize.default, (x, 32, None))
     torch.library.opcheck(torch.ops.lowbit.int8_quantize.default, (x, None, torch.ones(3)))
-    meaning = (
-        w.codes,
-        w.scales,
-        w.zeros,
-        w.table,
-        torch.randn(70),
-        w.format.spec,
-        w.layout,
-        70,
-        96,
-    )
     for last in ((torch.bfloat16, None), (torch.int8, 0.5)):
-        torch.library.opcheck(torch.ops.lowbit.int8_linear.default, (q, s, *meaning, *last))
+        args = (q, s, *w, torch.randn(70), *last)
+        torch.library.opcheck(torch.ops.lowbit.int8_linear.default, args)
 
     def f(x: torch.Tensor) -> torch.Tensor:
         return int8.linear(*int8.quantize(x), w)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit import binary, fp8, int8, ops, qat
+from lowbit import binary, fp8, int8, qat
 from lowbit import nn as lnn
 from lowbit.methods import quantize
+from lowbit.ops.weights import embedding
 from lowbit.ptq import OBSERVERS, InputStatistics
 from lowbit.weights.quantized import QuantTensor
 
@@ -40,7 +41,7 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "linear_many weight": lambda b: lowbit.linear_many(X, [b]),
     "linear_many biases": lambda b: lowbit.linear_many(X, [NF4], [b]),
     "dequantize weight": lowbit.dequantize,
-    "embedding indices": lambda b: ops.embedding(b, NF4),
+    "embedding indices": lambda b: embedding(b, NF4),
     "explain x": lambda b: lowbit.explain(b, NF4),
     "quantize weight": lambda b: quantize(b, "nf4"),
     "quantize weights": lambda b: quantize(W, "kmeans3", "kmeans", weights=b),

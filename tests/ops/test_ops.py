@@ -15,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowbit
-from lowbit import _C, backends, layouts, ops, packing, reference
-from lowbit.backends import available
+from lowbit import _C, layouts, packing, reference
+from lowbit.backends import pytorch
 from lowbit.formats import FORMATS, Format, parse
 from lowbit.layouts import CANONICAL, N16, Operands
+from lowbit.layouts.operands import TENSORS
+from lowbit.ops.terms import matrix
+from lowbit.ops.weights import embedding
 from lowbit.weights.quantized import QuantTensor
 from weights import ALL_FORMATS, random_codes, random_weight
 
@@ -33,21 +36,8 @@ def name_of(value: object) -> str | None:
     return value.name if isinstance(value, Format) else None
 
 
-def arguments(w: Operands) -> tuple:
-    """What every op takes between its first tensor and its last arguments."""
-    return w.codes, w.scales, w.zeros, w.table
-
-
-def meaning(w: Operands) -> tuple:
-    return w.format.spec, w.layout, *w.shape
-
-
-def linear_arguments(x: torch.Tensor, w: Operands, bias: torch.Tensor | None = None) -> tuple:
-    return x, *arguments(w), bias, *meaning(w)
-
-
 def computes_in_bf16(x: torch.Tensor, w: Operands) -> bool:
-    chosen = backends.explain(x, w).selected
+    chosen = lowbit.explain(x, w).selected
     return any(row["name"] == chosen and row["compute"] == "bf16" for row in _C.kernels())
 
 
@@ -60,7 +50,7 @@ def assert_linear(y: torch.Tensor, x: torch.Tensor, qt: QuantTensor, w: Operands
     table = torch.bfloat16 if computes_in_bf16(x, w) else None
     exact = reference.linear(x.double(), qt, round_table_to=table)
     values = reference.code_values(qt.unpack(), qt.format, qt.table).abs()
-    zeros = None if qt.zeros is None else qt.zeros.float().abs()
+    zeros = None if qt.zeros is None else reference.effective_zeros(qt).abs()
     positive = Format(name="sum", codec="affine", bits=8, group=qt.format.group, zero="min")
     scales = reference.effective_scales(qt)
     if zeros is None or scales is None:
@@ -86,9 +76,9 @@ def test_identity_returns_the_weight(format: Format, layout: str) -> None:
         qt = random_weight(format, n, k)
         w = layouts.to_operands(qt, layout)
         expected = reference.dequantize(qt)
-        assert torch.equal(ops.linear(torch.eye(k), w).T, expected)
+        assert torch.equal(lowbit.linear(torch.eye(k), w).T, expected)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert torch.equal(ops.dequantize(w, dtype), expected.to(dtype))
+            assert torch.equal(lowbit.dequantize(w, dtype), expected.to(dtype))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -99,7 +89,7 @@ def test_random_x(format: Format, dtype: torch.dtype, layout: str) -> None:
     w = layouts.to_operands(qt, layout)
     for shape in ((5, 96), (96,), (2, 3, 96), (1, 1, 96), (2, 1, 2, 96)):
         x = torch.randn(shape).to(dtype)
-        y = ops.linear(x, w)
+        y = lowbit.linear(x, w)
         assert y.shape == (*shape[:-1], 70)
         assert y.dtype == dtype
         assert_linear(y, x, qt, w)
@@ -118,14 +108,14 @@ def test_strides_of_x_do_not_change_the_result(layout: str) -> None:
     }
     for name, x in strided.items():
         assert not x.is_contiguous(), name
-        assert torch.equal(ops.linear(x, w), ops.linear(x.contiguous(), w)), name
+        assert torch.equal(lowbit.linear(x, w), lowbit.linear(x.contiguous(), w)), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", ((0, 96), (2, 0, 96), (0, 3, 96)))
 def test_no_rows(layout: str, shape: tuple[int, ...]) -> None:
     w = layouts.to_operands(random_weight(parse("nf4"), 70, 96), layout)
-    y = ops.linear(torch.empty(shape, dtype=torch.bfloat16), w)
+    y = lowbit.linear(torch.empty(shape, dtype=torch.bfloat16), w)
     assert y.shape == (*shape[:-1], 70)
     assert y.dtype == torch.bfloat16
 
@@ -137,7 +127,7 @@ def test_bias_of_any_dtype(layout: str, bias_dtype: torch.dtype) -> None:
     w = layouts.to_operands(random_weight(parse("uint3_g32"), 70, 96), layout)
     bias = torch.randn(140).to(bias_dtype)[::2]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        y = ops.linear(torch.zeros(3, 96, dtype=dtype), w, bias)
+        y = lowbit.linear(torch.zeros(3, 96, dtype=dtype), w, bias)
         assert torch.equal(y, bias.to(dtype).expand(3, 70))
 
 
@@ -149,7 +139,7 @@ def test_embedding(format: Format, layout: str) -> None:
     for indices in (torch.tensor([[0, 69, 3], [3, 64, 63]]), torch.tensor(5), torch.tensor([])):
         for index_dtype in (torch.int64, torch.int32):
             for dtype in (torch.float32, torch.bfloat16):
-                rows = ops.embedding(indices.to(index_dtype), w, dtype)
+                rows = embedding(indices.to(index_dtype), w, dtype)
                 assert torch.equal(rows, reference.embedding(indices.long(), qt, dtype))
 
 
@@ -172,15 +162,14 @@ def opcheck(op: object, *args: object) -> None:
 @pytest.mark.parametrize("name", ("uint4_zfloat", "kmeans3_pr", "nvfp4"))
 def test_opcheck(name: str, layout: str) -> None:
     w = layouts.to_operands(random_weight(parse(name), 70, 96), layout)
-    weight, rest = arguments(w), meaning(w)
     for x in (torch.randn(3, 96), torch.randn(2, 5, 192)[..., ::2], torch.empty(0, 96)):
-        opcheck(torch.ops.lowbit.linear.default, *linear_arguments(x, w, torch.randn(70)))
-    opcheck(torch.ops.lowbit.dequantize.default, *weight, *rest, torch.bfloat16)
+        opcheck(torch.ops.lowbit.linear.default, x, *w, torch.randn(70))
+    opcheck(torch.ops.lowbit.dequantize.default, *w, torch.bfloat16)
     indices = torch.tensor([[0, 69], [5, 1]])
-    opcheck(torch.ops.lowbit.embedding.default, indices, *weight, *rest, torch.float16)
-    wanted = [t is not None and t.is_floating_point() for t in weight[1:]]
+    opcheck(torch.ops.lowbit.embedding.default, indices, *w, torch.float16)
+    wanted = [t is not None and t.is_floating_point() for t in w.tensors[1:]]
     wanted[2] = wanted[2] and w.format.codec == "lut"
-    opcheck(torch.ops.lowbit.codebook_grad.default, torch.randn(70, 96), *weight, *rest, wanted)
+    opcheck(torch.ops.lowbit.codebook_grad.default, torch.randn(70, 96), *w, wanted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -189,8 +178,9 @@ def test_opcheck_of_the_trainable_op(layout: str) -> None:
     leaves = (t.clone().requires_grad_() for t in (w.scales, w.table, torch.randn(70)))
     scales, table, bias = leaves
     x = torch.randn(2, 3, 96, requires_grad=True)
-    args = (x, w.codes, scales, w.zeros, table, bias, *meaning(w))
-    opcheck(torch.ops.lowbit.linear_trainable.default, *args)
+    w, added = w._replace(scales=scales, table=table), torch.randn(2, 3, 70, requires_grad=True)
+    opcheck(torch.ops.lowbit.linear_trainable.default, x, *w, bias, None)
+    opcheck(torch.ops.lowbit.linear_trainable.default, x, *w, bias, added)
 
 
 def test_opcheck_of_packing() -> None:
@@ -201,9 +191,9 @@ def test_opcheck_of_packing() -> None:
 
 def test_quant_tensor_is_converted_once() -> None:
     qt = random_weight(parse("nf4"), 70, 96)
-    first = ops.operands(qt)
+    first = matrix(qt)
     lowbit.linear(torch.randn(2, 96), qt)
-    assert ops.operands(qt) is first
+    assert matrix(qt) is first
     assert first.layout == N16
 
 
@@ -233,7 +223,7 @@ def test_inference_mode() -> None:
     x = torch.randn(3, 96)
     expected = lowbit.linear(x, qt)
     with torch.inference_mode():
-        w = ops.operands(random_weight(parse("nf4"), 70, 96))
+        w = matrix(random_weight(parse("nf4"), 70, 96))
         y = lowbit.linear(x.clone(), w)
         assert y.is_inference()
     assert torch.equal(y, expected)
@@ -245,8 +235,8 @@ def test_compile_without_graph_break(layout: str) -> None:
     bias = torch.randn(70)
 
     def f(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        rows = ops.embedding(indices, w, x.dtype)
-        scaled = lowbit.linear(rows, w) * ops.dequantize(w)[:, 0]
+        rows = embedding(indices, w, x.dtype)
+        scaled = lowbit.linear(rows, w) * lowbit.dequantize(w)[:, 0]
         return lowbit.linear(torch.relu(x), w, bias) + scaled
 
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -260,7 +250,7 @@ def test_compile_without_graph_break(layout: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own, at import of inductor
 def test_compile_with_inductor() -> None:
     qt = random_weight(parse("q4_1"), 70, 96)
-    ops.operands(qt)
+    matrix(qt)
 
     def f(x: torch.Tensor) -> torch.Tensor:
         return lowbit.linear(x * 2, qt).sin()
@@ -273,11 +263,11 @@ def test_compile_with_inductor() -> None:
 
 
 def test_reference_path_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    backends.reference._log_once.cache_clear()
+    pytorch._log_once.cache_clear()
     w = layouts.to_operands(random_weight(parse("nf4"), 8, 64), CANONICAL)
     with caplog.at_level(logging.WARNING, "lowbit"):
         for _ in range(2):
-            ops.linear(torch.randn(1, 64), w)
+            lowbit.linear(torch.randn(1, 64), w)
     assert [r.getMessage() for r in caplog.records] == [
         "plain torch dequantizes the weight in every call on cpu: the weight is in canonical layout"
     ]
@@ -293,21 +283,21 @@ class TestBadInput:
     @pytest.mark.parametrize("dtype", (torch.float64, torch.int8, torch.int64, torch.bool))
     def test_dtype_of_x(self, w: Operands, dtype: torch.dtype) -> None:
         with pytest.raises(TypeError, match=f"x must be float32, bfloat16 or float16, got {dtype}"):
-            ops.linear(torch.zeros(2, 128).to(dtype), w)
+            lowbit.linear(torch.zeros(2, 128).to(dtype), w)
 
     @pytest.mark.parametrize("shape", ((2, 127), (128, 2), (), (0,)))
     def test_shape_of_x(self, w: Operands, shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match=r"x must have shape \(..., 128\), got"):
-            ops.linear(torch.zeros(shape), w)
+            lowbit.linear(torch.zeros(shape), w)
 
     @pytest.mark.parametrize("shape", ((69,), (1, 70), ()))
     def test_shape_of_bias(self, w: Operands, shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match=r"bias must have shape \(70,\)"):
-            ops.linear(torch.zeros(2, 128), w, torch.zeros(shape))
+            lowbit.linear(torch.zeros(2, 128), w, torch.zeros(shape))
 
     def test_dtype_of_bias(self, w: Operands) -> None:
         with pytest.raises(TypeError, match=r"bias must be .*, got torch.int32"):
-            ops.linear(torch.zeros(2, 128), w, torch.zeros(70, dtype=torch.int32))
+            lowbit.linear(torch.zeros(2, 128), w, torch.zeros(70, dtype=torch.int32))
 
     @pytest.mark.parametrize("operand", ("codes", "scales", "zeros"))
     @pytest.mark.parametrize("damage", ("short", "dtype", "strides", "absent"))
@@ -322,25 +312,20 @@ class TestBadInput:
             bad = torch.stack([t, t], -1)[..., 0]
         else:
             bad = None if operand != "codes" else t.new_empty(0)
-        given = {name: getattr(w, name) for name in ("codes", "scales", "zeros", "table")}
-        given[operand] = bad
-        x = torch.zeros(2, 128)
+        given, x = w._replace(**{operand: bad}), torch.zeros(2, 128)
         for call in (
-            lambda: torch.ops.lowbit.linear(x, *given.values(), None, *meaning(w)),
-            lambda: torch.ops.lowbit.linear_trainable(x, *given.values(), None, *meaning(w)),
-            lambda: torch.ops.lowbit.dequantize(*given.values(), *meaning(w), torch.float32),
-            lambda: torch.ops.lowbit.embedding(
-                torch.tensor([0]), *given.values(), *meaning(w), torch.float32
-            ),
+            lambda: torch.ops.lowbit.linear(x, *given, None),
+            lambda: torch.ops.lowbit.linear_trainable(x, *given, None, None),
+            lambda: torch.ops.lowbit.dequantize(*given, torch.float32),
+            lambda: torch.ops.lowbit.embedding(torch.tensor([0]), *given, torch.float32),
         ):
             with pytest.raises(ValueError, match=operand):
                 call()
 
     def test_unexpected_operand(self) -> None:
-        w = available.kernel_operands(random_weight(parse("nf4"), 70, 128))
-        args = (w.codes, w.scales, w.scales, w.table, None, *meaning(w))
+        w = matrix(random_weight(parse("nf4"), 70, 128))
         with pytest.raises(ValueError, match=r"takes the operands .*, got .*'zeros'"):
-            torch.ops.lowbit.linear(torch.zeros(2, 128), *args)
+            torch.ops.lowbit.linear(torch.zeros(2, 128), *w._replace(zeros=w.scales), None)
 
     @pytest.mark.parametrize(
         ("spec", "layout", "n", "k", "message"),
@@ -354,31 +339,31 @@ class TestBadInput:
         ),
     )
     def test_meaning(self, spec: str, layout: str, n: int, k: int, message: str) -> None:
-        w = available.kernel_operands(random_weight(parse("uint4_zfloat"), 70, 128))
+        w = matrix(random_weight(parse("uint4_zfloat"), 70, 128))
         with pytest.raises(ValueError, match=message):
-            torch.ops.lowbit.linear(torch.zeros(1, 128), *arguments(w), None, spec, layout, n, k)
+            torch.ops.lowbit.linear(torch.zeros(1, 128), *w.tensors, spec, layout, n, k, None)
 
     @pytest.mark.parametrize("index", (-1, 70, 2**40))
     def test_index_out_of_range(self, w: Operands, index: int) -> None:
         with pytest.raises(IndexError, match=rf"indices must be in \[0, 70\), got {index}"):
-            ops.embedding(torch.tensor([3, index]), w)
+            embedding(torch.tensor([3, index]), w)
 
     def test_dtype_of_indices(self, w: Operands) -> None:
         with pytest.raises(TypeError, match=r"indices must be int64 or int32, got torch.float32"):
-            ops.embedding(torch.tensor([1.0]), w)
+            embedding(torch.tensor([1.0]), w)
 
     @pytest.mark.parametrize("dtype", (torch.float64, torch.uint8))
     def test_dtype_of_the_result(self, w: Operands, dtype: torch.dtype) -> None:
         with pytest.raises(TypeError, match=f"dtype must be .*, got {dtype}"):
-            ops.dequantize(w, dtype)
+            lowbit.dequantize(w, dtype)
         with pytest.raises(TypeError, match=f"dtype must be .*, got {dtype}"):
-            ops.embedding(torch.tensor([1]), w, dtype)
+            embedding(torch.tensor([1]), w, dtype)
 
     def test_weight_of_another_type(self) -> None:
         with pytest.raises(
-            TypeError, match=r"weight must be a QuantTensor or Operands, got Tensor"
+            TypeError, match=r"weight must be a QuantTensor, KernelWeight or Operands, got Tensor"
         ):
-            ops.linear(torch.zeros(2, 4), torch.zeros(4, 4))
+            lowbit.linear(torch.zeros(2, 4), torch.zeros(4, 4))
 
     @pytest.mark.parametrize(
         ("codes", "message"),
@@ -400,7 +385,7 @@ class TestBadInput:
     def test_other_device(self, w: Operands) -> None:
         """The dispatcher sends a mix with the meta device to the fake, which checks devices too."""
         with pytest.raises(ValueError, match="codes must be on meta, got cpu"):
-            ops.linear(torch.zeros(2, 128, device="meta"), w)
+            lowbit.linear(torch.zeros(2, 128, device="meta"), w)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -427,14 +412,13 @@ def test_operands_of_another_weight(
     claim = (claimed_format.spec, claimed_layout, *claimed_shape)
     x = torch.randn(m, max(0, claimed_shape[1]))
     try:
-        y = torch.ops.lowbit.linear(x, *arguments(w), None, *claim)
+        y = torch.ops.lowbit.linear(x, *w.tensors, *claim, None)
     except ValueError:
         assert claim != (given_format.spec, given_layout, *given_shape)
         return
     assert y.shape == (m, claimed_shape[0])
     wanted = layouts.find(claimed_layout).specs(claimed_format, *claimed_shape)
-    names = ("codes", "scales", "zeros", "table")
-    found = {n: t for n, t in zip(names, arguments(w), strict=True) if t is not None}
+    found = {n: t for n, t in zip(TENSORS, w.tensors, strict=True) if t is not None}
     assert set(found) == set(wanted)
     for name, t in found.items():
         shape, dtype = wanted[name]

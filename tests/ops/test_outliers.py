@@ -18,13 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowbit
-from lowbit import _C, backends, int8, layouts, ops, reference
-from lowbit.backends import cpu
+from lowbit import _C, int8, layouts, reference
+from lowbit.backends import pytorch
+from lowbit.backends.cpu.sparse import sparse_linear
+from lowbit.backends.pytorch import PYTORCH
 from lowbit.decoder.bound import bind_linear
 from lowbit.formats import Format, parse
 from lowbit.layouts import CANONICAL, K16, N16
 from lowbit.nn import QuantEmbedding, QuantLinear, fuse
+from lowbit.ops.terms import kernel_weight
+from lowbit.ops.weights import embedding
 from lowbit.weights.quantized import QuantTensor
+from lowbit.weights.sparse import SparseTerm
 from weights import random_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,14 +100,12 @@ def test_identity_returns_the_weight(format: Format, layout: str) -> None:
         dense = reference.dequantize(qt.without_outliers).double() + sparse_of(qt)
         expected = dense.float()
         assert torch.equal(reference.dequantize(qt), expected)
-        w = layouts.to_operands(qt, layout)
-        assert torch.equal(ops.linear(torch.eye(k), w).T, expected)
+        w = layouts.to_kernel(qt, layout)
+        assert torch.equal(lowbit.linear(torch.eye(k), w).T, expected)
         for dtype in DTYPES:
-            assert torch.equal(ops.dequantize(w, dtype), expected.to(dtype))
+            assert torch.equal(lowbit.dequantize(w, dtype), expected.to(dtype))
             indices = torch.arange(n).flip(0).view(1, n)
-            assert torch.equal(
-                ops.embedding(indices.int(), w, dtype)[0].flip(0), expected.to(dtype)
-            )
+            assert torch.equal(embedding(indices.int(), w, dtype)[0].flip(0), expected.to(dtype))
 
 
 def test_identity_in_bf16_rounds_once() -> None:
@@ -118,7 +121,7 @@ def assert_close(y: torch.Tensor, x: torch.Tensor, qt: QuantTensor, exact: torch
     counts code and zero apart; the table may be rounded to bf16, which moves an entry by 2^-9. y is rounded once.
     """
     codes = reference.code_values(qt.unpack(), qt.format, qt.table).abs()
-    zeros = None if qt.zeros is None else -qt.zeros.float().abs()
+    zeros = None if qt.zeros is None else -reference.effective_zeros(qt).abs()
     scales = reference.effective_scales(qt)
     if qt.format.zero == "min":
         zeros = -zeros
@@ -158,8 +161,9 @@ def test_the_sparse_kernel_is_exact_on_integers(m, n, k, count, dtype, values_dt
     values = torch.randint(-8, 9, (n, count)).to(values_dtype)
     x = torch.randint(-8, 9, (m, k + 3)).to(dtype)[:, 3:]
     expected = x.double() @ torch.zeros(n, k).double().scatter(1, columns.long(), values.double()).T
-    assert torch.equal(cpu.outlier_product(x, columns, values, isa).double(), expected)
-    plain = backends.reference.outlier_product(x, columns, values)
+    term = SparseTerm(columns, values)
+    assert torch.equal(sparse_linear(x, term, isa).double(), expected)
+    plain = PYTORCH.sparse_linear(x, term)
     assert torch.equal(plain.double(), expected)
 
 
@@ -173,7 +177,7 @@ def test_rows_of_more_entries_than_are_converted_at_a_time() -> None:
         @ torch.zeros(5, k).double().scatter(1, qt.outlier_columns.long(), values.double()).T
     )
     for m in (2, 18):
-        y = cpu.outlier_product(x[:m].float(), qt.outlier_columns, values)
+        y = sparse_linear(x[:m].float(), SparseTerm(qt.outlier_columns, values))
         assert torch.equal(y.double(), expected[:m])
 
 
@@ -216,7 +220,7 @@ def test_many_and_bound_products() -> None:
     for y, qt in zip(lowbit.linear_many(x, [plain, sparse]), (plain, sparse), strict=True):
         assert torch.equal(y, lowbit.linear(x, qt))
     out = torch.empty(3, 70)
-    bind_linear(x, ops.operands(sparse), out)()
+    bind_linear(x, kernel_weight(sparse), out)()
     assert torch.equal(out, lowbit.linear(x, sparse))
 
 
@@ -227,23 +231,23 @@ def test_explain(caplog: pytest.LogCaptureFixture) -> None:
     isa = [name for name in _C.isa_active() if name in ("scalar", "avx2", "avx512")][-1]
     assert f"outliers: 5 a row in fp16, outliers_{isa}" in str(found)
     assert lowbit.explain(torch.randn(1, 96), qt.without_outliers).outliers is None
-    backends.reference._log_outliers_once.cache_clear()
+    pytorch._log_sparse_once.cache_clear()
     with caplog.at_level(logging.INFO, "lowbit"):
         for _ in range(2):
-            ops.linear(torch.randn(1, 96), layouts.to_operands(qt, CANONICAL))
+            PYTORCH.sparse_linear(torch.randn(1, 96), kernel_weight(qt).sparse)
     assert caplog.text.count("plain torch multiplies the outliers") == 1
 
 
 def test_triton_layout() -> None:
     pytest.importorskip("triton")
     qt = lowbit.quantize(normal(33, 64), "int4_g32_o5")
-    w = layouts.to_operands(qt, K16)
-    assert torch.equal(ops.linear(torch.eye(64), w).T, qt.dequantize())
-    assert torch.equal(ops.dequantize(w), qt.dequantize())
-    assert str(lowbit.explain(torch.randn(1, 64), w)).endswith("5 a row in fp16, torch")
+    w = layouts.to_kernel(qt, K16)
+    assert torch.equal(lowbit.linear(torch.eye(64), w).T, qt.dequantize())
+    assert torch.equal(lowbit.dequantize(w), qt.dequantize())
+    assert "5 a row in fp16, outliers_" in str(lowbit.explain(torch.randn(1, 64), w))
     assert all(
         torch.equal(a, b)
-        for a, b in zip(layouts.from_operands(w).tensors.values(), qt.tensors.values(), strict=True)
+        for a, b in zip(layouts.from_kernel(w).tensors.values(), qt.tensors.values(), strict=True)
     )
 
 
@@ -251,15 +255,12 @@ def test_triton_layout() -> None:
 
 
 def test_opcheck() -> None:
-    w = ops.operands(random_weight(parse("kmeans3_g32_fp32_o4"), 70, 96))
-    weight, bias = (w.codes, w.scales, w.zeros, w.table), torch.randn(70)
-    meaning = (w.spec_without_outliers, w.layout, 70, 96, w.outlier_columns, w.outlier_values)
-    x, gate = torch.randn(2, 3, 96), torch.randn(2, 3, 70)
-    op = torch.ops.lowbit.linear_outliers.default
-    torch.library.opcheck(op, (x, *weight, bias, *meaning, gate, None, "silu"))
-    scales, table = (t.clone().requires_grad_() for t in (w.scales, w.table))
-    args = (x.requires_grad_(), w.codes, scales, w.zeros, table, bias.requires_grad_(), *meaning)
-    torch.library.opcheck(torch.ops.lowbit.linear_outliers_trainable.default, args)
+    w = kernel_weight(random_weight(parse("kmeans3_g32_fp32_o4"), 70, 96))
+    x, gate, added = torch.randn(2, 3, 96), torch.randn(2, 3, 70), torch.randn(2, 3, 70)
+    epilogue = (x, *w.operands, torch.randn(70), gate, None, added, "silu")
+    torch.library.opcheck(torch.ops.lowbit.linear_epilogue.default, epilogue)
+    for leaf in (x, x.clone().requires_grad_()):
+        torch.library.opcheck(torch.ops.lowbit.sparse_linear.default, (leaf, *w.sparse))
 
 
 def test_gradients_equal_those_of_the_dense_layer() -> None:
@@ -286,7 +287,7 @@ def test_compiles_as_one_graph() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
     qt = layer.quant_tensor()
-    w = ops.operands(qt)
+    w = kernel_weight(qt)
 
     def call(x: torch.Tensor) -> torch.Tensor:
         return lowbit.linear(x, w, activation="relu")
@@ -369,28 +370,28 @@ def test_bad_columns_in_a_file(columns: list[int], tmp_path: Path) -> None:
 
 def test_bad_input_of_the_ops() -> None:
     qt = lowbit.quantize(normal(64, 96), "int4_g32_o2")
-    w = ops.operands(qt)
+    w = kernel_weight(qt)
     x = torch.randn(1, 96)
-    whole = (w.codes, w.scales, w.zeros, w.table, None, w.spec, w.layout, 64, 96)
-    with pytest.raises(ValueError, match="'int4_g32_o2' has outliers: this product does not take"):
-        torch.ops.lowbit.linear(x, *whole)
+    with pytest.raises(ValueError, match="'int4_g32_o2' has outliers: operands are those of"):
+        torch.ops.lowbit.linear(x, *w.operands._replace(spec="int4_g32_o2"), None)
     with pytest.raises(ValueError, match="has outliers"):
         int8.linear(*int8.quantize(x), qt)
     layer = QuantLinear.from_linear(nn.Linear(96, 64), "int8_a8_o2")
     with pytest.raises(ValueError, match="outliers, which multiply activations as they are"):
         layer.set_input_scale(0.1)
-    rest = (*whole[:5], w.spec_without_outliers, *whole[6:])
 
     def call(columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return torch.ops.lowbit.linear_outliers(x, *rest, columns, values, None, None, None)
+        return lowbit.linear(x, dataclasses.replace(w, sparse=SparseTerm(columns, values)))
 
     columns, values = qt.outlier_columns, qt.outlier_values
     with pytest.raises(TypeError, match="must be int32"):
         call(columns.long(), values)
     with pytest.raises(TypeError, match="torch.bfloat16"):
         call(columns, values.bfloat16())
-    with pytest.raises(ValueError, match=r"shape \(64, P\)"):
+    with pytest.raises(ValueError, match=r"shape \(N, P\)"):
         call(columns[:, :1], values)
+    with pytest.raises(ValueError, match=r"added must be float32 of shape \(1, 64\)"):
+        call(columns[1:].contiguous(), values[1:].contiguous())
     with pytest.raises(ValueError, match="contiguous"):
         call(columns.T.contiguous().T, values)
 
@@ -401,16 +402,15 @@ def test_no_outliers_and_wrong_columns(layout: str, m: int) -> None:
     """P = 0 is the product of the rest, bit for bit; a column that x lacks is refused, wherever it stands."""
     if layout == K16:
         pytest.importorskip("triton")
-    w = layouts.to_operands(lowbit.quantize(normal(70, 96), "int4_g32"), layout)
-    x, bias = torch.randn(m, 96), torch.randn(70)
-    whole = (w.codes, w.scales, w.zeros, w.table, bias, w.spec, w.layout, 70, 96)
+    w = layouts.to_kernel(lowbit.quantize(normal(70, 96), "int4_g32"), layout)
+    x, bias = torch.randn(m, 96), torch.randn(70, requires_grad=True)
 
-    def call(columns: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        y = torch.ops.lowbit.linear_outliers(x, *whole, columns, values, None, None, None)
-        return y, torch.ops.lowbit.linear_outliers_trainable(x, *whole, columns, values)
+    def call(*term: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = dataclasses.replace(w, sparse=SparseTerm(*term))
+        return lowbit.linear(x, whole, bias.detach()), lowbit.linear(x, whole, bias)
 
     nothing = torch.empty(70, 0, dtype=torch.int32), torch.empty(70, 0, dtype=torch.float16)
-    assert all(torch.equal(y, torch.ops.lowbit.linear(x, *whole)) for y in call(*nothing))
+    assert all(torch.equal(y, lowbit.linear(x, w, bias)) for y in call(*nothing))
     for wrong in (-1, 96, 10**6, -(2**31), 2**31 - 1):
         for row, i in ((0, 0), (69, 1), (64, 0)):
             columns = torch.arange(2, dtype=torch.int32).repeat(70, 1)

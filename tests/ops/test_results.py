@@ -11,9 +11,10 @@ from strided import same_bits
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import fp8, int8, ops, qat
+from lowbit import fp8, int8, qat
 from lowbit.formats import parse
 from lowbit.nn import fp8_activations as activations
+from lowbit.ops.weights import embedding
 from weights import random_weight
 
 K, N = 64, 32
@@ -98,9 +99,9 @@ DIFFERENTIABLE: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
 PLAIN: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "static scale": static,
     "BinaryLinear": lambda: lowbit.nn.BinaryLinear.from_linear(dense(), "binary"),
-    "embedding": lambda: lambda x: ops.embedding((x * 0).long(), weight),
+    "embedding": lambda: lambda x: embedding((x * 0).long(), weight),
     "embedding with outliers": lambda: (
-        lambda x: ops.embedding((x * 0).long(), lowbit.quantize(torch.ones(N, K), "int3_g64_o2"))
+        lambda x: embedding((x * 0).long(), lowbit.quantize(torch.ones(N, K), "int3_g64_o2"))
     ),
     "fp8.dequantize": lambda: lambda x: fp8.dequantize(*fp8.quantize(x)),
     "fp8.scaled_mm": lambda: lambda x: fp8.scaled_mm(*_quantized(x), out_dtype=torch.float32),

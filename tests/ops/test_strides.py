@@ -57,7 +57,7 @@ def test_addresses_are_taken_in_one_place() -> None:
         if re.search(r"\.data_ptr\(\)", path.read_text())
     }
     others = {"nn/fp8.py", "cli/run.py", "io/safetensors_file.py", "io/save_load.py"}
-    aligned = {"fp8/matmul_cuda.py", "fp8/matmul_triton.py", "backends/cuda.py"}
+    aligned = {"fp8/matmul_cuda.py", "fp8/matmul_triton.py", "backends/cuda/weights.py"}
     assert found == {"strides.py", *others, *aligned}
 
 

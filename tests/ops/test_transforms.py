@@ -14,9 +14,10 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils import _pytree as pytree
 
 import lowbit
-from lowbit import fp8, int8, ops, qat, reference
+from lowbit import fp8, int8, qat, reference
 from lowbit.formats import parse
 from lowbit.nn import fp8_activations as activations
+from lowbit.ops.terms import matrix
 from weights import random_weight
 
 N, K = 24, 64
@@ -286,15 +287,14 @@ def test_what_has_no_derivatives_says_so(name: str) -> None:
 
 def test_raw_ops_give_no_silent_zeros() -> None:
     qt, x = lowbit.quantize(torch.randn(N, K), "nf4"), torch.randn(3, K)
-    w = ops.operands(qt)
-    tensors = (w.codes, w.scales, w.zeros, w.table, None, w.spec, w.layout, N, K)
+    w = matrix(qt)
     op = torch.ops.lowbit.linear
-    assert_all_close(jvp(lambda x: op(x, *tensors), (x,), (x,))[1], x @ qt.dequantize().t())
+    assert_all_close(jvp(lambda x: op(x, *w, None), (x,), (x,))[1], x @ qt.dequantize().t())
     with (
         fwad.dual_level(),
         pytest.raises(NotImplementedError, match="lowbit::linear has no derivatives"),
     ):
-        op(fwad.make_dual(x, x), *tensors)
+        op(fwad.make_dual(x, x), *w, None)
 
 
 def test_embedding_in_a_batch() -> None:

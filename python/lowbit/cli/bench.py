@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowbit import reference
 from lowbit.backends.cpu.requests import kernels
-from lowbit.explain import explain
+from lowbit.explanation import explain
 from lowbit.formats import Format, as_format
 from lowbit.layouts import KernelWeight
 from lowbit.methods import quantize

@@ -285,7 +285,7 @@ def explain(
     json_output: JsonFlag = False,
 ) -> None:
     """Says which kernel runs a product, and why the others do not."""
-    from lowbit.explain import explain_request
+    from lowbit.explanation import explain_request
 
     n, k = _shape(shape)
     found = explain_request(parse(format), n, k, m, _dtype(dtype))

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.explain import REFERENCE as REFERENCE_ROW, Explanation, Kernel as Row
+from lowbit.explanation import REFERENCE as REFERENCE_ROW
+from lowbit.explanation import Explanation
+from lowbit.explanation import Kernel as Row
 from lowbit.fp8 import matmul, matmul_cpu, matmul_cuda, matmul_triton
 from lowbit.fp8.granularity import Granularity
 

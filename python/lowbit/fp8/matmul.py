@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.ops import checks, transforms
 from lowbit.backends import available
 from lowbit.fp8 import granularity as granularities
 from lowbit.fp8 import matmul_cpu, matmul_cuda, matmul_triton, reference
 from lowbit.fp8.dtypes import FLOAT8, check_float8
 from lowbit.fp8.granularity import Granularity
 from lowbit.fp8.quantization import quantize
+from lowbit.ops import checks, transforms
 from lowbit.strides import contiguous, rows_of
 
 _logger = logging.getLogger("lowbit")

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.ops import checks, transforms
 from lowbit.backends import available
 from lowbit.fp8 import cpu, reference, triton
 from lowbit.fp8 import granularity as granularities
 from lowbit.fp8.dtypes import check_float8
 from lowbit.fp8.granularity import Granularity
+from lowbit.ops import checks, transforms
 from lowbit.strides import contiguous, rows_of, shaped
 
 _SCHEMAS = {

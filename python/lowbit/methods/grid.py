@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lowbit import ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
-from lowbit.ops import checks
 from lowbit.formats import Format
 from lowbit.methods.nearest import Nearest, nearest_codes
 from lowbit.methods.scales import store
+from lowbit.ops import checks
 from lowbit.weights.quantized import QuantTensor, tensor_specs
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

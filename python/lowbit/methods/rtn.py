@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lowbit import ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
-from lowbit.ops import checks
 from lowbit.formats import Format, as_format
 from lowbit.methods import clipping as clip
 from lowbit.methods import grid

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit.ops import checks
 from lowbit.formats import Format
 from lowbit.methods import quantize
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.weight import HasPackedWeight
+from lowbit.ops import checks
 from lowbit.strides import shaped
 
 Size = tuple[int, ...]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowbit import fp8, modes
-from lowbit.ops import checks
 from lowbit.nn.leaf import Proxy, node_of
+from lowbit.ops import checks
 
 
 class Saved(NamedTuple):

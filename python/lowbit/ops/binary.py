@@ -17,6 +17,7 @@ from lowbit.ops import checks, library
 from lowbit.ops.terms import Weight, matrix
 from lowbit.strides import contiguous, rows_of
 
+
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Signs and one scale for each row: x is about scales * (2 * bit - 1).
 

@@ -7,6 +7,7 @@ activation "int8" or "int8_table" does both inside `lowbit.linear`.
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from lowbit.ops import checks, library
 from lowbit.ops.linear import autocast
 from lowbit.ops.terms import Weight, matrix
 from lowbit.strides import contiguous, rows_of, shaped
+
 
 def quantize(
     x: Tensor, group: int | None = None, scale: float | Tensor | None = None
@@ -78,9 +80,7 @@ def linear(
     return _linear(q, x_scales, *w, bias, out_dtype, out_scale)
 
 
-def static_linear(
-    x: Tensor, x_scale: Tensor, weight: Weight, bias: Tensor | None = None
-) -> Tensor:
+def static_linear(x: Tensor, x_scale: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """`lowbit.linear` with x quantized by one given scale in place of absmax / 127 of each row.
 
     Args:
@@ -264,9 +264,7 @@ def _check_x_scales(q: Tensor, x_scales: Tensor, format: Format) -> None:
         )
 
 
-def _quantize_impl(
-    x: Tensor, group: int | None, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _quantize_impl(x: Tensor, group: int | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_quantize(x, group, scale)
     backend = backends.of_device(x.device.type)
     return backend.int8_quantize(rows_of(x, x.shape[1]), group, scale)

@@ -67,7 +67,8 @@ def linear(
     gate, residual = (None if t is None else autocast(t) for t in (gate, residual))
     checks.check_epilogue(x, w.n, activation, gate, residual)
     if modes.in_dual_level() or (
-        torch.is_grad_enabled() and checks.requires_grad(x, gate, residual, w.scales, w.zeros, w.table, bias)
+        torch.is_grad_enabled()
+        and checks.requires_grad(x, gate, residual, w.scales, w.zeros, w.table, bias)
     ):
         y = call_linear(x, w, bias, term)
         return reference.apply_epilogue(y, activation, gate, residual)
@@ -170,9 +171,13 @@ def _check_epilogue(
 def _epilogue(x: Tensor, w: Operands, *args: Any) -> Tensor:
     _check_epilogue(x, w, *args)
     bias, gate, residual, added, activation = args
-    others = (None if t is None else rows_of(t, w.n) for t in (gate, residual, added))
+    gate, residual, added = (
+        None if t is None else rows_of(t, w.n) for t in (gate, residual, added)
+    )
     backend = backends.find(x.device.type, w.layout)
-    y = backend.linear_epilogue(rows_of(x, w.k), w, contiguous(bias), *others, activation)
+    y = backend.linear_epilogue(
+        rows_of(x, w.k), w, contiguous(bias), gate, residual, added, activation
+    )
     return shaped(y, *x.shape[:-1], w.n)
 
 

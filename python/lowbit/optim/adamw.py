@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowbit.ops import checks
 from lowbit.fp8.dtypes import FLOAT8, check_float8
+from lowbit.ops import checks
 from lowbit.optim import ops, reference
 
 _STATES = ("exp_avg", "exp_avg_sq")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.backends.triton import launch as triton
 from lowbit.backends.cpu.requests import CODES
+from lowbit.backends.triton import launch as triton
 from lowbit.fp8.cpu import TYPES
 from lowbit.fp8.dtypes import FLOAT8
 from lowbit.strides import address

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from lowbit.ops import checks
 from lowbit.fp8.dtypes import check_float8
+from lowbit.ops import checks
 from lowbit.optim import kernels, reference
 from lowbit.optim.kernels import State, Step
 

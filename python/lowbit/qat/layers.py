@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit.ops import checks
 from lowbit.formats import Format
 from lowbit.nn import QuantConv2d, QuantLinear
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.names import compile_patterns, warn_unmatched
 from lowbit.nn.surgery import obstacle
+from lowbit.ops import checks
 from lowbit.ptq.plan import READS_WEIGHTS, names_in
 from lowbit.ptq.swap import swapping
 from lowbit.qat.activations import ActivationQuantizer, Int8Activation

@@ -103,7 +103,7 @@ class CpuBackend(Backend):
 
     def explain(
         self, w_format: Format, n: int, k: int, m: int, dtype: str, threads: int
-    ) -> tuple[str, list[tuple[object, ...]]]:
+    ) -> tuple[str, list[tuple[str, float | None, int | None, str | None]]]:
         """The kernel that runs a linear, and what is known of all of them."""
         known = requests.expected(w_format, n, k)
         return known.select("linear", dtype, m, threads), known.explain("linear", dtype, m, threads)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowbit.strides import contiguous
 
+
 @functools.cache
 def kernels() -> ModuleType:
     """The package of kernels, imported when it is first needed.
