@@ -5,8 +5,6 @@ Words: N = out features, K = in features, G = group (weights along K that share 
     W[n, k] = scale[n, k // G] * (code - zero)                   codec "affine", zero None | "int" | "float"
     W[n, k] = scale[n, k // G] * code + zero[n, k // G]          codec "affine", zero "min"
 A symmetric affine format (zero None) has the constant zero 2^(bits - 1). A format without a scale has scale 1.
-With scale "int8" scale[n, g] is an int8 code times scales2[n, s], s the super-block of the group: fp32, rounded once.
-So is the zero "min", with codes and a second level of its own.
 With outliers, W is this plus a sparse matrix that has the same number of entries in every row.
 """
 
@@ -64,12 +62,13 @@ class Format:
         scale: how scales are stored: "fp32", "fp16", "bf16", "e8m0" (a power of two in a byte),
             "e4m3" (with one fp32 factor per tensor), "dq8" (QLoRA double quantization: 8-bit dynamic
             code, one fp32 factor per 256 scales, one fp32 offset per tensor), "int8" (an integer times `scale2`, as in
-            GGUF's K-quants), or None (scale 1).
+            GGUF's K-quants: the product in fp32, rounded once), or None (scale 1).
         scale2: with scale "int8", the dtype of its second level: "fp32", "fp16" or "bf16"; else None.
         scale2_group: weights along K that share one of `scale2`, a multiple of `group`; None means the whole row.
         scale_rule: what round-to-nearest fits the scale to: "absmax", "rms" or "mean" of |w|, or "minmax"
             (the range of an asymmetric affine group).
-        zero: "int" (uint8 code), "float" or "min" (in the scale's dtype; of two levels with scale "int8"), or None.
+        zero: "int" (uint8 code), "float" or "min" (in the scale's dtype; with scale "int8" a code times a second level
+            of its own), or None.
         table: values of the codes of a "lut" codec, 2 .. 2^bits of them; None means that the table is fitted
             to the weight and stored beside it.
         table_scope: one table per "tensor", per output "row", or per row and "group".

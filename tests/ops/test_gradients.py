@@ -10,6 +10,7 @@ import lowbit
 from lowbit import layouts, reference
 from lowbit.formats import Format, parse
 from lowbit.layouts import CANONICAL, N16
+from lowbit.layouts.base import CODE_DTYPES
 from lowbit.ops.linear import call_linear
 from lowbit.ops.terms import matrix
 from lowbit.weights.quantized import QuantTensor
