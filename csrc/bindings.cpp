@@ -29,18 +29,15 @@ void append_fp8_matmul_kernels(py::list& entries);  // bindings_fp8_mm.cpp
 
 namespace {
 
+// By Dtype.
+constexpr const char* kDtypeNames[] = {"fp32", "bf16", "fp16", "int8", "b1", "e4m3", "e8m0"};
 Dtype dtype_of(const std::string& name) {
-  if (name == "fp32") return Dtype::kF32;
-  if (name == "bf16") return Dtype::kBf16;
-  if (name == "fp16") return Dtype::kF16;
-  if (name == "int8") return Dtype::kI8;
-  if (name == "b1") return Dtype::kB1;
-  fail("dtype must be fp32, bf16, fp16, int8 or b1, got '" + name + "'");
+  for (int i = 0; i < 7; ++i) {
+    if (name == kDtypeNames[i]) return static_cast<Dtype>(i);
+  }
+  fail("dtype must be fp32, bf16, fp16, int8 or b1, and of scales also e4m3 or e8m0, got '" + name + "'");
 }
-const char* dtype_name(Dtype d) {
-  constexpr const char* kNames[kDtypes] = {"fp32", "bf16", "fp16", "int8", "b1"};
-  return kNames[static_cast<int>(d)];
-}
+const char* dtype_name(Dtype d) { return kDtypeNames[static_cast<int>(d)]; }
 
 Op op_of(const std::string& name) {
   if (name == "linear") return Op::kLinear;
@@ -64,19 +61,22 @@ struct Weight {
   Codec codec;
   Scope scope;
   ZeroMode zero;
-  std::optional<Dtype> scale_dtype, zero_dtype;
-  bool int8_x;       // float activations are quantized to int8
-  float table_step;  // of the table as int8 (int8.h)
+  std::optional<Dtype> scale_dtype, zero_dtype, scale2_dtype;
+  int64_t scale2_extent;  // weights of a row that share a second level; 0: all of the weight, in fp32
+  bool int8_x;            // float activations are quantized to int8
+  float table_step;       // of the table as int8 (int8.h)
   bool bf16_table;
 
   Weight(int64_t n_, int64_t k_, int bits_, int64_t group_, const std::string& codec_name, bool column_table,
          int64_t table_groups_, const std::string& zero_mode, std::optional<std::string> scale,
-         std::optional<std::string> zero_type, bool int8_x_, float table_step_, bool bf16_table_)
+         std::optional<std::string> zero_type, std::optional<std::string> scale2, int64_t scale2_extent_, bool int8_x_,
+         float table_step_, bool bf16_table_)
       : n(n_),
         k(k_),
         group(group_),
         table_groups(table_groups_),
         bits(bits_),
+        scale2_extent(scale2_extent_),
         int8_x(int8_x_),
         table_step(table_step_),
         bf16_table(bf16_table_) {
@@ -103,11 +103,23 @@ struct Weight {
     if (scale) scale_dtype = dtype_of(*scale);
     if (zero_type) zero_dtype = dtype_of(*zero_type);
     if ((zero == ZeroMode::kNone) != !zero_dtype) fail("zero_dtype must be given if and only if there are zeros");
+    if (zero_dtype && static_cast<int>(*zero_dtype) >= kDtypes) fail("zero_dtype must be a number, got " + *zero_type);
+    if (!scale2) return;
+    scale2_dtype = dtype_of(*scale2);
+    if (*scale2_dtype != Dtype::kF32 && *scale2_dtype != Dtype::kF16 && *scale2_dtype != Dtype::kBf16) {
+      fail("scale2_dtype must be fp32, fp16 or bf16, got '" + *scale2 + "'");
+    }
+    if (!scale_dtype) fail("scale2_dtype needs scales");
+    if (scale2_extent < 0 || (scale2_extent > 0 && scale2_extent < k && scale2_extent % group != 0)) {
+      fail("scale2_extent must be a multiple of the group, got " + std::to_string(scale2_extent));
+    }
+    if (scale2_extent == 0 && *scale2_dtype != Dtype::kF32) fail("scale2_dtype of the whole weight must be fp32");
   }
 
   int64_t groups() const { return ceil_div(k, group); }
   int64_t code_bytes() const { return packed_bytes(n, k, bits); }
   int64_t lane_terms() const { return num_blocks(n) * groups() * kBlockN; }
+  bool has_zeros2() const { return scale2_dtype && zero == ZeroMode::kAdd; }
   int64_t table_size() const {
     return scope == Scope::kShared ? int64_t{1} << bits : (num_blocks(n) * table_groups << bits) * kBlockN;
   }
@@ -117,7 +129,8 @@ struct Weight {
     return {op, x, codec, bits, scope, zero, m, n, k, group, threads, bf16_table};
   }
 
-  Launch launch(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table) const {
+  Launch launch(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t scales2,
+                uint64_t zeros2) const {
     Launch l{};
     l.n = n;
     l.k = k;
@@ -132,12 +145,22 @@ struct Weight {
     l.table = pointer<const float>(table);
     l.table_groups = table_groups;
     l.table_step = table_step;
+    if (scale2_dtype) {
+      l.scales2 = pointer<const void>(scales2);
+      l.zeros2 = has_zeros2() ? pointer<const void>(zeros2) : nullptr;
+      l.second_dtype = *scale2_dtype;
+      if (scale2_extent > 0) {
+        l.super_groups = scale2_extent < k ? scale2_extent / group : l.num_groups;
+        l.num_supers = ceil_div(l.num_groups, l.super_groups);
+      }
+    }
     return l;
   }
 
-  DecoderLinear decoder_linear(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t bias,
-                               int bias_dtype, float x_scale) const {
-    DecoderLinear linear{launch(codes, scales, zeros, table), desc(Op::kLinear, Dtype::kF32, 1, 1), nullptr, x_scale};
+  DecoderLinear decoder_linear(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t scales2,
+                               uint64_t zeros2, uint64_t bias, int bias_dtype, float x_scale) const {
+    DecoderLinear linear{launch(codes, scales, zeros, table, scales2, zeros2), desc(Op::kLinear, Dtype::kF32, 1, 1),
+                         nullptr, x_scale};
     linear.launch.bias = pointer<const void>(bias);
     linear.launch.bias_dtype = static_cast<Dtype>(bias_dtype);
     return linear;
@@ -157,8 +180,9 @@ struct Weight {
   }
 
   Call call(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales, uint64_t zeros,
-            uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int threads, int index) const {
-    Launch l = launch(codes, scales, zeros, table);
+            uint64_t table, uint64_t scales2, uint64_t zeros2, uint64_t bias, int bias_dtype, uint64_t out, int threads,
+            int index) const {
+    Launch l = launch(codes, scales, zeros, table, scales2, zeros2);
     l.m = m;
     l.x = pointer<const void>(x);
     l.x_dtype = l.out_dtype = static_cast<Dtype>(x_dtype);
@@ -171,19 +195,22 @@ struct Weight {
   }
 
   void linear(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales, uint64_t zeros,
-              uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int threads, int index) const {
-    Call c = call(x, x_dtype, m, x_stride, codes, scales, zeros, table, bias, bias_dtype, out, threads, index);
+              uint64_t table, uint64_t scales2, uint64_t zeros2, uint64_t bias, int bias_dtype, uint64_t out,
+              int threads, int index) const {
+    Call c = call(x, x_dtype, m, x_stride, codes, scales, zeros, table, scales2, zeros2, bias, bias_dtype, out, threads,
+                  index);
     py::gil_scoped_release unlocked;
     run_many({&c, 1}, threads);
   }
 
   // `linear` with what follows it, stored as `out_dtype`.
   void linear_epilogue(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales,
-                       uint64_t zeros, uint64_t table, uint64_t bias, int bias_dtype, uint64_t out, int out_dtype,
-                       int threads, int index, int activation, uint64_t gate, int64_t gate_stride, uint64_t residual,
-                       int64_t residual_stride, int epilogue_dtype) const {
+                       uint64_t zeros, uint64_t table, uint64_t scales2, uint64_t zeros2, uint64_t bias, int bias_dtype,
+                       uint64_t out, int out_dtype, int threads, int index, int activation, uint64_t gate,
+                       int64_t gate_stride, uint64_t residual, int64_t residual_stride, int epilogue_dtype) const {
     if (activation < 0 || activation > static_cast<int>(Activation::kGeluTanh)) fail("activation is out of range");
-    Call c = call(x, x_dtype, m, x_stride, codes, scales, zeros, table, bias, bias_dtype, out, threads, index);
+    Call c = call(x, x_dtype, m, x_stride, codes, scales, zeros, table, scales2, zeros2, bias, bias_dtype, out, threads,
+                  index);
     const Epilogue epilogue{
         static_cast<Activation>(activation), pointer<const void>(gate), gate_stride,
         pointer<const void>(residual),       residual_stride,           static_cast<Dtype>(epilogue_dtype)};
@@ -195,9 +222,10 @@ struct Weight {
 
   // x is int8 or b1. x_scales are (m), or (m, groups) if x_group_scales; int8 out holds y / out_scale.
   void linear_quantized(uint64_t x, int x_dtype, uint64_t x_scales, bool x_group_scales, int64_t m, int64_t x_stride,
-                        uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t bias, int bias_dtype,
-                        uint64_t out, int out_dtype, float out_scale, int threads, int index) const {
-    Launch l = launch(codes, scales, zeros, table);
+                        uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t scales2,
+                        uint64_t zeros2, uint64_t bias, int bias_dtype, uint64_t out, int out_dtype, float out_scale,
+                        int threads, int index) const {
+    Launch l = launch(codes, scales, zeros, table, scales2, zeros2);
     l.m = m;
     l.x = pointer<const void>(x);
     l.x_dtype = static_cast<Dtype>(x_dtype);
@@ -215,9 +243,9 @@ struct Weight {
     run(kernel, l, threads);
   }
 
-  void dequantize(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t out, int out_dtype,
-                  int threads, int index) const {
-    Launch l = launch(codes, scales, zeros, table);
+  void dequantize(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t scales2, uint64_t zeros2,
+                  uint64_t out, int out_dtype, int threads, int index) const {
+    Launch l = launch(codes, scales, zeros, table, scales2, zeros2);
     l.m = 1;
     l.out = pointer<void>(out);
     l.out_dtype = static_cast<Dtype>(out_dtype);
@@ -228,8 +256,8 @@ struct Weight {
   }
 
   void embedding(uint64_t indices, int64_t count, uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table,
-                 uint64_t out, int out_dtype, int threads) const {
-    Launch l = launch(codes, scales, zeros, table);
+                 uint64_t scales2, uint64_t zeros2, uint64_t out, int out_dtype, int threads) const {
+    Launch l = launch(codes, scales, zeros, table, scales2, zeros2);
     l.out = pointer<void>(out);
     l.out_dtype = static_cast<Dtype>(out_dtype);
     l.out_stride = k;
@@ -253,7 +281,8 @@ struct Weight {
     if (scales.has_value() != scale_dtype.has_value())
       fail("scales must be given if and only if the weight has a scale dtype");
     if (zeros.has_value() != zero_dtype.has_value()) fail("zeros must be given if and only if the weight has zeros");
-    if (scale_dtype.value_or(Dtype::kF32) != Dtype::kF32 || zero_dtype.value_or(Dtype::kF32) != Dtype::kF32) {
+    if (scale_dtype.value_or(Dtype::kF32) != Dtype::kF32 || zero_dtype.value_or(Dtype::kF32) != Dtype::kF32 ||
+        scale2_dtype) {
       fail("scales and zeros of the numpy call are fp32; make the Weight with fp32");
     }
     if (scales) want("scales", *scales, lane_terms());
@@ -264,7 +293,7 @@ struct Weight {
       return static_cast<uint64_t>(reinterpret_cast<uintptr_t>(a.data()));
     };
     linear(address(x), 0, x.shape(0), k, address(codes), scales ? address(*scales) : 0, zeros ? address(*zeros) : 0,
-           address(table), bias ? address(*bias) : 0, 0, address(out), threads, -1);
+           address(table), 0, 0, bias ? address(*bias) : 0, 0, address(out), threads, -1);
     return out;
   }
 
@@ -290,8 +319,8 @@ struct Weight {
   }
 };
 
-// y_i = x W_i^T + bias_i in one parallel region. Each entry is (weight, codes, scales, zeros, table, bias, bias dtype,
-// out).
+// y_i = x W_i^T + bias_i in one parallel region. Each entry is (weight, codes, scales, zeros, table, scales2, zeros2,
+// bias, bias dtype, out).
 void linear_many(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, const py::list& entries, int threads) {
   std::vector<Call> calls;
   calls.reserve(entries.size());
@@ -300,7 +329,7 @@ void linear_many(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, const py:
     const auto address = [&](int i) { return e[i].cast<uint64_t>(); };
     const Weight& w = e[0].cast<const Weight&>();
     calls.push_back(w.call(x, x_dtype, m, x_stride, address(1), address(2), address(3), address(4), address(5),
-                           e[6].cast<int>(), address(7), threads, -1));
+                           address(6), address(7), e[8].cast<int>(), address(9), threads, -1));
   }
   py::gil_scoped_release unlocked;
   run_many(calls, threads);
@@ -330,6 +359,7 @@ py::list py_kernels() {
     entry["isa"] = isa_name(k->isa);
     entry["available"] = (detect_isa() & k->isa) != 0;
     entry["group_multiple"] = k->chunk_groups ? k->span : 1;
+    entry["half_groups"] = k->half_groups;
     entry["bf16_table"] = k->bf16_table;
     py::list x;
     for (Dtype d : {Dtype::kF32, Dtype::kBf16, Dtype::kF16, Dtype::kI8, Dtype::kB1}) {
@@ -417,10 +447,12 @@ PYBIND11_MODULE(_C, m) {
   bind_pack(m);
   py::class_<Weight>(m, "Weight", "What a weight in n16 layout is, apart from its bytes (csrc/kernel.h).")
       .def(py::init<int64_t, int64_t, int, int64_t, const std::string&, bool, int64_t, const std::string&,
-                    std::optional<std::string>, std::optional<std::string>, bool, float, bool>(),
+                    std::optional<std::string>, std::optional<std::string>, std::optional<std::string>, int64_t, bool,
+                    float, bool>(),
            py::kw_only(), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group"), py::arg("codec") = "lut",
            py::arg("column_table") = false, py::arg("table_groups") = 1, py::arg("zero") = "none",
-           py::arg("scale_dtype") = py::none(), py::arg("zero_dtype") = py::none(), py::arg("int8_x") = false,
+           py::arg("scale_dtype") = py::none(), py::arg("zero_dtype") = py::none(),
+           py::arg("scale2_dtype") = py::none(), py::arg("scale2_extent") = 0, py::arg("int8_x") = false,
            py::arg("table_step") = 0.0f, py::arg("bf16_table") = false)
       .def("linear_ptr", &Weight::linear)
       .def("linear_epilogue_ptr", &Weight::linear_epilogue)
@@ -439,10 +471,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_many_ptr", &linear_many);
   m.def("plan", [](const Weight& w) {
     return make_plan({w.desc(Op::kLinear, Dtype::kF32, 0, 1),
-                      w.launch(0, 0, 0, 0),
+                      w.launch(0, 0, 0, 0, 0, 0),
                       w.code_bytes(),
                       w.scale_dtype.has_value(),
                       w.zero_dtype.has_value(),
+                      w.scale2_dtype.has_value(),
+                      w.has_zeros2(),
                       {}});
   });
   bind_tensor_calls(m);

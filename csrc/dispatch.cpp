@@ -255,7 +255,9 @@ const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
   if (!k.exact_x[static_cast<int>(d.x)]) {
     return d.x == Dtype::kI8 || d.x == Dtype::kB1 ? "needs float activations" : "would round the activations";
   }
-  if (k.chunk_groups && d.group < d.k && d.group % k.span != 0) return "group is not a multiple of the kernel's span";
+  if (k.chunk_groups && d.group < d.k && d.group % k.span != 0 && !(k.half_groups && d.group == kHalfChunk)) {
+    return "group is not a multiple of the kernel's span";
+  }
   return nullptr;
 }
 

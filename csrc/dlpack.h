@@ -65,7 +65,18 @@ inline bool float_dtype(Type type, Dtype* dtype) {
 }
 
 inline Type type_of(Dtype dtype) {
-  return dtype == Dtype::kF32 ? kFloat32 : dtype == Dtype::kBf16 ? kBfloat16 : dtype == Dtype::kF16 ? kFloat16 : kInt8;
+  switch (dtype) {
+    case Dtype::kF32:
+      return kFloat32;
+    case Dtype::kBf16:
+      return kBfloat16;
+    case Dtype::kF16:
+      return kFloat16;
+    case Dtype::kI8:
+      return kInt8;
+    default:
+      return kUint8;
+  }
 }
 
 }  // namespace lowbit::dlpack

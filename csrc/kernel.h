@@ -7,8 +7,9 @@
 namespace lowbit {
 
 enum class Op : int32_t { kLinear, kDequantize };
-// kB1: signs of x, eight to a byte from the least significant bit; 1 is +1 and 0 is -1.
-enum class Dtype : int32_t { kF32, kBf16, kF16, kI8, kB1 };
+// kB1: signs of x, eight to a byte from the least significant bit; 1 is +1 and 0 is -1. The first five are those of x.
+// Of scales alone: kE4m3, and kE8m0, the power of two 2^(byte - 127), NaN for 255.
+enum class Dtype : int32_t { kF32, kBf16, kF16, kI8, kB1, kE4m3, kE8m0 };
 constexpr int kDtypes = 5;
 // kInt: the table is code + table[0], so arithmetic may replace the lookup.
 enum class Codec : int32_t { kLut, kInt, kE4m3, kE5m2 };
@@ -53,6 +54,8 @@ struct Epilogue {
 
 // W[n, k] = scale * (T - zero) or scale * T + zero, T = table[code]; y = x W^T + bias. Layouts: layout.h; scales and
 // zeros are (n / 64, groups, 64), a column table is (n / 64, table_groups, 2^bits, 64), all padded to whole blocks.
+// With a second level scale is scales * scales2 in fp32, and the zero of kAdd zeros * zeros2: each is
+// (n / 64, num_supers, 64), one number for `super_groups` groups, or, if num_supers is 0, one fp32 for the weight.
 struct Launch {
   int64_t m, n, k, group, num_groups;
   const void* x;
@@ -70,6 +73,9 @@ struct Launch {
   const void* zeros;  // null if zero is kNone
   Dtype zero_dtype;
   ZeroMode zero;
+  const void *scales2, *zeros2;  // may be null
+  Dtype second_dtype;
+  int64_t super_groups, num_supers;
   const float* table;
   int64_t table_groups;
   const int8_t* table_i8;  // with int8 x: table = table_step * table_i8, exactly or rounded (int8.h)
@@ -98,7 +104,7 @@ struct Kernel {
   int32_t bits;
   Scope scope;
   Isa isa;
-  bool chunk_groups;      // groups must be a multiple of `span`, or the whole row
+  bool chunk_groups;      // groups must be a multiple of `span`, or the whole row; see half_groups
   bool exact_x[kDtypes];  // by Dtype of x: converting to `compute` loses nothing
   Cost cost;
   // Converts rows [begin, end) of x; null for kDequantize.
@@ -106,9 +112,10 @@ struct Kernel {
   // A task is a block of 64 columns times a block of rows.
   int64_t rows_per_task;
   void (*run)(const Launch&, int64_t task_begin, int64_t task_end);
-  int32_t span = 32;        // prepared rows are padded to a multiple of it
-  int32_t terms = 1;        // numbers of `compute` whose sum is an element of x
-  bool bf16_table = false;  // only for such tables
+  int32_t span = 32;         // prepared rows are padded to a multiple of it
+  int32_t terms = 1;         // numbers of `compute` whose sum is an element of x
+  bool bf16_table = false;   // only for such tables
+  bool half_groups = false;  // groups of half a chunk too
 };
 
 }  // namespace lowbit

@@ -19,12 +19,15 @@ namespace lowbit {
 
 constexpr int kBlockN = 64;     // columns of a block
 constexpr int kChunkK = 32;     // weights along K of a chunk
+constexpr int kHalfChunk = 16;  // the shortest group that products take apart
 constexpr int kUnitBytes = 64;  // one vector of 16 columns
 constexpr int kUnitLanes = 16;
 
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static constexpr int64_t num_blocks(int64_t n) { return ceil_div(n, kBlockN); }
 static constexpr int64_t num_chunks(int64_t k) { return ceil_div(k, kChunkK); }
+// Whether each half of a chunk is a group.
+static constexpr bool halves_chunks(int64_t group, int64_t k) { return group == kHalfChunk && group < k; }
 static constexpr int64_t vector_bytes(int bits) { return int64_t{bits} * kUnitBytes; }
 static constexpr int64_t chunk_bytes(int bits) { return kBlockN / kUnitLanes * vector_bytes(bits); }
 static constexpr int64_t packed_bytes(int64_t n, int64_t k, int bits) {

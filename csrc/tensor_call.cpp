@@ -23,6 +23,7 @@ bool poison_outputs = false;
 
 constexpr const char* kPlanName = "lowbit plan";
 constexpr int kMaxDims = 8;
+constexpr int kOperands = 7;  // codes, scales, zeros, table, scales2, zeros2, bias
 
 bool view(PyObject* object, dlpack::Tensor* t) {
   if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return false;
@@ -101,8 +102,17 @@ bool read_input(PyObject* object, Input* x) {
   return x->m > 0;
 }
 
+bool second_level(bool wanted, PyObject* object, Launch* l, const void** to) {
+  uint64_t address;
+  const bool given = l->num_supers == 0 ? operand(object, wanted, dlpack::kFloat32, {1}, &address)
+                                        : operand(object, wanted, dlpack::type_of(l->second_dtype),
+                                                  {num_blocks(l->n), l->num_supers, kBlockN}, &address);
+  *to = pointer<const void>(address);
+  return given;
+}
+
 // Fills all of the launch but the result; false if a tensor is not plainly what a kernel reads.
-bool read_operands(const Plan& plan, const Input& x, PyObject* const operands[5], Launch* l) {
+bool read_operands(const Plan& plan, const Input& x, PyObject* const operands[kOperands], Launch* l) {
   *l = plan.launch;
   if (x.k != l->k || l->n == 0) return false;
   const int64_t blocks = num_blocks(l->n), groups = l->num_groups, entries = int64_t{1} << plan.desc.bits;
@@ -120,9 +130,13 @@ bool read_operands(const Plan& plan, const Input& x, PyObject* const operands[5]
   l->scales = pointer<const void>(scales);
   l->zeros = pointer<const void>(zeros);
   l->table = pointer<const float>(table);
-  if (operands[4] != Py_None) {
+  if (!second_level(plan.has_scales2, operands[4], l, &l->scales2) ||
+      !second_level(plan.has_zeros2, operands[5], l, &l->zeros2)) {
+    return false;
+  }
+  if (operands[6] != Py_None) {
     dlpack::Tensor b;
-    if (!view(operands[4], &b) || !dlpack::float_dtype(b.type, &l->bias_dtype) || b.ndim != 1 || b.shape[0] != l->n ||
+    if (!view(operands[6], &b) || !dlpack::float_dtype(b.type, &l->bias_dtype) || b.ndim != 1 || b.shape[0] != l->n ||
         !dlpack::contiguous(b)) {
       return false;
     }
@@ -160,10 +174,10 @@ bool choose_and_run(Plan* const* plans, std::span<Call> calls, const Input& x, i
 
 Plan* plan_of(PyObject* object) { return static_cast<Plan*>(PyCapsule_GetPointer(object, kPlanName)); }
 
-// linear_tensors(plan, threads, x, codes, scales, zeros, table, bias): the product, or None if a tensor is not plainly
-// what the kernels read: another way must then find out why. Never raises for that.
+// linear_tensors(plan, threads, x, codes, scales, zeros, table, scales2, zeros2, bias): the product, or None if a
+// tensor is not plainly what the kernels read: another way must then find out why. Never raises for that.
 PyObject* linear_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 8) return PyErr_Format(PyExc_TypeError, "linear_tensors takes 8 arguments, got %zd", count);
+  if (count != 3 + kOperands) return PyErr_Format(PyExc_TypeError, "linear_tensors takes 10 arguments, got %zd", count);
   if (args[0] == Py_None) Py_RETURN_NONE;
   Plan* plan = plan_of(args[0]);
   const int threads = static_cast<int>(PyLong_AsLong(args[1]));
@@ -176,13 +190,16 @@ PyObject* linear_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return result;
 }
 
-// linear_many_tensors(plans, threads, x, codes, scales, zeros, table, bias): the same for lists; a list of products.
+// linear_many_tensors(plans, threads, x, codes, scales, zeros, table, scales2, zeros2, bias): the same for lists; a
+// list of products.
 PyObject* linear_many_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 8) return PyErr_Format(PyExc_TypeError, "linear_many_tensors takes 8 arguments, got %zd", count);
+  if (count != 3 + kOperands) {
+    return PyErr_Format(PyExc_TypeError, "linear_many_tensors takes 10 arguments, got %zd", count);
+  }
   const int threads = static_cast<int>(PyLong_AsLong(args[1]));
   if (PyErr_Occurred()) return nullptr;
   const Py_ssize_t size = PyList_Check(args[0]) ? PyList_GET_SIZE(args[0]) : -1;
-  for (int i = 3; i < 8; ++i) {
+  for (int i = 3; i < 3 + kOperands; ++i) {
     if (!PyList_Check(args[i]) || PyList_GET_SIZE(args[i]) != size) Py_RETURN_NONE;
   }
   Input x;
@@ -190,8 +207,8 @@ PyObject* linear_many_tensors(PyObject*, PyObject* const* args, Py_ssize_t count
   std::vector<Call> calls(static_cast<size_t>(size));
   std::vector<Plan*> plans(calls.size());
   for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* operands[5];
-    for (int j = 0; j < 5; ++j) operands[j] = PyList_GET_ITEM(args[3 + j], i);
+    PyObject* operands[kOperands];
+    for (int j = 0; j < kOperands; ++j) operands[j] = PyList_GET_ITEM(args[3 + j], i);
     if (PyList_GET_ITEM(args[0], i) == Py_None) Py_RETURN_NONE;
     plans[i] = plan_of(PyList_GET_ITEM(args[0], i));
     if (!plans[i]) return nullptr;

@@ -12,7 +12,7 @@ struct Plan {
   Desc desc;      // without m and threads; x only if it is kI8
   Launch launch;  // without addresses
   int64_t code_bytes;
-  bool has_scales, has_zeros;
+  bool has_scales, has_zeros, has_scales2, has_zeros2;
   struct Choice {
     int64_t m = -1;
     int threads = 0;

@@ -12,6 +12,9 @@ CHUNK = tl.constexpr(_CHUNK)
 AFFINE, LUT = tl.constexpr(0), tl.constexpr(1)
 ZERO_NONE, ZERO_INT, ZERO_FLOAT, ZERO_MIN = (tl.constexpr(i) for i in range(4))
 TABLE_SHARED, TABLE_ROW, TABLE_GROUP = (tl.constexpr(i) for i in range(3))
+# What the bytes of a scale are, and whether one number for the weight or one for a super-block of a row multiplies it.
+SCALE_NONE, SCALE_NUMBER, SCALE_E4M3, SCALE_E8M0 = (tl.constexpr(i) for i in range(4))
+SECOND_NONE, SECOND_ONE, SECOND_ROW = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
@@ -70,3 +73,51 @@ def table_values(
                 at += (rows[:, None] * num_groups + group) * entries
             values = tl.load(table + at)
     return values
+
+
+@triton.jit
+def scale_of(
+    scales,  # (groups, N)
+    scales2,  # (super-blocks, N), or one fp32
+    group,
+    columns,
+    valid,
+    n,
+    super_groups,  # groups of a super-block
+    SCALE: tl.constexpr,
+    SECOND: tl.constexpr,
+):
+    """fp32 scales; their product with a second level is rounded once."""
+    scale = tl.load(scales + group * n + columns, mask=valid, other=0)
+    if SCALE == SCALE_E4M3:
+        byte = scale.to(tl.int32)
+        magnitude = byte & 127
+        # The exponent and the mantissa lie as those of an fp32 that is 2^120 times smaller.
+        small = ((magnitude << 20) | ((byte & 128) << 24)).to(tl.float32, bitcast=True)
+        scale = tl.where(magnitude == 127, float("nan"), small * 1.329227995784916e36)
+    elif SCALE == SCALE_E8M0:
+        byte = scale.to(tl.int32)
+        # 0 stands for a subnormal number, 255 for NaN.
+        bits = tl.where((byte == 0) | (byte == 255), (byte << 23) | 0x400000, byte << 23)
+        scale = bits.to(tl.float32, bitcast=True)
+    else:
+        scale = scale.to(tl.float32)
+    return with_second(scale, scales2, group, columns, valid, n, super_groups, SECOND)
+
+
+@triton.jit
+def with_second(terms, second, group, columns, valid, n, super_groups, SECOND: tl.constexpr):
+    """fp32 terms times their second level."""
+    if SECOND == SECOND_ONE:
+        terms *= tl.load(second)
+    elif SECOND == SECOND_ROW:
+        at = group // super_groups * n + columns
+        terms *= tl.load(second + at, mask=valid, other=0.0).to(tl.float32)
+    return terms
+
+
+@triton.jit
+def added_zero(zeros, zeros2, group, columns, valid, n, super_groups, SECOND: tl.constexpr):
+    """fp32 zeros that are added; their product with a second level is rounded once."""
+    zero = tl.load(zeros + group * n + columns, mask=valid, other=0).to(tl.float32)
+    return with_second(zero, zeros2, group, columns, valid, n, super_groups, SECOND)

@@ -16,18 +16,22 @@ def dequantize_kernel(
     scales,  # (groups, N)
     zeros,  # (groups, N)
     table,
+    scales2,  # (super-blocks, N), or one fp32
+    zeros2,  # (super-blocks, N)
     out,  # (M, K)
     m,
     n,
     k,
     group,
     num_groups,
+    super_groups,
     BITS: tl.constexpr,
     CODEC: tl.constexpr,
     OFFSET: tl.constexpr,
     ZERO: tl.constexpr,
     SCOPE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SECOND: tl.constexpr,
     GATHERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -43,6 +47,20 @@ def dequantize_kernel(
     values = table_values(
         fields, table, tl.where(valid, rows, 0), g, num_groups, CODEC, BITS, OFFSET, SCOPE
     )
-    values = scaled(values, scales, zeros, g * n + rows[:, None], valid[:, None], ZERO, HAS_SCALE)
+    values = scaled(
+        values,
+        scales,
+        zeros,
+        scales2,
+        zeros2,
+        g,
+        rows[:, None],
+        valid[:, None],
+        n,
+        super_groups,
+        ZERO,
+        SCALE,
+        SECOND,
+    )
     at = outputs.to(tl.int64)[:, None] * k + ks[None, :]
     tl.store(out + at, values.to(out.dtype.element_ty), mask=valid[:, None] & (ks < k)[None, :])

@@ -5,7 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codecs import CHUNK, ZERO_FLOAT, ZERO_INT, ZERO_MIN, ZERO_NONE, decode, table_values
+from .codecs import (
+    CHUNK,
+    SCALE_NONE,
+    ZERO_FLOAT,
+    ZERO_INT,
+    ZERO_MIN,
+    added_zero,
+    decode,
+    scale_of,
+    table_values,
+)
 
 
 @triton.jit
@@ -15,6 +25,8 @@ def linear_kernel(
     scales,  # (groups, N)
     zeros,  # (groups, N)
     table,
+    scales2,  # (super-blocks, N), or one fp32
+    zeros2,  # (super-blocks, N)
     bias,  # (N,)
     out,  # (SPLITS, M, N) fp32 if SPLITS > 1, else (M, N)
     m,
@@ -24,13 +36,15 @@ def linear_kernel(
     x_column,
     group,  # weights that share a scale
     num_groups,
+    super_groups,  # groups that share a second level
     chunks_per_split,  # a multiple of CHUNKS
     BITS: tl.constexpr,
     CODEC: tl.constexpr,
     OFFSET: tl.constexpr,
     ZERO: tl.constexpr,
     SCOPE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SECOND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     APART: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -79,8 +93,11 @@ def linear_kernel(
                 total = tl.dot(xs, values, total, input_precision="ieee")
             else:
                 term = tl.dot(xs, values, input_precision="ieee")
-            if ZERO == ZERO_FLOAT or ZERO == ZERO_MIN:
+            if ZERO == ZERO_FLOAT:
                 zero = tl.load(zeros + at, mask=in_n, other=0.0).to(tl.float32)
+            if ZERO == ZERO_MIN:
+                zero = added_zero(zeros, zeros2, g, columns, in_n, n, super_groups, SECOND)
+            if ZERO == ZERO_FLOAT or ZERO == ZERO_MIN:
                 shift = tl.sum(xs.to(tl.float32), 1)[:, None] * zero[None, :]
             if ZERO == ZERO_FLOAT:
                 if WHOLE:
@@ -88,8 +105,10 @@ def linear_kernel(
                 else:
                     term -= shift
             if not WHOLE:
-                if HAS_SCALE:
-                    term *= tl.load(scales + at, mask=in_n, other=0.0).to(tl.float32)[None, :]
+                if SCALE != SCALE_NONE:
+                    term *= scale_of(
+                        scales, scales2, g, columns, in_n, n, super_groups, SCALE, SECOND
+                    )[None, :]
                 if ZERO == ZERO_MIN:
                     term += shift
                 total += term
@@ -99,7 +118,19 @@ def linear_kernel(
                 fields, table, table_rows, g, num_groups, CODEC, BITS, OFFSET, SCOPE
             )
             weight = scaled(
-                weight, scales, zeros, g * n + columns[:, None], in_n[:, None], ZERO, HAS_SCALE
+                weight,
+                scales,
+                zeros,
+                scales2,
+                zeros2,
+                g,
+                columns[:, None],
+                in_n[:, None],
+                n,
+                super_groups,
+                ZERO,
+                SCALE,
+                SECOND,
             )
             weight = tl.trans(rounded(weight, COMPUTE, WIDENS))
             total = tl.dot(xs, weight, total, input_precision="ieee")
@@ -121,15 +152,29 @@ def linear_kernel(
                 values = table_values(
                     fields, table, table_rows, g, num_groups, CODEC, BITS, OFFSET, SCOPE
                 )
-                at = (g * n + columns)[:, None]
-                weight = scaled(values, scales, zeros, at, in_n[:, None], ZERO, HAS_SCALE)
+                weight = scaled(
+                    values,
+                    scales,
+                    zeros,
+                    scales2,
+                    zeros2,
+                    g,
+                    columns[:, None],
+                    in_n[:, None],
+                    n,
+                    super_groups,
+                    ZERO,
+                    SCALE,
+                    SECOND,
+                )
                 signs = (weight > 0).to(tl.float32) - (weight < 0).to(tl.float32)
                 signs = tl.trans(rounded(signs, COMPUTE, WIDENS))
                 xs = tl.where(xs - xs == 0, 0.0, xs)
                 infinite = tl.dot(xs, signs, infinite, input_precision="ieee")
             total = tl.where(infinite - infinite == 0, total, infinite)
-    if WHOLE and HAS_SCALE:
-        total *= tl.load(scales + columns, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    if WHOLE and SCALE != SCALE_NONE:
+        scale = scale_of(scales, scales2, 0, columns, in_n, n, super_groups, SCALE, SECOND)
+        total *= scale[None, :]
     if HAS_BIAS and SPLITS == 1:
         total += tl.load(bias + columns, mask=in_n, other=0.0).to(tl.float32)[None, :]
     at = (split.to(tl.int64) * m + rows)[:, None] * n + columns[None, :]
@@ -151,16 +196,28 @@ def rounded(values, COMPUTE: tl.constexpr, WIDENS: tl.constexpr):
 
 
 @triton.jit
-def scaled(values, scales, zeros, at, valid, ZERO: tl.constexpr, HAS_SCALE: tl.constexpr):
+def scaled(
+    values,
+    scales,
+    zeros,
+    scales2,
+    zeros2,
+    group,
+    columns,
+    valid,
+    n,
+    super_groups,
+    ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
+    SECOND: tl.constexpr,
+):
     """scale * (value - zero), or scale * value + zero for ZERO_MIN; each operation rounds once."""
-    if ZERO != ZERO_NONE:
-        zero = tl.load(zeros + at, mask=valid, other=0).to(tl.float32)
     if ZERO == ZERO_INT or ZERO == ZERO_FLOAT:
-        values -= zero
-    if HAS_SCALE:
-        values *= tl.load(scales + at, mask=valid, other=0.0).to(tl.float32)
+        values -= tl.load(zeros + group * n + columns, mask=valid, other=0).to(tl.float32)
+    if SCALE != SCALE_NONE:
+        values *= scale_of(scales, scales2, group, columns, valid, n, super_groups, SCALE, SECOND)
     if ZERO == ZERO_MIN:
-        values += zero
+        values += added_zero(zeros, zeros2, group, columns, valid, n, super_groups, SECOND)
     return values
 
 

@@ -21,7 +21,8 @@ HALF_FIELDS = {
     GGMLType.IQ4_NL: (0,),
     GGMLType.TQ2_0: (64,),
     GGMLType.MXFP4: (),
-    # Not kept as they are.
+    GGMLType.NVFP4: (),
+    GGMLType.Q1_0: (0,),
     GGMLType.TQ1_0: (52,),
     GGMLType.Q2_K: (80, 82),
     GGMLType.Q3_K: (108,),
@@ -50,6 +51,9 @@ def random_blocks(
     if kind == GGMLType.MXFP4:
         # 255 is NaN, and from 253 on the largest value overflows fp32.
         data[:, 0] %= 253
+    if kind == GGMLType.NVFP4:
+        # 255 is no number of E4M3.
+        data[:, :4] %= 255
     if kind == GGMLType.TQ2_0:
         pairs = data[:, :64]
         # Two set bits are code 3: clear the low one.

@@ -25,7 +25,11 @@ def candidates(qt: QuantTensor) -> torch.Tensor:
         codes = torch.full((n, k), code, dtype=torch.uint8)
         values = reference.code_values(codes, qt.format, qt.table)
         scales = reference.effective_scales(qt)
-        every.append(reference.apply_scales(values, qt.format, scales, qt.zeros).double())
+        every.append(
+            reference.apply_scales(
+                values, qt.format, scales, reference.effective_zeros(qt)
+            ).double()
+        )
     return torch.stack(every).nan_to_num(nan=math.inf)
 
 
@@ -39,7 +43,7 @@ def assert_codes_are_best(qt: QuantTensor, weight: torch.Tensor) -> None:
     terms = w.abs()
     if qt.zeros is not None:
         group = reference.group_index(qt.format, qt.shape[1], w.device)
-        zero = qt.zeros.double()[:, group]
+        zero = reference.effective_zeros(qt).double()[:, group]
         scale = reference.effective_scales(qt).double()[:, group]
         terms = terms + (zero if qt.format.zero == "min" else zero * scale).abs()
     assert (chosen <= best + 2**-22 * terms).all()

@@ -22,13 +22,14 @@ from lowbit.formats import (
     as_format,
     parse,
 )
-from lowbit.reference import dynamic_map, effective_scales
+from lowbit.reference import dynamic_map, effective_scales, effective_zeros
 from lowbit.weights.quantized import QuantTensor, tensor_specs
 from weights import ALL_FORMATS
 
 BYTES = np.arange(256, dtype=np.uint8)
 AFFINE = {"name": "x", "codec": "affine", "bits": 4}
 LUT = {"name": "x", "codec": "lut", "bits": 2}
+CODES = {**AFFINE, "group": 32, "scale": "int8", "scale2": "fp16"}
 
 
 @pytest.mark.parametrize("format", ALL_FORMATS, ids=lambda f: f.name)
@@ -54,6 +55,22 @@ def test_suffixes(base: str, group: str, scale: str):
         wanted_group = {"_row": None, "": FORMATS[base].group}.get(group, group[2:])
         assert format.group == (wanted_group and int(wanted_group))
         assert format.scale == (scale[1:] or FORMATS[base].scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale2", "size"),
+    [
+        ("nf4_g32_int8", "fp32", None),
+        ("nf4_int8bf16_g32", "bf16", None),
+        ("int3_g16_int8s256", "fp16", 256),
+        ("int8_int8s256fp32", "fp32", 256),
+    ],
+)
+def test_suffixes_of_two_levels(name: str, scale2: str, size: int | None):
+    format = parse(name)
+    assert (format.spec, format.scale) == (name, "int8")
+    assert (format.scale2, format.scale2_group) == (scale2, size)
+    assert parse("q4_k_bf16").scale2 is None
 
 
 def test_a_name_that_is_taken_by_another_format_gives_json():
@@ -189,6 +206,17 @@ BAD_FIELDS = [
         "a table of at most 5 values",
     ),
     ({"name": "x", "codec": "e4m3", "bits": 4}, "bits must be 8"),
+    ({**AFFINE, "scale2": "fp16"}, "scale2 must be None with scale 'fp16', got 'fp16'"),
+    ({**AFFINE, "scale2_group": 64}, "scale2_group must be None with scale 'fp16'"),
+    ({**CODES, "scale2": None}, "scale2 must be one of .* with scale 'int8', got None"),
+    ({**CODES, "scale2": "e8m0"}, "scale2 must be one of"),
+    ({**CODES, "group": None}, "group must be a number of weights with scale 'int8', got None"),
+    (
+        {**CODES, "scale2_group": 80},
+        r"scale2_group must be a multiple of the group \(32\).* got 80",
+    ),
+    ({**CODES, "scale2_group": 0}, "scale2_group must be"),
+    ({**CODES, "zero": "float"}, "scale must be a float dtype with a float zero"),
 ]
 
 
@@ -207,6 +235,9 @@ def test_bad_fields(fields, message):
         ("nf4_g64_g32", "gives its group twice"),
         ("nf4_g64_row", "gives its group twice"),
         ("nf4_fp16_fp16", "gives its scale twice"),
+        ("nf4_int8_fp16", "gives its scale twice"),
+        ("nf4_int8s100", "scale2_group must be a multiple of the group"),
+        ("nf4_row_int8", "group must be a number of weights"),
         ("kmeans4_pr_g99999999999", "group must be"),
         ("q4_1_e8m0", "scale must be a float dtype"),
         ("{", "not JSON"),
@@ -278,6 +309,12 @@ STATED = {
     "q5_1": (5, 32, "fp16", "min"),
     "iq4_nl": (4, 32, "fp16", None),
     "tq2_0": (2, 256, "fp16", None),
+    "q2_k": (2, 16, "int8", "min"),
+    "q3_k": (3, 16, "int8", None),
+    "q4_k": (4, 32, "int8", "min"),
+    "q5_k": (5, 32, "int8", "min"),
+    "q6_k": (6, 16, "int8", None),
+    "iq4_xs": (4, 32, "int8", None),
 }
 
 
@@ -285,6 +322,8 @@ STATED = {
 def test_formats_of_others_are_as_they_state_them(name: str):
     format = FORMATS[name]
     assert (format.bits, format.group, format.scale, format.zero) == STATED[name]
+    two_levels = ("fp16", 256) if format.scale == "int8" else (None, None)
+    assert (format.scale2, format.scale2_group) == two_levels
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -319,3 +358,24 @@ def test_double_quantized_scales():
     block = np.arange(n * groups) // 256
     wanted = table[codes.numpy().ravel()] * factors.numpy()[block] + np.float32(0.75)
     assert np.array_equal(found.numpy().ravel(), wanted)
+
+
+@pytest.mark.parametrize("name", ["q4_k", "q4_k_int8fp32"])
+def test_scales_and_minima_of_two_levels(name: str):
+    """A code times the number of its super-block, rounded once; the last super-block is short."""
+    n, k = 3, 512 + 96
+    format = parse(name)
+    g = torch.Generator().manual_seed(0)
+    tensors = {}
+    for key, (shape, dtype) in tensor_specs(format, n, k).items():
+        codes = torch.randint(-128, 128, shape, generator=g).to(dtype)
+        tensors[key] = torch.randn(shape, generator=g).to(dtype) if key[-1] == "2" else codes
+    qt = QuantTensor(format, (n, k), tensors).validate()
+    super_of = np.arange(k // 32) * 32 // (format.scale2_group or k)
+    for key, found in (("scales", effective_scales(qt)), ("zeros", effective_zeros(qt))):
+        second = tensors[key + "2"].float().numpy()[:, super_of]
+        assert np.array_equal(found.numpy(), tensors[key].numpy().astype(np.float32) * second)
+    w = qt.dequantize().numpy()
+    group = np.arange(k) // 32
+    codes, scale = qt.unpack().numpy().astype(np.float32), effective_scales(qt).numpy()[:, group]
+    assert np.array_equal(w, scale * codes + effective_zeros(qt).numpy()[:, group])

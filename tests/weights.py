@@ -31,6 +31,10 @@ EXTRA_FORMATS = (
         )
     ),
     Format(name="e4m3_g64_bf16", codec="e4m3", bits=8, group=64, scale="bf16"),
+    Format(name="e5m2_g16_codes", codec="e5m2", bits=8, group=16, scale="int8", scale2="fp32"),
+    Format(name="int8_g16_codes", codec="affine", bits=8, group=16, zero="int", scale="int8", scale2="bf16",
+           scale2_group=48),
+    Format.lut(bits=4, group=16, name="lut4_g16", table=tuple(0.1 * i * abs(i) - 3 for i in range(-6, 10))),
 )  # fmt: skip
 ALL_FORMATS = (*FORMATS.values(), *EXTRA_FORMATS)
 
@@ -49,8 +53,9 @@ def random_weight(format: Format, n: int, k: int, seed: int = 0) -> QuantTensor:
         elif name == "outlier_columns":
             scores = torch.rand(n, k, generator=g)
             tensors[name] = scores.argsort(1)[:, : shape[1]].sort(1).values.to(dtype)
-        elif dtype == torch.uint8:
-            tensors[name] = torch.randint(0, 256, shape, generator=g, dtype=dtype)
+        elif dtype in (torch.uint8, torch.int8):
+            low = torch.iinfo(dtype).min
+            tensors[name] = torch.randint(low, low + 256, shape, generator=g, dtype=dtype)
         elif name in ("zeros", "table", "outlier_values"):
             tensors[name] = (torch.randn(shape, generator=g) * 3).to(dtype)
         else:
@@ -76,7 +81,7 @@ def assert_close(y, exact, x, qt, weight) -> None:
     magnitude = weight.abs()
     if qt.zeros is not None:
         codes = reference.code_values(qt.unpack(), qt.format, qt.table)
-        scales, zeros = reference.effective_scales(qt).abs(), qt.zeros.float().abs()
+        scales, zeros = reference.effective_scales(qt).abs(), reference.effective_zeros(qt).abs()
         shift = zeros if qt.format.zero == "min" else zeros * scales
         group = reference.group_index(qt.format, codes.shape[1], codes.device)
         magnitude = (codes * scales[:, group] + shift[:, group]).double()

@@ -1,5 +1,5 @@
 // bf16 activations with AVX-512 BF16: table entries as bf16, vdpbf16ps of two weights and two x per lane, fp32 sums.
-// Groups are multiples of kChunkK; the scale multiplies the sum of a group, so it is never rounded to bf16.
+// Groups are multiples of kChunkK, or half of it; the scale multiplies the sum of a group, so it is never rounded.
 // vdpbf16ps: latency 6 / 6, one every cycle / cycle on Zen 5 / Sapphire Rapids; vpermw and vpermt2w 1 a cycle.
 #pragma once
 
@@ -142,6 +142,16 @@ inline void prepare_bf16(const Launch& l, int64_t begin, int64_t end) {
 // Sums of row m of x over each group, its first chunk at `row`.
 template <int kTerms>
 inline void sum_chunks(const Launch& l, int64_t m, const uint16_t* row) {
+  constexpr int kHalf = kHalfChunk * kTerms;
+  if (halves_chunks(l.group, l.k)) {
+    for (int64_t g = 0; g < l.num_groups; ++g) {
+      const uint16_t* in = row + g / 2 * l.m * kChunkK * kTerms + g % 2 * kHalf;
+      F total = zero();
+      for (int i = 0; i < kHalf; i += kUnitLanes) total = add(total, load_bf16(in + i));
+      l.x_sums[m * l.num_groups + g] = sum(total);
+    }
+    return;
+  }
   const int64_t chunks = num_chunks(l.k), chunks_per_group = l.num_groups == 1 ? chunks : l.group / kChunkK;
   for (int64_t g = 0; g < l.num_groups; ++g) {
     const int64_t chunk_end = (g + 1) * chunks_per_group < chunks ? (g + 1) * chunks_per_group : chunks;
@@ -196,7 +206,7 @@ inline void decode_words(const Launch& l, const WordLut<B>& codec, int64_t block
 // Where a panel stands in the groups. A panel holds whole groups, or, if it `carries`, a part of one.
 struct Span {
   int64_t block, first_row, chunk, chunk_end, chunks_per_group;
-  bool carries;
+  bool carries, halves;
 };
 
 // Multiplies a panel; wherever a group ends, adds its scaled sums to `y`. The sums of an unfinished group go to
@@ -209,11 +219,13 @@ inline void multiply_words(const Launch& l, const Span& span, const uint16_t* pa
   unroll<kRows>([&](auto r) LOWBIT_INLINE { unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = zero(); }); });
   const uint16_t* x = static_cast<const uint16_t*>(l.prepared) + (span.first_row + row) * kChunkK * kTerms;
   const int64_t chunks = num_chunks(l.k);
-  for (int64_t c = span.chunk; c < span.chunk_end; ++c) {
+  const int run = span.halves ? kPairsPerChunk / 2 : kPairsPerChunk;
+  int pair = 0;
+  for (int64_t c = span.chunk; c < span.chunk_end;) {
     const uint16_t* xc = x + c * l.m * kChunkK * kTerms;
     // The rows of the next tile: of many rows, x does not fit in L2.
     unroll<kRows * kTerms>([&](auto i) LOWBIT_INLINE { prefetch(xc + (kRows * kTerms + i) * kChunkK); });
-    for (int pair = 0; pair < kPairsPerChunk; ++pair) {
+    for (const int end = pair + run; pair < end; ++pair) {
       __m512i w[kColumnVecs];
       unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { w[v] = load_i(panel + v * 2 * kUnitLanes); });
       unroll<kTerms>([&](auto t) LOWBIT_INLINE {
@@ -224,8 +236,17 @@ inline void multiply_words(const Launch& l, const Span& span, const uint16_t* pa
       });
       panel += 2 * kBlockN;
     }
-    if ((c + 1) % span.chunks_per_group != 0 && c + 1 < chunks) continue;
-    const int64_t group = c / span.chunks_per_group;
+    int64_t group = 2 * c + pair / kPairsPerChunk;
+    if (pair == kPairsPerChunk) {
+      pair = 0;
+      ++c;
+    }
+    if (!span.halves) {
+      if (c % span.chunks_per_group != 0 && c < chunks) continue;
+      group = (c - 1) / span.chunks_per_group;
+    } else if (group == l.num_groups) {
+      break;
+    }
     unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
       const GroupTerms terms = group_terms(l, span.block, group, v * kUnitLanes);
       unroll<kRows>([&](auto r) LOWBIT_INLINE {
@@ -261,7 +282,8 @@ void gemm_words_run(const Launch& l, int64_t begin, int64_t end) {
     Span span{};
     span.block = task / row_blocks;
     span.first_row = task % row_blocks * kWordRowsPerTask;
-    span.chunks_per_group = l.num_groups == 1 ? chunks : l.group / kChunkK;
+    span.halves = halves_chunks(l.group, l.k);
+    span.chunks_per_group = l.num_groups == 1 ? chunks : span.halves ? 1 : l.group / kChunkK;
     span.carries = span.chunks_per_group > kWordPanelChunks;
     const int64_t panel_chunks =
         span.carries ? kWordPanelChunks : kWordPanelChunks / span.chunks_per_group * span.chunks_per_group;
@@ -307,7 +329,11 @@ constexpr Kernel gemv_bf16(const char* name) {
           bf16_gemv_cost(B, Codec::kLut),
           prepare_bf16,
           0,
-          gemv_words_run<B>};
+          gemv_words_run<B>,
+          kChunkK,
+          1,
+          false,
+          true};
 }
 template <int B>
 constexpr Kernel gemm_bf16(const char* name) {
@@ -323,7 +349,11 @@ constexpr Kernel gemm_bf16(const char* name) {
           bf16_gemm_cost(B),
           prepare_bf16_chunks,
           kWordRowsPerTask,
-          gemm_words_run<B>};
+          gemm_words_run<B>,
+          kChunkK,
+          1,
+          false,
+          true};
 }
 
 }  // namespace

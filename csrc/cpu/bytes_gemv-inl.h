@@ -21,28 +21,29 @@ inline F broadcast_pair(const float* x) {
 }
 
 // A long group is summed in pieces, as in gemv-inl.h. One row with the cheaper table is bound by memory, and pieces of
-// one chunk make its codes one stream, which comes fastest without prefetches.
-constexpr int64_t kBytesSumChunks = 8;
+// one chunk make its codes one stream, which comes fastest without prefetches. Lengths in halves of a chunk.
+constexpr int64_t kBytesSumHalves = 16;
 constexpr int64_t kBytesPrefetch = 6144;
 
 // y of kRows rows and a block of 64 columns.
 template <class Table, int kRows>
 inline void bytes_tile(const Launch& l, const Table& table, int64_t block, int64_t m0) {
-  constexpr int kBits = Table::kBits, kSteps = 8 / kBits, kUnitWeights = 16 / kBits * 2;
+  constexpr int kBits = Table::kBits, kSteps = 8 / kBits, kUnitWeights = 16 / kBits * 2, kHalfUnits = kBits / 2;
   constexpr int kVecs = kRows <= Table::kRowsOfTwo ? 2 : 1;
   constexpr bool kStream = kRows == 1 && Table::kSums == 2;
   constexpr int kParts = kStream ? 2 : 1;
-  constexpr int64_t kPiece = kStream ? 1 : kBytesSumChunks;
+  constexpr int64_t kPiece = kStream ? 2 : kBytesSumHalves;
   const int64_t chunks = num_chunks(l.k);
-  const int64_t chunks_per_group = l.num_groups == 1 ? chunks : l.group / kChunkK;
+  const int64_t per_group = l.num_groups == 1 ? 2 * chunks : l.group / kHalfChunk;
+  const int64_t halves = per_group == 1 ? l.num_groups : 2 * chunks;
   const uint8_t* block_codes = l.codes + block * chunks * chunk_bytes(kBits);
 
   alignas(64) float y[kRows][kBlockN] = {}, total[kRows][kBlockN];
-  int64_t c = 0;
-  for (int64_t group = 0; c < chunks; ++group) {
-    const int64_t group_end = c + chunks_per_group < chunks ? c + chunks_per_group : chunks;
-    for (bool first = true; c < group_end; first = false) {
-      const int64_t piece_end = c + kPiece < group_end ? c + kPiece : group_end;
+  int64_t h = 0;
+  for (int64_t group = 0; h < halves; ++group) {
+    const int64_t group_end = h + per_group < halves ? h + per_group : halves;
+    for (bool first = true; h < group_end; first = false) {
+      const int64_t piece_end = h + kPiece < group_end ? h + kPiece : group_end;
       for (int lane = 0; lane < kBlockN; lane += kVecs * kVecLanes) {
         F acc[kVecs][kParts][kRows][Table::kSums];
         const auto each = [&](const auto& fn) LOWBIT_INLINE {
@@ -53,14 +54,14 @@ inline void bytes_tile(const Launch& l, const Table& table, int64_t block, int64
         };
         each([&](auto v, auto r, auto s)
                  LOWBIT_INLINE { unroll<kParts>([&](auto p) LOWBIT_INLINE { acc[v][p][r][s] = zero(); }); });
-        const uint8_t* codes =
-            block_codes + c * chunk_bytes(kBits) + lane / kUnitLanes * vector_bytes(kBits) + lane % kUnitLanes * 4;
+        const uint8_t* codes = block_codes + h / 2 * chunk_bytes(kBits) + h % 2 * kHalfUnits * kUnitBytes +
+                               lane / kUnitLanes * vector_bytes(kBits) + lane % kUnitLanes * 4;
         const float* x[kRows];
         for (int r = 0; r < kRows; ++r) {
-          x[r] = static_cast<const float*>(l.prepared) + (m0 + r) * l.prepared_stride + c * kChunkK;
+          x[r] = static_cast<const float*>(l.prepared) + (m0 + r) * l.prepared_stride + h * kHalfChunk;
         }
-        for (int64_t chunk = c; chunk < piece_end; ++chunk) {
-          unroll<kBits>([&](auto u) LOWBIT_INLINE {
+        for (int64_t half = h; half < piece_end; ++half) {
+          unroll<kHalfUnits>([&](auto u) LOWBIT_INLINE {
             if (!kStream && lane % kUnitLanes == 0) prefetch(codes + kBytesPrefetch + u * kUnitBytes);
             const auto at = [&](auto v) LOWBIT_INLINE { return load_i(codes + u * kUnitBytes + v * kVecLanes * 4); };
             unroll<kSteps>([&](auto i) LOWBIT_INLINE {
@@ -68,7 +69,7 @@ inline void bytes_tile(const Launch& l, const Table& table, int64_t block, int64
             });
             for (int r = 0; r < kRows; ++r) x[r] += kUnitWeights;
           });
-          codes += chunk_bytes(kBits);
+          codes += kHalfUnits * kUnitBytes + half % 2 * (chunk_bytes(kBits) - vector_bytes(kBits));
         }
         unroll<kVecs>([&](auto v) LOWBIT_INLINE {
           unroll<kRows>([&](auto r) LOWBIT_INLINE {
@@ -83,7 +84,7 @@ inline void bytes_tile(const Launch& l, const Table& table, int64_t block, int64
           });
         });
       }
-      c = piece_end;
+      h = piece_end;
     }
     for (int lane = 0; lane < kBlockN; lane += kVecLanes) {
       const GroupTerms terms = group_terms(l, block, group, lane);

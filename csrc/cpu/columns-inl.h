@@ -217,8 +217,7 @@ void columns_run(const Launch& l, int64_t begin, int64_t end) {
         transpose_slab<B>(l, slab.block, slab.vector, slab.begin, slab.end, data);
         slab.group = slab.begin / slab.spans_per_group;
         for (int64_t g = slab.group; g * slab.spans_per_group < slab.end; ++g) {
-          const int64_t i = (slab.block * l.num_groups + g) * kBlockN + slab.vector * kUnitLanes;
-          store(slab.scales[g - slab.group], l.scales ? load_as(l.scales, l.scale_dtype, i) : set1(1.0f));
+          store(slab.scales[g - slab.group], group_scale(l, slab.block, g, slab.vector * kUnitLanes));
         }
         if (slab.begin == 0 || l.table_groups > 1) {
           tables.read(l, slab.block, slab.vector, slab.group);

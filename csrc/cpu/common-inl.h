@@ -33,10 +33,9 @@ inline F load_as(const void* p, Dtype dtype, int64_t i) {
       return load_f16(static_cast<const uint16_t*>(p) + i);
     case Dtype::kI8:
       return load_i8(static_cast<const int8_t*>(p) + i);
-    case Dtype::kB1:
-      break;
+    default:
+      __builtin_unreachable();
   }
-  __builtin_unreachable();
 }
 
 constexpr int size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 ? 1 : 2; }
@@ -76,14 +75,50 @@ inline void store_as(void* p, Dtype dtype, int64_t i, const float* values, int64
   }
 }
 
+// 2^(byte - 127): the byte is an exponent, but 0 is subnormal, and 255 is NaN.
+inline F from_e8m0(I byte) {
+  const I ends = shift_right<31>(add_i(bit_and(add_i(byte, set1_i(1)), set1_i(255)), set1_i(-2)));
+  return as_float(add_i(shift_left<23>(byte), shift_left<22>(ends)));
+}
+// The exponent and the mantissa lie as those of an fp32 that is 2^120 times smaller; 127 and 255 are NaN.
+inline F from_e4m3(I byte) {
+  const I magnitude = bit_and(byte, set1_i(127)), sign = bit_and(byte, set1_i(128));
+  const I number = add_i(shift_right<7>(add_i(magnitude, set1_i(1))), set1_i(-1));
+  const I bits = add_i(shift_left<20>(magnitude), shift_left<24>(sign));
+  return mul(as_float(select_bits(number, bits, set1_i(0x7FC00000))), set1(0x1p120f));
+}
+
+// A dtype of one byte may be any that scales have.
+inline F load_scales(const void* p, Dtype dtype, int64_t i) {
+  if (dtype == Dtype::kE4m3) return from_e4m3(load_u8_lanes(static_cast<const uint8_t*>(p) + i));
+  if (dtype == Dtype::kE8m0) return from_e8m0(load_u8_lanes(static_cast<const uint8_t*>(p) + i));
+  return load_as(p, dtype, i);
+}
+
+// The second level of a group's terms. A function of its own: calls without one pay one test.
+__attribute__((noinline)) F second_level(const Launch& l, const void* second, int64_t block, int64_t group, int lane) {
+  if (l.num_supers == 0) return set1(*static_cast<const float*>(second));
+  const int64_t super = static_cast<uint32_t>(group) / static_cast<uint32_t>(l.super_groups);
+  return load_as(second, l.second_dtype, (block * l.num_supers + super) * kBlockN + lane);
+}
+
 // Scale and zero of kVecLanes columns of one group.
 struct GroupTerms {
   F scale, zero;
 };
+LOWBIT_INLINE inline F group_scale(const Launch& l, int64_t block, int64_t group, int lane) {
+  if (!l.scales) return set1(1.0f);
+  F scale = load_scales(l.scales, l.scale_dtype, (block * l.num_groups + group) * kBlockN + lane);
+  if (l.scales2) scale = mul(scale, second_level(l, l.scales2, block, group, lane));
+  return scale;
+}
+LOWBIT_INLINE inline F group_zero(const Launch& l, int64_t block, int64_t group, int lane) {
+  F value = load_as(l.zeros, l.zero_dtype, (block * l.num_groups + group) * kBlockN + lane);
+  if (l.zeros2) value = mul(value, second_level(l, l.zeros2, block, group, lane));
+  return value;
+}
 inline GroupTerms group_terms(const Launch& l, int64_t block, int64_t group, int lane) {
-  const int64_t i = (block * l.num_groups + group) * kBlockN + lane;
-  return {l.scales ? load_as(l.scales, l.scale_dtype, i) : set1(1.0f),
-          l.zero != ZeroMode::kNone ? load_as(l.zeros, l.zero_dtype, i) : zero()};
+  return {group_scale(l, block, group, lane), l.zero != ZeroMode::kNone ? group_zero(l, block, group, lane) : zero()};
 }
 
 // y + scale * (acc - zero * x_sum), or y + (scale * acc + zero * x_sum). With one x equal to 1 and the rest 0 this is

@@ -66,7 +66,11 @@ constexpr Kernel linear_kernel(const char* name, bool chunk_groups, Cost cost, i
           cost,
           prepare_f32,
           rows_per_task,
-          run};
+          run,
+          kChunkK,
+          1,
+          false,
+          chunk_groups};
 }
 template <Float8 T>
 constexpr Kernel gemv(const char* name) {

@@ -18,15 +18,15 @@ constexpr int kDwordsPerChunk = kChunkK / 4;
 constexpr int kDwordBytes = 4 * kBlockN;  // of a panel: four weights of 64 columns
 
 // Pair of weights of a chunk in bytes 0 and 2 (`half` 0) and 1 and 3 (`half` 1) of dword d. Widths that do not divide 8
-// take two codes of one unit where they can, then the codes that are left.
+// take two codes of one unit where they can. Of 2 and more bits, each half of a chunk has dwords of its own.
 template <int B>
 constexpr int pair_of(int d, int half) {
-  constexpr int kWhole = 16 / B;
-  if (8 % B == 0) return d / (8 / B) * kWhole + d % (8 / B) + half * (8 / B);
-  constexpr int kPerUnit = kWhole / 2, kSingles = kWhole % 2 ? B : 0;
-  if (d < kPerUnit * B) return d / kPerUnit * kWhole + d % kPerUnit * 2 + half;
-  const int i = 2 * (d - kPerUnit * B) + half;
-  return i < kSingles ? i * kWhole + kWhole - 1 : kWhole * B + i - kSingles;
+  constexpr int kPairs[3][kDwordsPerChunk][2] = {
+      {{0, 1}, {2, 3}, {5, 6}, {4, 7}, {8, 9}, {10, 11}, {12, 13}, {14, 15}},
+      {{0, 1}, {3, 4}, {6, 7}, {2, 5}, {9, 10}, {12, 13}, {8, 11}, {14, 15}},
+      {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {10, 11}, {12, 13}, {14, 15}}};
+  if (8 % B == 0) return d / (8 / B) * (16 / B) + d % (8 / B) + half * (8 / B);
+  return kPairs[B == 3 ? 0 : B == 5 ? 1 : 2][d][half];
 }
 
 template <int B>
@@ -79,6 +79,7 @@ template <int B>
 struct IntBytes {
   static constexpr int kBits = B;
   static constexpr bool kWide = B == 8;
+  static constexpr bool kHalves = B > 1;
   static constexpr Codec kCodec = Codec::kInt;
   int32_t first;
   explicit IntBytes(const Launch& l) : first(static_cast<int32_t>(l.table[0])) {}
@@ -93,6 +94,7 @@ template <int B>
 struct LutBytes {
   static constexpr int kBits = B;
   static constexpr bool kWide = true;
+  static constexpr bool kHalves = B > 1;
   static constexpr Codec kCodec = Codec::kLut;
   static constexpr int32_t first = -128;
   ByteTable<B> table;
@@ -130,10 +132,8 @@ LOWBIT_INLINE inline I part_start(const Launch& l, int32_t first, int64_t block,
 
 // Scales of kVecLanes columns of a group, and their zeros where these are not integers.
 LOWBIT_INLINE inline GroupTerms float_terms(const Launch& l, int64_t block, int64_t group, int lane) {
-  const int64_t i = (block * l.num_groups + group) * kBlockN + lane;
   const bool zeros = l.zero != ZeroMode::kNone && !int_zeros(l);
-  return {l.scales ? load_as(l.scales, l.scale_dtype, i) : set1(1.0f),
-          zeros ? load_as(l.zeros, l.zero_dtype, i) : zero()};
+  return {group_scale(l, block, group, lane), zeros ? group_zero(l, block, group, lane) : zero()};
 }
 
 // y + what a part of a group adds to it, each operation rounded once.
@@ -169,13 +169,37 @@ void prepare_i8(const Launch& l, int64_t begin, int64_t end) {
 }
 
 constexpr int64_t kPartChunks = kMaxInt8Group / kChunkK;
-inline int64_t chunks_of_group(const Launch& l) { return l.num_groups == 1 ? num_chunks(l.k) : l.group / kChunkK; }
+
+// Adds what a chunk gives whose halves are groups. A function of its own, which all codecs share.
+template <int kRows, int kVecs>
+__attribute__((noinline)) void close_halves(const Launch& l, int32_t first, int64_t block, int64_t chunk, int lane0,
+                                            const int64_t (&rows)[kRows], const I (&sums)[2][kRows][kVecs],
+                                            float (&y)[kRows][kVecs * kVecLanes],
+                                            float (&total)[kRows][kVecs * kVecLanes]) {
+  for (int half = 0; half < 2; ++half) {
+    const int64_t group = 2 * chunk + half;
+    if (group == l.num_groups) return;
+    for (int v = 0; v < kVecs; ++v) {
+      const int lane = lane0 + v * kVecLanes;
+      const GroupTerms terms = float_terms(l, block, group, lane);
+      for (int r = 0; r < kRows; ++r) {
+        const int32_t x_sum = part_sums(l, rows[r])[group];
+        const I acc = add_i(sums[half][r][v], part_start(l, first, block, group, lane, x_sum));
+        float* sum = y[r] + v * kVecLanes;
+        store(sum, add_part(l, terms, load(sum), acc, rows[r], group, x_sum));
+      }
+    }
+    for (int r = 0; r < kRows; ++r) close_sums(group + 1, kVecs * kVecLanes, y[r], total[r]);
+  }
+}
 
 // Few rows: codes are decoded in registers and met by all of them.
 template <class C, int kRows, int kVecs>
 inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t m0, int64_t valid_rows, int lane0) {
   constexpr int kBits = C::kBits, kColumns = kVecs * kVecLanes;
-  const int64_t chunks = num_chunks(l.k), chunks_per_group = chunks_of_group(l);
+  const bool halves = C::kHalves && halves_chunks(l.group, l.k);
+  const int64_t chunks = num_chunks(l.k);
+  const int64_t chunks_per_group = l.num_groups == 1 ? chunks : halves ? 1 : l.group / kChunkK;
   const uint8_t* codes = l.codes + block * chunks * chunk_bytes(kBits);
   const bool fetches = kRows > 1 && fetches_codes(chunks * chunk_bytes(kBits), m0, lane0);
   int64_t rows[kRows];
@@ -187,14 +211,15 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
     x_sums[r] = part_sums(l, rows[r]);
   }
   alignas(64) float y[kRows][kColumns] = {}, total[kRows][kColumns] = {};
-  I acc[kRows][kVecs];
+  I acc[kRows][kVecs], of_half[2][kRows][kVecs];
+  const auto each = [&](const auto& fn) LOWBIT_INLINE {
+    unroll<kRows>([&](auto r) LOWBIT_INLINE { unroll<kVecs>([&](auto v) LOWBIT_INLINE { fn(r, v); }); });
+  };
   // The chunk where a group ends, and the part that is next; a group of more than one part takes several turns.
   int64_t group_end = chunks_per_group < chunks ? chunks_per_group : chunks, part = 0;
   for (int64_t group = 0, chunk = 0; chunk < chunks; ++part) {
-    unroll<kRows>([&](auto r) LOWBIT_INLINE {
-      unroll<kVecs>([&](auto v) LOWBIT_INLINE {
-        acc[r][v] = part_start(l, codec.first, block, group, lane0 + v * kVecLanes, x_sums[r][part]);
-      });
+    each([&](auto r, auto v) LOWBIT_INLINE {
+      acc[r][v] = halves ? set1_i(0) : part_start(l, codec.first, block, group, lane0 + v * kVecLanes, x_sums[r][part]);
     });
     const int64_t last = chunk + kPartChunks < group_end ? chunk + kPartChunks : group_end;
     for (; chunk < last; ++chunk) {
@@ -206,6 +231,14 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
       });
       if (fetches) prefetch_chunk<kBits>(base);
       unroll<kDwordsPerChunk>([&](auto d) LOWBIT_INLINE {
+        if constexpr (C::kHalves && 2 * d == kDwordsPerChunk) {
+          if (halves) {
+            each([&](auto r, auto v) LOWBIT_INLINE {
+              of_half[0][r][v] = acc[r][v];
+              acc[r][v] = set1_i(0);
+            });
+          }
+        }
         I w[kVecs];
         unroll<kVecs>([&](auto v) LOWBIT_INLINE { w[v] = codec.template bytes<d>(columns[v]); });
         unroll<kRows>([&](auto r) LOWBIT_INLINE {
@@ -213,6 +246,14 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
           unroll<kVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = dot4<C::kWide>(acc[r][v], w[v], xs); });
         });
       });
+    }
+    if constexpr (C::kHalves) {
+      if (halves) {
+        each([&](auto r, auto v) LOWBIT_INLINE { of_half[1][r][v] = acc[r][v]; });
+        close_halves<kRows, kVecs>(l, codec.first, block, chunk - 1, lane0, rows, of_half, y, total);
+        group_end = chunk + 1;
+        continue;
+      }
     }
     unroll<kVecs>([&](auto v) LOWBIT_INLINE {
       const GroupTerms terms = float_terms(l, block, group, lane0 + v * kVecLanes);
@@ -261,12 +302,12 @@ void skinny_run(const Launch& l, int64_t begin, int64_t end) {
   }
 }
 
-constexpr int kBytePanelChunks = 8;  // 256 weights x 64 columns of bytes = 16 KiB
+constexpr int kBytePanelWeights = 256;  // x 64 columns of bytes = 16 KiB
 constexpr int64_t kByteRowsPerTask = 192;
 
-// Where a panel stands in the groups. It holds whole groups, or, if it `carries`, a part of one.
+// Where a panel stands along k. It holds whole groups, of `group` weights, or, if it `carries`, a part of one.
 struct ByteSpan {
-  int64_t block, first_row, chunk, chunk_end, chunks_per_group;
+  int64_t block, first_row, k, k_end, group, depth;
   bool carries;
   int32_t first;
 };
@@ -274,8 +315,8 @@ struct ByteSpan {
 // panel[dword][64 columns] as dword_codes gives them.
 template <class C>
 inline void decode_bytes(const Launch& l, const C& codec, const ByteSpan& span, uint8_t* panel) {
-  const uint8_t* codes = l.codes + (span.block * num_chunks(l.k) + span.chunk) * chunk_bytes(C::kBits);
-  for (int64_t c = span.chunk; c < span.chunk_end; ++c) {
+  const uint8_t* codes = l.codes + (span.block * num_chunks(l.k) + span.k / kChunkK) * chunk_bytes(C::kBits);
+  for (int64_t k = span.k; k < span.k_end; k += kChunkK) {
     for (int lane = 0; lane < kBlockN; lane += kVecLanes) {
       const uint8_t* columns = codes + lane / kUnitLanes * vector_bytes(C::kBits) + lane % kUnitLanes * 4;
       unroll<kDwordsPerChunk>(
@@ -291,30 +332,30 @@ inline void decode_bytes(const Launch& l, const C& codec, const ByteSpan& span, 
 template <bool kWide, int kRows>
 inline void multiply_bytes(const Launch& l, const ByteSpan& span, const uint8_t* panel, int64_t row, int32_t* carry,
                            float* y, float* total) {
-  static_assert(kPartChunks % kBytePanelChunks == 0);
-  const int64_t stride = l.prepared_stride, chunks = num_chunks(l.k), parts = parts_of_group(l);
+  static_assert(kMaxInt8Group % kBytePanelWeights == 0);
+  const int64_t stride = l.prepared_stride, parts = parts_of_group(l);
   const int8_t* x_row = static_cast<const int8_t*>(l.prepared) + row * stride;
   const int32_t* x_sums = part_sums(l, row);
   const int64_t sums_stride = l.num_groups * parts;
   for (int lane0 = 0; lane0 < kBlockN; lane0 += kGemmVecs * kVecLanes) {
-    for (int64_t c = span.chunk; c < span.chunk_end;) {
-      const int64_t group = c / span.chunks_per_group, group_begin = group * span.chunks_per_group;
-      const int64_t group_end = group_begin + span.chunks_per_group, in_group = c - group_begin;
-      const int64_t last = group_end < span.chunk_end ? group_end : span.chunk_end;
-      const int64_t part = group * parts + in_group / kPartChunks;
+    for (int64_t k = span.k; k < span.k_end;) {
+      const int64_t group = k / span.group, group_begin = group * span.group;
+      const int64_t group_end = group_begin + span.group, in_group = k - group_begin;
+      const int64_t last = group_end < span.k_end ? group_end : span.k_end;
+      const int64_t part = group * parts + in_group / kMaxInt8Group;
       const int32_t* x_sum = x_sums + part;
       I acc[kRows][kGemmVecs];
       unroll<kRows>([&](auto r) LOWBIT_INLINE {
         unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE {
           const int lane = lane0 + v * kVecLanes;
-          acc[r][v] = in_group % kPartChunks == 0
+          acc[r][v] = in_group % kMaxInt8Group == 0
                           ? part_start(l, span.first, span.block, group, lane, x_sum[r * sums_stride])
                           : load_i(carry + r * kBlockN + lane);
         });
       });
-      const uint8_t* w = panel + (c - span.chunk) * kDwordsPerChunk * kDwordBytes + 4 * lane0;
-      const int8_t* x = x_row + c * kChunkK;
-      for (const int8_t* x_end = x_row + last * kChunkK; x < x_end; x += 4, w += kDwordBytes) {
+      const uint8_t* w = panel + (k - span.k) / 4 * kDwordBytes + 4 * lane0;
+      const int8_t* x = x_row + k;
+      for (const int8_t* x_end = x_row + last; x < x_end; x += 4, w += kDwordBytes) {
         I ws[kGemmVecs];
         unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE { ws[v] = load_i(w + v * 4 * kVecLanes); });
         unroll<kRows>([&](auto r) LOWBIT_INLINE {
@@ -322,7 +363,7 @@ inline void multiply_bytes(const Launch& l, const ByteSpan& span, const uint8_t*
           unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = dot4<kWide>(acc[r][v], ws[v], xs); });
         });
       }
-      const bool ends = last == group_end || last == chunks || (last - group_begin) % kPartChunks == 0;
+      const bool ends = last == group_end || last == span.depth || (last - group_begin) % kMaxInt8Group == 0;
       unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE {
         const int lane = lane0 + v * kVecLanes;
         if (ends) {
@@ -336,7 +377,7 @@ inline void multiply_bytes(const Launch& l, const ByteSpan& span, const uint8_t*
           unroll<kRows>([&](auto r) LOWBIT_INLINE { store_i(carry + r * kBlockN + lane, acc[r][v]); });
         }
       });
-      c = last;
+      k = last;
     }
   }
 }
@@ -345,26 +386,26 @@ template <class C>
 void gemm_bytes_run(const Launch& l, int64_t begin, int64_t end) {
   constexpr bool kWide = C::kWide;
   const C codec(l);
-  alignas(64) uint8_t panel[kBytePanelChunks * kDwordsPerChunk * kDwordBytes];
+  alignas(64) uint8_t panel[kBytePanelWeights / 4 * kDwordBytes];
   alignas(64) int32_t carry[kByteRowsPerTask * kBlockN];
   alignas(64) float y[kByteRowsPerTask * kBlockN], total[kByteRowsPerTask * kBlockN];
-  const int64_t row_blocks = ceil_div(l.m, kByteRowsPerTask), chunks = num_chunks(l.k);
+  const int64_t row_blocks = ceil_div(l.m, kByteRowsPerTask);
   for (int64_t task = begin; task < end; ++task) {
     ByteSpan span{};
     span.block = task / row_blocks;
     span.first_row = task % row_blocks * kByteRowsPerTask;
     span.first = codec.first;
-    span.chunks_per_group = chunks_of_group(l);
-    span.carries = span.chunks_per_group > kBytePanelChunks;
-    const int64_t panel_chunks =
-        span.carries ? kBytePanelChunks : kBytePanelChunks / span.chunks_per_group * span.chunks_per_group;
+    span.depth = halves_chunks(l.group, l.k) ? l.num_groups * l.group : num_chunks(l.k) * kChunkK;
+    span.group = l.num_groups == 1 ? span.depth : l.group;
+    span.carries = span.group > kBytePanelWeights;
+    const int64_t panel_weights = span.carries ? kBytePanelWeights : kBytePanelWeights / span.group * span.group;
     const int64_t left = l.m - span.first_row, rows = left < kByteRowsPerTask ? left : kByteRowsPerTask;
     __builtin_memset(y, 0, rows * kBlockN * sizeof(float));
     __builtin_memset(total, 0, rows * kBlockN * sizeof(float));
-    for (span.chunk = 0; span.chunk < chunks; span.chunk = span.chunk_end) {
-      const int64_t group_end = (span.chunk / span.chunks_per_group + 1) * span.chunks_per_group;
-      span.chunk_end = span.chunk + panel_chunks < chunks ? span.chunk + panel_chunks : chunks;
-      if (span.carries && span.chunk_end > group_end) span.chunk_end = group_end;
+    for (span.k = 0; span.k < span.depth; span.k = span.k_end) {
+      const int64_t group_end = (span.k / span.group + 1) * span.group;
+      span.k_end = span.k + panel_weights < span.depth ? span.k + panel_weights : span.depth;
+      if (span.carries && span.k_end > group_end) span.k_end = group_end;
       decode_bytes(l, codec, span, panel);
       const auto multiply = [&](auto count, int64_t r) LOWBIT_INLINE {
         multiply_bytes<kWide, count>(l, span, panel, span.first_row + r, carry + r * kBlockN, y + r * kBlockN,
@@ -395,7 +436,11 @@ constexpr Kernel skinny_i8(const char* name) {
           i8_skinny_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
           prepare_i8<C::kBits>,
           0,
-          skinny_run<C>};
+          skinny_run<C>,
+          kChunkK,
+          1,
+          false,
+          C::kHalves};
 }
 template <class C>
 constexpr Kernel gemm_i8(const char* name) {
@@ -411,7 +456,11 @@ constexpr Kernel gemm_i8(const char* name) {
           i8_gemm_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
           prepare_i8<C::kBits>,
           kByteRowsPerTask,
-          gemm_bytes_run<C>};
+          gemm_bytes_run<C>,
+          kChunkK,
+          1,
+          false,
+          C::kHalves};
 }
 
 #define LOWBIT_CODEC_KERNELS(C, codec) \

@@ -108,7 +108,11 @@ constexpr Kernel nibbles(const char* name) {
           nibbles_cost(false),
           prepare_nibbles,
           0,
-          bytes_run<NibbleF32>};
+          bytes_run<NibbleF32>,
+          kChunkK,
+          1,
+          false,
+          true};
 }
 constexpr Kernel nibbles_bf16(const char* name) {
   Kernel kernel = nibbles(name);

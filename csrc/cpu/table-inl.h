@@ -23,7 +23,11 @@ template <class C>
           f32_gemv_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
           prepare_f32,
           0,
-          gemv_run<ComputeF32<C>>};
+          gemv_run<ComputeF32<C>>,
+          kChunkK,
+          1,
+          false,
+          true};
 }
 template <class C>
 constexpr Kernel gemm_f32(const char* name) {

@@ -67,6 +67,7 @@ inline F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((c
 inline F load_i8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
+inline I load_u8_lanes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 // Round to nearest even; NaN stays NaN.
 inline void store_bf16(uint16_t* p, F v) {
   const __m256i bits = _mm256_castps_si256(v);

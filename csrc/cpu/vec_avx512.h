@@ -61,6 +61,7 @@ inline F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256
 inline F load_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
+inline I load_u8_lanes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 // Round to nearest even; NaN stays NaN. vcvtneps2bf16 would flush subnormals.
 inline void store_bf16(uint16_t* p, F v) {
   const __m512i bits = _mm512_castps_si512(v);

@@ -151,6 +151,9 @@ inline F load_f16(const uint16_t* p) {
 inline F load_i8(const int8_t* p) {
   return each<F>([&](int i) { return static_cast<float>(p[i]); });
 }
+inline I load_u8_lanes(const uint8_t* p) {
+  return each<I>([&](int i) { return p[i]; });
+}
 inline void store_bf16(uint16_t* p, F a) {
   for (int i = 0; i < kVecLanes; ++i) {
     const uint32_t b = to_bits(a.v[i]);

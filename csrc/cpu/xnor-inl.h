@@ -95,7 +95,7 @@ inline void signs_tile(const Launch& l, int64_t block, int64_t m0, int valid_row
         continue;
       }
       unroll<kVecs>([&](auto v) LOWBIT_INLINE {
-        const F scale = group_terms(l, block, group, lane0 + v * kVecLanes).scale;
+        const F scale = group_scale(l, block, group, lane0 + v * kVecLanes);
         unroll<kRows>([&](auto r) LOWBIT_INLINE {
           float* to = y[r] + v * kVecLanes;
           const F dot = to_float(sub_i(size, shift_left<1>(sums[r][v])));

@@ -19,6 +19,7 @@ class Kernel(TypedDict):
     isa: str
     available: bool
     group_multiple: int
+    half_groups: bool
     bf16_table: bool
     x: list[str]
 
@@ -154,6 +155,8 @@ class Weight:
         zero: str = "none",
         scale_dtype: str | None = None,
         zero_dtype: str | None = None,
+        scale2_dtype: str | None = None,
+        scale2_extent: int = 0,
         int8_x: bool = False,
         table_step: float = 0.0,
         bf16_table: bool = False,

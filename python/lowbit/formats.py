@@ -16,6 +16,7 @@ import json
 import math
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -32,7 +33,8 @@ from lowbit.files import shown
 
 CODECS = ("affine", "lut", "e4m3", "e5m2")
 BITS = (1, 2, 3, 4, 5, 6, 8)
-SCALES = (None, "fp32", "fp16", "bf16", "e8m0", "e4m3", "dq8")
+SCALES = (None, "fp32", "fp16", "bf16", "e8m0", "e4m3", "dq8", "int8")
+SECOND_LEVELS = ("fp32", "fp16", "bf16")
 SCALE_RULES = ("absmax", "rms", "mean", "minmax")
 ZEROS = (None, "int", "float", "min")
 SCOPES = ("tensor", "row", "group")
@@ -59,10 +61,14 @@ class Format:
         group: weights along K that share a scale; None means one scale per output row.
         scale: how scales are stored: "fp32", "fp16", "bf16", "e8m0" (a power of two in a byte),
             "e4m3" (with one fp32 factor per tensor), "dq8" (QLoRA double quantization: 8-bit dynamic
-            code, one fp32 factor per 256 scales, one fp32 offset per tensor), or None (scale 1).
+            code, one fp32 factor per 256 scales, one fp32 offset per tensor), "int8" (an integer times `scale2`, as in
+            GGUF's K-quants: the product in fp32, rounded once), or None (scale 1).
+        scale2: with scale "int8", the dtype of its second level: "fp32", "fp16" or "bf16"; else None.
+        scale2_group: weights along K that share one of `scale2`, a multiple of `group`; None means the whole row.
         scale_rule: what round-to-nearest fits the scale to: "absmax", "rms" or "mean" of |w|, or "minmax"
             (the range of an asymmetric affine group).
-        zero: "int" (uint8 code), "float" or "min" (in the scale's dtype), or None.
+        zero: "int" (uint8 code), "float" or "min" (in the scale's dtype; with scale "int8" a code times a second level
+            of its own), or None.
         table: values of the codes of a "lut" codec, 2 .. 2^bits of them; None means that the table is fitted
             to the weight and stored beside it.
         table_scope: one table per "tensor", per output "row", or per row and "group".
@@ -90,6 +96,8 @@ class Format:
     activation: str | None = None
     outliers: int = 0
     outlier_dtype: str = "fp16"
+    scale2: str | None = None
+    scale2_group: int | None = None
 
     def __hash__(self) -> int:
         # Equal formats have equal names; hashing a table of 256 values takes longer than a small product.
@@ -127,9 +135,9 @@ class Format:
             )
             check(self.scale is not None, "scale", "a scale dtype with codec 'affine'")
         if self.zero in ("float", "min"):
-            check(
-                self.scale in ("fp32", "fp16", "bf16"), "scale", "a float dtype with a float zero"
-            )
+            codes = self.zero == "min" and self.scale == "int8"
+            check(codes or self.scale in SECOND_LEVELS, "scale", "a float dtype with a float zero")
+        self._check_second_level(check)
         if self.codec in ("e4m3", "e5m2"):
             check(self.bits == 8, "bits", f"8 with codec {self.codec!r}")
         if self.codec != "lut":
@@ -168,6 +176,20 @@ class Format:
             "an integer from 0 to 2^31 - 1",
         )
         check(self.outlier_dtype in OUTLIER_DTYPES, "outlier_dtype", f"one of {OUTLIER_DTYPES}")
+
+    def _check_second_level(self, check: Callable[[bool, str, str], None]) -> None:
+        if self.scale != "int8":
+            check(self.scale2 is None, "scale2", f"None with scale {self.scale!r}")
+            check(self.scale2_group is None, "scale2_group", f"None with scale {self.scale!r}")
+            return
+        check(self.scale2 in SECOND_LEVELS, "scale2", f"one of {SECOND_LEVELS} with scale 'int8'")
+        check(self.group is not None, "group", "a number of weights with scale 'int8'")
+        size = self.scale2_group
+        check(
+            size is None or (_is_int(size) and 0 < size < 2**31 and size % self.group == 0),
+            "scale2_group",
+            f"a multiple of the group ({self.group}) below 2^31, or None for the whole row",
+        )
 
     def _check_exact_in_int8(self) -> None:
         if self.int8_step is None:
@@ -270,6 +292,10 @@ class Format:
         """Groups in a row of k weights; the last may be short."""
         return 1 if self.group is None else -(-k // self.group)
 
+    def num_supers(self, k: int) -> int:
+        """Super-blocks of a row of k weights, which share a second level of scales; the last may be short."""
+        return 1 if self.scale2_group is None else -(-k // self.scale2_group)
+
     def num_outliers(self, k: int) -> int:
         """Outliers in a row of k weights."""
         return min(self.outliers, k)
@@ -369,14 +395,27 @@ def _builtin() -> dict[str, Format]:
             )
         )
     formats.append(lut(name="iq4_nl", bits=4, group=32, table=IQ4_NL_TABLE))
-    formats.append(lut(name="tq2_0", bits=2, group=256, table=(-1.0, 0.0, 1.0)))
+    ternary = functools.partial(lut, bits=2, group=256, table=(-1.0, 0.0, 1.0))
+    formats += [ternary(name="tq2_0"), ternary(name="tq1_0", packing="trits")]
+    two_levels: dict[str, Any] = {"scale": "int8", "scale2": "fp16", "scale2_group": 256}
+    minima: dict[str, Any] = {"zero": "min", "scale_rule": "minmax", **two_levels}
+    formats += [
+        affine(name="q2_k", bits=2, group=16, **minima),
+        affine(name="q3_k", bits=3, group=16, **two_levels),
+        affine(name="q4_k", bits=4, group=32, **minima),
+        affine(name="q5_k", bits=5, group=32, **minima),
+        affine(name="q6_k", bits=6, group=16, **two_levels),
+        lut(name="iq4_xs", bits=4, group=32, table=IQ4_NL_TABLE, **two_levels),
+    ]
     return {f.name: f for f in formats}
 
 
 FORMATS: dict[str, Format] = _builtin()
 
+_SECOND = r"(?:s(?P<second>\d+))?(?P<dtype>fp32|fp16|bf16)?"
 _SUFFIX = re.compile(
-    r"_(?:g(?P<group>\d+)|(?P<row>row)|(?P<scale>fp32|fp16|bf16|e8m0|e4m3|dq8)|(?P<activation>a8t?)|o(?P<outliers>\d+)(?P<wide>fp32)?)$"
+    r"_(?:g(?P<group>\d+)|(?P<row>row)|(?P<scale>fp32|fp16|bf16|e8m0|e4m3|dq8)|(?P<activation>a8t?)"
+    rf"|(?P<codes>int8){_SECOND}|o(?P<outliers>\d+)(?P<wide>fp32)?)$"
 )
 
 
@@ -386,7 +425,8 @@ def parse(spec: str) -> Format:
 
     A name is one of `FORMATS`, optionally followed by `_gN` or `_row` (group), a scale dtype, `_a8` (activation
     "int8") or `_a8t` ("int8_table"), and `_oP` or `_oPfp32` (P outliers a row): "nf4", "int3_g64", "uint4_g32_bf16",
-    "nf4_g64_dq8", "int4_g32_a8", "int3_g64_o16".
+    "nf4_g64_dq8", "int4_g32_a8", "int3_g64_o16". The scale dtype `_int8` has an fp32 second level per row, `_int8sN`
+    an fp16 one per N weights; its dtype may follow: "nf4_g32_int8", "int4_g16_int8s256", "int4_g16_int8s256fp32".
     A spec that starts with "{" is the JSON of `Format.spec`.
 
     Raises:
@@ -414,8 +454,13 @@ def parse(spec: str) -> Format:
         elif key == "outliers":
             changes["outliers"] = int(match["outliers"])
             changes["outlier_dtype"] = match["wide"] or "fp16"
+        elif match["codes"]:
+            size = match["second"]
+            changes["scale"] = "int8"
+            changes["scale2"] = match["dtype"] or ("fp16" if size else "fp32")
+            changes["scale2_group"] = int(size) if size else None
         else:
-            changes["scale"] = match["scale"]
+            changes |= {"scale": match["scale"], "scale2": None, "scale2_group": None}
     if base not in FORMATS:
         raise ValueError(f"unknown format {shown(spec)}; expected one of {', '.join(sorted(FORMATS))}, optionally "
                          "followed by _gN or _row, a scale dtype, _a8 or _a8t, _oP: 'int3_g64_bf16'")  # fmt: skip

@@ -40,7 +40,8 @@ def legal(format: Format, kernel: dict, op: str) -> bool:
 
 def fits_groups(format: Format, kernel: dict, k: int) -> bool:
     whole = format.group is None or format.group >= k
-    return whole or format.group % kernel["group_multiple"] == 0
+    half = format.group == 16 and kernel["half_groups"]
+    return whole or half or format.group % kernel["group_multiple"] == 0
 
 
 def cases(op: str) -> list:
@@ -67,7 +68,9 @@ def expected_weight(qt, kernel: dict) -> torch.Tensor:
     values = reference.code_values(qt.unpack(), qt.format, qt.table)
     if kernel["compute"] == "bf16":
         values = values.to(torch.bfloat16).to(torch.float32)
-    return reference.apply_scales(values, qt.format, reference.effective_scales(qt), qt.zeros)
+    return reference.apply_scales(
+        values, qt.format, reference.effective_scales(qt), reference.effective_zeros(qt)
+    )
 
 
 @pytest.mark.parametrize(("format", "kernel"), cases("linear"))

@@ -50,7 +50,13 @@ def expected(made: QuantLinear, x: torch.Tensor) -> torch.Tensor:
         return reference.linear(x, qt, made.bias)
     rows = x.reshape(-1, K)
     q, scales = reference.quantize_int8(rows, None, torch.full((len(rows),), SCALE))
-    weight = (qt.unpack(), qt.format, reference.effective_scales(qt), qt.zeros, qt.table)
+    weight = (
+        qt.unpack(),
+        qt.format,
+        reference.effective_scales(qt),
+        reference.effective_zeros(qt),
+        qt.table,
+    )
     return reference.int8_linear(q, scales, *weight, made.bias).to(x.dtype).view(*x.shape[:-1], N)
 
 

@@ -46,7 +46,9 @@ def weight_of(qt: QuantTensor, dtype: torch.dtype) -> torch.Tensor:
     compute = compute_dtype(dtype, f)
     if config(k, f).apart:
         values = reference.code_values(qt.unpack(), f, qt.table).to(compute).float()
-        return reference.apply_scales(values, f, reference.effective_scales(qt), qt.zeros)
+        return reference.apply_scales(
+            values, f, reference.effective_scales(qt), reference.effective_zeros(qt)
+        )
     return reference.dequantize(qt).to(compute).float()
 
 

@@ -10,186 +10,12 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "guarded.h"
 #include "int8.h"
-#include "layout.h"
-#include "pack.h"
+#include "kernel_problem.h"
 
 using namespace lowbit;
 
 namespace {
-
-int failures = 0;
-int checks = 0;
-
-void expect(bool ok, const char* kernel, const char* what, int64_t i, double got, double want) {
-  ++checks;
-  if (ok) return;
-  if (++failures <= 20)
-    std::printf("FAIL %s: %s at %lld: %.9g, expected %.9g\n", kernel, what, (long long)i, got, want);
-}
-
-float round_bf16(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
-
-// Of a number that fp16 holds and that is not subnormal.
-uint16_t half_of(float v) {
-  int exponent;
-  const float fraction = std::frexp(std::abs(v), &exponent);  // in [0.5, 1)
-  const int sign = std::signbit(v) ? 0x8000 : 0;
-  return static_cast<uint16_t>(v == 0 ? sign : sign + ((exponent + 13) << 10) + static_cast<int>(fraction * 2048));
-}
-
-float of_half(uint16_t h) {
-  const int exponent = h >> 10 & 31, fraction = h & 0x3FF;
-  if (exponent == 31) return fraction ? NAN : h & 0x8000 ? -INFINITY : INFINITY;
-  const float v = std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction), (exponent ? exponent : 1) - 25);
-  return h & 0x8000 ? -v : v;
-}
-
-// Numbers of a dtype that holds them all, or in which a kernel writes them.
-struct Numbers {
-  Dtype dtype;
-  Guarded<float> floats;
-  Guarded<uint16_t> words;
-
-  Numbers(Dtype dtype_, const std::vector<float>& values)
-      : dtype(dtype_),
-        floats(dtype == Dtype::kF32 ? values.size() : 0),
-        words(dtype == Dtype::kF32 ? 0 : values.size()) {
-    for (size_t i = 0; i < values.size(); ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, &values[i], 4);
-      if (dtype == Dtype::kF32) floats[i] = values[i];
-      if (dtype == Dtype::kBf16) words[i] = static_cast<uint16_t>(bits >> 16);
-      if (dtype == Dtype::kF16) words[i] = half_of(values[i]);
-    }
-  }
-  void* data() { return dtype == Dtype::kF32 ? static_cast<void*>(floats.data()) : words.data(); }
-  float operator[](size_t i) const {
-    if (dtype == Dtype::kF32) return floats[i];
-    if (dtype == Dtype::kF16) return of_half(words[i]);
-    const uint32_t bits = uint32_t{words[i]} << 16;
-    float v;
-    std::memcpy(&v, &bits, 4);
-    return v;
-  }
-};
-
-// Runs a kernel as it is and with poisoned memory.
-template <class T>
-void run_twice(const Kernel& kernel, const Launch& l, int threads, Guarded<T>& out) {
-  expect(same_when_poisoned(out, [&] { run(kernel, l, threads); }), kernel.name, "poisoned memory", l.m, 0, 0);
-}
-void run_twice(const Kernel& kernel, const Launch& l, int threads, Numbers& out) {
-  if (out.dtype == Dtype::kF32) {
-    run_twice(kernel, l, threads, out.floats);
-  } else {
-    run_twice(kernel, l, threads, out.words);
-  }
-}
-
-// The value of a code of E4M3 or E5M2, by the formats' definition; infinite where the code is that or NaN.
-float float8_value(Codec codec, int code) {
-  const int mantissa = codec == Codec::kE4m3 ? 3 : 2, bias = codec == Codec::kE4m3 ? 7 : 15;
-  const int magnitude = code & 0x7F, exponent = magnitude >> mantissa, fraction = magnitude & ((1 << mantissa) - 1);
-  if (codec == Codec::kE4m3 ? magnitude == 0x7F : magnitude >= 0x7C) return INFINITY;
-  const int significand = exponent ? fraction + (1 << mantissa) : fraction;
-  return std::ldexp(static_cast<float>(code & 0x80 ? -significand : significand),
-                    (exponent ? exponent : 1) - bias - mantissa);
-}
-
-struct Case {
-  int64_t m, n, k, group;
-  ZeroMode zero;
-};
-
-// One weight in n16 layout with fp32 scales and zeros, and its dequantized values.
-struct Problem {
-  Case c;
-  int bits;
-  Scope scope;
-  Guarded<uint8_t> codes, packed, n16;
-  Guarded<float> scales, zeros, table;
-  std::vector<float> value;
-
-  Problem(const Case& c_, const Kernel& kernel, std::mt19937& rng) : c(c_), bits(kernel.bits), scope(kernel.scope) {
-    const bool signs = kernel.compute == Dtype::kB1;
-    const bool bf16_table = kernel.compute == Dtype::kBf16 || kernel.bf16_table;
-    const bool integer = kernel.codec == Codec::kInt || kernel.compute == Dtype::kI8;
-    const int64_t groups = ceil_div(c.k, c.group), blocks = num_blocks(c.n);
-    const int entries = 1 << bits;
-    const CanonicalCodes shape{c.n, c.k, ceil_div(c.k * bits, 8), bits, false};
-    codes = Guarded<uint8_t>(c.n * c.k);
-    const bool float8 = kernel.codec == Codec::kE4m3 || kernel.codec == Codec::kE5m2;
-    for (uint8_t& code : codes) {
-      code = static_cast<uint8_t>(rng() % entries);
-      if (float8 && !std::isfinite(float8_value(kernel.codec, code))) code = 0;
-    }
-    packed = Guarded<uint8_t>(c.n * shape.row_bytes);
-    pack_rows(codes.data(), shape, packed.data(), 1);
-    Guarded<uint8_t> again(codes.size());
-    unpack_rows(packed.data(), shape, again.data(), 1);
-    expect(again == codes, "pack_rows", "round trip", bits, 0, 0);
-    n16 = Guarded<uint8_t>(packed_bytes(c.n, c.k, bits));
-    prepack(packed.data(), shape, n16.data(), 2);
-    Guarded<uint8_t> back(packed.size());
-    unprepack(n16.data(), shape, back.data(), 2);
-    expect(back == packed, "prepack", "round trip", bits, 0, 0);
-
-    std::normal_distribution<float> normal;
-    const int64_t tables = scope == Scope::kShared ? 1 : blocks * groups * kBlockN;
-    table = Guarded<float>(tables * entries);
-    // Tables of 8 bits whose upper half is the lower one negated, as that of e4m3, are looked up in another way.
-    const bool symmetric = kernel.bits == 8 && scope == Scope::kShared && !integer && c.zero == ZeroMode::kNone;
-    for (size_t i = 0; i < table.size(); ++i) {
-      const float v = signs                   ? static_cast<float>(2 * static_cast<int>(i) - 1)
-                      : integer               ? static_cast<float>(static_cast<int>(i) - entries / 2)
-                      : symmetric && i >= 128 ? -table[i - 128]
-                      : symmetric             ? std::abs(normal(rng))
-                                              : normal(rng);
-      table[i] = float8 ? float8_value(kernel.codec, static_cast<int>(i)) : bf16_table ? round_bf16(v) : v;
-    }
-    scales = Guarded<float>(blocks * groups * kBlockN);
-    zeros = Guarded<float>(scales.size());
-    for (float& s : scales) s = 0.5f + std::abs(normal(rng));
-    // Of int8 products, integers: so they may be int8 as well.
-    for (float& z : zeros) z = kernel.compute == Dtype::kI8 ? std::nearbyint(4 * normal(rng)) : normal(rng);
-    value.resize(c.n * c.k);
-    for (int64_t n = 0; n < c.n; ++n) {
-      for (int64_t k = 0; k < c.k; ++k) {
-        const int64_t group = k / c.group, term = (n / kBlockN * groups + group) * kBlockN + n % kBlockN;
-        const int code = codes[n * c.k + k];
-        const int64_t column = ((n / kBlockN * groups + group) * entries + code) * kBlockN + n % kBlockN;
-        const float t = scope == Scope::kShared ? table[code] : table[column];
-        // volatile: one rounding an operation, whatever the compiler would fuse.
-        volatile float inner = c.zero == ZeroMode::kAdd ? scales[term] * t : t;
-        if (c.zero == ZeroMode::kSubtract) inner = inner - zeros[term];
-        value[n * c.k + k] = c.zero == ZeroMode::kAdd ? inner + zeros[term] : scales[term] * inner;
-      }
-    }
-  }
-
-  Launch launch() {
-    Launch l{};
-    l.n = c.n;
-    l.k = c.k;
-    l.group = c.group;
-    l.num_groups = ceil_div(c.k, c.group);
-    l.codes = n16.data();
-    l.scales = scales.data();
-    l.zeros = c.zero == ZeroMode::kNone ? nullptr : zeros.data();
-    l.zero = c.zero;
-    l.table = table.data();
-    l.table_groups = scope == Scope::kShared ? 1 : l.num_groups;
-    return l;
-  }
-};
 
 // Whether got is want, off by `bound` and by one rounding to dtype; infinite where fp16 ends.
 bool rounded_to(Dtype dtype, double got, double want, double bound) {
@@ -452,10 +278,27 @@ void check_embedding(Problem& p) {
 
 int main() {
   const Case cases[] = {
-      {1, 64, 64, 32, ZeroMode::kNone},    {3, 70, 96, 96, ZeroMode::kSubtract}, {9, 1, 33, 32, ZeroMode::kAdd},
-      {2, 130, 100, 64, ZeroMode::kNone},  {5, 17, 1, 1, ZeroMode::kSubtract},   {4, 65, 77, 20, ZeroMode::kAdd},
-      {7, 63, 40, 7, ZeroMode::kSubtract}, {200, 66, 31, 31, ZeroMode::kNone},   {98, 64, 288, 32, ZeroMode::kSubtract},
-      {1, 128, 320, 320, ZeroMode::kNone}, {3, 17, 520, 512, ZeroMode::kNone},
+      {1, 64, 64, 32, ZeroMode::kNone},
+      {3, 70, 96, 96, ZeroMode::kSubtract},
+      {9, 1, 33, 32, ZeroMode::kAdd},
+      {2, 130, 100, 64, ZeroMode::kNone},
+      {5, 17, 1, 1, ZeroMode::kSubtract},
+      {4, 65, 77, 20, ZeroMode::kAdd},
+      {7, 63, 40, 7, ZeroMode::kSubtract},
+      {200, 66, 31, 31, ZeroMode::kNone},
+      {98, 64, 288, 32, ZeroMode::kSubtract},
+      {1, 128, 320, 320, ZeroMode::kNone},
+      {3, 17, 520, 512, ZeroMode::kNone},
+      // Groups of half a chunk, an odd number of them too, and scales in all the ways in which they are stored.
+      {1, 65, 272, 16, ZeroMode::kAdd, Dtype::kI8, Dtype::kF16, 16},
+      {2, 64, 512, 16, ZeroMode::kNone, Dtype::kI8, Dtype::kF16, 16},
+      {7, 70, 80, 16, ZeroMode::kSubtract},
+      {98, 66, 144, 16, ZeroMode::kAdd, Dtype::kI8, Dtype::kBf16, 3},
+      {4, 65, 200, 16, ZeroMode::kNone, Dtype::kE4m3},
+      {13, 130, 352, 32, ZeroMode::kAdd, Dtype::kI8, Dtype::kF16, 8},
+      {3, 64, 1100, 512, ZeroMode::kSubtract, Dtype::kI8, Dtype::kF32, 3},
+      {5, 33, 96, 32, ZeroMode::kNone, Dtype::kE8m0},
+      {2, 67, 50, 20, ZeroMode::kAdd, Dtype::kI8, Dtype::kF32, 2},
   };
   // A group longer than an int32 sum allows, and more of them than are summed in one chain: of int8 products alone.
   const Case long_cases[] = {{3, 2, 65536 + 40, 65536 + 40, ZeroMode::kAdd}, {2, 3, 4160, 32, ZeroMode::kAdd}};

@@ -10,6 +10,7 @@ import lowbit
 from lowbit import layouts, reference
 from lowbit.formats import Format, parse
 from lowbit.layouts import CANONICAL, N16
+from lowbit.layouts.base import CODE_DTYPES
 from lowbit.ops.linear import call_linear
 from lowbit.ops.terms import matrix
 from lowbit.weights.quantized import QuantTensor
@@ -18,14 +19,16 @@ from weights import ALL_FORMATS, random_weight
 LAYOUTS = (CANONICAL, N16)
 FORMATS = (
     *(parse(s) for s in ("nf4", "int4_g32", "uint3_g32", "uint4_zfloat_g20", "q5_1", "e4m3")),
-    *(parse(s) for s in ("kmeans2_g32", "kmeans3_pr", "mxfp4", "nvfp4", "ternary_trits")),
+    *(parse(s) for s in ("kmeans2_g32", "kmeans3_pr", "mxfp4", "nvfp4", "q4_k", "ternary_trits")),
     *(f for f in ALL_FORMATS if f.fitted and "tables" in f.name),
 )
 
 
 def leaves_of(qt: QuantTensor) -> dict[str, torch.Tensor]:
-    """Canonical fp64 scales, float zeros and table of a weight, as leaves."""
-    found = {"scales": reference.effective_scales(qt), "zeros": qt.zeros, "table": qt.table}
+    """Canonical fp64 scales, float zeros and table of a weight, as leaves; scales that are codes are none."""
+    learnable = qt.format.scale not in CODE_DTYPES
+    scales = reference.effective_scales(qt) if learnable else None
+    found = {"scales": scales, "zeros": qt.zeros, "table": qt.table}
     return {
         name: t.double().requires_grad_()
         for name, t in found.items()
@@ -44,11 +47,12 @@ def dense_weight(qt: QuantTensor, leaves: dict[str, torch.Tensor]) -> torch.Tens
     else:
         table = leaves["table"].view(n, -1, 2**f.bits)
         w = table[torch.arange(n)[:, None], group if f.table_scope == "group" else 0, codes]
-    zeros = leaves.get("zeros", qt.zeros)
+    zeros = leaves.get("zeros", reference.effective_zeros(qt))
+    scales = leaves.get("scales", reference.effective_scales(qt))
     if zeros is not None and f.zero != "min":
         w = w - zeros[:, group]
-    if "scales" in leaves:
-        w = w * leaves["scales"][:, group]
+    if scales is not None:
+        w = w * scales[:, group]
     return w + zeros[:, group] if f.zero == "min" else w
 
 

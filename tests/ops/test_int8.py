@@ -31,7 +31,11 @@ def serves(format: Format, kernel: dict, k: int) -> bool:
     return (
         kernel["bits"] == format.bits
         and (kernel["codec"] == "int") == (format.codec == "affine")
-        and (group >= k or group % kernel["group_multiple"] == 0)
+        and (
+            group >= k
+            or group % kernel["group_multiple"] == 0
+            or (group == 16 and kernel["half_groups"])
+        )
     )
 
 
@@ -42,7 +46,7 @@ def run_row(op, q, x_scales, kernel: dict, dtype=torch.float32, out_scale=None, 
 def expected(qt, q, x_scales, bias=None):
     scales = reference.effective_scales(qt)
     return reference.int8_linear(
-        q, x_scales, qt.unpack(), qt.format, scales, qt.zeros, qt.table, bias
+        q, x_scales, qt.unpack(), qt.format, scales, reference.effective_zeros(qt), qt.table, bias
     )
 
 

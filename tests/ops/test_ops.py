@@ -50,7 +50,7 @@ def assert_linear(y: torch.Tensor, x: torch.Tensor, qt: QuantTensor, w: Operands
     table = torch.bfloat16 if computes_in_bf16(x, w) else None
     exact = reference.linear(x.double(), qt, round_table_to=table)
     values = reference.code_values(qt.unpack(), qt.format, qt.table).abs()
-    zeros = None if qt.zeros is None else qt.zeros.float().abs()
+    zeros = None if qt.zeros is None else reference.effective_zeros(qt).abs()
     positive = Format(name="sum", codec="affine", bits=8, group=qt.format.group, zero="min")
     scales = reference.effective_scales(qt)
     if zeros is None or scales is None:
@@ -159,7 +159,7 @@ def opcheck(op: object, *args: object) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ("uint4_zfloat", "kmeans3_pr", "nvfp4"))
+@pytest.mark.parametrize("name", ("uint4_zfloat", "kmeans3_pr", "nvfp4", "q4_k"))
 def test_opcheck(name: str, layout: str) -> None:
     w = layouts.to_operands(random_weight(parse(name), 70, 96), layout)
     for x in (torch.randn(3, 96), torch.randn(2, 5, 192)[..., ::2], torch.empty(0, 96)):
@@ -167,7 +167,8 @@ def test_opcheck(name: str, layout: str) -> None:
     opcheck(torch.ops.lowbit.dequantize.default, *w, torch.bfloat16)
     indices = torch.tensor([[0, 69], [5, 1]])
     opcheck(torch.ops.lowbit.embedding.default, indices, *w, torch.float16)
-    wanted = [t is not None and t.is_floating_point() for t in w.tensors[1:]]
+    codebook = (w.scales, w.zeros, w.table)
+    wanted = [t is not None and t.is_floating_point() for t in codebook]
     wanted[2] = wanted[2] and w.format.codec == "lut"
     opcheck(torch.ops.lowbit.codebook_grad.default, torch.randn(70, 96), *w, wanted)
 

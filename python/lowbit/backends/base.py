@@ -16,7 +16,7 @@ from torch import Tensor
 from lowbit import packing, reference
 from lowbit.forking import alone_after_fork
 from lowbit.formats import FORMATS, Format
-from lowbit.layouts import Operands, canonical_tensors
+from lowbit.layouts import Operands, canonical_tensors, group_terms
 from lowbit.weights.sparse import SparseTerm
 
 _FP16_MAX = 65504
@@ -159,7 +159,6 @@ class Backend:
         return self.int8_linear(q, x_scales, w, bias, torch.float32, None)
 
     def _canonical(self, w: Operands) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Codes one a byte, scales in fp32, zeros and the fitted table."""
-        codes, scales, zeros, table = canonical_tensors(w)
-        scales = None if scales is None else scales.float()
-        return packing.unpack_codes(codes, w.format, w.k), scales, zeros, table
+        """Codes one a byte, scales and zeros in fp32, and the fitted table."""
+        codes, _, _, table = canonical_tensors(w)
+        return packing.unpack_codes(codes, w.format, w.k), *group_terms(w), table

@@ -17,7 +17,7 @@ from lowbit import packing, reference
 from lowbit.backends import available
 from lowbit.backends.base import Backend
 from lowbit.forking import alone_after_fork
-from lowbit.layouts import Operands
+from lowbit.layouts import Operands, group_terms
 from lowbit.weights.sparse import SparseTerm
 
 _logger = logging.getLogger("lowbit")
@@ -42,16 +42,14 @@ class PyTorchBackend(Backend):
 
     def rows(self, indices: Tensor | None, w: Operands, dtype: torch.dtype) -> Tensor:
         """Rows of the weight; only these are decoded."""
-        codes, scales, zeros, table, format = w.codes, w.scales, w.zeros, w.table, w.format
+        codes, table, format = w.codes, w.table, w.format
         if indices is not None:
             _log_once(indices.device.type)
             if table is not None and format.table_scope != "tensor":
                 table = table[indices]
             codes = codes[indices]
-            scales, zeros = (None if t is None else t[indices] for t in (scales, zeros))
         values = reference.code_values(packing.unpack_codes(codes, format, w.k), format, table)
-        scales = None if scales is None else scales.float()
-        return reference.apply_scales(values, format, scales, zeros).to(dtype)
+        return reference.apply_scales(values, format, *group_terms(w, indices)).to(dtype)
 
     def sparse_linear(self, x: Tensor, term: SparseTerm) -> Tensor:
         """x S^T in fp32."""

@@ -10,6 +10,7 @@ from lowbit.layouts.operands import (
     Operands,
     canonical_tensors,
     from_kernel,
+    group_terms,
     to_kernel,
     to_operands,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "find",
     "fitting",
     "from_kernel",
+    "group_terms",
     "to_kernel",
     "to_operands",
 ]

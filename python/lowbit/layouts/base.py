@@ -11,7 +11,10 @@ from lowbit.weights.quantized import tensor_specs
 # Shape and dtype of each operand; one that is absent has no entry.
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-# The scales that an op reads: a second level is multiplied out, a power of two is a bf16 value.
+# Scales of which kernels form the fp32 number, and the dtype of what they read; bytes where torch has float8.
+CODE_DTYPES = {"int8": torch.int8, "e4m3": torch.uint8, "e8m0": torch.uint8}
+# The scales that an op reads of other kinds and layouts: a second level is multiplied out, a power of two is a bf16
+# value.
 _PRODUCT_DTYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -26,6 +29,8 @@ class Layout:
     """Where the bytes of codes, scales, zeros and table lie. Every method has an inverse, bit for bit."""
 
     name: str
+    # Whether kernels of this layout read scales as stored, `CODE_DTYPES`.
+    reads_codes = True
 
     def fits(self, format: Format) -> bool:
         """Whether weights of a format can lie so."""
@@ -33,14 +38,19 @@ class Layout:
 
     def specs(self, format: Format, n: int, k: int) -> Specs:
         """What the operands of an (n, k) weight are."""
-        specs = {
-            name: spec
-            for name, spec in tensor_specs(format, n, k).items()
-            if name not in ("scales2", "scales2_offset")
-        }
+        specs = tensor_specs(format, n, k)
+        if self.keeps_codes(format):
+            specs["scales"] = (specs["scales"][0], CODE_DTYPES[format.scale or ""])
+            return specs
+        for name in ("scales2", "scales2_offset"):
+            specs.pop(name, None)
         if format.scale is not None:
             specs["scales"] = ((n, format.num_groups(k)), _PRODUCT_DTYPES[format.scale])
         return specs
+
+    def keeps_codes(self, format: Format) -> bool:
+        """Whether the operands hold the scales of a format as stored, with their second level if they have one."""
+        return self.reads_codes and format.scale in CODE_DTYPES
 
     def pack(self, codes: Tensor, format: Format, k: int) -> Tensor:
         """Codes in canonical packing, (N, row bytes), as they lie here."""
@@ -51,7 +61,7 @@ class Layout:
         raise NotImplementedError
 
     def from_rows(self, values: Tensor) -> Tensor:
-        """Scales or float zeros (N, groups) as they lie here. Differentiable."""
+        """Scales or float zeros (N, groups), or their second level, as they lie here. Differentiable."""
         return values
 
     def to_rows(self, values: Tensor, n: int) -> Tensor:

@@ -3,7 +3,8 @@
 A chunk is 16 weights of a row. A plane holds p bits of each code, p one of 1, 2, 4, 8: word w of a block holds the
 fields of weights w of 32 / p chunks, the first chunk in the low bits. A plane is [block][row][16 words]: a tile of
 rows is one piece of memory. K is padded to whole blocks with zeros. Codes of 3, 5 and 6 bits take two planes, one after
-the other, low bits first. Scales and zeros are (groups, N), dtypes as in "canonical"; table: fp32 (2^bits,), padded
+the other, low bits first. Scales and zeros are (groups, N), a second level (super-blocks, N) or one number for the
+weight, dtypes as in "canonical"; table: fp32 (2^bits,), padded
 with zeros, or (N, 2^bits), or (N, groups, 2^bits); none for integers.
 """
 
@@ -32,8 +33,9 @@ class K16Layout(Layout):
         """What the operands of an (n, k) weight are."""
         specs = super().specs(format, n, k)
         specs["codes"] = ((num_words(format.bits, n, k),), torch.int32)
-        for name in {"scales", "zeros"} & specs.keys():
-            specs[name] = ((format.num_groups(k), n), specs[name][1])
+        for name in {"scales", "zeros", "scales2", "zeros2"} & specs.keys():
+            shape, dtype = specs[name]
+            specs[name] = (shape[::-1], dtype)
         if format.codec != "affine" and "table" not in specs:
             specs["table"] = ((2**format.bits,), torch.float32)
         return specs

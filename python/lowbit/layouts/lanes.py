@@ -1,4 +1,5 @@
-"""What "n16" and "m16" share: rows in the lanes. Scales and zeros are (ceil(N / lanes), groups, lanes), missing rows 0.
+"""What "n16" and "m16" share: rows in the lanes. Scales and zeros are (ceil(N / lanes), groups, lanes), missing rows 0;
+a second level (ceil(N / lanes), super-blocks, lanes), or one number for the weight.
 
 Integer tables are centred by 2^(bits-1), and integer zeros are int8 holding zero - 2^(bits-1). The table is fp32:
 (2^bits,), padded with zeros, or (ceil(N / lanes), 1 or groups, 2^bits, lanes) for a table per row or group.
@@ -23,8 +24,10 @@ class LanesLayout(Layout):
         """All but the codes, which are left canonical."""
         specs = super().specs(format, n, k)
         groups, blocks, entries = format.num_groups(k), -(-n // self.lanes), 2**format.bits
-        for name in {"scales", "zeros"} & specs.keys():
-            specs[name] = ((blocks, groups, self.lanes), specs[name][1])
+        for name in {"scales", "zeros", "scales2", "zeros2"} & specs.keys():
+            shape, dtype = specs[name]
+            if len(shape) == 2:
+                specs[name] = ((blocks, shape[1], self.lanes), dtype)
         if format.zero == "int":
             specs["zeros"] = (specs["zeros"][0], torch.int8)
         table_groups = {"tensor": 0, "row": 1, "group": groups}[format.table_scope]

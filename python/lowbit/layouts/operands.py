@@ -13,13 +13,14 @@ from lowbit import modes, reference, strides
 from lowbit.float8 import e8m0_values
 from lowbit.forking import alone_after_fork
 from lowbit.formats import Format, parse
+from lowbit.layouts.base import CODE_DTYPES
 from lowbit.layouts.registry import find
 from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor, tensor_specs
 from lowbit.weights.sparse import SparseTerm
 
 # The fields of Operands as torch.library wants them.
 SCHEMA = (
-    "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table, "
+    "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? table, Tensor? scales2, Tensor? zeros2, "
     "str format, str layout, SymInt n, SymInt k"
 )
 # Canonical tensors that a two-level scale needs besides its fp32 product; `KernelWeight.second` keeps them.
@@ -33,6 +34,8 @@ class Operands(NamedTuple):
     scales: Tensor | None
     zeros: Tensor | None
     table: Tensor | None
+    scales2: Tensor | None
+    zeros2: Tensor | None
     spec: str  # `Format.spec` of a format without outliers
     layout: str
     n: int
@@ -45,7 +48,7 @@ class Operands(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Codes, scales, zeros and table."""
+        """Those that are tensors, in the order of `TENSORS`."""
         return self[: len(TENSORS)]  # type: ignore[return-value]
 
     @property
@@ -112,9 +115,12 @@ def to_kernel(qt: QuantTensor, layout: str) -> KernelWeight:
         raise ValueError(f"format {qt.format.name!r} does not fit the layout {layout!r}")
     qt = qt.map(lambda t: strides.contiguous(modes.normal(t)))
     qt.check_columns()
-    f, scales = qt.format, qt.scales
+    f, scales, scales2 = qt.format, qt.scales, None
     second: dict[str, Tensor] = {}
-    if f.scale in ("dq8", "e4m3"):
+    if target.keeps_codes(f):
+        scales = qt.tensors["scales"].view(CODE_DTYPES[f.scale or ""])
+        scales2 = qt.scales2
+    elif f.scale in ("dq8", "e4m3"):
         second = {k: t for k, t in qt.tensors.items() if k in _SECOND_LEVEL}
         scales = reference.effective_scales(qt)
     elif f.scale == "e8m0":
@@ -126,6 +132,8 @@ def to_kernel(qt: QuantTensor, layout: str) -> KernelWeight:
         None if scales is None else target.from_rows(scales),
         None if qt.zeros is None else target.pack_zeros(qt.zeros, f),
         None if table is None else table.to(qt.device),
+        _second_as(target.from_rows, scales2),
+        _second_as(target.from_rows, qt.zeros2),
         f.without_outliers.spec,
         layout,
         *qt.shape,
@@ -147,16 +155,26 @@ def to_operands(qt: QuantTensor, layout: str) -> Operands:
     return to_kernel(qt, layout).operands
 
 
+def _second_as(lay: Callable[[Tensor], Tensor], second: Tensor | None) -> Tensor | None:
+    """`lay` of a second level per row; one number for the weight stays as it is."""
+    return second if second is None or second.dim() == 1 else lay(second)
+
+
 @modes.outside()
 @alone_after_fork
 def from_kernel(w: KernelWeight) -> QuantTensor:
     """Inverse of `to_kernel`, bit for bit."""
     n, k = w.shape
-    f = w.format
+    f, layout = w.format, find(w.layout)
     codes, scales, zeros, table = canonical_tensors(w.operands)
     tensors = {**w.second, "codes": codes}
+    for name, t in (("scales2", w.operands.scales2), ("zeros2", w.operands.zeros2)):
+        if t is not None:
+            tensors[name] = t if t.dim() == 1 else layout.to_rows(t, n)
     if scales is not None and not w.second:
-        if f.scale == "e8m0":
+        if layout.keeps_codes(f):
+            scales = scales.view(SCALE_DTYPES[f.scale or ""])
+        elif f.scale == "e8m0":
             # The exponent field of a bf16 power of two is the E8M0 code; 2^-127 is subnormal and gives 0.
             scales = (scales.contiguous().view(torch.int16) >> 7).to(SCALE_DTYPES["e8m0"])
         tensors["scales"] = scales
@@ -177,7 +195,7 @@ def _compact(t: Tensor) -> Tensor:
 
 
 def canonical_tensors(op: Operands) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Codes, scales, zeros and table in canonical layout."""
+    """Codes, scales, zeros and table in canonical layout; scales and zeros without their second level."""
     (n, k), f, layout = op.shape, op.format, find(op.layout)
     return (
         layout.unpack(op.codes, f, n, k),
@@ -185,3 +203,27 @@ def canonical_tensors(op: Operands) -> tuple[Tensor, Tensor | None, Tensor | Non
         None if op.zeros is None else layout.unpack_zeros(op.zeros, f, n),
         None if op.table is None or not f.fitted else layout.unpack_table(op.table, f, n),
     )
+
+
+def group_terms(op: Operands, rows: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """Scales and zeros of all rows, or of some in canonical layout, (R, groups) fp32, the second level multiplied in:
+    what `reference.apply_scales` takes. Differentiable in scales and zeros.
+    """
+    f, layout = op.format, find(op.layout)
+
+    def of_rows(t: Tensor | None) -> Tensor | None:
+        if t is None or t.dim() == 1:
+            return t
+        return layout.to_rows(t, op.n) if rows is None else t[rows]
+
+    scales, zeros, scales2, zeros2 = map(of_rows, (op.scales, op.zeros, op.scales2, op.zeros2))
+    if scales is not None:
+        if layout.keeps_codes(f):
+            scales = reference.scale_values(scales, f)
+        scales = scales.float() if scales2 is None else reference.of_two_levels(scales, scales2, f)
+    if zeros is not None and op.zeros2 is None:
+        zeros = zeros.float()
+    elif zeros is not None:
+        assert zeros2 is not None
+        zeros = reference.of_two_levels(zeros, zeros2, f)
+    return scales, zeros

@@ -20,8 +20,8 @@ from lowbit.weights.quantized import QuantTensor
 
 # Rows that are swept together hold about this many weights in fp64: 128 MiB.
 _SLICE_WEIGHTS = 1 << 24
-# Scales whose second level spans the whole tensor: they cannot follow the updates of a group.
-_TENSOR_SCALES = ("e4m3", "dq8")
+# Scales whose second level other groups share: they cannot follow the updates of a group.
+_SHARED_SCALES = ("e4m3", "dq8", "int8")
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def quantize(
         raise ValueError(f"damping must be finite and at least 0, got {damping}")
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
-    follows = format.group is not None and format.scale not in _TENSOR_SCALES and not act_order
+    follows = format.group is not None and format.scale not in _SHARED_SCALES and not act_order
     sweep = _Sweep.of(hessian, damping, act_order, follows, block)
     fits = format.fitted and table is None and not (follows and format.table_scope == "group")
     if fits:
@@ -146,11 +146,11 @@ class _Grid:
         self,
         format: Format,
         scale: Tensor | None,  # (R, 1) fp32
-        zero: Tensor | None,  # (R, 1)
+        zero: Tensor | None,  # (R, 1) fp32
         table: Tensor,  # (E,) or (R, E) fp32
     ) -> None:
         self.format, self.scale, self.table = format, scale, table
-        self.zero = None if zero is None else zero.to(torch.float32)
+        self.zero = zero
         self.nearest = nearest.Nearest(table) if format.codec == "lut" else table
 
     def round(self, w: Tensor) -> tuple[Tensor, Tensor]:  # (R, 1) fp32 -> uint8 and fp32, (R,)
@@ -171,6 +171,7 @@ class _Grids:
         self.qt, self.rows, self.sweep, self.refit = qt, rows, sweep, refit
         scales = reference.effective_scales(qt)
         self.scales = None if scales is None else scales[rows]
+        self.zeros = reference.effective_zeros(qt, rows)
         self.grids: dict[int, _Grid] = {}
         fitted = qt.format.fitted
         self.fixed = None if fitted else grid.fixed_table(qt.format, qt.device)
@@ -178,8 +179,7 @@ class _Grids:
     def __getitem__(self, group: int) -> _Grid:
         if group not in self.grids:
             scale = None if self.scales is None else self.scales[:, group, None]
-            zeros = self.qt.zeros
-            zero = None if zeros is None else zeros[self.rows][:, group, None]
+            zero = None if self.zeros is None else self.zeros[:, group, None]
             self.grids[group] = _Grid(self.qt.format, scale, zero, self._table(group))
         return self.grids[group]
 
@@ -210,6 +210,9 @@ class _Grids:
         effective = reference.effective_scales(part)
         if self.scales is not None and effective is not None:
             self.scales[:, group] = effective[:, 0]
+        zeros = reference.effective_zeros(part)
+        if self.zeros is not None and zeros is not None:
+            self.zeros[:, group] = zeros[:, 0]
         # No earlier group is rounded again.
         self.grids.clear()
 

@@ -192,7 +192,7 @@ def fill_codes(qt: QuantTensor, weight: Tensor, round: Round = torch.round) -> N
     """
     scales = reference.effective_scales(qt)
     for rows, w in slices(weight):
-        zero = None if qt.zeros is None else qt.zeros[rows].to(torch.float32)
+        zero = reference.effective_zeros(qt, rows)
         scale = None if scales is None else scales[rows]
         ratio = scaled(w, qt.format, scale, zero if qt.format.zero == "min" else None)
         codes = _codes(ratio, qt, rows, zero, round)

@@ -214,8 +214,9 @@ def _squared_errors(
     round: grid.Round,
 ) -> Tensor:
     """sum (w - w^)^2 of every group if its range is low .. high, all (N, groups) fp64."""
-    two_levels = format.scale in ("e4m3", "dq8")
-    by_row = dataclasses.replace(format, group=None, scale="fp32" if two_levels else format.scale)
+    two_levels = format.scale in ("e4m3", "dq8", "int8")
+    scale = "fp32" if two_levels else format.scale
+    by_row = dataclasses.replace(format, group=None, scale=scale, scale2=None, scale2_group=None)
     table = grid.fixed_table(format, weight.device)
     nearest = Nearest(table) if format.codec == "lut" else table
     out = torch.empty_like(low)
@@ -228,7 +229,7 @@ def _squared_errors(
             qt = grid.empty(flat, by_row)
             store(qt, low[at].reshape(-1, 1), high[at].reshape(-1, 1), symmetric_range)
             scale = reference.effective_scales(qt)
-            zero = None if qt.zeros is None else qt.zeros.to(torch.float32)
+            zero = reference.effective_zeros(qt)
             ratio = grid.scaled(flat, by_row, scale, zero if format.zero == "min" else None)
             codes = grid.find_codes(ratio, by_row, zero, nearest, round)
             made = reference.apply_scales(table[codes.long()], by_row, scale, zero)

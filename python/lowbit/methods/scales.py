@@ -83,6 +83,8 @@ def store_scales(
         _store_e4m3(qt.tensors, single)
     elif kind == "dq8":
         _store_dq8(qt.tensors, single)
+    elif kind == "int8":
+        _store_int8(qt, "scales", single)
     else:
         stored = _round_up_tiny(single, SCALE_DTYPES[kind])
         _check_fits(qt, "scale", stored, scale)
@@ -92,13 +94,14 @@ def store_scales(
 def count_tiny(qt: QuantTensor) -> int:
     """How many scales are so small that rounding them moves the largest weight of a group by half a code."""
     format = qt.format
-    if format.scale not in ("fp16", "e4m3"):
+    stored = qt.tensors.get("scales2" if format.scale2 else "scales")
+    if stored is None or stored.dtype not in (torch.float16, torch.float8_e4m3fn):
         return 0
     # Below the normal numbers the step of a dtype is constant. Codes reach twice as far with a zero.
-    info = torch.finfo(SCALE_DTYPES[format.scale])
+    info = torch.finfo(stored.dtype)
     codes = 2.0 ** (format.bits - (1 if format.zero else 2))
     limit = min(info.smallest_normal, info.smallest_normal * info.eps * max(1.0, codes))
-    scales = qt.tensors["scales"].to(torch.float32)
+    scales = stored.to(torch.float32)
     return int(((scales != 0) & (scales.abs() <= limit)).sum())
 
 
@@ -107,11 +110,13 @@ def warn_of_tiny(qt: QuantTensor) -> None:
     count = count_tiny(qt)
     if not count:
         return
-    groups, format = qt.tensors["scales"].numel(), qt.format
+    format = qt.format
+    groups = qt.tensors["scales2" if format.scale2 else "scales"].numel()
+    what = "super-blocks" if format.scale2 else "groups"
     warnings.warn(
-        f"weight: {count} of {groups} groups ({count / groups:.2%}) are so small that their scales lose digits or "
-        f"are rounded up in {format.scale}, the scale dtype of format {format.name!r}: use a format with fp32 or "
-        "bf16 scales, or scale the weight",
+        f"weight: {count} of {groups} {what} ({count / groups:.2%}) are so small that their scales lose digits or "
+        f"are rounded up in {format.scale2 or format.scale}, the scale dtype of format {format.name!r}: use a format "
+        "with fp32 or bf16 scales, or scale the weight",
         stacklevel=3,
     )
 
@@ -147,7 +152,25 @@ def _store_dq8(tensors: dict[str, Tensor], scale: Tensor) -> None:  # (N, groups
     tensors["scales2_offset"].copy_(offset)
 
 
+def _store_int8(qt: QuantTensor, name: str, values: Tensor) -> None:  # (N, groups) fp32
+    """Codes of -127 .. 127, the largest of a super-block at an end; no positive value becomes 0."""
+    f, (n, groups) = qt.format, values.shape
+    second = qt.tensors[name + "2"]
+    size = f.scale2_group // f.group if f.scale2_group and f.group else groups
+    blocks = torch.nn.functional.pad(values, (0, -groups % size)).view(n, -1, size)
+    factor = _round_up_tiny(blocks.abs().amax(2) / 127, second.dtype)
+    _check_fits(qt, "scale" if name == "scales" else "zero", factor, values)
+    second.copy_(factor)
+    wide = factor.to(torch.float32)[:, :, None]
+    codes = torch.where(wide > 0, blocks / wide, 0.0).round().clamp(-127, 127)
+    codes = torch.where((blocks > 0) & (codes == 0), 1.0, codes) if name == "scales" else codes
+    qt.tensors[name].copy_(codes.view(n, -1)[:, :groups])
+
+
 def _store_zeros(qt: QuantTensor, zero: Tensor) -> None:
+    if qt.zeros2 is not None:
+        _store_int8(qt, "zeros", zero.to(torch.float32))
+        return
     stored = zero.to(torch.float32).to(qt.tensors["zeros"].dtype)
     _check_fits(qt, "zero", stored, zero)
     qt.tensors["zeros"].copy_(stored)
@@ -169,7 +192,7 @@ def _check_fits(qt: QuantTensor, what: str, stored: Tensor, wanted: Tensor) -> N
         n, g = (int(i) for i in bad.nonzero()[0])
         raise ValueError(
             f"weight: row {n}, group {g} needs the {what} {float(wanted[n, g]):g}, which does not "
-            f"fit {qt.format.scale}: use a format with fp32 or bf16 scales"
+            f"fit {qt.format.scale2 or qt.format.scale}: use a format with fp32 or bf16 scales"
         )
 
 

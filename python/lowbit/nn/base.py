@@ -44,6 +44,7 @@ _FACTORS = {
     None: ("table",),
     "dq8": ("scales2", "scales2_offset"),
     "e4m3": ("scales2",),
+    "int8": ("scales2", "zeros2"),
     "fp32": ("scales",),
     "fp16": ("scales",),
     "bf16": ("scales",),
@@ -139,7 +140,17 @@ class PackedModule(HasPackedWeight):
         # Not self.codes: nn.Module finds a buffer only after three failed look-ups.
         codes, columns = b["codes"], b["outlier_columns"]
         layout = available.kernel_layout(codes.device, self.format)
-        w = Operands(codes, b["scales"], b["zeros"], b["table"], self._spec, layout, *self.shape)
+        w = Operands(
+            codes,
+            b["scales"],
+            b["zeros"],
+            b["table"],
+            b["scales2"],
+            b["zeros2"],
+            self._spec,
+            layout,
+            *self.shape,
+        )
         return w, None if columns is None else SparseTerm(columns, b["outlier_values"])
 
     def quant_tensor(self) -> QuantTensor:
@@ -209,7 +220,7 @@ class PackedModule(HasPackedWeight):
             return
         qt = self.quant_tensor()
         scaled = {*_FACTORS.get(self.format.scale, ()), "outlier_values"}
-        if self.format.zero == "min":
+        if self.format.zero == "min" and self.format.scale != "int8":
             scaled.add("zeros")
         tensors = {
             name: (t * factor).to(t.dtype) if name in scaled else t

@@ -50,7 +50,8 @@ def _backward(ctx: Any, grad: Tensor, x: Any, *tensors: Any) -> tuple[Tensor | N
             grad_weight = rows.t() @ x_rows
         found = _codebook_grad(grad_weight, w, wanted)
         codebook = tuple(g if want else None for g, want in zip(found, wanted, strict=True))
-    return grad_x, None, *codebook, *(None for _ in ctx.meaning), grad_bias, grad_added
+    rest = (None,) * (len(w) - 1 - len(codebook))
+    return grad_x, None, *codebook, *rest, grad_bias, grad_added
 
 
 def _dense(w: Operands, dtype: torch.dtype) -> Tensor:

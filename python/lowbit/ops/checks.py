@@ -58,6 +58,9 @@ def refuse_grad(op: str, *tensors: Tensor | None) -> None:
         )
 
 
+_LEARNABLE = ("scales", "zeros", "table")
+
+
 class _Expected(NamedTuple):
     name: str
     shape: tuple[int, ...]
@@ -80,7 +83,9 @@ def _expected(
         )
     specs = layouts.find(layout).specs(format, n, k)
     return format, tuple(
-        _Expected(name, *specs[name], specs[name][1].is_floating_point) if name in specs else None
+        _Expected(name, *specs[name], name in _LEARNABLE and specs[name][1].is_floating_point)
+        if name in specs
+        else None
         for name in TENSORS
     )
 

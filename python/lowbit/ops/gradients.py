@@ -23,7 +23,7 @@ from lowbit.layouts import Operands
 def dequantize(w: Operands, dtype: torch.dtype) -> Tensor:  # (N, K)
     """What lowbit::dequantize computes, bit for bit; differentiable in scales, zeros and table."""
     values = reference.code_values(_codes(w), w.format, _table(w.table, w))
-    return reference.apply_scales(values, w.format, _rows(w.scales, w), _rows(w.zeros, w)).to(dtype)
+    return reference.apply_scales(values, w.format, *layouts.group_terms(w)).to(dtype)
 
 
 def weight_tangent(
@@ -35,10 +35,11 @@ def weight_tangent(
     moved = torch.zeros_like(values)
     if of_table is not None:
         moved = moved + reference.code_values(unpacked, f, _table(of_table, w))
-    moved = reference.apply_scales(moved, f, _rows(w.scales, w), _rows(of_zeros, w))
+    scales, zeros = layouts.group_terms(w)
+    moved = reference.apply_scales(moved, f, scales, _rows(of_zeros, w))
     if of_scales is None:
         return moved
-    zeros = None if f.zero == "min" else _rows(w.zeros, w)
+    zeros = None if f.zero == "min" else zeros
     return moved + reference.apply_scales(values, f, _rows(of_scales, w), zeros)
 
 
@@ -64,7 +65,7 @@ def codebook_grad(
             f"table of format {f.name!r} is fixed by its codec {f.codec!r}: no gradient"
         )
     unpacked = _codes(weight)
-    scales, zeros = (_rows(t, weight) for t in (weight.scales, weight.zeros))
+    scales, zeros = layouts.group_terms(weight)
     grads = [grad_weight.new_empty(0) for _ in range(3)]
     if want_scales:
         values = reference.code_values(unpacked, f, _table(weight.table, weight))

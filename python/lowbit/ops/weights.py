@@ -136,7 +136,7 @@ def _codebook_grad_fake(
 ) -> tuple[Tensor | Any, ...]:
     return tuple(
         torch.empty_like(t) if want and t is not None else grad_weight.new_empty(0)
-        for t, want in zip(w.tensors[1:], wanted, strict=True)
+        for t, want in zip((w.scales, w.zeros, w.table), wanted, strict=True)
     )
 
 

@@ -72,7 +72,7 @@ def histogram(weight: Tensor, qt: QuantTensor) -> WeightHistogram:
     start, end = float(values[0]) - margin, float(values[-1]) + margin
     scales, counts = reference.effective_scales(qt), values.new_zeros(_BINS)
     for rows, w in grid.slices(weight):
-        zero = None if qt.zeros is None else qt.zeros[rows].float()
+        zero = reference.effective_zeros(qt, rows)
         offset = qt.format.zero == "min"
         scale = None if scales is None else scales[rows]
         ratio = grid.scaled(w, qt.format, scale, zero if offset else None)

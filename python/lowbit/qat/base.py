@@ -102,7 +102,7 @@ class WeightQuantizer(nn.Module):
         codes = torch.ops.lowbit.unpack(qt.codes, self.format.spec, weight.shape[1])
         values = reference.code_values(codes, self.format, qt.table)
         values = reference.apply_scales(
-            values, self.format, reference.effective_scales(qt), qt.zeros
+            values, self.format, reference.effective_scales(qt), reference.effective_zeros(qt)
         )
         surrogate = self.surrogate(weight, qt, codes)
         return straight_through(surrogate.to(weight.dtype), values.to(weight.dtype))

@@ -18,10 +18,13 @@ from lowbit.reference.weights import (
     dequantize_rows,
     dynamic_map,
     effective_scales,
+    effective_zeros,
     embedding,
     group_index,
     linear,
+    of_two_levels,
     per_weight,
+    scale_values,
 )
 
 __all__ = [
@@ -35,14 +38,17 @@ __all__ = [
     "dequantize_rows",
     "dynamic_map",
     "effective_scales",
+    "effective_zeros",
     "embedding",
     "group_index",
     "int8_linear",
     "linear",
+    "of_two_levels",
     "outlier_product",
     "per_weight",
     "quantize_binary",
     "quantize_int8",
     "requantize",
+    "scale_values",
     "table_int8",
 ]

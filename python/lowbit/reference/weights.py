@@ -42,6 +42,27 @@ def dynamic_map(
     return torch.tensor(_dynamic_values(), dtype=torch.float32, device=device)
 
 
+def of_two_levels(
+    codes: Tensor,  # (N, groups), any dtype
+    second: Tensor,  # (N, super-blocks), or (1,) for all
+    format: Format,
+) -> Tensor:  # (N, groups) fp32
+    """Scales, or zeros that are added, times their second level: fp32, rounded once."""
+    groups = codes.shape[1]
+    if format.scale2_group is not None and format.group is not None:
+        second = second.repeat_interleave(format.scale2_group // format.group, 1)[:, :groups]
+    return codes.to(torch.float32) * second.to(torch.float32)
+
+
+def scale_values(codes: Tensor, format: Format) -> Tensor:  # fp32, the shape of `codes`
+    """What scales that are codes of a byte stand for, before a second level: int8, E4M3 or E8M0."""
+    if format.scale == "e8m0":
+        return e8m0_values(codes)
+    if format.scale == "e4m3":
+        return codes.view(torch.float8_e4m3fn).to(torch.float32)
+    return codes.to(torch.float32)
+
+
 def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
     """The fp32 scale of every group, second level applied; None without scales."""
     if qt.format.scale is None:
@@ -49,13 +70,24 @@ def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
     scales = qt.tensors["scales"]
     if qt.format.scale == "e8m0":
         return e8m0_values(scales)
-    if qt.format.scale == "e4m3":
-        return scales.to(torch.float32) * qt.tensors["scales2"]
+    if qt.format.scale in ("e4m3", "int8"):
+        return of_two_levels(scales, qt.tensors["scales2"], qt.format)
     if qt.format.scale == "dq8":
         flat = dynamic_map(qt.device)[scales.flatten().long()]
         factor = qt.tensors["scales2"].repeat_interleave(DQ_BLOCK)[: flat.numel()]
         return (flat * factor + qt.tensors["scales2_offset"]).view_as(scales)
     return scales.to(torch.float32)
+
+
+def effective_zeros(
+    qt: QuantTensor, rows: slice = slice(None)
+) -> Tensor | None:  # (R, groups) fp32
+    """The zero of every group of some rows, second level applied; None without zeros."""
+    if qt.zeros is None:
+        return None
+    if qt.zeros2 is None:
+        return qt.zeros[rows].to(torch.float32)
+    return of_two_levels(qt.zeros[rows], qt.zeros2[rows], qt.format)
 
 
 def group_index(format: Format, k: int, device: torch.device) -> Tensor:  # (K,) int64
@@ -107,7 +139,7 @@ def dequantize_rows(
         code_values(codes, qt.format, table),
         qt.format,
         None if scales is None else scales[rows],
-        None if qt.zeros is None else qt.zeros[rows],
+        effective_zeros(qt, rows),
     )
     if qt.outlier_columns is None or qt.outlier_values is None:
         return weight
@@ -146,7 +178,8 @@ def linear(
     columns, outliers = qt.outlier_columns, qt.outlier_values
     if qt.format.activation is not None:
         q, x_scales = quantize_int8(x.reshape(-1, x.shape[-1]))
-        weight = (qt.unpack(), qt.format, effective_scales(qt), qt.zeros, qt.table)
+        zeros = qt.zeros if qt.format.zero == "int" else effective_zeros(qt)
+        weight = (qt.unpack(), qt.format, effective_scales(qt), zeros, qt.table)
         y = int8_linear(q, x_scales, *weight, bias)
         if columns is not None and outliers is not None:
             y = y + outlier_product(x.reshape(-1, x.shape[-1]).double(), columns, outliers).float()
@@ -154,7 +187,7 @@ def linear(
     values = code_values(qt.unpack(), qt.format, qt.table)
     if round_table_to is not None:
         values = values.to(round_table_to).to(torch.float32)
-    w = apply_scales(values, qt.format, effective_scales(qt), qt.zeros)
+    w = apply_scales(values, qt.format, effective_scales(qt), effective_zeros(qt))
     if columns is not None and outliers is not None:
         w = add_outliers(w, columns, outliers)
     y = F.linear(x.double(), w.double(), None if bias is None else bias.double())

@@ -18,19 +18,21 @@ SCALE_DTYPES = {
     "e8m0": torch.uint8,  # value 2^(byte - 127); torch has float8_e8m0fnu only from 2.7 on
     "e4m3": torch.float8_e4m3fn,
     "dq8": torch.uint8,  # index into `reference.dynamic_map()`
+    "int8": torch.int8,
 }
 _FLOAT8 = torch.float8_e4m3fn
 TENSOR_NAMES = (
-    "codes", "scales", "scales2", "scales2_offset", "zeros", "table", "outlier_columns", "outlier_values",
+    "codes", "scales", "scales2", "scales2_offset", "zeros", "zeros2", "table", "outlier_columns", "outlier_values",
 )  # fmt: skip
 
 
 def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each canonical tensor of an (n, k) weight.
 
-    codes (N, row bytes) uint8; scales (N, groups); scales2: the second level, fp32, (ceil(N*groups/256),) for
-    "dq8" over the flattened scales and (1,) for "e4m3"; scales2_offset () fp32 for "dq8"; zeros (N, groups), uint8
-    for integer zeros, else the scales' dtype; table fp32 (E,), (N, E) or (N, groups, E), only if it is fitted;
+    codes (N, row bytes) uint8; scales (N, groups); scales2: the second level, (N, super-blocks) in its dtype for
+    "int8", fp32 (ceil(N*groups/256),) for "dq8" over the flattened scales and fp32 (1,) for "e4m3"; scales2_offset
+    () fp32 for "dq8"; zeros (N, groups), uint8 for integer zeros, else the scales' dtype; zeros2: as scales2, for
+    zeros "min" with "int8"; table fp32 (E,), (N, E) or (N, groups, E), only if it is fitted;
     outlier_columns (N, P) int32, ascending in each row, and outlier_values (N, P) fp16 or fp32, the rest of the
     weights there, only with outliers.
     """
@@ -49,6 +51,11 @@ def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, .
         specs["zeros"] = ((n, groups), torch.uint8)
     elif format.zero is not None:
         specs["zeros"] = ((n, groups), SCALE_DTYPES[format.scale or "fp32"])
+    if format.scale2 is not None:
+        second = ((n, format.num_supers(k)), SCALE_DTYPES[format.scale2])
+        specs["scales2"] = second
+        if format.zero == "min":
+            specs["zeros2"] = second
     if format.fitted:
         lead = {"tensor": (), "row": (n,), "group": (n, groups)}[format.table_scope]
         specs["table"] = ((*lead, 2**format.bits), torch.float32)

@@ -54,8 +54,10 @@ def weight(
         column_table=format.table_scope != "tensor",
         table_groups=format.num_groups(k) if format.table_scope == "group" else 1,
         zero=_ZERO_MODES[format.zero],
-        scale_dtype=_NAMES[scales],
+        scale_dtype=format.scale if LAYOUTS[N16].keeps_codes(format) else _NAMES[scales],
         zero_dtype=_NAMES[zeros],
+        scale2_dtype="fp32" if format.scale == "e4m3" else format.scale2,
+        scale2_extent=0 if format.scale == "e4m3" else format.scale2_group or k,
         int8_x=format.activation is not None,
         table_step=_table_step(format),
         bf16_table=format.exact_in_bf16,
@@ -96,9 +98,17 @@ def plan(spec: str, layout: str, n: int, k: int) -> object | None:
     return _C.plan(expected(format, n, k))
 
 
-def request(w: Operands) -> tuple[_C.Weight, tuple[int, int, int, int]]:
+def request(w: Operands) -> tuple[_C.Weight, tuple[int, ...]]:
     """What is known of a weight, and the addresses of its operands."""
     scales = None if w.scales is None else w.scales.dtype
     zeros = None if w.zeros is None else w.zeros.dtype
-    addresses = (address(w.codes), address(w.scales), address(w.zeros), address(w.table))
+    # One by one: a loop over the tensors takes longer.
+    addresses = (
+        address(w.codes),
+        address(w.scales),
+        address(w.zeros),
+        address(w.table),
+        address(w.scales2),
+        address(w.zeros2),
+    )
     return weight(w.format, w.n, w.k, scales, zeros), addresses

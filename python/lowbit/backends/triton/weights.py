@@ -24,20 +24,30 @@ from lowbit.layouts import Operands
 from lowbit.strides import contiguous
 
 
-def meaning(format: Format, scales: Tensor | None) -> dict[str, Any]:
+def meaning(format: Format) -> dict[str, Any]:
     """What a format says to the kernels, as their constants."""
     c = kernels().codecs
     affine = format.codec == "affine"
     zeros = {None: c.ZERO_NONE, "int": c.ZERO_INT, "float": c.ZERO_FLOAT, "min": c.ZERO_MIN}
     scopes = {"tensor": c.TABLE_SHARED, "row": c.TABLE_ROW, "group": c.TABLE_GROUP}
+    kinds = {None: c.SCALE_NONE, "e4m3": c.SCALE_E4M3, "e8m0": c.SCALE_E8M0}
+    seconds = {"e4m3": c.SECOND_ONE, "int8": c.SECOND_ROW}
     return {
         "BITS": format.bits,
         "CODEC": (c.AFFINE if affine else c.LUT).value,
         "OFFSET": 2 ** (format.bits - 1) if affine and format.zero is None else 0,
         "ZERO": zeros[format.zero].value,
         "SCOPE": scopes[format.table_scope].value,
-        "HAS_SCALE": scales is not None,
+        "SCALE": kinds.get(format.scale, c.SCALE_NUMBER).value,
+        "SECOND": seconds.get(format.scale, c.SECOND_NONE).value,
     }
+
+
+def _super_groups(format: Format, k: int) -> int:
+    """Groups that share a second level."""
+    if format.scale2_group is None or format.group is None:
+        return format.num_groups(k)
+    return format.scale2_group // format.group
 
 
 def _given(codes: Tensor, *others: Tensor | None) -> list[Tensor]:
@@ -83,7 +93,7 @@ class TritonBackend(Backend):
         with on_device(x.device):
             package.linear.linear_kernel[(-(-n // c.block_n), -(-m // c.block_m), c.splits)](
                 x,
-                *_given(w.codes, w.scales, w.zeros, w.table, bias),
+                *_given(*w.tensors, bias),
                 parts,
                 m,
                 n,
@@ -92,8 +102,9 @@ class TritonBackend(Backend):
                 x.stride(1),
                 group,
                 groups,
+                _super_groups(format, k),
                 c.chunks_per_split,
-                **meaning(format, w.scales),
+                **meaning(format),
                 HAS_BIAS=bias is not None,
                 APART=c.apart,
                 WHOLE=groups == 1 and format.zero != "min",
@@ -123,14 +134,15 @@ class TritonBackend(Backend):
         with on_device(device):
             package.dequantize.dequantize_kernel[(-(-m // block), steps)](
                 w.codes if indices is None else contiguous(indices),
-                *_given(w.codes, w.scales, w.zeros, w.table),
+                *_given(*w.tensors),
                 out,
                 m,
                 w.n,
                 w.k,
                 w.format.group or w.k,
                 w.format.num_groups(w.k),
-                **meaning(w.format, w.scales),
+                _super_groups(w.format, w.k),
+                **meaning(w.format),
                 GATHERS=indices is not None,
                 BLOCK_M=block,
                 CHUNKS=chunks,

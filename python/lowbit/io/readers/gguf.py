@@ -131,9 +131,13 @@ class GGUFFile(Mapping[str, "QuantTensor | Tensor"]):
                 codes[:, 0::2] | codes[:, 1::2] << 4 if fmt.bits == 4 else
                 codes if fmt.bits == 8 else pack_codes(codes, fmt)
             )  # fmt: skip
-            for key, values in (("scales", parts.scales), ("zeros", parts.zeros)):
-                if values is not None:
-                    out[key][start:stop] = torch.from_numpy(values).view(stop - start, -1)
+            for key, values in parts._asdict().items():
+                if key != "codes" and values is not None:
+                    stored = torch.from_numpy(values).view(out[key].dtype)
+                    out[key][start:stop] = stored.view(stop - start, -1)
+        if fmt.scale == "e4m3":
+            # What multiplies a tensor as a whole is a tensor of its own in the file.
+            out["scales2"].fill_(1)
         return QuantTensor(fmt, (n, k), out).validate()
 
     def _bytes(self, info: GGUFTensor, offset: int, count: int) -> bytearray:
