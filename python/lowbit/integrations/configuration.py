@@ -78,19 +78,30 @@ def empty_model(
     Raises:
         FileNotFoundError, ImportError, ValueError: as `load_folder` of `pretrained`.
     """
-    try:
-        from accelerate import init_empty_weights
-    except ModuleNotFoundError:
-        raise ImportError(
-            "accelerate is not installed; loading a folder needs: pip install 'lowbit[models]'"
-        ) from None
     path = Path(folder)
     config = read_config(path)
     if dtype is not None:
         config.dtype = dtype
     check_counts(path, config)
     kind = model_class(path, config)
-    what = f"{path / CONFIG_NAME}: transformers cannot make a {kind.__name__} of it"
+    return without_weights(
+        kind, config, f"{path / CONFIG_NAME}: transformers cannot make a {kind.__name__} of it"
+    )
+
+
+def without_weights(kind: type[PreTrainedModel], config: Any, what: str) -> PreTrainedModel:
+    """The model of a configuration, its parameters on the meta device and its buffers real.
+
+    Raises:
+        ImportError: accelerate is not installed.
+        ValueError: transformers cannot make it, with `what` in front.
+    """
+    try:
+        from accelerate import init_empty_weights
+    except ModuleNotFoundError:
+        raise ImportError(
+            "accelerate is not installed; loading a model needs: pip install 'lowbit[models]'"
+        ) from None
     with errors_of(what), quiet(), _default_dtype(config.dtype or torch.float32):
         # Parameters without memory; buffers that no file holds are real.
         with init_empty_weights(include_buffers=False):

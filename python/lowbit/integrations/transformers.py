@@ -19,7 +19,12 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from lowbit.files import cut
 from lowbit.formats import Format, as_format
@@ -30,6 +35,7 @@ from lowbit.integrations.gguf_llama import (
     rotary_embedding,
     token_id,
 )
+from lowbit.integrations.gguf_models import load_causal
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
 from lowbit.methods import quantize
@@ -43,8 +49,8 @@ def load_gguf(
     *,
     dtype: torch.dtype = torch.bfloat16,
     format: Format | str | None = None,
-) -> LlamaForCausalLM:
-    """Loads a GGUF file of architecture "llama" with its block-quantized weights packed as stored.
+) -> PreTrainedModel:
+    """Loads a GGUF file with its block-quantized weights packed as stored.
 
     A tied head shares the embedding's packed tensors. Tensors that the file holds dense (F16, BF16,
     F32) stay dense in `dtype`. Frequencies of the rotary embedding are divided by the file's
@@ -66,6 +72,8 @@ def load_gguf(
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     target = None if format is None else as_format(format)
     file = GGUFFile(path)
+    if file.metadata.get("general.architecture") != "llama":
+        return load_causal(file, dtype, target)
     config = llama_config(file)
     config.dtype = dtype
     stored = check_tensors(file, config)

@@ -97,3 +97,35 @@ class QuantEmbedding(PackedModule):
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         shape = f"{self.num_embeddings}, {self.embedding_dim}{padding}"
         return f"{shape}, dtype={self.dtype}, {super().extra_repr()}"
+
+
+class ScaledQuantEmbedding(QuantEmbedding):
+    """A QuantEmbedding whose rows are multiplied by a number, as Gemma's are.
+
+    Attributes:
+        embed_scale: the number; it is rounded to the dtype of the rows, as transformers rounds it.
+    """
+
+    embed_scale: float = 1.0
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Rows of the weight, scaled."""
+        scale = torch.tensor(self.embed_scale, dtype=self.dtype, device="cpu")
+        return super().forward(indices) * float(scale)
+
+    def extra_repr(self) -> str:
+        """That of QuantEmbedding, and the scale."""
+        return f"{super().extra_repr()}, embed_scale={self.embed_scale:g}"
+
+
+def packed_embedding(
+    dense: nn.Embedding, weight: QuantTensor, dtype: torch.dtype
+) -> QuantEmbedding:
+    """What takes the place of a dense embedding, one that scales its rows (attribute `embed_scale`) included."""
+    scale = getattr(dense, "scalar_embed_scale", getattr(dense, "embed_scale", None))
+    if scale is None:
+        return QuantEmbedding.from_quant_tensor(weight, dtype, dense.padding_idx)
+    made = ScaledQuantEmbedding.from_quant_tensor(weight, dtype, dense.padding_idx)
+    assert isinstance(made, ScaledQuantEmbedding)
+    made.embed_scale = float(scale)
+    return made
