@@ -173,7 +173,9 @@ class _Filling:
         elif isinstance(weight, QuantTensor):
             self.found.packed[name] = weight.format.name
         if not isinstance(weight, QuantTensor):
-            self._set(name + _WEIGHT, weight)
+            # In the shape of the module, which may stand for a transposed one.
+            dense = weight.to(self.device, self._own_dtype(name + _WEIGHT))
+            self._put(name + _WEIGHT, dense)
             if bias is not None:
                 self._put(f"{name}.bias", bias)
             return
