@@ -7,6 +7,7 @@ is made and then a table, or with `json` one JSON object and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -142,7 +143,8 @@ def run(options: RunOptions) -> dict[str, Any]:
     )
     import_seconds, start = time.perf_counter() - start, time.perf_counter()
     tokenizer = load_tokenizer(path)
-    model = load_model(path, dtype=DTYPES[options.dtype], format=options.format)
+    with contextlib.nullcontext() if options.json else _log_on_stderr():
+        model = load_model(path, dtype=DTYPES[options.dtype], format=options.format)
     result: dict[str, Any] = {
         "model": path.name,
         "format": options.format or "as stored",
@@ -166,6 +168,21 @@ def run(options: RunOptions) -> dict[str, Any]:
     else:
         stream.print(report(result))
     return result
+
+
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Shows what is logged of loading."""
+    logger, handler = logging.getLogger("lowbit"), logging.StreamHandler(sys.stderr)
+    handler.format = lambda record: printable(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _check_installed(*packages: str) -> None:

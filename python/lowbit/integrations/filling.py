@@ -140,7 +140,7 @@ class _Filling:
         """Raises unless every layer has its linear; notes what has no place in the model."""
         modules = dict(self.model.named_modules())
         for name, layer in self._layers.items():
-            module, shape = modules.get(name), self.reader.plans[layer].shape
+            module = modules.get(name)
             if self.reader.plans[layer].experts and name in self._wanted:
                 continue
             if not isinstance(module, nn.Linear | nn.Embedding):
@@ -149,11 +149,7 @@ class _Filling:
                     f"{self.reader.path}: layer {shown(layer)} must be an nn.Linear or nn.Embedding of "
                     f"the {type(self.model).__name__}, it is {kind}"
                 )
-            if tuple(module.weight.shape) != shape:
-                raise ValueError(
-                    f"{self.reader.path}: layer {shown(layer)} has shape {shape}, the model's has "
-                    f"{tuple(module.weight.shape)}"
-                )
+            self.reader.fit(layer, tuple(module.weight.shape))
         ignored = [re.compile(p) for p in self.model._keys_to_ignore_on_load_unexpected or ()]
         biases = {f"{name}.bias" for name in self._layers}
         for name, stored in self._stored.items():
@@ -177,7 +173,9 @@ class _Filling:
         elif isinstance(weight, QuantTensor):
             self.found.packed[name] = weight.format.name
         if not isinstance(weight, QuantTensor):
-            self._set(name + _WEIGHT, weight)
+            # In the shape of the module, which may stand for a transposed one.
+            dense = weight.to(self.device, self._own_dtype(name + _WEIGHT))
+            self._put(name + _WEIGHT, dense)
             if bias is not None:
                 self._put(f"{name}.bias", bias)
             return

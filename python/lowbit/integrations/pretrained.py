@@ -33,7 +33,7 @@ from lowbit.integrations.configuration import (
 from lowbit.io.foreign import (
     CONFIG_KEYS,
     CONFIG_NAME,
-    METHOD_FILES,
+    OWN_FILES,
     read_json,
     refuse_quantized,
 )
@@ -122,11 +122,11 @@ def save_folder(
 
 def _forget_quantization(folder: Path) -> None:
     """Takes what another program said of the tensors of the source out of the folder."""
-    for name in METHOD_FILES:
+    for name in OWN_FILES:
         (folder / name).unlink(missing_ok=True)
     content = read_json(folder / CONFIG_NAME)
     parts = [content, *(v for v in content.values() if isinstance(v, dict))]
-    found = [part.pop(key, None) for part in parts for key in CONFIG_KEYS]
+    found = [part.pop(key, None) for part in parts for key in (*CONFIG_KEYS, "anyprec")]
     if any(found):
         text = json.dumps(content, indent=2).encode()
         write_atomically(folder / CONFIG_NAME, lambda f: f.write(text))

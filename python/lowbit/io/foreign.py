@@ -21,6 +21,8 @@ _QUANTIZER_FILES = {
 }
 # Those that say all that a reader needs.
 METHOD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_QMAP = "quanto_qmap.json"
+OWN_FILES = (*METHOD_FILES, _QMAP)
 CONFIG_KEYS = ("quantization_config", "compression_config")
 # The first that a tensor's name ends in says who made it.
 _SUFFIXES = (
@@ -76,10 +78,15 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
             if how := part.get(key):
                 if not isinstance(how, dict):
                     raise ValueError(f"{file}: {key} must be an object, got {how!r:.100}")
+                method = how.get("quant_method", "")
+                if not isinstance(method, str):
+                    raise ValueError(f"{file}: quant_method must be a name, got {method!r:.100}")
                 default = {"quant_method": "compressed-tensors"} if key == CONFIG_KEYS[1] else {}
                 return {**default, **how}
     if isinstance(content.get("anyprec"), dict):
         return {"quant_method": "anyprec", **content["anyprec"]}
+    if (own := folder / _QMAP).is_file():
+        return {"quant_method": "quanto", "map": read_json(own)}
     for name, method in METHOD_FILES.items():
         if (own := folder / name).is_file():
             return {"quant_method": method, **read_json(own)}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from folders import save_state, transformers
+from safetensors.torch import load_file
 
 import lowbit
 from lowbit.io.readers.registry import open_checkpoint

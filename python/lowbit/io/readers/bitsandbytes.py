@@ -57,7 +57,7 @@ class BitsAndBytesReader(FolderReader):
             n, k = specs["weight"][0]
             _check_numel("SCB", specs["SCB"], n, torch.float32)
             layout = self._part(layer, "weight_format")
-            if layout is not None and int(layout.reshape(-1)[0]) != 0:
+            if layout is not None and (layout.numel() != 1 or int(layout) != 0):
                 raise ValueError(f"weight_format must be 0 (row), got {layout.tolist()}")
             return Plan((n, k), affine(8, None, k, "fp32"))
         state = self._state(layer, specs)
@@ -87,10 +87,11 @@ class BitsAndBytesReader(FolderReader):
         name = next((part for part in _STATES if part in specs), None)
         if name is None:
             raise ValueError(f"weight.quant_state is missing, the layer has {', '.join(specs)}")
+        check(name, specs[name], (None,), (torch.uint8,))
         raw = self._part(layer, name)
         assert raw is not None
         try:
-            state = json.loads(bytes(raw.flatten().to(torch.uint8).tolist()))
+            state = json.loads(bytes(raw.tolist()))
         except ValueError as e:
             raise ValueError(f"{name} must be JSON in bytes: {e}") from None
         shape = state.get("shape") if isinstance(state, dict) else None

@@ -64,9 +64,11 @@ def ordered(plan: Plan, index: Tensor, group: int, groups: int) -> Plan:
 
 
 def _check_nan(weight: QuantTensor) -> None:
-    """Two codes of E4M3 are NaN."""
-    if weight.format.codec == "e4m3" and bool((weight.tensors["codes"] & 0x7F == 0x7F).any()):
-        raise ValueError("the weight holds the E4M3 NaN")
+    """Two codes of E4M3 are NaN, and eight of E5M2 NaN or inf."""
+    codec = weight.format.codec
+    bits = {"e4m3": 0x7F, "e5m2": 0x7C}.get(codec)
+    if bits is not None and bool((weight.tensors["codes"] & bits == bits).any()):
+        raise ValueError(f"the weight holds NaN or inf in {codec}")
 
 
 class FolderReader(Reader):
@@ -181,6 +183,18 @@ class FolderReader(Reader):
     def order(self, name: str) -> Tensor | None:
         """The columns of x that the columns of a layer stand for."""
         return self.plans[name].order if name in self.plans else None
+
+    def fit(self, layer: str, shape: tuple[int, ...]) -> None:
+        """Tells what shape a layer has in the model, which some files leave open.
+
+        Raises:
+            ValueError: it cannot have it.
+        """
+        if self.plans[layer].whole_shape != shape:
+            raise ValueError(
+                f"{self._file_of(layer)}: layer {shown(layer)} has shape {self.plans[layer].whole_shape}, the "
+                f"model's has {shape}"
+            )
 
     def _tensor(self, name: str) -> Tensor:
         return self._files[name].tensor(name)

@@ -17,7 +17,9 @@ from lowbit.io.readers.gptq import GPTQReader
 from lowbit.io.readers.hqq import HQQReader
 from lowbit.io.readers.mxfp4 import MXFP4Reader
 from lowbit.io.readers.native import NativeReader
+from lowbit.io.readers.quanto import QuantoReader
 from lowbit.io.readers.tables import AnyPrecisionReader, SqueezeLLMReader
+from lowbit.io.readers.torchao import TorchAOReader
 
 # Asked in this order; the last takes what is left and says what it is.
 READERS: tuple[type[Reader], ...] = (
@@ -33,6 +35,8 @@ READERS: tuple[type[Reader], ...] = (
     SqueezeLLMReader,
     AnyPrecisionReader,
     MXFP4Reader,
+    QuantoReader,
+    TorchAOReader,
     DenseReader,
 )
 
