@@ -24,7 +24,7 @@ void run_parts(const Projection::Part* parts, size_t count, int64_t begin, int64
 
 }  // namespace
 
-void Worker::run(const int64_t* ids, int64_t rows, int64_t position, bool logits) {
+void Worker::run(const int64_t* ids, int64_t rows, TokenPlace place, bool logits) {
   const size_t layers = d.model_.layers.size();
   Decoder::Private& my = mine();
   if (rows == 1) {
@@ -32,34 +32,50 @@ void Worker::run(const int64_t* ids, int64_t rows, int64_t position, bool logits
     for (size_t layer = 0; layer < layers; ++layer) {
       add_norm(layer ? d.one_.y : nullptr, norm_before(layer), d.model_.layers[layer].input_norm);
       project(d.one_.layers[Decoder::kInputs * layer + Decoder::kQkv], my.normed);
-      finish_layer(layer, d.one_.qkv, position);
+      finish_layer(layer, d.one_.qkv, place);
     }
   } else {
-    share(ceil_div(rows, kRowsPerPiece), [&](int64_t b, int64_t e) {
-      const int64_t begin = b * kRowsPerPiece;
-      embed_rows(ids, begin, std::min(e * kRowsPerPiece, rows), d.row(d.many_.residual, begin, d.config_.hidden));
-    });
-    team.wait();
+    embed_all(ids);
     for (size_t layer = 0; layer + 1 < layers; ++layer) {
       input_rows(layer);
-      store_rows(layer, position, rows);
-      attend_rows(layer, position);
+      store_rows(layer, place, rows);
+      attend_rows(layer, place);
       finish_rows(layer);
     }
     // Of the last layer, only the last token's result is read.
     const size_t layer = layers - 1;
     input_rows(layer);
     const int64_t last = rows - 1;
-    store_rows(layer, position, logits ? last : rows);
+    store_rows(layer, place, logits ? last : rows);
     if (!logits) return;
-    std::memcpy(my.residual, d.row(d.many_.residual, last, d.config_.hidden),
+    std::memcpy(my.residual, d.row(many.residual, last, d.config_.hidden),
                 static_cast<size_t>(d.config_.hidden) * d.element_);
     const int64_t width = (d.config_.heads + 2 * d.config_.kv_heads) * d.config_.head_dim;
-    finish_layer(layer, d.row(d.many_.qkv, last, width), position + last);
+    finish_layer(layer, d.row(many.qkv, last, width), {place.sequence, place.position + last});
   }
   if (!logits) return;
   add_norm(d.one_.y, norm_before(layers), d.model_.norm);
   head();
+}
+
+void Worker::run_each(const int64_t* ids, const TokenPlace* places) {
+  const size_t layers = d.model_.layers.size();
+  embed_all(ids);
+  for (size_t layer = 0; layer < layers; ++layer) {
+    input_rows(layer);
+    attend_places(layer, places);
+    finish_rows(layer);
+  }
+  head_rows();
+}
+
+void Worker::embed_all(const int64_t* ids) {
+  const int64_t rows = many.rows;
+  share(ceil_div(rows, kRowsPerPiece), [&](int64_t b, int64_t e) {
+    const int64_t begin = b * kRowsPerPiece;
+    embed_rows(ids, begin, std::min(e * kRowsPerPiece, rows), d.row(many.residual, begin, d.config_.hidden));
+  });
+  team.wait();
 }
 
 void Worker::embed_rows(const int64_t* ids, int64_t begin, int64_t end, char* out) const {
@@ -132,8 +148,8 @@ void Worker::project(const Projection& p, const char* x) {
 
 void Worker::head() {
   const DecoderConfig& c = d.config_;
-  if (c.logit_divisor == 1.0f && c.logit_cap == 0.0f) return project(d.head_, mine().normed);
-  project(d.head_, mine().normed, [&](int64_t b, int64_t e) {
+  if (c.logit_divisor == 1.0f && c.logit_cap == 0.0f) return project(d.one_.head, mine().normed);
+  project(d.one_.head, mine().normed, [&](int64_t b, int64_t e) {
     d.ops_->cap_logits(c.dtype, d.model_.logits, c.logit_divisor, c.logit_cap, b * kBlockN,
                        std::min(e * kBlockN, c.vocab));
   });
@@ -177,11 +193,12 @@ void Worker::ready(size_t layer, const char* qkv, int64_t head, int64_t position
   d.ops_->ready(h);
 }
 
-void Worker::store_key(size_t layer, int64_t kv_head, const char* qkv, int64_t position, bool last) const {
+void Worker::store_key(size_t layer, int64_t kv_head, const char* qkv, TokenPlace place, bool last) const {
   const int64_t heads = d.config_.heads, value = heads + d.config_.kv_heads + kv_head;
-  ready(layer, qkv, heads + kv_head, position, mine().key);
+  ready(layer, qkv, heads + kv_head, place.position, mine().key);
   const char* v = qkv + static_cast<size_t>(value * d.config_.head_dim) * d.element_;
-  d.ops_->store_position(d.cache(layer, kv_head), position, last, mine().key, d.config_.dtype, v, mine().scratch);
+  d.ops_->store_position(d.cache(place.sequence, layer, kv_head), place.position, last, mine().key, d.config_.dtype, v,
+                         mine().scratch);
 }
 
 namespace {
@@ -202,8 +219,9 @@ struct Range {
 
 }  // namespace
 
-void Worker::attend_one(size_t layer, const char* qkv, int64_t position) {
+void Worker::attend_one(size_t layer, const char* qkv, TokenPlace place) {
   const DecoderConfig& c = d.config_;
+  const int64_t position = place.position;
   const int64_t window = d.model_.layers[layer].window, group = c.heads / c.kv_heads;
   const Seen seen(window, position);
   const int64_t blocks = seen.blocks;
@@ -212,10 +230,10 @@ void Worker::attend_one(size_t layer, const char* qkv, int64_t position) {
   for (int64_t h = range.begin / blocks; h * blocks < range.end; ++h) {
     const int64_t begin = std::max(range.begin - h * blocks, int64_t{0}),
                   end = std::min(range.end - h * blocks, blocks);
-    if (end == blocks) store_key(layer, h, qkv, position, true);
+    if (end == blocks) store_key(layer, h, qkv, place, true);
     for (int64_t i = 0; i < group; ++i) ready(layer, qkv, h * group + i, position, my.q + i * d.head_padded_);
     Attend a{};
-    a.cache = d.cache(layer, h);
+    a.cache = d.cache(place.sequence, layer, h);
     a.q = my.q;
     a.q_dtype = c.dtype;
     a.rows = a.group = group;
@@ -252,10 +270,10 @@ void Worker::merge(size_t layer, int64_t position) const {
   }
 }
 
-void Worker::finish_layer(size_t layer, const char* qkv, int64_t position) {
+void Worker::finish_layer(size_t layer, const char* qkv, TokenPlace place) {
   const Projection* p = &d.one_.layers[Decoder::kInputs * layer];
-  attend_one(layer, qkv, position);
-  merge(layer, position);
+  attend_one(layer, qkv, place);
+  merge(layer, place.position);
   project(p[Decoder::kOut], mine().attended);
   add_norm(d.one_.y, d.model_.layers[layer].attention_out_norm, d.model_.layers[layer].mlp_norm);
   gate_up(p[Decoder::kGateUp], mine().normed);
@@ -265,7 +283,7 @@ void Worker::finish_layer(size_t layer, const char* qkv, int64_t position) {
 // fill(begin, end) writes rows of the input, which are then prepared.
 template <class Fn>
 void Worker::project_rows(const Projection& p, const Fn& fill) {
-  const int64_t rows = d.many_.rows;
+  const int64_t rows = many.rows;
   share(ceil_div(rows, kRowsPerPiece), [&](int64_t b, int64_t e) {
     const int64_t begin = b * kRowsPerPiece, end = std::min(e * kRowsPerPiece, rows);
     fill(begin, end);
@@ -283,83 +301,133 @@ void Worker::project_rows(const Projection& p, const Fn& fill) {
 
 void Worker::input_rows(size_t layer) {
   const int64_t hidden = d.config_.hidden;
-  project_rows(d.many_.layers[Decoder::kInputs * layer + Decoder::kQkv], [&](int64_t begin, int64_t end) {
+  project_rows(many.layers[Decoder::kInputs * layer + Decoder::kQkv], [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      d.ops_->add_norm(between(d.row(d.many_.residual, i, hidden), layer ? d.row(d.many_.y, i, hidden) : nullptr,
-                               norm_before(layer), d.model_.layers[layer].input_norm,
-                               d.row(d.many_.normed, i, hidden)));
+      d.ops_->add_norm(between(d.row(many.residual, i, hidden), layer ? d.row(many.y, i, hidden) : nullptr,
+                               norm_before(layer), d.model_.layers[layer].input_norm, d.row(many.normed, i, hidden)));
     }
   });
 }
 
-void Worker::store_rows(size_t layer, int64_t position, int64_t rows) {
+void Worker::store_rows(size_t layer, TokenPlace place, int64_t rows) {
   const int64_t width = (d.config_.heads + 2 * d.config_.kv_heads) * d.config_.head_dim;
   share(ceil_div(rows, kRowsPerPiece), [&](int64_t b, int64_t e) {
     for (int64_t i = b * kRowsPerPiece; i < std::min(e * kRowsPerPiece, rows); ++i) {
       for (int64_t h = 0; h < d.config_.kv_heads; ++h) {
-        store_key(layer, h, d.row(d.many_.qkv, i, width), position + i, i + 1 == rows);
+        store_key(layer, h, d.row(many.qkv, i, width), {place.sequence, place.position + i}, i + 1 == rows);
       }
     }
   });
   team.wait();
 }
 
-void Worker::attend_rows(size_t layer, int64_t position) {
+void Worker::attend_head(size_t layer, int64_t kv_head, int64_t first, int64_t rows, TokenPlace place) const {
   const DecoderConfig& c = d.config_;
   const int64_t group = c.heads / c.kv_heads, width = (c.heads + 2 * c.kv_heads) * c.head_dim;
-  const int64_t total = d.many_.rows, window = d.model_.layers[layer].window;
+  const int64_t window = d.model_.layers[layer].window;
   Decoder::Private& my = mine();
-  share(ceil_div(total, kQueryRows) * c.kv_heads, [&](int64_t b, int64_t e) {
+  for (int64_t r = 0; r < rows * group; ++r) {
+    const int64_t i = r / group, head = kv_head * group + r % group;
+    ready(layer, d.row(many.qkv, first + i, width), head, place.position + i, my.q + r * d.head_padded_);
+  }
+  Attend a{};
+  a.cache = d.cache(place.sequence, layer, kv_head);
+  a.q = my.q;
+  a.q_dtype = c.dtype;
+  a.rows = rows * group;
+  a.group = group;
+  a.first_limit = place.position + 1;
+  a.end = place.position + rows;
+  a.window = window ? window : a.end;
+  a.begin = Seen(window, place.position).first * kKeyBlock;
+  a.scale = c.score_scale;
+  a.cap = c.score_cap;
+  a.scratch = my.scratch;
+  a.acc = my.acc;
+  a.max = my.max;
+  a.sum = my.sum;
+  d.ops_->attend(a);
+  for (int64_t r = 0; r < rows * group; ++r) {
+    const Partial part{my.acc + r * d.head_padded_, my.max[r], my.sum[r]};
+    char* out = d.row(many.attended, first + r / group, c.heads * c.head_dim);
+    const size_t at = static_cast<size_t>((kv_head * group + r % group) * c.head_dim) * d.element_;
+    d.ops_->finish(&part, 1, c.head_dim, c.dtype, out + at);
+  }
+}
+
+void Worker::attend_rows(size_t layer, TokenPlace place) {
+  const int64_t heads = d.config_.kv_heads, total = many.rows;
+  share(ceil_div(total, kQueryRows) * heads, [&](int64_t b, int64_t e) {
     for (int64_t task = b; task < e; ++task) {
-      const int64_t first = task / c.kv_heads * kQueryRows, h = task % c.kv_heads;
-      const int64_t rows = std::min(kQueryRows, total - first);
-      for (int64_t r = 0; r < rows * group; ++r) {
-        const int64_t i = first + r / group;
-        ready(layer, d.row(d.many_.qkv, i, width), h * group + r % group, position + i, my.q + r * d.head_padded_);
+      const int64_t first = task / heads * kQueryRows;
+      attend_head(layer, task % heads, first, std::min(kQueryRows, total - first),
+                  {place.sequence, place.position + first});
+    }
+  });
+  team.wait();
+}
+
+void Worker::attend_places(size_t layer, const TokenPlace* places) {
+  const DecoderConfig& c = d.config_;
+  const int64_t width = (c.heads + 2 * c.kv_heads) * c.head_dim;
+  share(many.rows * c.kv_heads, [&](int64_t b, int64_t e) {
+    for (int64_t task = b; task < e; ++task) {
+      const int64_t i = task / c.kv_heads, h = task % c.kv_heads;
+      store_key(layer, h, d.row(many.qkv, i, width), places[i], true);
+      attend_head(layer, h, i, 1, places[i]);
+    }
+  });
+  team.wait();
+}
+
+void Worker::head_rows() {
+  const DecoderConfig& c = d.config_;
+  const auto normed = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      d.ops_->add_norm(between(d.row(many.residual, i, c.hidden), d.row(many.y, i, c.hidden),
+                               norm_before(d.model_.layers.size()), d.model_.norm, d.row(many.normed, i, c.hidden)));
+    }
+  };
+  const Projection::Part& part = many.head.parts[0];
+  if (part.dense) {
+    share(ceil_div(many.rows, kRowsPerPiece),
+          [&](int64_t b, int64_t e) { normed(b * kRowsPerPiece, std::min(e * kRowsPerPiece, many.rows)); });
+    team.wait();
+    share(part.tasks * many.rows, [&](int64_t b, int64_t e) {
+      for (int64_t task = b; task < e; ++task) {
+        const int64_t i = task / part.tasks, begin = task % part.tasks * kBlockN;
+        d.ops_->dense(c.dtype, part.dense, part.launch.bias, d.row(many.normed, i, c.hidden), c.hidden, begin,
+                      std::min(begin + kBlockN, c.vocab), d.logits(i));
       }
-      Attend a{};
-      a.cache = d.cache(layer, h);
-      a.q = my.q;
-      a.q_dtype = c.dtype;
-      a.rows = rows * group;
-      a.group = group;
-      a.first_limit = position + first + 1;
-      a.end = position + first + rows;
-      a.window = window ? window : a.end;
-      a.begin = Seen(window, position + first).first * kKeyBlock;
-      a.scale = c.score_scale;
-      a.cap = c.score_cap;
-      a.scratch = my.scratch;
-      a.acc = my.acc;
-      a.max = my.max;
-      a.sum = my.sum;
-      d.ops_->attend(a);
-      for (int64_t r = 0; r < rows * group; ++r) {
-        const Partial part{my.acc + r * d.head_padded_, my.max[r], my.sum[r]};
-        char* out = d.row(d.many_.attended, first + r / group, c.heads * c.head_dim);
-        const size_t at = static_cast<size_t>((h * group + r % group) * c.head_dim) * d.element_;
-        d.ops_->finish(&part, 1, c.head_dim, c.dtype, out + at);
-      }
+    });
+    team.wait();
+  } else {
+    project_rows(many.head, normed);
+  }
+  if (c.logit_divisor == 1.0f && c.logit_cap == 0.0f) return;
+  share(many.rows, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      d.ops_->cap_logits(c.dtype, d.logits(i), c.logit_divisor, c.logit_cap, 0, c.vocab);
     }
   });
   team.wait();
 }
 
 void Worker::finish_rows(size_t layer) {
-  const Projection* p = &d.many_.layers[Decoder::kInputs * layer];
+  const Projection* p = &many.layers[Decoder::kInputs * layer];
   const DecoderConfig& c = d.config_;
   project_rows(p[Decoder::kOut], [](int64_t, int64_t) {});
   project_rows(p[Decoder::kGateUp], [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      d.ops_->add_norm(between(d.row(d.many_.residual, i, c.hidden), d.row(d.many_.y, i, c.hidden),
+      d.ops_->add_norm(between(d.row(many.residual, i, c.hidden), d.row(many.y, i, c.hidden),
                                d.model_.layers[layer].attention_out_norm, d.model_.layers[layer].mlp_norm,
-                               d.row(d.many_.normed, i, c.hidden)));
+                               d.row(many.normed, i, c.hidden)));
     }
   });
   project_rows(p[Decoder::kDown], [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const size_t at = static_cast<size_t>(i * d.many_.gate_stride) * d.element_;
-      d.ops_->gate_mul(c.activation, c.dtype, d.many_.gate + at, d.many_.up + at, c.intermediate);
+      const size_t at = static_cast<size_t>(i * many.gate_stride) * d.element_;
+      d.ops_->gate_mul(c.activation, c.dtype, many.gate + at, many.up + at, c.intermediate);
     }
   });
 }
