@@ -1,7 +1,12 @@
-// One thread of a Decoder's team; only decoder.cpp and decoder_worker.cpp include it.
+// One thread of a Decoder's team; only the decoder's own files include it. decoder_worker.cpp has what it does for one
+// token, decoder_rows.cpp for many.
 #pragma once
 
+#include <algorithm>
+
 #include "decoder.h"
+#include "dispatch.h"
+#include "layout.h"
 #include "team.h"
 
 namespace lowbit {
@@ -9,6 +14,25 @@ namespace lowbit {
 constexpr int64_t kPromptRows = 512;  // tokens of a prompt that go through the layers together
 constexpr int kMostThreads = 256;
 constexpr int64_t kQueryRows = 16;  // tokens whose queries share a pass over the cache
+
+// Runs the tasks [begin, end) of all parts, which stand one after the other.
+inline void run_parts(const Projection::Part* parts, size_t count, int64_t begin, int64_t end) {
+  for (size_t i = 0; i < count; ++i) {
+    const Projection::Part& part = parts[i];
+    const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, part.tasks);
+    if (first < last) run_tasks(*part.kernel, part.launch, first, last);
+    begin -= part.tasks;
+    end -= part.tasks;
+  }
+}
+
+// The blocks of kKeyBlock positions that a token of a layer sees.
+struct Seen {
+  int64_t first, blocks;
+  Seen(int64_t window, int64_t position)
+      : first(window ? std::max<int64_t>(position + 1 - window, 0) / kKeyBlock : 0),
+        blocks(ceil_div(position + 1, kKeyBlock) - first) {}
+};
 
 struct Worker {
   Decoder& d;
