@@ -49,7 +49,8 @@ std::unique_ptr<Decoder> make_decoder(const DecoderConfig& c, const DecoderModel
                  {"head_dim", c.head_dim},
                  {"intermediate", c.intermediate},
                  {"vocab", c.vocab},
-                 {"max_length", c.max_length}});
+                 {"max_length", c.max_length},
+                 {"sequences", c.sequences}});
   return std::make_unique<Decoder>(c, model);
 }
 
@@ -68,7 +69,7 @@ void bind_structs(py::module_& m) {
 #define FIELD(name) config.def_readwrite(#name, &DecoderConfig::name)
   FIELD(hidden), FIELD(heads), FIELD(kv_heads), FIELD(head_dim), FIELD(intermediate), FIELD(vocab), FIELD(max_length);
   FIELD(eps), FIELD(late_norms), FIELD(score_scale), FIELD(score_cap), FIELD(embedding_scale), FIELD(residual_scale);
-  FIELD(logit_divisor), FIELD(logit_cap), FIELD(threads);
+  FIELD(logit_divisor), FIELD(logit_cap), FIELD(sequences), FIELD(threads);
 #undef FIELD
 
   py::class_<DecoderLayer> layer(m, "DecoderLayer", "As in csrc/decoder.h.");
@@ -110,8 +111,16 @@ void bind_decoder(py::module_& m) {
   py::class_<Decoder>(m, "Decoder", "A decoder over packed weights (csrc/decoder.h).")
       .def(py::init(&make_decoder), py::arg("config"), py::arg("model"))
       .def("run_ptr",
-           [](Decoder& d, uint64_t ids, int64_t count, int64_t position) {
-             run_unlocked([&](Stop* stop) { d.run(pointer<const int64_t>(ids), count, position, stop); });
+           [](Decoder& d, uint64_t ids, int64_t count, int64_t sequence, int64_t position) {
+             run_unlocked([&](Stop* stop) { d.run(pointer<const int64_t>(ids), count, {sequence, position}, stop); });
+           })
+      .def("step",
+           [](Decoder& d, const std::vector<int64_t>& ids, const std::vector<std::pair<int64_t, int64_t>>& places) {
+             if (ids.size() != places.size()) fail("ids and places must be of one length");
+             std::vector<TokenPlace> at;
+             for (const auto& [sequence, position] : places) at.push_back({sequence, position});
+             py::gil_scoped_release unlocked;
+             d.step(ids.data(), at.data(), static_cast<int64_t>(ids.size()));
            })
       .def("likeliest", &Decoder::likeliest, py::call_guard<py::gil_scoped_release>());
 }

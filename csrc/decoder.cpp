@@ -115,7 +115,7 @@ Decoder::Decoder(const DecoderConfig& config, const DecoderModel& model)
   element_ = config.dtype == Dtype::kF32 ? 4 : 2;
   cache_element_ = config.cache_dtype == Dtype::kF32 ? 4 : config.cache_dtype == Dtype::kI8 ? 1 : 2;
   const int64_t length = ceil_div(config.max_length, kKeyBlock) * kKeyBlock;
-  const size_t head_rows = model.layers.size() * static_cast<size_t>(config.kv_heads * length);
+  const size_t head_rows = model.layers.size() * static_cast<size_t>(config.sequences * config.kv_heads * length);
   keys_ = Memory(head_rows * static_cast<size_t>(config.head_dim) * cache_element_);
   values_ = Memory(head_rows * static_cast<size_t>(head_padded_) * cache_element_);
   if (config.cache_dtype == Dtype::kI8) {
@@ -126,7 +126,6 @@ Decoder::Decoder(const DecoderConfig& config, const DecoderModel& model)
   copy_constants();
   make_int8_tables();
   bind(&one_, 1);
-  head_ = project({model_.head}, {static_cast<char*>(model.logits)}, config.vocab, nullptr, 0, 1);
   for (const Projection& p : one_.layers) {
     for (const Projection::Part& part : p.parts) weights_ += part.launch.n * part.launch.k;
   }
@@ -275,7 +274,7 @@ Projection Decoder::project(const std::vector<DecoderLinear>& linears, const std
   return made;
 }
 
-void Decoder::bind(Bound* bound, int64_t rows) const {
+void Decoder::bind(Bound* bound, int64_t rows) {
   if (bound->rows == rows) return;
   const DecoderConfig& c = config_;
   const int64_t qkv_width = (c.heads + 2 * c.kv_heads) * c.head_dim;
@@ -307,20 +306,24 @@ void Decoder::bind(Bound* bound, int64_t rows) const {
     bound->layers.push_back(project(layer.gate_up, {bound->gate, bound->up}, inner, bound->normed, hidden, rows));
     bound->layers.push_back(project({layer.down}, {bound->y}, hidden, bound->gate, inner, rows));
   }
+  bound->head = project({model_.head}, {logits(0)}, c.vocab, bound->normed, hidden, rows);
   for (const Projection& p : bound->layers) bytes = std::max(bytes, p.prepared_bytes);
-  if (rows == 1) return;  // prepared by every thread for itself
+  bytes = std::max(bytes, bound->head.prepared_bytes);
+  if (bound == &one_) return;  // prepared by every thread for itself
   bound->prepared = Memory(bytes);
-  for (Projection& p : bound->layers) {
+  const auto place = [&](Projection& p) {
     for (Projection::Part& part : p.parts) {
-      part.place(bound->prepared.data() + part.prepared_offset);
+      if (part.kernel) part.place(bound->prepared.data() + part.prepared_offset);
     }
-  }
+  };
+  for (Projection& p : bound->layers) place(p);
+  place(bound->head);
 }
 
 void Decoder::allocate_threads() {
   const DecoderConfig& c = config_;
   const int64_t queries = std::max(c.heads, kQueryRows * (c.heads / c.kv_heads));
-  size_t prepared = head_.prepared_bytes;
+  size_t prepared = one_.head.prepared_bytes;
   for (const Projection& p : one_.layers) prepared = std::max(prepared, p.prepared_bytes);
   threads_.resize(static_cast<size_t>(config_.threads));
   for (Private& t : threads_) {
@@ -339,9 +342,10 @@ void Decoder::allocate_threads() {
   }
 }
 
-HeadCache Decoder::cache(size_t layer, int64_t kv_head) const {
+HeadCache Decoder::cache(int64_t sequence, size_t layer, int64_t kv_head) const {
   const size_t length = static_cast<size_t>(ceil_div(config_.max_length, kKeyBlock) * kKeyBlock);
-  const size_t row = (layer * static_cast<size_t>(config_.kv_heads) + static_cast<size_t>(kv_head)) * length;
+  const size_t heads = static_cast<size_t>(sequence) * model_.layers.size() + layer;
+  const size_t row = (heads * static_cast<size_t>(config_.kv_heads) + static_cast<size_t>(kv_head)) * length;
   HeadCache c{};
   c.keys = keys_.data() + row * static_cast<size_t>(config_.head_dim) * cache_element_;
   c.values = values_.data() + row * static_cast<size_t>(head_padded_) * cache_element_;
@@ -366,33 +370,60 @@ int Decoder::useful_threads(int64_t rows) const {
   return static_cast<int>(std::clamp<int64_t>(useful, 1, config_.threads));
 }
 
-void Decoder::run(const int64_t* ids, int64_t count, int64_t position, Stop* stop) {
+char* Decoder::logits(int64_t row) const {
+  return static_cast<char*>(model_.logits) + static_cast<size_t>(row * config_.vocab) * element_;
+}
+
+template <class Fn>
+void Decoder::in_team(Bound* bound, const Fn& fn) {
+  const int threads = useful_threads(bound->rows);
+  if (threads == 1) {
+    Team team(1);
+    fn(Worker{*this, *bound, team, 0});
+    return;
+  }
+  std::unique_ptr<Team> team;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp single
+    team = std::make_unique<Team>(omp_get_num_threads());
+    fn(Worker{*this, *bound, *team, omp_get_thread_num()});
+  }
+}
+
+void Decoder::run(const int64_t* ids, int64_t count, TokenPlace place, Stop* stop) {
   while (count > 0 && !stop->asked()) {
     const int64_t rows = std::min(count, kPromptRows);
     if (rows > 1) bind(&many_, rows);
-    const int threads = useful_threads(rows);
-    if (threads == 1) {
-      Team team(1);
-      Worker{*this, team, 0}.run(ids, rows, position, rows == count);
-    } else {
-      std::unique_ptr<Team> team;
-#pragma omp parallel num_threads(threads)
-      {
-#pragma omp single
-        team = std::make_unique<Team>(omp_get_num_threads());
-        Worker{*this, *team, omp_get_thread_num()}.run(ids, rows, position, rows == count);
-      }
-    }
+    in_team(rows > 1 ? &many_ : &one_, [&](Worker worker) { worker.run(ids, rows, place, rows == count); });
     ids += rows;
-    position += rows;
+    place.position += rows;
     count -= rows;
   }
 }
 
-int64_t Decoder::likeliest() const {
-  const bool nan = any_nan(model_.logits, config_.dtype, 0, config_.vocab);
+void Decoder::step(const int64_t* ids, const TokenPlace* places, int64_t count) {
+  std::vector<bool> taken(static_cast<size_t>(config_.sequences));
+  for (int64_t i = 0; i < count; ++i) {
+    const auto [sequence, position] = places[i];
+    if (sequence < 0 || sequence >= config_.sequences || position < 0 || position >= config_.max_length) {
+      throw std::invalid_argument("a place must lie in the cache, got sequence " + std::to_string(sequence) +
+                                  ", position " + std::to_string(position));
+    }
+    if (taken[static_cast<size_t>(sequence)]) {
+      throw std::invalid_argument("a sequence must take one token, got " + std::to_string(sequence) + " again");
+    }
+    taken[static_cast<size_t>(sequence)] = true;
+  }
+  if (count == 0) return;
+  bind(&batch_, count);
+  in_team(&batch_, [&](Worker worker) { worker.run_each(ids, places); });
+}
+
+int64_t Decoder::likeliest(int64_t row) const {
+  const bool nan = any_nan(logits(row), config_.dtype, 0, config_.vocab);
   if (nan) throw std::domain_error("the logits are NaN: the model's weights or its arithmetic are broken");
-  return ops_->argmax(config_.dtype, model_.logits, config_.vocab);
+  return ops_->argmax(config_.dtype, logits(row), config_.vocab);
 }
 
 }  // namespace lowbit

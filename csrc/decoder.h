@@ -1,6 +1,6 @@
-// A decoder over packed weights for one sequence, from a description of it: embedding, layers of attention and a gated
-// MLP, final norm and head, with a static cache of keys and values. All threads run all steps in one parallel region
-// per call, with buffers that never move.
+// A decoder over packed weights, from a description of it: embedding, layers of attention and a gated MLP, final norm
+// and head, with a static cache of keys and values for a number of sequences. All threads run all steps in one parallel
+// region per call, with buffers that never move.
 #pragma once
 
 #include <cstddef>
@@ -26,6 +26,7 @@ struct DecoderConfig {
   float score_scale, score_cap;  // scores: score_cap tanh(score_scale q k / score_cap); a cap of 0 is none
   float embedding_scale, residual_scale;
   float logit_divisor, logit_cap;
+  int64_t sequences;  // that the cache has room for
   int threads;
 };
 
@@ -62,7 +63,12 @@ struct DecoderModel {
   std::vector<DecoderLayer> layers;
   std::vector<DecoderRope> ropes;
   const float* norm;  // (hidden)
-  void* logits;       // (vocab): where they go
+  void* logits;       // (sequences, vocab): where they go
+};
+
+// A position of a sequence of the cache.
+struct TokenPlace {
+  int64_t sequence, position;
 };
 
 // Zeroed memory, aligned to 64 bytes; large pieces take no memory until they are written.
@@ -108,12 +114,15 @@ class Decoder {
   // contradict each other or no kernel of this CPU serves a weight.
   Decoder(const DecoderConfig& config, const DecoderModel& model);
 
-  // Appends `count` tokens, each in [0, vocab), at `position`: the cache holds what was appended at the positions below
-  // it. Writes the logits after the last token, unless it is stopped.
-  void run(const int64_t* ids, int64_t count, int64_t position, Stop* stop);
+  // Appends `count` tokens, each in [0, vocab), to a sequence: the cache holds what was appended at the positions
+  // below. Writes the logits after the last token to the first row, unless it is stopped.
+  void run(const int64_t* ids, int64_t count, TokenPlace place, Stop* stop);
 
-  // The token of the largest logit, the first of several. Throws std::domain_error if a logit is NaN.
-  int64_t likeliest() const;
+  // Appends a token to each of `count` different sequences. Writes the logits after token i to row i.
+  void step(const int64_t* ids, const TokenPlace* places, int64_t count);
+
+  // The token of the largest logit of a row, the first of several. Throws std::domain_error if a logit is NaN.
+  int64_t likeliest(int64_t row) const;
 
  private:
   friend struct Worker;
@@ -122,6 +131,7 @@ class Decoder {
   struct Bound {
     int64_t rows = 0;
     std::vector<Projection> layers;  // kInputs for each layer
+    Projection head;
     Memory activations, prepared;
     // (rows, ...) activations in `dtype`, padded rows.
     char *residual, *normed, *qkv, *attended, *y, *gate, *up;
@@ -136,14 +146,18 @@ class Decoder {
 
   void check() const;
   void copy_constants();
-  void bind(Bound* bound, int64_t rows) const;
+  void bind(Bound* bound, int64_t rows);
   Projection project(const std::vector<DecoderLinear>& linears, const std::vector<char*>& outs, int64_t out_stride,
                      const char* x, int64_t x_stride, int64_t rows) const;
   void make_int8_tables();
   void allocate_threads();
-  HeadCache cache(size_t layer, int64_t kv_head) const;
+  HeadCache cache(int64_t sequence, size_t layer, int64_t kv_head) const;
   char* row(char* rows, int64_t i, int64_t width) const;
   int useful_threads(int64_t rows) const;
+  char* logits(int64_t row) const;
+  // Calls fn with a Worker on each of the threads that `rows` rows keep busy.
+  template <class Fn>
+  void in_team(Bound* bound, const Fn& fn);
 
   DecoderConfig config_;
   DecoderModel model_;
@@ -151,8 +165,7 @@ class Decoder {
   int64_t head_padded_, weights_ = 0;
   size_t element_, cache_element_;
   Memory constants_, keys_, values_, key_scales_, value_scales_, tables_;
-  Bound one_, many_;
-  Projection head_;
+  Bound one_, many_, batch_;
   std::vector<Private> threads_;
 };
 

@@ -7,24 +7,8 @@
 #include "layout.h"
 
 namespace lowbit {
-namespace {
 
-constexpr int64_t kRowsPerPiece = 8;
-
-// Runs the tasks [begin, end) of all parts, which stand one after the other.
-void run_parts(const Projection::Part* parts, size_t count, int64_t begin, int64_t end) {
-  for (size_t i = 0; i < count; ++i) {
-    const Projection::Part& part = parts[i];
-    const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, part.tasks);
-    if (first < last) run_tasks(*part.kernel, part.launch, first, last);
-    begin -= part.tasks;
-    end -= part.tasks;
-  }
-}
-
-}  // namespace
-
-void Worker::run(const int64_t* ids, int64_t rows, int64_t position, bool logits) {
+void Worker::run(const int64_t* ids, int64_t rows, TokenPlace place, bool logits) {
   const size_t layers = d.model_.layers.size();
   Decoder::Private& my = mine();
   if (rows == 1) {
@@ -32,30 +16,26 @@ void Worker::run(const int64_t* ids, int64_t rows, int64_t position, bool logits
     for (size_t layer = 0; layer < layers; ++layer) {
       add_norm(layer ? d.one_.y : nullptr, norm_before(layer), d.model_.layers[layer].input_norm);
       project(d.one_.layers[Decoder::kInputs * layer + Decoder::kQkv], my.normed);
-      finish_layer(layer, d.one_.qkv, position);
+      finish_layer(layer, d.one_.qkv, place);
     }
   } else {
-    share(ceil_div(rows, kRowsPerPiece), [&](int64_t b, int64_t e) {
-      const int64_t begin = b * kRowsPerPiece;
-      embed_rows(ids, begin, std::min(e * kRowsPerPiece, rows), d.row(d.many_.residual, begin, d.config_.hidden));
-    });
-    team.wait();
+    embed_all(ids);
     for (size_t layer = 0; layer + 1 < layers; ++layer) {
       input_rows(layer);
-      store_rows(layer, position, rows);
-      attend_rows(layer, position);
+      store_rows(layer, place, rows);
+      attend_rows(layer, place);
       finish_rows(layer);
     }
     // Of the last layer, only the last token's result is read.
     const size_t layer = layers - 1;
     input_rows(layer);
     const int64_t last = rows - 1;
-    store_rows(layer, position, logits ? last : rows);
+    store_rows(layer, place, logits ? last : rows);
     if (!logits) return;
-    std::memcpy(my.residual, d.row(d.many_.residual, last, d.config_.hidden),
+    std::memcpy(my.residual, d.row(many.residual, last, d.config_.hidden),
                 static_cast<size_t>(d.config_.hidden) * d.element_);
     const int64_t width = (d.config_.heads + 2 * d.config_.kv_heads) * d.config_.head_dim;
-    finish_layer(layer, d.row(d.many_.qkv, last, width), position + last);
+    finish_layer(layer, d.row(many.qkv, last, width), {place.sequence, place.position + last});
   }
   if (!logits) return;
   add_norm(d.one_.y, norm_before(layers), d.model_.norm);
@@ -132,8 +112,8 @@ void Worker::project(const Projection& p, const char* x) {
 
 void Worker::head() {
   const DecoderConfig& c = d.config_;
-  if (c.logit_divisor == 1.0f && c.logit_cap == 0.0f) return project(d.head_, mine().normed);
-  project(d.head_, mine().normed, [&](int64_t b, int64_t e) {
+  if (c.logit_divisor == 1.0f && c.logit_cap == 0.0f) return project(d.one_.head, mine().normed);
+  project(d.one_.head, mine().normed, [&](int64_t b, int64_t e) {
     d.ops_->cap_logits(c.dtype, d.model_.logits, c.logit_divisor, c.logit_cap, b * kBlockN,
                        std::min(e * kBlockN, c.vocab));
   });
@@ -177,22 +157,15 @@ void Worker::ready(size_t layer, const char* qkv, int64_t head, int64_t position
   d.ops_->ready(h);
 }
 
-void Worker::store_key(size_t layer, int64_t kv_head, const char* qkv, int64_t position, bool last) const {
+void Worker::store_key(size_t layer, int64_t kv_head, const char* qkv, TokenPlace place, bool last) const {
   const int64_t heads = d.config_.heads, value = heads + d.config_.kv_heads + kv_head;
-  ready(layer, qkv, heads + kv_head, position, mine().key);
+  ready(layer, qkv, heads + kv_head, place.position, mine().key);
   const char* v = qkv + static_cast<size_t>(value * d.config_.head_dim) * d.element_;
-  d.ops_->store_position(d.cache(layer, kv_head), position, last, mine().key, d.config_.dtype, v, mine().scratch);
+  d.ops_->store_position(d.cache(place.sequence, layer, kv_head), place.position, last, mine().key, d.config_.dtype, v,
+                         mine().scratch);
 }
 
 namespace {
-
-// The blocks of kKeyBlock positions that a token of a layer sees.
-struct Seen {
-  int64_t first, blocks;
-  Seen(int64_t window, int64_t position)
-      : first(window ? std::max<int64_t>(position + 1 - window, 0) / kKeyBlock : 0),
-        blocks(ceil_div(position + 1, kKeyBlock) - first) {}
-};
 
 // The units of one key head and kKeyBlock positions that a thread takes, head by head.
 struct Range {
@@ -202,8 +175,9 @@ struct Range {
 
 }  // namespace
 
-void Worker::attend_one(size_t layer, const char* qkv, int64_t position) {
+void Worker::attend_one(size_t layer, const char* qkv, TokenPlace place) {
   const DecoderConfig& c = d.config_;
+  const int64_t position = place.position;
   const int64_t window = d.model_.layers[layer].window, group = c.heads / c.kv_heads;
   const Seen seen(window, position);
   const int64_t blocks = seen.blocks;
@@ -212,10 +186,10 @@ void Worker::attend_one(size_t layer, const char* qkv, int64_t position) {
   for (int64_t h = range.begin / blocks; h * blocks < range.end; ++h) {
     const int64_t begin = std::max(range.begin - h * blocks, int64_t{0}),
                   end = std::min(range.end - h * blocks, blocks);
-    if (end == blocks) store_key(layer, h, qkv, position, true);
+    if (end == blocks) store_key(layer, h, qkv, place, true);
     for (int64_t i = 0; i < group; ++i) ready(layer, qkv, h * group + i, position, my.q + i * d.head_padded_);
     Attend a{};
-    a.cache = d.cache(layer, h);
+    a.cache = d.cache(place.sequence, layer, h);
     a.q = my.q;
     a.q_dtype = c.dtype;
     a.rows = a.group = group;
@@ -252,116 +226,14 @@ void Worker::merge(size_t layer, int64_t position) const {
   }
 }
 
-void Worker::finish_layer(size_t layer, const char* qkv, int64_t position) {
+void Worker::finish_layer(size_t layer, const char* qkv, TokenPlace place) {
   const Projection* p = &d.one_.layers[Decoder::kInputs * layer];
-  attend_one(layer, qkv, position);
-  merge(layer, position);
+  attend_one(layer, qkv, place);
+  merge(layer, place.position);
   project(p[Decoder::kOut], mine().attended);
   add_norm(d.one_.y, d.model_.layers[layer].attention_out_norm, d.model_.layers[layer].mlp_norm);
   gate_up(p[Decoder::kGateUp], mine().normed);
   project(p[Decoder::kDown], d.one_.gate);
-}
-
-// fill(begin, end) writes rows of the input, which are then prepared.
-template <class Fn>
-void Worker::project_rows(const Projection& p, const Fn& fill) {
-  const int64_t rows = d.many_.rows;
-  share(ceil_div(rows, kRowsPerPiece), [&](int64_t b, int64_t e) {
-    const int64_t begin = b * kRowsPerPiece, end = std::min(e * kRowsPerPiece, rows);
-    fill(begin, end);
-    for (size_t i = 0; i < p.parts.size(); ++i) {
-      const Projection::Part& part = p.parts[i];
-      if (part.prepared_by == static_cast<int>(i)) part.prepare(begin, end);
-    }
-  });
-  team.wait();
-  int64_t tasks = 0;
-  for (const Projection::Part& part : p.parts) tasks += part.tasks;
-  share(tasks, [&](int64_t b, int64_t e) { run_parts(p.parts.data(), p.parts.size(), b, e); });
-  team.wait();
-}
-
-void Worker::input_rows(size_t layer) {
-  const int64_t hidden = d.config_.hidden;
-  project_rows(d.many_.layers[Decoder::kInputs * layer + Decoder::kQkv], [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      d.ops_->add_norm(between(d.row(d.many_.residual, i, hidden), layer ? d.row(d.many_.y, i, hidden) : nullptr,
-                               norm_before(layer), d.model_.layers[layer].input_norm,
-                               d.row(d.many_.normed, i, hidden)));
-    }
-  });
-}
-
-void Worker::store_rows(size_t layer, int64_t position, int64_t rows) {
-  const int64_t width = (d.config_.heads + 2 * d.config_.kv_heads) * d.config_.head_dim;
-  share(ceil_div(rows, kRowsPerPiece), [&](int64_t b, int64_t e) {
-    for (int64_t i = b * kRowsPerPiece; i < std::min(e * kRowsPerPiece, rows); ++i) {
-      for (int64_t h = 0; h < d.config_.kv_heads; ++h) {
-        store_key(layer, h, d.row(d.many_.qkv, i, width), position + i, i + 1 == rows);
-      }
-    }
-  });
-  team.wait();
-}
-
-void Worker::attend_rows(size_t layer, int64_t position) {
-  const DecoderConfig& c = d.config_;
-  const int64_t group = c.heads / c.kv_heads, width = (c.heads + 2 * c.kv_heads) * c.head_dim;
-  const int64_t total = d.many_.rows, window = d.model_.layers[layer].window;
-  Decoder::Private& my = mine();
-  share(ceil_div(total, kQueryRows) * c.kv_heads, [&](int64_t b, int64_t e) {
-    for (int64_t task = b; task < e; ++task) {
-      const int64_t first = task / c.kv_heads * kQueryRows, h = task % c.kv_heads;
-      const int64_t rows = std::min(kQueryRows, total - first);
-      for (int64_t r = 0; r < rows * group; ++r) {
-        const int64_t i = first + r / group;
-        ready(layer, d.row(d.many_.qkv, i, width), h * group + r % group, position + i, my.q + r * d.head_padded_);
-      }
-      Attend a{};
-      a.cache = d.cache(layer, h);
-      a.q = my.q;
-      a.q_dtype = c.dtype;
-      a.rows = rows * group;
-      a.group = group;
-      a.first_limit = position + first + 1;
-      a.end = position + first + rows;
-      a.window = window ? window : a.end;
-      a.begin = Seen(window, position + first).first * kKeyBlock;
-      a.scale = c.score_scale;
-      a.cap = c.score_cap;
-      a.scratch = my.scratch;
-      a.acc = my.acc;
-      a.max = my.max;
-      a.sum = my.sum;
-      d.ops_->attend(a);
-      for (int64_t r = 0; r < rows * group; ++r) {
-        const Partial part{my.acc + r * d.head_padded_, my.max[r], my.sum[r]};
-        char* out = d.row(d.many_.attended, first + r / group, c.heads * c.head_dim);
-        const size_t at = static_cast<size_t>((h * group + r % group) * c.head_dim) * d.element_;
-        d.ops_->finish(&part, 1, c.head_dim, c.dtype, out + at);
-      }
-    }
-  });
-  team.wait();
-}
-
-void Worker::finish_rows(size_t layer) {
-  const Projection* p = &d.many_.layers[Decoder::kInputs * layer];
-  const DecoderConfig& c = d.config_;
-  project_rows(p[Decoder::kOut], [](int64_t, int64_t) {});
-  project_rows(p[Decoder::kGateUp], [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      d.ops_->add_norm(between(d.row(d.many_.residual, i, c.hidden), d.row(d.many_.y, i, c.hidden),
-                               d.model_.layers[layer].attention_out_norm, d.model_.layers[layer].mlp_norm,
-                               d.row(d.many_.normed, i, c.hidden)));
-    }
-  });
-  project_rows(p[Decoder::kDown], [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const size_t at = static_cast<size_t>(i * d.many_.gate_stride) * d.element_;
-      d.ops_->gate_mul(c.activation, c.dtype, d.many_.gate + at, d.many_.up + at, c.intermediate);
-    }
-  });
 }
 
 }  // namespace lowbit

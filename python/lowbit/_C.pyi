@@ -103,6 +103,7 @@ class DecoderConfig:
     residual_scale: float
     logit_divisor: float
     logit_cap: float
+    sequences: int
     threads: int
 
 class DecoderLayer:
@@ -134,8 +135,9 @@ class DecoderModel:
 
 class Decoder:
     def __init__(self, config: DecoderConfig, model: DecoderModel) -> None: ...
-    def run_ptr(self, ids: int, count: int, position: int) -> None: ...
-    def likeliest(self) -> int: ...
+    def run_ptr(self, ids: int, count: int, sequence: int, position: int) -> None: ...
+    def step(self, ids: list[int], places: list[tuple[int, int]]) -> None: ...
+    def likeliest(self, row: int) -> int: ...
 
 class Weight:
     code_bytes: int

@@ -64,6 +64,17 @@ def test_logits(case):
                 assert error < bound(oracle, expected), (threads, pieces, last)
 
 
+@pytest.mark.parametrize("case", ["llama3", "gemma3"])
+def test_long_prompts(case):
+    """More tokens than go through the layers together, 512."""
+    packed, oracle = tiny(case, num_hidden_layers=2, layer_types=None, max_position_embeddings=1100)
+    ids = torch.randint(VOCAB, (1100,), generator=torch.Generator().manual_seed(2))
+    expected = forward(oracle, ids)
+    decoder = CompiledDecoder(packed, 1100)
+    for got, last in logits_after(decoder, (1080, 1, 19), ids):
+        assert (got - expected[last]).abs().max() < bound(oracle, expected, 1100), last
+
+
 def layers(model):
     return model.model.layers
 

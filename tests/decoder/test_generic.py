@@ -103,6 +103,14 @@ def dense_layer(model):
     mlp.up_proj = torch.nn.Linear(72, 101, bias=False)
 
 
+def own_last_norm(model):
+    model.model.norm = torch.nn.RMSNorm(72)
+
+
+def fewer_heads(model):
+    model.config.num_attention_heads = 4
+
+
 def own_embedding(model):
     class Shifted(torch.nn.Embedding):
         def forward(self, x):
@@ -119,6 +127,8 @@ def own_embedding(model):
         (other_activation, "its activation is 'quick_gelu'"),
         (other_head, "lm_head is a Doubled, not a QuantLinear"),
         (dense_layer, "mlp.up_proj of layer 0 is a Linear, not a QuantLinear"),
+        (own_last_norm, "model.norm is a RMSNorm, not transformers' own"),
+        (fewer_heads, "self_attn.q_proj of layer 0 has shape (120, 72), not (80, 72)"),
         (own_embedding, "model.embed_tokens is a Shifted, not a QuantEmbedding"),
     ],
 )

@@ -91,9 +91,9 @@ def tiny(case: str, dtype=torch.float32, format="int4_g32", **changes):
     return packed, model.requires_grad_(False)
 
 
-def bound(model, logits):
+def bound(model, logits, length=LENGTH):
     """sqrt(K) eps for each of the sums behind a logit, of K terms in another order; 4 for the tails."""
     config = model.config
-    k = max(config.hidden_size, config.intermediate_size, LENGTH)
+    k = max(config.hidden_size, config.intermediate_size, length)
     depth = 10 * config.num_hidden_layers + 1
     return 4 * depth * math.sqrt(k) * torch.finfo(torch.float32).eps * float(logits.abs().max())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutations import cpp
 
 TEST = "tests/decoder/test_decoder.py"
+BATCH = "tests/decoder/test_batch.py"
 CACHE = "tests/decoder/test_cache.py"
 ARCHITECTURES = "tests/decoder/test_architectures.py"
 MUTANTS = [
@@ -41,23 +42,41 @@ MUTANTS = [
         ("activate(activation, lanes, kVecLanes);", ""),
         ("add(e, set1(2.0f))", "add(e, set1(1.0f))"),
     ),
-    *cpp("decoder_worker.cpp", TEST)(
-        ("const int64_t first = head / group * blocks;", "const int64_t first = head * blocks;"),
-        ("store_rows(layer, position, logits ? last : rows);", "store_rows(layer, position, last);"),
-        ("position + i, my.q + r * d.head_padded_);", "position, my.q + r * d.head_padded_);"),
+    *cpp("decoder_worker.h", TEST)(
         ("begin -= part.tasks;", ""),
     ),
-    *cpp("decoder_worker.cpp", ARCHITECTURES)(
+    *cpp("decoder_worker.cpp", TEST)(
+        ("const int64_t first = head / group * blocks;", "const int64_t first = head * blocks;"),
+    ),
+    *cpp("decoder_rows.cpp", TEST)(
+        ("place.position + i, my.q + r * d.head_padded_);", "place.position, my.q + r * d.head_padded_);"),
+    ),
+    *cpp("decoder_worker.h", ARCHITECTURES)(
         ("position + 1 - window, 0) / kKeyBlock", "position + 2 - window, 0) / kKeyBlock"),
+    ),
+    *cpp("decoder_rows.cpp", ARCHITECTURES)(
+        ("a.begin = Seen(window, place.position).first * kKeyBlock;", "a.begin = Seen(window, place.position + rows - 1).first * kKeyBlock;"),
+    ),
+    *cpp("decoder_worker.cpp", ARCHITECTURES)(
+        ("store_rows(layer, place, logits ? last : rows);", "store_rows(layer, place, last);"),
         ("h.weight = head < c.heads ? l.q_norm : l.k_norm;", "h.weight = l.q_norm;"),
-        ("a.begin = Seen(window, position + first).first * kKeyBlock;", "a.begin = Seen(window, position + first + rows - 1).first * kKeyBlock;"),
         ("if (count == 1) run_tasks(*parts[0].kernel, parts[0].launch, blocks + b, blocks + e);", ""),
         ("add_norm(d.one_.y, norm_before(layers), d.model_.norm);", "add_norm(d.one_.y, nullptr, d.model_.norm);"),
         ("if (d.config_.embedding_scale == 1.0f) return;", "return;"),
     ),
+    *cpp("decoder_rows.cpp", BATCH)(
+        ("store_key(layer, h, d.row(many.qkv, i, width), places[i], true);", "store_key(layer, h, d.row(many.qkv, i, width), {0, places[i].position}, true);"),
+        ("d.ops_->cap_logits(c.dtype, d.logits(i), c.logit_divisor, c.logit_cap, 0, c.vocab);", ""),
+        ("norm_before(d.model_.layers.size())", "nullptr"),
+    ),
     *cpp("decoder.cpp", TEST)(
         ("other.x_scale == part.x_scale && ", ""),
-        ("values_.data() + head * static_cast<size_t>(head_padded_)", "values_.data() + head * static_cast<size_t>(config_.head_dim)"),
-        ("position += rows;", ""),
+        ("c.values = values_.data() + row * static_cast<size_t>(head_padded_)", "c.values = values_.data() + row * static_cast<size_t>(config_.head_dim)"),
+    ),
+    *cpp("decoder.cpp", ARCHITECTURES)(
+        ("place.position += rows;", ""),
+    ),
+    *cpp("decoder.cpp", BATCH)(
+        ("static_cast<size_t>(sequence) * model_.layers.size() + layer;", "layer;"),
     ),
 ]  # fmt: skip

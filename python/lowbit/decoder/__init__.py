@@ -1,1 +1,1 @@
-"""The Python side of the native decoder, and the eager loop beside it; nothing else imports them."""
+"""The Python side of the native decoder, and those in torch and transformers for what it has no words for."""

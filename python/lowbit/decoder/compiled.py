@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -31,6 +32,7 @@ class CompiledDecoder:
     Args:
         cache_dtype: of keys and values. int8: codes, and a fp32 scale for each head and position. By default bf16 for
             a model of bf16, and fp32 for others.
+        sequences: how many the cache has room for.
 
     Raises:
         NotImplementedError: the model does not fit.
@@ -38,7 +40,11 @@ class CompiledDecoder:
     """
 
     def __init__(
-        self, model: PreTrainedModel, max_length: int, cache_dtype: torch.dtype | None = None
+        self,
+        model: PreTrainedModel,
+        max_length: int,
+        cache_dtype: torch.dtype | None = None,
+        sequences: int = 1,
     ) -> None:
         described = describe(model)
         if cache_dtype is None:
@@ -46,7 +52,7 @@ class CompiledDecoder:
             cache_dtype = torch.bfloat16 if bf16 else torch.float32
         if cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"cache_dtype must be one of {CACHE_DTYPES}, got {cache_dtype}")
-        self._logits = torch.empty(described.vocab, dtype=described.dtype, device="cpu")
+        self._logits = torch.empty(sequences, described.vocab, dtype=described.dtype, device="cpu")
         # The compiled decoder holds addresses; these tensors must live as long as it does.
         self._kept: list[object] = [self._logits]
         config = _filled(
@@ -54,6 +60,7 @@ class CompiledDecoder:
             dtype=requests.CODES[described.dtype],
             cache_dtype=requests.CODES[cache_dtype],
             max_length=max_length,
+            sequences=sequences,
             threads=torch.get_num_threads(),
             **{name: getattr(described, name) for name in _CONFIG},
         )
@@ -82,30 +89,45 @@ class CompiledDecoder:
         self,
         ids: Tensor,  # (T,) int64
         position: int,
+        sequence: int = 0,
     ) -> Tensor:  # (vocabulary,)
-        """Appends tokens at a position; returns the logits after the last, in the same memory.
+        """Appends tokens to a sequence at a position; returns the logits after the last, in the same memory.
 
         Raises:
             TypeError, IndexError: the ids are not int64 on the CPU, or beyond the vocabulary.
         """
         if ids.dtype != torch.int64 or ids.device.type != "cpu":
             raise TypeError(f"ids must be int64 on the CPU, got {ids.dtype} on {ids.device}")
-        low, high = (int(bound) for bound in ids.aminmax())
-        if low < 0 or high >= len(self._logits):
-            raise IndexError(
-                f"ids must be in [0, {len(self._logits)}), got {low if low < 0 else high}"
-            )
+        self._check(*(int(bound) for bound in ids.aminmax()))
         ids = ids.contiguous()
-        self._decoder.run_ptr(address(ids), len(ids), position)
-        return self._logits
+        self._decoder.run_ptr(address(ids), len(ids), sequence, position)
+        return self._logits[0]
 
-    def likeliest(self) -> int:
-        """The token of the largest logit.
+    def step(
+        self, ids: Sequence[int], places: Sequence[tuple[int, int]]
+    ) -> Tensor:  # (tokens, vocabulary)
+        """Appends one token to each of several sequences, at (sequence, position); returns the logits after them.
+
+        Raises:
+            IndexError: an id is beyond the vocabulary.
+            ValueError: a place is not in the cache, or a sequence has two tokens.
+        """
+        self._check(min(ids), max(ids))
+        self._decoder.step(list(ids), list(places))
+        return self._logits[: len(ids)]
+
+    def likeliest(self, row: int = 0) -> int:
+        """The token of the largest logit of a row.
 
         Raises:
             ValueError: a logit is NaN.
         """
-        return self._decoder.likeliest()
+        return self._decoder.likeliest(row)
+
+    def _check(self, low: int, high: int) -> None:
+        vocabulary = self._logits.shape[1]
+        if low < 0 or high >= vocabulary:
+            raise IndexError(f"ids must be in [0, {vocabulary}), got {low if low < 0 else high}")
 
     def _address(self, t: Tensor | None) -> int:
         if t is None:

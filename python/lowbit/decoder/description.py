@@ -81,7 +81,7 @@ class Layer:
     Attributes:
         linears: "qkv" and "gate_up": one module for each part, or one with the rows of all; "o" and "down": one.
         norms: "input_norm" and "mlp_norm"; "attention_out_norm", "out_norm", "q_norm" and "k_norm" where there are.
-        rope: the name of its rotary embedding in `Description.ropes`, or None.
+        rope: which of `Description.rope_names`, or None.
         window: tokens that a token sees, itself included; 0 means all.
     """
 
@@ -99,7 +99,7 @@ class Description:
         norm_offset: what is added to the weights of norms.
         late_norms: whether norms are rounded once, behind their weights.
         score_scale, score_cap: of attention scores; a cap of 0 is none, here and for the logits.
-        ropes: angles (cos, sin), each (max_length, rotary dimensions) fp32 with the values of `dtype`, by name.
+        rope_names: of the rotary embeddings, for `angles`: kinds of layers, or "" if all have the same.
     """
 
     dtype: torch.dtype
@@ -145,6 +145,8 @@ def describe(model: PreTrainedModel) -> Description:
         raise NotImplementedError(f"its activation is {activation!r}")
     if getattr(config, "use_bidirectional_attention", False):
         raise NotImplementedError("its attention is bidirectional")
+    for name in ("model", "model.norm", "model.rotary_emb"):
+        _want_own(model, name, name)
     layers = tuple(_layer(model, found, i) for i in range(len(inner.layers)))
     rope_type = inner.rotary_emb.rope_type
     types = rope_type if isinstance(rope_type, dict) else {"": rope_type}
@@ -193,12 +195,9 @@ def angles(
 def _layer(model: PreTrainedModel, architecture: _Architecture, index: int) -> Layer:
     inner: Any = model.model
     config, layer = model.config, inner.layers[index]
-    for name in ("", "self_attn", "mlp", *architecture.norms.values()):
-        part = layer.get_submodule(name)
-        if type(part).__module__ != type(model).__module__:
-            raise NotImplementedError(
-                f"{name or 'the whole'} of layer {index} is a {type(part).__name__}, not transformers' own"
-            )
+    _want_own(model, f"model.layers.{index}", f"layer {index}")
+    for name in ("self_attn", "mlp", *architecture.norms.values()):
+        _want_own(model, f"model.layers.{index}.{name}", f"{name} of layer {index}")
     window, kind = 0, getattr(config, "layer_types", None)
     if architecture.window == "all" or (
         architecture.window == "layer_types" and kind and kind[index] == "sliding_attention"
@@ -216,6 +215,12 @@ def _layer(model: PreTrainedModel, architecture: _Architecture, index: int) -> L
     )
 
 
+def _want_own(model: PreTrainedModel, path: str, name: str) -> None:
+    part = model.get_submodule(path)
+    if type(part).__module__ != type(model).__module__:
+        raise NotImplementedError(f"{name} is a {type(part).__name__}, not transformers' own")
+
+
 def _embedding_scale(inner: Any) -> float:
     """Of a tensor that the embedding holds, rounded to the dtype; of a number that the model multiplies by."""
     scale = getattr(inner.embed_tokens, "embed_scale", None)
@@ -225,15 +230,27 @@ def _embedding_scale(inner: Any) -> float:
 
 
 def _check(d: Description, architecture: _Architecture) -> None:
-    """Refuses modules that are not plainly packed for the CPU, and other dtypes than that of the last norm."""
+    """Refuses modules that are not plainly packed for the CPU, other dtypes than that of the last norm, and shapes that
+    do not follow from the configuration.
+    """
+    q, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    sizes = {
+        "qkv": ((q, kv, kv), d.hidden),
+        "o": ((d.hidden,), q),
+        "gate_up": ((d.intermediate, d.intermediate), d.hidden),
+        "down": ((d.hidden,), d.intermediate),
+    }
     for i, layer in enumerate(d.layers):
         for norm in layer.norms.values():
             own = cast("Tensor", norm.weight).dtype
             if own != d.dtype:
                 raise NotImplementedError(f"a norm of layer {i} is {own}, the last one {d.dtype}")
         for what, modules in layer.linears.items():
-            for name, module in zip(architecture.linears[what], modules, strict=True):
-                if why := _packed_obstacle(module, QuantLinear):
+            parts, k = sizes[what]
+            rows = parts if len(modules) > 1 else (sum(parts),)
+            for name, module, n in zip(architecture.linears[what], modules, rows, strict=True):
+                why = _packed_obstacle(module, QuantLinear) or _shape_obstacle(module, n, k)
+                if why:
                     raise NotImplementedError(f"{name} of layer {i} {why}")
     for name, outer, packed, dense in (
         ("model.embed_tokens", d.embedding, QuantEmbedding, nn.Embedding),
@@ -250,6 +267,7 @@ def _check(d: Description, architecture: _Architecture) -> None:
             own = outer.dtype if isinstance(outer, QuantEmbedding) else d.dtype
         if why is None and own != d.dtype:
             why = f"is {own}, the last norm {d.dtype}"
+        why = why or _shape_obstacle(outer, d.vocab, d.hidden)
         if why:
             raise NotImplementedError(f"{name} {why}")
     if len(d.layers[0].linears["gate_up"]) == 1 and d.intermediate % 64:
@@ -269,3 +287,9 @@ def _packed_obstacle(
     if not requests.reads(packed.layout):
         return f"is in layout {packed.layout!r}, which the CPU's kernels do not read"
     return "has outliers" if packed.format.outliers else None
+
+
+def _shape_obstacle(module: nn.Module, n: int, k: int) -> str | None:
+    weight = module if isinstance(module, PackedModule) else cast("Tensor", module.weight)
+    shape = tuple(weight.shape)
+    return None if shape == (n, k) else f"has shape {shape}, not {(n, k)}"
