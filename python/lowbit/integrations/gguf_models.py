@@ -57,7 +57,7 @@ def load_causal(file: GGUFFile, dtype: torch.dtype, target: Format | None) -> Pr
     arch = file.metadata.get("general.architecture")
     config = _config(file, arch)
     config.dtype = dtype
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
     model = without_weights(
         kind, config, f"{file.path}: transformers cannot make a {kind.__name__}"
     )
