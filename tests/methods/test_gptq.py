@@ -245,7 +245,7 @@ def test_a_scale_that_overflows_after_the_updates():
         quantize(weight, format, "gptq", hessian=h, damping=1e-6)
 
 
-ZEROS = [f for f in ALL_FORMATS if f.zero in ("float", "min")]
+ZEROS = [f for f in ALL_FORMATS if f.zero in ("float", "min") and f.scale != "int8"]
 
 
 def lp(weight: torch.Tensor, qt: lowbit.QuantTensor) -> torch.Tensor:  # (N, groups)
@@ -352,3 +352,11 @@ def test_hqq_constant_and_zero_groups():
     for bad in ({"p": 0}, {"p": 1.5}, {"beta": 0}, {"kappa": 0.5}, {"iterations": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
             hqq.quantize(normal(2, 8), "uint4_zfloat", **bad)
+
+
+def test_hqq_refuses_zeros_that_share_a_second_level():
+    with pytest.raises(
+        ValueError,
+        match=r"format 'q4_k' are codes that share a second level: use a format with float",
+    ):
+        quantize(normal(4, 64), "q4_k", "hqq")

@@ -40,7 +40,7 @@ def test_the_error_does_not_depend_on_the_magnitude(
     case: tuple[str, str | None, dict[str, Any]],
 ) -> None:
     base = error(*case, 1.0)
-    held, scale = [], parse(case[0]).scale
+    held, scale = [], parse(case[0]).scale2 or parse(case[0]).scale
     for magnitude in MAGNITUDES:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
