@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import Counter
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lowbit.files import shown
 from lowbit.formats import Format
 from lowbit.integrations.configuration import empty_model
+from lowbit.integrations.memory import return_freed_memory
 from lowbit.integrations.pretrained import conv1d_again, linears_for
 from lowbit.io.readers.folder import FolderReader
 from lowbit.methods import quantize
@@ -27,6 +29,7 @@ from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
 _SHOWN = 8
+_LARGE = 1 << 20  # weights whose temporaries are worth giving back
 _WEIGHT = ".weight"
 
 
@@ -111,6 +114,8 @@ class _Filling:
         self._check()
         for name, layer in self._layers.items():
             self._fill_layer(name, layer)
+            if math.prod(self.reader.plans[layer].whole_shape) >= _LARGE:
+                return_freed_memory()
         for name, stored in self._stored.items():
             if name in self._wanted and name not in self._filled:
                 self._set(name, self.reader.layer(stored))
