@@ -124,7 +124,9 @@ class _Filling:
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
                 self.found.dense.append(name)
-        if missing := sorted(n for n, t in self.model.state_dict().items() if _is_meta(t)):
+        # Not the state dict, which makes the canonical form of every packed weight.
+        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
+        if missing := sorted(name for name, t in tensors if t.is_meta):
             raise ValueError(f"{self.reader.path}: lacks {len(missing)} tensors: {_list(missing)}")
         if self.found.unused:
             warnings.warn(
@@ -279,10 +281,6 @@ class _Filling:
                 if other in self._wanted:
                     return other
         return name
-
-
-def _is_meta(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
 
 
 def _list(names: Iterable[str]) -> str:
