@@ -8,9 +8,7 @@ ever exists.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +34,7 @@ from lowbit.integrations.gguf_llama import (
     token_id,
 )
 from lowbit.integrations.gguf_models import load_causal
+from lowbit.integrations.memory import return_freed_memory
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
 from lowbit.methods import quantize
@@ -188,7 +187,7 @@ def _fill(
         dense = weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
         weight = quantize(dense, target)
         del dense
-        _return_freed_memory()
+        return_freed_memory()
     if not isinstance(weight, QuantTensor):
         module.register_parameter("weight", nn.Parameter(weight.to(dtype)))
         if bias is not None:
@@ -203,13 +202,6 @@ def _fill(
         raise NotImplementedError(f"{name}.weight must be dense, got {weight}")
     replace(model, name, made)
     made.set_weight_dtype(dtype)  # not that of the empty model
-
-
-def _return_freed_memory() -> None:
-    """Gives the system what glibc keeps of the temporaries: 190 MiB after 210 layers of 135M weights."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _tie_head(model: LlamaForCausalLM) -> None:
