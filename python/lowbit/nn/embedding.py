@@ -90,7 +90,7 @@ class QuantEmbedding(PackedModule):
         if isinstance(indices, Proxy):
             return node_of(self, indices)
         w, sparse = self._terms(self._buffers)
-        return call_embedding(indices, w, self.dtype, sparse)
+        return call_embedding(indices, w, self.dtype, *sparse)
 
     def extra_repr(self) -> str:
         """Shape, padding, dtype, format and bytes."""
