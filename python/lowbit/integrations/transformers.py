@@ -28,12 +28,11 @@ from transformers import (
 
 from lowbit.files import cut
 from lowbit.formats import Format, as_format
+from lowbit.integrations.gguf_keys import key, token_id
 from lowbit.integrations.gguf_llama import (
     check_tensors,
-    key,
     llama_config,
     rotary_embedding,
-    token_id,
 )
 from lowbit.integrations.gguf_models import load_causal
 from lowbit.io.readers.gguf import GGUFFile

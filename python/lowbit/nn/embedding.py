@@ -13,6 +13,9 @@ from lowbit.ops import checks
 from lowbit.ops.weights import call_embedding
 from lowbit.weights.quantized import QuantTensor
 
+# What transformers calls the factor of an embedding that scales its rows: the number, and a buffer that casts round.
+SCALES = ("scalar_embed_scale", "embed_scale")
+
 
 class QuantEmbedding(PackedModule):
     """An embedding whose weight is quantized.
@@ -118,14 +121,26 @@ class ScaledQuantEmbedding(QuantEmbedding):
         return f"{super().extra_repr()}, embed_scale={self.embed_scale:g}"
 
 
+def scale_of(embedding: nn.Embedding) -> float | None:
+    """What a dense embedding multiplies its rows by, as transformers' Gemma does; None if it is a plain one."""
+    scale = getattr(embedding, SCALES[0], None)
+    return None if scale is None else float(scale)
+
+
 def packed_embedding(
     dense: nn.Embedding, weight: QuantTensor, dtype: torch.dtype
 ) -> QuantEmbedding:
-    """What takes the place of a dense embedding, one that scales its rows (attribute `embed_scale`) included."""
-    scale = getattr(dense, "scalar_embed_scale", getattr(dense, "embed_scale", None))
+    """What takes the place of a dense embedding, one that scales its rows (`scale_of`) included.
+
+    Args:
+        dense: not to be used any more; `SCALES` are not to be carried over to what is made.
+        weight: the quantized weight, of the shape of the dense one.
+        dtype: of the rows.
+    """
+    scale = scale_of(dense)
     if scale is None:
         return QuantEmbedding.from_quant_tensor(weight, dtype, dense.padding_idx)
     made = ScaledQuantEmbedding.from_quant_tensor(weight, dtype, dense.padding_idx)
     assert isinstance(made, ScaledQuantEmbedding)
-    made.embed_scale = float(scale)
+    made.embed_scale = scale
     return made
