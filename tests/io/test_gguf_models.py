@@ -13,15 +13,18 @@ pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from gguf import GGMLQuantizationType as GGMLType  # noqa: E402
 from gguf_architectures import (  # noqa: E402
     SPECS,
     as_read,
+    fields_of,
     of_config,
     tensors_of,
     write_model,
 )
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES  # noqa: E402
 
+import lowbit  # noqa: E402
 from lowbit.decoder.compiled import CompiledDecoder  # noqa: E402
 from lowbit.decoder.runner import Runner  # noqa: E402
 from lowbit.integrations.gguf_configs import _ARCHITECTURES, causal_config  # noqa: E402
@@ -197,3 +200,93 @@ def test_the_largest_gemma_scales_scores_by_its_width(tmp_path, arch, layers):
         spec = SPECS[arch].with_(layers=count, fields=lengths, **small)
         config = causal_config(GGUFFile(write_model(tmp_path / "a.gguf", spec)))
         assert config.query_pre_attn_scalar == expected
+
+
+@pytest.mark.parametrize("case", ["qwen2", "gemma2", "phi3", "stablelm"])
+def test_types_that_no_format_holds_are_quantized_anew(tmp_path, case):
+    kinds = {**SPECS[case].kinds, "ffn_up": GGMLType.IQ2_XXS, "token_embd": GGMLType.IQ2_XXS}
+    path = write_model(tmp_path / "a.gguf", SPECS[case].with_(kinds=kinds))
+    count = SPECS[case].layers + 1
+    message = f"no format holds {count} tensors of type IQ2_XXS; .* int8_g32, with a loss: "
+    with pytest.warns(UserWarning, match=message):
+        model = load_gguf(path, dtype=torch.float32)
+    oracle, found = as_read(path), 0
+    for name, module in packed_modules(model):
+        expected = oracle.get_submodule(name).weight
+        got = module.quant_tensor().dequantize()
+        if module.format.name == "int8_g32":
+            assert torch.equal(got, lowbit.quantize(expected.detach(), "int8_g32").dequantize())
+            found += 1
+        else:
+            assert torch.equal(got, expected), name
+    assert found == count + SPECS[case].tied
+
+
+def test_requantized_linears(tmp_path):
+    """Of the layers alone; no warning of types that are quantized anew anyway."""
+    kinds = {**SPECS["gemma2"].kinds, "ffn_up": GGMLType.IQ2_XXS}
+    path = write_model(tmp_path / "a.gguf", SPECS["gemma2"].with_(kinds=kinds))
+    model, oracle = load_gguf(path, dtype=torch.float32, format="nf4"), as_read(path)
+    for name, module in packed_modules(model):
+        expected = oracle.get_submodule(name).weight.detach()
+        if "layers" in name:
+            expected = lowbit.quantize(expected, "nf4").dequantize()
+        assert torch.equal(module.quant_tensor().dequantize(), expected), name
+
+
+@pytest.mark.parametrize("case", ["qwen2", "starcoder2", "gemma3"])
+def test_a_dense_file(tmp_path, case):
+    kinds = dict.fromkeys(SPECS[case].kinds)
+    path = write_model(tmp_path / "a.gguf", SPECS[case].with_(kinds=kinds))
+    model, oracle = load_gguf(path, dtype=torch.float32), as_read(path)
+    assert not list(packed_modules(model))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    state = oracle.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    with torch.inference_mode():
+        assert torch.equal(model(TOKENS[None]).logits, oracle(TOKENS[None]).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", SPECS)
+def test_dtypes(tmp_path, case, dtype):
+    """What is dense is the fp32 value rounded once, and logits lie about those of fp32."""
+    path = write_model(tmp_path / "a.gguf", SPECS[case])
+    model, wide = load_gguf(path, dtype=dtype), load_gguf(path, dtype=torch.float32)
+    assert model.config.dtype == dtype
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, wide.get_parameter(name).to(dtype)), name
+    assert {m.dtype for _, m in packed_modules(model)} == {dtype}
+    with torch.inference_mode():
+        got, expected = (m(TOKENS[None]).logits for m in (model, wide))
+    assert got.dtype == dtype
+    assert (got.float() - expected).norm() < 0.1 * expected.norm()
+
+
+def test_parts_are_one_model(tmp_path):
+    spec = SPECS["gemma2"]
+    oracle = load_gguf(write_model(tmp_path / "whole.gguf", spec), dtype=torch.float32).state_dict()
+    names = list(tensors_of(spec))
+    paths = [tmp_path / f"m-{i + 1:05}-of-00002.gguf" for i in range(2)]
+    for i, path in enumerate(paths):
+        absent = dict.fromkeys(names[9:] if i == 0 else names[:9])
+        only = fields_of(spec) if i else {}
+        split = {"split.no": i, "split.count": 2, "split.tensors.count": len(names)}
+        write_model(path, spec, absent, **{**dict.fromkeys(only), **split})
+    for path in paths:
+        state = load_gguf(path, dtype=torch.float32).state_dict()
+        assert state.keys() == oracle.keys()
+        for name, t in oracle.items():
+            assert not isinstance(t, torch.Tensor) or torch.equal(state[name], t), name
+    paths[1].unlink()
+    with pytest.raises(ValueError, match=r"m-00002-of-00002\.gguf must lie beside it"):
+        load_gguf(paths[0])
+
+
+def test_load_model_takes_them(tmp_path, caplog):
+    path = write_model(tmp_path / "a.gguf", SPECS["qwen2"])
+    with caplog.at_level("INFO", logger="lowbit"):
+        model = lowbit.load_model(path)
+    assert model.dtype == torch.bfloat16
+    assert "gguf; 16 layers packed as stored" in caplog.text
