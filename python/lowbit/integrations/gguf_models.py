@@ -20,7 +20,7 @@ from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
 from lowbit.methods import quantize
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
-from lowbit.nn.embedding import SCALES, packed_embedding
+from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
@@ -125,7 +125,7 @@ def _fill(
         made = packed_embedding(module, weight, dtype)
     else:
         made = QuantLinear.from_quant_tensor(weight, module._parameters["bias"], dtype)
-    replace(model, parent, made, own=SCALES)
+    replace(model, parent, made)
     made.set_weight_dtype(dtype)  # not that of the empty model
 
 
@@ -144,4 +144,4 @@ def _tie(model: PreTrainedModel) -> None:
         replace(model, _HEAD, made)
         made.set_weight_dtype(embedding.dtype)
     else:
-        head.register_parameter("weight", embedding.weight)
+        head.register_parameter("weight", embedding._parameters["weight"])
