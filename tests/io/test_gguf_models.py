@@ -4,6 +4,7 @@ reader drops what a file says, its models of configurations written here, after 
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -290,3 +291,29 @@ def test_load_model_takes_them(tmp_path, caplog):
         model = lowbit.load_model(path)
     assert model.dtype == torch.bfloat16
     assert "gguf; 16 layers packed as stored" in caplog.text
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("case", ["gemma2", "gemma3"])
+def test_a_gemma_survives_what_is_done_to_models(tmp_path, case):
+    """Its embedding scales its rows, and its tied head shares the packed weight."""
+    model = load_gguf(write_model(tmp_path / "a.gguf", SPECS[case]), dtype=torch.float32)
+    assert model.lm_head.shares_weight(model.model.embed_tokens)
+    expected = model(TOKENS[None]).logits
+    lowbit.save(model, tmp_path / "a.safetensors")
+    dense = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model.config)).eval()
+    for path in (tmp_path / "a.safetensors", None):
+        loaded = lowbit.load(dense, path) if path else copy.deepcopy(model)
+        assert loaded.lm_head.shares_weight(loaded.model.embed_tokens)
+        assert torch.equal(loaded(TOKENS[None]).logits, expected)
+    other = load_gguf(
+        write_model(tmp_path / "b.gguf", SPECS[case], tensors_of(SPECS[case], seed=1)),
+        dtype=torch.float32,
+    )
+    assert not torch.equal(other(TOKENS[None]).logits, expected)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(TOKENS[None]).logits, expected)
+    cast = model.to(torch.bfloat16)
+    direct = load_gguf(tmp_path / "a.gguf", dtype=torch.bfloat16)
+    cast.model.rotary_emb = direct.model.rotary_emb  # torch rounds its frequencies, too
+    assert torch.equal(cast(TOKENS[None]).logits, direct(TOKENS[None]).logits)
