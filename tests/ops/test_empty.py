@@ -121,7 +121,7 @@ def _weight(**sizes: Any) -> None:
         (lambda: _C.dense_linear(0, 1, 0, 0, 0), "n must be at least 1, got 0"),
         (lambda: _decoder(kv_heads=0), "kv_heads must be at least 1, got 0"),
         (lambda: _decoder(hidden=-3), "hidden must be at least 1, got -3"),
-        (lambda: _decoder(heads=3, kv_heads=2, head_dim=2), "multiple of kv_heads, got 3 and 2"),
+        (lambda: _decoder(heads=3, kv_heads=2, head_dim=2), "heads % kv_heads must be 0, got 1"),
         (lambda: _weight(k=0), r"k >= 1\) and below 2\^31, got \(4, 0\)"),
         (lambda: _weight(group=0), "group must be positive, got 0"),
         (lambda: _weight(column_table=True, table_groups=0), "table_groups must be 1 or"),

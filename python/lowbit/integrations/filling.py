@@ -24,7 +24,8 @@ from lowbit.integrations.memory import return_freed_memory
 from lowbit.integrations.pretrained import conv1d_again, linears_for
 from lowbit.io.readers.folder import FolderReader
 from lowbit.methods import quantize
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
+from lowbit.nn import PackedModule, QuantLinear, ReorderedLinear
+from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
@@ -189,7 +190,7 @@ class _Filling:
         weight = weight.to(self.device)
         made: PackedModule
         if isinstance(module, nn.Embedding):
-            made = QuantEmbedding.from_quant_tensor(weight, self._dtype, module.padding_idx)
+            made = packed_embedding(module, weight, self._dtype)
         elif order is not None:
             made = ReorderedLinear.from_ordered(weight, order, bias, self._dtype)
         else:

@@ -1,5 +1,5 @@
-"""transformers models whose linears stay packed: `load_gguf` makes a LlamaForCausalLM from a GGUF
-file, `load_tokenizer` its tokenizer.
+"""transformers models whose linears stay packed: `load_gguf` makes one from a GGUF file, a LlamaForCausalLM here and
+others in `gguf_models`; `load_tokenizer` makes its tokenizer.
 
 The module tree is transformers' own, built on the meta device; each `nn.Linear` is replaced by a
 `QuantLinear` and the embedding by a `QuantEmbedding` as their tensors are read, so no dense weight
@@ -26,12 +26,11 @@ from transformers import (
 
 from lowbit.files import cut
 from lowbit.formats import Format, as_format
+from lowbit.integrations.gguf_keys import key, token_id
 from lowbit.integrations.gguf_llama import (
     check_tensors,
-    key,
     llama_config,
     rotary_embedding,
-    token_id,
 )
 from lowbit.integrations.gguf_models import load_causal
 from lowbit.integrations.memory import return_freed_memory
@@ -54,6 +53,8 @@ def load_gguf(
     A tied head shares the embedding's packed tensors. Tensors that the file holds dense (F16, BF16,
     F32) stay dense in `dtype`. Frequencies of the rotary embedding are divided by the file's
     factors (`rope_freqs.weight`) if it has them. All is read into memory: the file may change later.
+    Of architectures other than llama, linears and embeddings of a type that no format holds are
+    quantized anew to int8_g32, and a warning names them.
 
     Args:
         path: the file, or any part of a split one.
@@ -64,6 +65,7 @@ def load_gguf(
     Raises:
         FileNotFoundError, PermissionError: the file cannot be opened.
         ValueError: the file is damaged, or a part, a tensor or a key is missing.
+        ImportError: accelerate is not installed, for an architecture other than llama.
         NotImplementedError: the architecture, a tensor type or a feature of the model is not
             supported.
     """

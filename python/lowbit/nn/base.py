@@ -101,6 +101,8 @@ class PackedModule(HasPackedWeight):
     _buffers: dict[str, Any]
     # Whether another module has the same dict of buffers.
     _tied = False
+    # Attributes and buffers of a dense module that this one stands for, and that are not carried over to it.
+    takes_over: tuple[str, ...] = ()
 
     def __init__(self, weight: QuantTensor, dtype: torch.dtype | None = None) -> None:
         super().__init__()
