@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
