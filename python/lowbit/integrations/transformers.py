@@ -128,6 +128,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 def _plain_copy(file: GGUFFile, path: Path) -> Path:
     """Writes what a tokenizer is made of, without what other readers of GGUF refuse."""
     writer = gguf.GGUFWriter(path, str(file.metadata["general.architecture"]))
+    copy_tokenizer(file, writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def copy_tokenizer(file: GGUFFile, writer: gguf.GGUFWriter) -> None:
+    """Gives a writer that has written nothing yet the tokenizer of a file."""
     for name, value in file.metadata.items():
         if not name.startswith("tokenizer."):
             continue
@@ -143,10 +152,6 @@ def _plain_copy(file: GGUFFile, path: Path) -> Path:
             writer.add_array(name, value.tolist())
         elif isinstance(value, list) and all(isinstance(v, str) for v in value):
             writer.add_array(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:

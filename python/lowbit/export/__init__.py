@@ -1,0 +1,7 @@
+"""Models in the files of other programs: GGUF of llama.cpp, folders of GPTQ and of compressed-tensors.
+
+Packed weights keep their values, bit for bit: what a format cannot hold is an error that names the layer, or is
+quantized anew where the caller says to what.
+"""
+
+from __future__ import annotations
