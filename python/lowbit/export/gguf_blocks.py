@@ -28,16 +28,18 @@ def block_type(format: Format, k: int) -> GGMLQuantizationType | None:
     fits its scales is not part of a file.
     """
     for kind, block in BLOCK_TYPES.items():
-        own, size = block.format, GGML_QUANT_SIZES[kind][0]
-        alike = dataclasses.replace(
-            own, name=format.name, scale_rule=format.scale_rule, activation=format.activation, group=format.group
-        )  # fmt: skip
-        if alike != format or k % size:
-            continue
+        own = block.format
         assert own.group is not None
-        if format.group == own.group or (
-            own.scale2 is None and (format.group or k) % own.group == 0
-        ):
+        one_level = format.scale2 is None
+        alike = dataclasses.replace(
+            format,
+            name=own.name,
+            scale_rule=own.scale_rule,
+            activation=None,
+            group=own.group if one_level else format.group,
+        )
+        shared = not one_level or (format.group or k) % own.group == 0
+        if alike == own and shared and k % GGML_QUANT_SIZES[kind][0] == 0:
             return kind
     return None
 

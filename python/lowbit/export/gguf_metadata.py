@@ -20,6 +20,8 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
 }
+# Of how many layers the last one looks at all tokens, the others at a window.
+_PATTERNS = {"gemma2": 2, "gemma3": 6}
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How text is split before pairs of bytes are merged: llama.cpp's name, by the pattern of package tokenizers.
@@ -55,11 +57,34 @@ def architecture(config: Any) -> str:
             raise NotImplementedError(
                 f"{key} {shown(value)} of a {config.model_type}; expected {allowed[0]!r}"
             )
-    if arch == "gemma3" and config.final_logit_softcapping is not None:
-        raise NotImplementedError(
-            f"final_logit_softcapping {config.final_logit_softcapping} of a gemma3; expected None"
-        )
+    if arch in _PATTERNS:
+        _check_gemma(config, arch)
     return arch
+
+
+def _check_gemma(config: Any, arch: str) -> None:
+    """llama.cpp knows these by the architecture, and no key says that they are others."""
+    local = config.rope_parameters.get("sliding_attention", {})
+    pattern = _PATTERNS[arch]
+    wanted = {
+        "query_pre_attn_scalar": (config.query_pre_attn_scalar, config.head_dim),
+        "layer_types": (
+            config.layer_types,
+            [
+                "sliding_attention" if (i + 1) % pattern else "full_attention"
+                for i in range(config.num_hidden_layers)
+            ],
+        ),
+        "the rope_type of sliding_attention": (local.get("rope_type", "default"), "default"),
+        "the rope_theta of sliding_attention": (local.get("rope_theta", 10000.0), 10000.0),
+    }
+    if arch == "gemma3":
+        wanted["final_logit_softcapping"] = (config.final_logit_softcapping, None)
+    for key, (value, expected) in wanted.items():
+        if value != expected:
+            raise NotImplementedError(
+                f"{key} {shown(value)} of a {arch}; expected {shown(expected)}"
+            )
 
 
 def rope(config: Any) -> dict[str, Any]:

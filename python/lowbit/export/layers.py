@@ -69,11 +69,10 @@ def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers that are no part of a packed weight, biases of packed layers included; what is tied
     comes once, under its first name.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[int, tuple[str, Tensor]] = {}
     for name, t in _own_tensors(model):
-        if not any(t is other for other in found.values()):
-            found[name] = t.detach()
-    return found
+        found.setdefault(id(t), (name, t))
+    return {name: t.detach() for name, t in found.values()}
 
 
 def _own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

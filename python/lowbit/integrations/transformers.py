@@ -171,7 +171,10 @@ def _unpermute(tensor: QuantTensor | Tensor, head_dim: int) -> QuantTensor | Ten
     """Undoes llama.cpp's order of a head's rows: the two of a rotated pair are neighbours."""
     order = torch.arange(tensor.shape[0], dtype=torch.int64, device=tensor.device)
     rows = order.view(-1, head_dim // 2, 2).transpose(1, 2).flatten()
-    return tensor.map(lambda t: t[rows]) if isinstance(tensor, QuantTensor) else tensor[rows]
+    if not isinstance(tensor, QuantTensor):
+        return tensor[rows]
+    # The second level of NVFP4 is of all rows.
+    return tensor.map(lambda t: t[rows] if len(t) == len(rows) else t)
 
 
 def _fill(
