@@ -75,7 +75,8 @@ KINDS = (
 def test_the_file_that_was_loaded_comes_back(tmp_path: Path, kind: GGMLType) -> None:
     """Every tensor's type and bytes, permuted rows included, and the tokenizer."""
     spec = Llama(kind=kind, heads=6, kv_heads=2, hidden=192, tied=kind.value % 2 == 0, bias=True)
-    source = GGUFFile(write_llama(tmp_path / "a.gguf", spec))
+    general = {"general.name": "Tiny", "general.license": "mit", "general.tags": ["a", "b"]}
+    source = GGUFFile(write_llama(tmp_path / "a.gguf", spec, **general))
     done = to_gguf(
         load_gguf(source.path, dtype=torch.float32), tmp_path / "b.gguf", tokenizer=source
     )

@@ -33,7 +33,7 @@ from lowbit.export.layers import (
     values_of,
 )
 from lowbit.files import shown, staged
-from lowbit.integrations.transformers import copy_tokenizer
+from lowbit.integrations.transformers import copy_metadata
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
 from lowbit.methods import quantize
@@ -41,6 +41,11 @@ from lowbit.nn import PackedModule
 
 _FREQUENCIES = "model.rotary_emb.inv_freq"
 _ROPE_FACTORS = "rope_freqs.weight"
+# Keys of "general" that stay true of a model whose tensors have other types.
+_DESCRIPTION = (
+    "name", "author", "organization", "version", "basename", "finetune", "description", "size_label", "license",
+    "url", "doi", "uuid", "repo_url", "source", "base_model", "tags", "languages", "datasets", "type",
+)  # fmt: skip
 _NAMES = {dtype: kind for kind, dtype in DENSE_TYPES.items()}
 
 
@@ -76,7 +81,8 @@ def to_gguf(
         model: llama, mistral, qwen2, qwen3, gemma2 or gemma3 (text), as `lowbit.load_model` or
             `lowbit.quantize_model` makes it. What is dense is best fp32, so that nothing is rounded twice.
         path: the file.
-        tokenizer: of transformers, of byte pairs; or an open GGUF file, whose tokenizer is copied; or None.
+        tokenizer: of transformers, of byte pairs; or an open GGUF file, whose tokenizer and description (name,
+            license) are copied; or None.
         requantize: the GGUF type (as in "Q8_0") of layers whose format has none. None: they are an error.
         pre: llama.cpp's name of how the tokenizer splits text, where it is not known here.
 
@@ -102,12 +108,16 @@ def to_gguf(
         tensors[_ROPE_FACTORS] = _dense(factors, vector=True)
     with staged(target.parent, target.name) as place:
         writer = gguf.GGUFWriter(place / target.name, arch)
-        writer.add_name(str(getattr(model.config, "_name_or_path", "") or target.stem))
         add_config(writer, model.config)
         if isinstance(tokenizer, GGUFFile):
-            copy_tokenizer(tokenizer, writer)
-        elif tokenizer is not None:
-            add_tokenizer(writer, tokenizer, model.config.vocab_size, pre)
+            copy_metadata(tokenizer, writer)
+            for key in _DESCRIPTION:
+                copy_metadata(tokenizer, writer, f"general.{key}")
+        else:
+            name = getattr(model.config, "_name_or_path", "")
+            writer.add_name(Path(name).name or target.stem)
+            if tokenizer is not None:
+                add_tokenizer(writer, tokenizer, model.config.vocab_size, pre)
         try:
             _write(writer, tensors)
         finally:

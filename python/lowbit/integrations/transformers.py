@@ -128,17 +128,17 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 def _plain_copy(file: GGUFFile, path: Path) -> Path:
     """Writes what a tokenizer is made of, without what other readers of GGUF refuse."""
     writer = gguf.GGUFWriter(path, str(file.metadata["general.architecture"]))
-    copy_tokenizer(file, writer)
+    copy_metadata(file, writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     return path
 
 
-def copy_tokenizer(file: GGUFFile, writer: gguf.GGUFWriter) -> None:
-    """Gives a writer that has written nothing yet the tokenizer of a file."""
+def copy_metadata(file: GGUFFile, writer: gguf.GGUFWriter, prefix: str = "tokenizer.") -> None:
+    """Gives a writer that has written nothing yet those keys of a file that it has not."""
     for name, value in file.metadata.items():
-        if not name.startswith("tokenizer."):
+        if not name.startswith(prefix) or any(name in known for known in writer.kv_data):
             continue
         if isinstance(value, str):
             writer.add_string(name, value)
