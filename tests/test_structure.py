@@ -37,6 +37,7 @@ LAYERS = (
     ("decoder", "io"),
     ("ptq",),
     ("qat", "integrations"),
+    ("export",),
     ("cli",),
     ("quantize",),
 )
@@ -45,7 +46,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # `formats`, numpy anywhere.
 RESTRICTED = {
     "accelerate": {"integrations", "nn"},
-    "gguf": {"io", "integrations"},
+    "gguf": {"export", "integrations", "io"},
     "matplotlib": {"ptq"},
     "rich": {"cli", "ptq"},
     "safetensors": {"io"},
@@ -55,7 +56,7 @@ RESTRICTED = {
     "tomllib": {"ptq"},
     "tqdm": {"ptq"},
     "triton": set(),
-    "transformers": {"cli", "decoder", "integrations"},
+    "transformers": {"cli", "decoder", "export", "integrations"},
     "typer": {"cli"},
 }
 

@@ -1,4 +1,4 @@
-"""The command line: `lowbit formats | quantize | info | explain | bench | run`.
+"""The command line: `lowbit formats | quantize | export | info | explain | bench | run`.
 
 Each command parses, calls one function of the package, and prints a table or, with --json, one
 JSON object. Bad input ends in one line on stderr and exit status 1.
@@ -24,6 +24,7 @@ except ModuleNotFoundError as error:
         f"lowbit: {error.name} is not installed; the commands need: pip install 'lowbit[cli]'"
     ) from None
 
+from lowbit.cli.export import export
 from lowbit.formats import FORMATS, Format, parse
 from lowbit.text import as_json, one_line, printable
 
@@ -204,6 +205,9 @@ def quantize(
         )
     )
     print(as_json(made["data"]) if json_output else printable(made["text"], keep="\n"))
+
+
+app.command()(export)
 
 
 @app.command()

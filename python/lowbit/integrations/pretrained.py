@@ -113,14 +113,14 @@ def save_folder(
     check_folders(source, target)
     with staged(target, FILE_NAME) as place:
         copy_rest(Path(source), place)
-        _forget_quantization(place)
+        forget_quantization(place)
         save(model, place / FILE_NAME)
         if finish is not None:
             finish(place)
     return Path(target) / FILE_NAME
 
 
-def _forget_quantization(folder: Path) -> None:
+def forget_quantization(folder: Path) -> None:
     """Takes what another program said of the tensors of the source out of the folder."""
     for name in OWN_FILES:
         (folder / name).unlink(missing_ok=True)

@@ -129,8 +129,17 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 def _plain_copy(file: GGUFFile, path: Path) -> Path:
     """Writes what a tokenizer is made of, without what other readers of GGUF refuse."""
     writer = gguf.GGUFWriter(path, str(file.metadata["general.architecture"]))
+    copy_metadata(file, writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def copy_metadata(file: GGUFFile, writer: gguf.GGUFWriter, prefix: str = "tokenizer.") -> None:
+    """Gives a writer that has written nothing yet those keys of a file that it has not."""
     for name, value in file.metadata.items():
-        if not name.startswith("tokenizer."):
+        if not name.startswith(prefix) or any(name in known for known in writer.kv_data):
             continue
         if isinstance(value, str):
             writer.add_string(name, value)
@@ -144,10 +153,6 @@ def _plain_copy(file: GGUFFile, path: Path) -> Path:
             writer.add_array(name, value.tolist())
         elif isinstance(value, list) and all(isinstance(v, str) for v in value):
             writer.add_array(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
@@ -167,7 +172,10 @@ def _unpermute(tensor: QuantTensor | Tensor, head_dim: int) -> QuantTensor | Ten
     """Undoes llama.cpp's order of a head's rows: the two of a rotated pair are neighbours."""
     order = torch.arange(tensor.shape[0], dtype=torch.int64, device=tensor.device)
     rows = order.view(-1, head_dim // 2, 2).transpose(1, 2).flatten()
-    return tensor.map(lambda t: t[rows]) if isinstance(tensor, QuantTensor) else tensor[rows]
+    if not isinstance(tensor, QuantTensor):
+        return tensor[rows]
+    # The second level of NVFP4 is of all rows.
+    return tensor.map(lambda t: t[rows] if len(t) == len(rows) else t)
 
 
 def _fill(
