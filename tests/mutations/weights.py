@@ -45,7 +45,7 @@ MUTANTS = [
     ),
     *python("ops/linear.py", "outliers", "ops", "fused_ops", "gradients")(
         ("if added is None:\n        y = backend.linear", "if added is not x:\n        y = backend.linear"),
-        ("added = sum_of_products(x, *sparse)\n    return _linear_epilogue", "added = None\n    return _linear_epilogue"),
+        ("added = sum_of_products(x, *sparse) if sparse else None\n    return _linear_epilogue", "added = None\n    return _linear_epilogue"),
     ),
     *python("ops/sparse.py", "outliers", "transforms", "composite")(
         ("total = y if total is None else total + y", "total = y"),

@@ -73,14 +73,14 @@ def linear(
     ):
         y = call_linear(x, w, bias, *sparse)
         return reference.apply_epilogue(y, activation, gate, residual)
-    added = sum_of_products(x, *sparse)
+    added = sum_of_products(x, *sparse) if sparse else None
     return _linear_epilogue(x, *w, bias, gate, residual, added, activation)
 
 
 def call_linear(x: Tensor, w: Operands, bias: Tensor | None = None, *sparse: SparseTerm) -> Tensor:
     """`linear` on the terms of a weight: applies autocast, takes the trainable op where grad is needed."""
     x = autocast(x)
-    added = sum_of_products(x, *sparse)
+    added = sum_of_products(x, *sparse) if sparse else None
     # modes.in_dual_level, without a call. What torch.compile traces is the op, which finds its transform itself.
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         return autograd.Linear.apply(x, *w, bias, added)
