@@ -19,8 +19,8 @@ from lowbit.methods.fitting import check_importance
 from lowbit.methods.grid import check_weight
 from lowbit.methods.registry import calibrates, check_options, default_method, keywords, quantize
 from lowbit.nn import PackedModule, QuantLinear
-from lowbit.nn.embedding import packed_embedding
 from lowbit.nn import fuse as fuse_siblings
+from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.names import DEFAULT_SKIP, Rule, Rules, Selection, listed
 from lowbit.ptq.calibration import InputStatistics, as_batches, attach, calibrate
 from lowbit.ptq.observers import OBSERVERS, Observer
