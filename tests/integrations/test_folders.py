@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -329,6 +330,32 @@ def test_quantized_configurations_are_recognized(
     assert "is quantized already" in message
     assert name.split()[0] in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_folder_says_that_lowbit_quantized_it(capsys, tmp_path: Path, calibrated: bool):
+    """Every entry of lowbit reads it, and a model of it is free of it."""
+    dense("Llama").save_pretrained(tmp_path / "dense")
+    source, out, again = tmp_path / "dense", tmp_path / "out", tmp_path / "again"
+    np.save(tmp_path / "t.npy", np.arange(64))
+    more = (
+        ("--method", "gptq", "--calibrate", tmp_path / "t.npy", "--length", 16)
+        if calibrated
+        else ()
+    )
+    run(capsys, "quantize", source, out, "-f", "int4_g32", *more)
+    config = json.loads((out / "config.json").read_text())
+    assert config.pop("quantization_config") == {"quant_method": "lowbit"}
+    assert config == json.loads((source / "config.json").read_text())
+    model = lowbit.load_model(out)
+    assert not hasattr(model.config, "quantization_config")
+    assert "int4_g32" in run(capsys, "info", out)
+    run(capsys, "quantize", out, again, "-f", "int8_g32", "--quantized", "requantize")
+    assert "quantization_config" in json.loads((again / "config.json").read_text())
+    same = lowbit.load(dense("Llama"), out)
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        assert torch.equal(same(ids).logits, model.to(torch.float32)(ids).logits)
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

@@ -81,6 +81,9 @@ def test_the_model_is_that_of_transformers_reader(tmp_path, case):
     tied = oracle.config.tie_word_embeddings
     assert len(list(packed_modules(model))) == stored + tied
     assert tied == SPECS[case].tied
+    for name in ("eos_token_id", "pad_token_id"):
+        expected = getattr(oracle.config, name)
+        assert getattr(model.config, name) == getattr(model.generation_config, name) == expected
     assert_same(model, oracle)
 
 

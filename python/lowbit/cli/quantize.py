@@ -230,6 +230,7 @@ def _quantize(
         obstacles = pretrained.obstacles(options.source, selection, dtype)
 
     def finish(folder: Path) -> None:
+        pretrained.name_lowbit(folder)
         if options.dtype is not None:
             pretrained.set_dtype(folder, options.dtype)
         try:

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowbit.files import shown
 from lowbit.formats import Format, as_format
@@ -62,7 +62,6 @@ def load_causal(file: GGUFFile, dtype: torch.dtype, target: Format | None) -> Pr
             f"{_NEAREST}, with a loss: {', '.join(list(requantized)[:8])}",
             stacklevel=4,
         )
-    model.generation_config = GenerationConfig.from_model_config(config)
     made: PreTrainedModel = model.eval()
     return made
 

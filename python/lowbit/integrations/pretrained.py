@@ -46,6 +46,7 @@ from lowbit.ptq import Report
 from lowbit.ptq.file import check_target, copy_rest
 from lowbit.ptq.model import plan_layers
 
+_METHOD = "lowbit"
 _GENERATION = "generation_config.json"
 _SHOWN = 8  # names in an error message
 
@@ -114,6 +115,7 @@ def save_folder(
     with staged(target, FILE_NAME) as place:
         copy_rest(Path(source), place)
         forget_quantization(place)
+        name_lowbit(place)
         save(model, place / FILE_NAME)
         if finish is not None:
             finish(place)
@@ -130,6 +132,13 @@ def forget_quantization(folder: Path) -> None:
     if any(found):
         text = json.dumps(content, indent=2).encode()
         write_atomically(folder / CONFIG_NAME, lambda f: f.write(text))
+
+
+def name_lowbit(folder: Path) -> None:
+    """Says in config.json that lowbit quantized the folder."""
+    content = {**read_json(folder / CONFIG_NAME), "quantization_config": {"quant_method": _METHOD}}
+    text = json.dumps(content, indent=2).encode()
+    write_atomically(folder / CONFIG_NAME, lambda f: f.write(text))
 
 
 def check_folders(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -152,6 +161,8 @@ def load_folder(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """
     path = Path(folder)
     model = empty_model(path)
+    # Of the folder: what is saved of the model later may be dense, or of another program.
+    vars(model.config).pop("quantization_config", None)
     linears_for(model, NativeReader(path).header.layers)
     load(model, path)
     read_generation(model, path)
