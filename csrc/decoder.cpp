@@ -119,7 +119,7 @@ Decoder::Decoder(const DecoderConfig& config, const DecoderModel& model)
   keys_ = Memory(head_rows * static_cast<size_t>(config.head_dim) * cache_element_);
   values_ = Memory(head_rows * static_cast<size_t>(head_padded_) * cache_element_);
   if (config.cache_dtype == Dtype::kI8) {
-    key_scales_ = Memory(head_rows * sizeof(float));
+    key_scales_ = Memory(head_rows * static_cast<size_t>(ceil_div(config.head_dim, kKeyGroup)) * sizeof(float));
     value_scales_ = Memory(head_rows * sizeof(float));
   }
 
@@ -350,9 +350,11 @@ HeadCache Decoder::cache(int64_t sequence, size_t layer, int64_t kv_head) const 
   c.keys = keys_.data() + row * static_cast<size_t>(config_.head_dim) * cache_element_;
   c.values = values_.data() + row * static_cast<size_t>(head_padded_) * cache_element_;
   if (config_.cache_dtype == Dtype::kI8) {
-    c.key_scales = reinterpret_cast<float*>(key_scales_.data()) + row;
+    const size_t groups = static_cast<size_t>(ceil_div(config_.head_dim, kKeyGroup));
+    c.key_scales = reinterpret_cast<float*>(key_scales_.data()) + row * groups;
     c.value_scales = reinterpret_cast<float*>(value_scales_.data()) + row;
   }
+  c.length = static_cast<int64_t>(length);
   c.dtype = config_.cache_dtype;
   c.dim = config_.head_dim;
   c.padded_dim = head_padded_;

@@ -88,20 +88,20 @@ def scale_of(
     SECOND: tl.constexpr,
 ):
     """fp32 scales; their product with a second level is rounded once."""
-    scale = tl.load(scales + group * n + columns, mask=valid, other=0)
-    if SCALE == SCALE_E4M3:
-        byte = scale.to(tl.int32)
+    at = group * n + columns
+    if SCALE == SCALE_NUMBER:
+        scale = tl.load(scales + at, mask=valid, other=0.0).to(tl.float32)
+    elif SCALE == SCALE_E4M3:
+        byte = tl.load(scales + at, mask=valid, other=0).to(tl.int32)
         magnitude = byte & 127
         # The exponent and the mantissa lie as those of an fp32 that is 2^120 times smaller.
         small = ((magnitude << 20) | ((byte & 128) << 24)).to(tl.float32, bitcast=True)
         scale = tl.where(magnitude == 127, float("nan"), small * 1.329227995784916e36)
     elif SCALE == SCALE_E8M0:
-        byte = scale.to(tl.int32)
+        byte = tl.load(scales + at, mask=valid, other=0).to(tl.int32)
         # 0 stands for a subnormal number, 255 for NaN.
         bits = tl.where((byte == 0) | (byte == 255), (byte << 23) | 0x400000, byte << 23)
         scale = bits.to(tl.float32, bitcast=True)
-    else:
-        scale = scale.to(tl.float32)
     return with_second(scale, scales2, group, columns, valid, n, super_groups, SECOND)
 
 
@@ -119,5 +119,5 @@ def with_second(terms, second, group, columns, valid, n, super_groups, SECOND: t
 @triton.jit
 def added_zero(zeros, zeros2, group, columns, valid, n, super_groups, SECOND: tl.constexpr):
     """fp32 zeros that are added; their product with a second level is rounded once."""
-    zero = tl.load(zeros + group * n + columns, mask=valid, other=0).to(tl.float32)
+    zero = tl.load(zeros + group * n + columns, mask=valid, other=0.0).to(tl.float32)
     return with_second(zero, zeros2, group, columns, valid, n, super_groups, SECOND)

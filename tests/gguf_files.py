@@ -31,6 +31,8 @@ HALF_FIELDS = {
     GGMLType.Q6_K: (208,),
     GGMLType.IQ4_XS: (0,),
 }
+# The same of types that no format holds.
+OTHER_HALF_FIELDS = {GGMLType.IQ2_XXS: (0,)}
 
 
 def random_blocks(
@@ -41,7 +43,7 @@ def random_blocks(
     """
     size = gguf.GGML_QUANT_SIZES[kind][1]
     data = rng.integers(0, 256, (n * blocks, size), dtype=np.uint8)
-    for start in HALF_FIELDS[kind]:
+    for start in {**HALF_FIELDS, **OTHER_HALF_FIELDS}[kind]:
         half = data[:, start : start + 2].copy().view(np.uint16)
         # The top exponent is inf and NaN.
         half[(half & 0x7C00) == 0x7C00] ^= 0x4000

@@ -135,7 +135,7 @@ for layout, name in cases_of("nf4", "uint4_zfloat", "kmeans3_pr"):
     @case(f"codebook_grad {name} {layout}")
     def _(m: int, layout: str = layout, name: str = name) -> Case:
         w = weight(name, layout).operands
-        wanted = [t is not None and t.is_floating_point() for t in w.tensors[1:]]
+        wanted = [t is not None and t.is_floating_point() for t in (w.scales, w.zeros, w.table)]
         wanted[2] = wanted[2] and w.format.codec == "lut"
         call = lambda grad: torch.ops.lowbit.codebook_grad(grad, *w, wanted)  # noqa: E731
         return Case(call, {"grad": torch.randn(N, K)})

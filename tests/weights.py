@@ -56,6 +56,8 @@ def random_weight(format: Format, n: int, k: int, seed: int = 0) -> QuantTensor:
         elif dtype in (torch.uint8, torch.int8):
             low = torch.iinfo(dtype).min
             tensors[name] = torch.randint(low, low + 256, shape, generator=g, dtype=dtype)
+        elif format.scale2 is not None and name in ("scales2", "zeros2"):
+            tensors[name] = ((torch.rand(shape, generator=g) + 0.05) / 128).to(dtype)
         elif name in ("zeros", "table", "outlier_values"):
             tensors[name] = (torch.randn(shape, generator=g) * 3).to(dtype)
         else:

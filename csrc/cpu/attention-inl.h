@@ -98,13 +98,26 @@ void attend_tile(const Attend& a, const typename P::Weight* q, int64_t r0, int64
       base[v] = static_cast<const T*>(c.keys) + position / 16 * (c.dim / P::kPerT) * 16 + position % 16;
       for (int r = 0; r < kRows; ++r) acc[r][v] = zero();
     }
-    multiply_pairs<P, kRows, kTileVecs>(base, 16, c.dim / 2, q + r0 * c.padded_dim, c.padded_dim, acc);
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kTileVecs; ++v) {
-        const int64_t i = at + v * kVecLanes;
-        if constexpr (P::kScaled) acc[r][v] = mul(acc[r][v], load(c.key_scales + b0 + i));
-        store(p[r] + i, acc[r][v]);
+    const typename P::Weight* queries = q + r0 * c.padded_dim;
+    if constexpr (P::kScaled) {
+      for (int64_t d = 0; d < c.dim; d += kKeyGroup) {
+        const int64_t dims = c.dim - d < kKeyGroup ? c.dim - d : kKeyGroup;
+        const float* scales = c.key_scales + d / kKeyGroup * c.length + b0 + at;
+        F part[kRows][kTileVecs];
+        for (auto& row : part) {
+          for (F& v : row) v = zero();
+        }
+        multiply_pairs<P, kRows, kTileVecs>(base, 16, dims / 2, queries + d, c.padded_dim, part);
+        for (int v = 0; v < kTileVecs; ++v) {
+          base[v] += dims * 16;
+          for (int r = 0; r < kRows; ++r) acc[r][v] = fma(part[r][v], load(scales + v * kVecLanes), acc[r][v]);
+        }
       }
+    } else {
+      multiply_pairs<P, kRows, kTileVecs>(base, 16, c.dim / 2, queries, c.padded_dim, acc);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kTileVecs; ++v) store(p[r] + at + v * kVecLanes, acc[r][v]);
     }
   }
   int64_t unseen = kKeyBlock, seen = 0;  // the first position of the block that some row sees, and behind the last
@@ -267,12 +280,17 @@ void store_position(const HeadCache& c, int64_t position, bool last, const float
     return store_position_as<uint32_t>(c, position, last, reinterpret_cast<const char*>(key),
                                        reinterpret_cast<const char*>(scratch));
   }
-  const float key_scale = narrow(c.dtype, key, c.dim, narrowed);
   widen(dtype, value, c.dim, scratch);
   const float value_scale = narrow(c.dtype, scratch, c.dim, narrowed_value);
-  if (c.dtype != Dtype::kI8) return store_position_as<uint16_t>(c, position, last, narrowed, narrowed_value);
+  if (c.dtype != Dtype::kI8) {
+    narrow(c.dtype, key, c.dim, narrowed);
+    return store_position_as<uint16_t>(c, position, last, narrowed, narrowed_value);
+  }
+  for (int64_t d = 0; d < c.dim; d += kKeyGroup) {
+    const int64_t dims = c.dim - d < kKeyGroup ? c.dim - d : kKeyGroup;
+    c.key_scales[d / kKeyGroup * c.length + position] = narrow(c.dtype, key + d, dims, narrowed + d);
+  }
   store_position_as<uint8_t>(c, position, last, narrowed, narrowed_value);
-  c.key_scales[position] = key_scale;
   c.value_scales[position] = value_scale;
   if (last && position % 2 == 0) c.value_scales[position + 1] = 0.0f;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from lowbit.formats import Format
 from lowbit.layouts import N16
 from lowbit.ops import fp8_matmul
 from lowbit.ops.terms import Weight
+from lowbit.weights.composite import CompositeWeight
 
 _DTYPE_NAMES = {
     torch.float32: "fp32",
@@ -86,9 +88,15 @@ def explain(x: Tensor, weight: Weight) -> Explanation:
     width = -(-k // 8) if x.dtype == torch.uint8 else k
     if x.dim() == 0 or x.shape[-1] != width:
         raise ValueError(f"x must have shape (..., {width}), got {tuple(x.shape)}")
-    layout = getattr(weight, "layout", None) or available.kernel_layout(x.device, weight.format)
+    matrix = weight.matrix if isinstance(weight, CompositeWeight) else weight
+    layout = getattr(matrix, "layout", None) or available.kernel_layout(x.device, matrix.format)
     m = x.numel() // width if width else 0
-    return explain_request(weight.format, n, k, m, x.dtype, x.device.type, layout)
+    found = explain_request(matrix.format, n, k, m, x.dtype, x.device.type, layout)
+    if isinstance(weight, CompositeWeight) and weight.sparse:
+        counts = " + ".join(f"{term.columns.shape[1]} a row" for term in weight.sparse)
+        how = backends.of_device(x.device.type).sparse_name()
+        found = dataclasses.replace(found, outliers=f"{counts}, {how}")
+    return found
 
 
 def explain_request(

@@ -132,12 +132,6 @@ class InputFile:
             done += got
         return data
 
-    def check_uncut(self) -> None:
-        """Raises ValueError if the file is shorter now than when it was opened."""
-        size = os.fstat(self._file.fileno()).st_size
-        if size < self.size:
-            raise ValueError(f"the file was cut to {size} bytes after it was opened")
-
     @property
     def name(self) -> str:
         """A name for libraries that open files themselves and take no bytes that are not UTF-8."""

@@ -183,10 +183,10 @@ class Format:
             check(self.scale2_group is None, "scale2_group", f"None with scale {self.scale!r}")
             return
         check(self.scale2 in SECOND_LEVELS, "scale2", f"one of {SECOND_LEVELS} with scale 'int8'")
-        check(self.group is not None, "group", "a number of weights with scale 'int8'")
-        size = self.scale2_group
+        group, size = self.group or 0, self.scale2_group
+        check(group > 0, "group", "a number of weights with scale 'int8'")
         check(
-            size is None or (_is_int(size) and 0 < size < 2**31 and size % self.group == 0),
+            size is None or (_is_int(size) and 0 < size < 2**31 and size % group == 0),
             "scale2_group",
             f"a multiple of the group ({self.group}) below 2^31, or None for the whole row",
         )

@@ -13,7 +13,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-EVERY = ("int4", "nf4", "uint4", "kmeans3", "kmeans4_pr", "int8", "e4m3", "q4_1", "binary")
+EVERY = (
+    *("int4", "nf4", "uint4", "kmeans3", "kmeans4_pr", "int8", "e4m3", "q4_1", "binary"),
+    *("q4_k", "q6_k", "nvfp4", "mxfp4"),
+)
 """Formats whose kernels differ in codec, zero, scope or planes."""
 # (kernel, format, dtype, M, architecture)
 Case = tuple[str, str, str, int, int]
@@ -25,7 +28,10 @@ CASES: list[Case] = [
         for arch in (80, 100, 120)
     ),
     *(("dequantize", "nf4", "bfloat16", 1, arch) for arch in (80, 90, 100, 120)),
-    *(("dequantize", name, "float32", 1, 90) for name in ("uint4", "kmeans4_pr", "q4_1")),
+    *(
+        ("dequantize", name, "float32", 1, 90)
+        for name in ("uint4", "kmeans4_pr", "q4_1", "q2_k", "nvfp4")
+    ),
     *(("add_splits", "nf4", "bfloat16", 1, arch) for arch in (80, 90, 100, 120)),
 ]
 # What each architecture calls a tensor-core product in SASS.
@@ -40,13 +46,14 @@ from lowbit import layouts, triton_kernels as kernels
 from lowbit.backends.triton import weights as backend
 from lowbit.formats import parse
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.uint8: "u8"}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.uint8: "u8",
+         torch.int8: "i8"}
 
 def source(op, name, x, m):
     f, n, k = parse(name), 4096, 4096
     specs = {key: spec[1] for key, spec in layouts.find("k16").specs(f, n, k).items()}
     c = kernels.configs.choose(m, n, k, f.group or k, 132)
-    constants = backend.meaning(f, specs.get("scales")) | {
+    constants = backend.meaning(f) | {
         "HAS_BIAS": False, "APART": c.apart, "WHOLE": f.group is None, "COMPUTE": kernels.TYPES[x],
         "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "CHUNKS": c.chunks, "SPLITS": c.splits, "WIDENS": False,
         "x_column": 1, "GATHERS": False, "BLOCK": 256}
@@ -54,7 +61,7 @@ def source(op, name, x, m):
         constants |= {"BLOCK_M": 32, "CHUNKS": kernels.configs.MOST_CHUNKS}
     tensors = {"x": x, "bias": x, "out": torch.float32 if op == "linear" and c.splits > 1 else x,
                "parts": torch.float32, "indices": torch.int32}
-    tensors |= {key: specs.get(key, torch.int32) for key in ("codes", "scales", "zeros", "table")}
+    tensors |= {key: specs.get(key, torch.int32) for key in ("codes", "scales", "zeros", "table", "scales2", "zeros2")}
     kernel = {"linear": kernels.linear.linear_kernel, "add_splits": kernels.linear.add_splits_kernel,
               "dequantize": kernels.dequantize.dequantize_kernel}[op]
     constants = {key: v for key, v in constants.items() if key in kernel.arg_names}

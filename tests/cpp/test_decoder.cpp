@@ -189,18 +189,21 @@ void check_attention(const DecoderOps& ops, Dtype dtype, Dtype cache_dtype, cons
   const int64_t length = ceil_div(c.positions, kKeyBlock) * kKeyBlock, wide = padded(c.dim);
   Guarded<char> keys(static_cast<size_t>(length * c.dim * size_of(cache_dtype)));
   Guarded<char> values(static_cast<size_t>(length * wide * size_of(cache_dtype)));
-  Guarded<float> key_scales(length), value_scales(length), scratch(2 * wide);
+  Guarded<float> key_scales(ceil_div(c.dim, kKeyGroup) * length), value_scales(length), scratch(2 * wide);
   keys.poison();
   key_scales.poison();
   value_scales.poison();
-  const HeadCache cache{keys.data(), values.data(), key_scales.data(), value_scales.data(), cache_dtype, c.dim, wide};
+  const HeadCache cache{keys.data(), values.data(), key_scales.data(), value_scales.data(), length, cache_dtype,
+                        c.dim,       wide};
   std::vector<std::vector<double>> k(c.positions), v(c.positions);
   for (int64_t p = 0; p < c.positions; ++p) {
     const Guarded<float> key = random.floats(c.dim, wide);
     Values value = random.values(dtype, c.dim, c.dim);
-    float key_step = 0, value_step = 0;
+    std::vector<float> key_steps(ceil_div(c.dim, kKeyGroup));
+    float value_step = 0;
     for (int64_t d = 0; d < c.dim; ++d) {
-      key_step = std::max(key_step, std::abs(key[d]) / 127);
+      float& step = key_steps[d / kKeyGroup];
+      step = std::max(step, std::abs(key[d]) / 127);
       value_step = std::max(value_step, std::abs(static_cast<float>(value.get(d))) / 127);
     }
     // In float, as codes in the middle of two depend on it.
@@ -208,7 +211,7 @@ void check_attention(const DecoderOps& ops, Dtype dtype, Dtype cache_dtype, cons
       return cache_dtype == Dtype::kI8 && step > 0 ? std::nearbyint(x / step) * step : x;
     };
     for (int64_t d = 0; d < c.dim; ++d) {
-      k[p].push_back(kept(key[d], key_step));
+      k[p].push_back(kept(key[d], key_steps[d / kKeyGroup]));
       v[p].push_back(kept(static_cast<float>(value.get(d)), value_step));
     }
     ops.store_position(cache, p, true, key.data(), dtype, value.data(), scratch.data());

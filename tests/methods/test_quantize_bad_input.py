@@ -108,7 +108,9 @@ def test_methods_are_listed():
 small = st.integers(1, 5)
 
 
-@pytest.mark.filterwarnings("ignore:weight. .* (groups|outliers) .* so small:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:weight. .* (groups|super-blocks|outliers) .* so small:UserWarning"
+)
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(
     weight=hnp.arrays(

@@ -26,6 +26,7 @@ MUTANTS = [
         ("if (last && position % 2 == 0) c.value_scales[position + 1] = 0.0f;", ""),
         ("max_lane(most) / 127.0f + sum(poison)", "max_lane(most) / 127.0f"),
         ("max_or_nan(v, sub(zero(), v))", "v"),
+        ("const float* scales = c.key_scales + d / kKeyGroup * c.length + b0 + at;", "const float* scales = c.key_scales + b0 + at;"),
         ("store(p[r] + i, mul(load(p[r] + i), load(c.value_scales + b0 + i)));", ""),
     ),
     *cpp("cpu/rows-inl.h", TEST, "scalar")(
@@ -71,9 +72,9 @@ MUTANTS = [
     ),
     *cpp("decoder.cpp", TEST)(
         ("other.x_scale == part.x_scale && ", ""),
-        ("c.values = values_.data() + row * static_cast<size_t>(head_padded_)", "c.values = values_.data() + row * static_cast<size_t>(config_.head_dim)"),
     ),
     *cpp("decoder.cpp", ARCHITECTURES)(
+        ("c.values = values_.data() + row * static_cast<size_t>(head_padded_)", "c.values = values_.data() + row * static_cast<size_t>(config_.head_dim)"),
         ("place.position += rows;", ""),
     ),
     *cpp("decoder.cpp", BATCH)(

@@ -45,9 +45,10 @@ MUTANTS = [
     ),
     *python("ops/linear.py", "outliers", "ops", "fused_ops", "gradients")(
         ("if added is None:\n        y = backend.linear", "if added is not x:\n        y = backend.linear"),
-        ("added = None if term is None else sparse.product(x, term)\n    return _linear_epilogue", "added = None\n    return _linear_epilogue"),
+        ("added = sum_of_products(x, *sparse)\n    return _linear_epilogue", "added = None\n    return _linear_epilogue"),
     ),
-    *python("ops/sparse.py", "outliers", "transforms")(
+    *python("ops/sparse.py", "outliers", "transforms", "composite")(
+        ("total = y if total is None else total + y", "total = y"),
         ("grad_x = (grad @ dense(columns, values, ctx.k, grad.dtype)).to(ctx.dtype)", "grad_x = torch.zeros_like(grad @ dense(columns, values, ctx.k, grad.dtype)).to(ctx.dtype)"),
         ("return x.float() @ dense", "return -x.float() @ dense"),
     ),

@@ -97,10 +97,11 @@ def _product(k: int) -> None:
 
 def _decoder(**sizes: int) -> None:
     names = ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "max_length")
-    dense = _C.dense_linear(1, 1, 0, 0, 0)
-    rest = {name: 0 for name in ("dtype", "norm", "cos", "sin", "logits")}
-    numbers = {"eps": 1e-6, "scale": 1.0, "threads": 1, "embedding": dense, "head": dense}
-    _C.Decoder(**dict.fromkeys(names, 1) | sizes, layers=[], **rest, **numbers)
+    config, model = _C.DecoderConfig(), _C.DecoderModel()
+    for name, size in (dict.fromkeys((*names, "sequences", "threads"), 1) | sizes).items():
+        setattr(config, name, size)
+    model.embedding = model.head = _C.dense_linear(1, 1, 0, 0, 0)
+    _C.Decoder(config, model)
 
 
 def _weight(**sizes: Any) -> None:
@@ -120,7 +121,7 @@ def _weight(**sizes: Any) -> None:
         (lambda: _C.dense_linear(0, 1, 0, 0, 0), "n must be at least 1, got 0"),
         (lambda: _decoder(kv_heads=0), "kv_heads must be at least 1, got 0"),
         (lambda: _decoder(hidden=-3), "hidden must be at least 1, got -3"),
-        (lambda: _decoder(heads=3, kv_heads=2), "multiple of kv_heads, got 3 and 2"),
+        (lambda: _decoder(heads=3, kv_heads=2, head_dim=2), "heads % kv_heads must be 0, got 1"),
         (lambda: _weight(k=0), r"k >= 1\) and below 2\^31, got \(4, 0\)"),
         (lambda: _weight(group=0), "group must be positive, got 0"),
         (lambda: _weight(column_table=True, table_groups=0), "table_groups must be 1 or"),

@@ -278,7 +278,8 @@ class TestBadInput:
         with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16"):
             lowbit.linear_many(x.double(), [w])
         with pytest.raises(
-            TypeError, match="weight must be a QuantTensor, KernelWeight or Operands, got Tensor"
+            TypeError,
+            match="weight must be a QuantTensor, CompositeWeight, KernelWeight or Operands, got Tensor",
         ):
             lowbit.linear_many(x, [x])
         args = list(many_arguments([w, w]))

@@ -362,7 +362,8 @@ class TestBadInput:
 
     def test_weight_of_another_type(self) -> None:
         with pytest.raises(
-            TypeError, match=r"weight must be a QuantTensor, KernelWeight or Operands, got Tensor"
+            TypeError,
+            match=r"weight must be a QuantTensor, CompositeWeight, KernelWeight or Operands, got Tensor",
         ):
             lowbit.linear(torch.zeros(2, 4), torch.zeros(4, 4))
 

@@ -30,7 +30,8 @@ class CompiledDecoder:
     """Decodes a model that fits a `Description`.
 
     Args:
-        cache_dtype: of keys and values. int8: codes, and a fp32 scale for each head and position. By default bf16 for
+        cache_dtype: of keys and values. int8: codes, and for each head and position a fp32
+            scale of a value and of 32 dimensions of a key. By default bf16 for
             a model of bf16, and fp32 for others.
         sequences: how many the cache has room for.
 

@@ -222,10 +222,10 @@ def _want_own(model: PreTrainedModel, path: str, name: str) -> None:
 
 
 def _embedding_scale(inner: Any) -> float:
-    """Of a tensor that the embedding holds, rounded to the dtype; of a number that the model multiplies by."""
+    """Of what the embedding holds, rounded to the dtype; of a number that the model multiplies by."""
     scale = getattr(inner.embed_tokens, "embed_scale", None)
     if scale is not None:
-        return float(torch.as_tensor(scale).to(inner.norm.weight.dtype))
+        return float(torch.tensor(float(scale), dtype=inner.norm.weight.dtype, device="cpu"))
     return float(getattr(inner, "embedding_multiplier", 1.0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import Counter
@@ -19,14 +20,17 @@ from transformers.pytorch_utils import Conv1D
 from lowbit.files import shown
 from lowbit.formats import Format
 from lowbit.integrations.configuration import empty_model
+from lowbit.integrations.memory import return_freed_memory
 from lowbit.integrations.pretrained import conv1d_again, linears_for
 from lowbit.io.readers.folder import FolderReader
 from lowbit.methods import quantize
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
+from lowbit.nn import PackedModule, QuantLinear, ReorderedLinear
+from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
 _SHOWN = 8
+_LARGE = 1 << 20  # weights whose temporaries are worth giving back
 _WEIGHT = ".weight"
 
 
@@ -111,6 +115,8 @@ class _Filling:
         self._check()
         for name, layer in self._layers.items():
             self._fill_layer(name, layer)
+            if math.prod(self.reader.plans[layer].whole_shape) >= _LARGE:
+                return_freed_memory()
         for name, stored in self._stored.items():
             if name in self._wanted and name not in self._filled:
                 self._set(name, self.reader.layer(stored))
@@ -119,7 +125,9 @@ class _Filling:
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
                 self.found.dense.append(name)
-        if missing := sorted(n for n, t in self.model.state_dict().items() if _is_meta(t)):
+        # Not the state dict, which makes the canonical form of every packed weight.
+        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
+        if missing := sorted(name for name, t in tensors if t.is_meta):
             raise ValueError(f"{self.reader.path}: lacks {len(missing)} tensors: {_list(missing)}")
         if self.found.unused:
             warnings.warn(
@@ -182,7 +190,7 @@ class _Filling:
         weight = weight.to(self.device)
         made: PackedModule
         if isinstance(module, nn.Embedding):
-            made = QuantEmbedding.from_quant_tensor(weight, self._dtype, module.padding_idx)
+            made = packed_embedding(module, weight, self._dtype)
         elif order is not None:
             made = ReorderedLinear.from_ordered(weight, order, bias, self._dtype)
         else:
@@ -274,10 +282,6 @@ class _Filling:
                 if other in self._wanted:
                     return other
         return name
-
-
-def _is_meta(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
 
 
 def _list(names: Iterable[str]) -> str:

@@ -5,18 +5,22 @@ made.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lowbit.files import shown
+from lowbit.integrations.gguf_keys import (
+    check_neutral,
+    key,
+    of_all_layers,
+    rope_parameters,
+    token_id,
+)
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.weights.quantized import QuantTensor
-
-T = TypeVar("T")
 
 # llama.cpp's names of the tensors of one layer; the keys are transformers'.
 _LAYER_NAMES = {
@@ -36,13 +40,6 @@ _MODEL_NAMES = {
     "lm_head": "output",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-# What a llama may say and transformers' LlamaForCausalLM cannot do: the value that changes nothing.
-_NEUTRAL = {
-    "general.type": "model",
-    "llama.expert_count": 0,
-    "llama.attention.causal": True,
-    "llama.rope.scaling.attn_factor": 1.0,
-}
 
 
 def llama_config(file: GGUFFile) -> LlamaConfig:
@@ -56,15 +53,12 @@ def llama_config(file: GGUFFile) -> LlamaConfig:
     arch = key(file, "general.architecture", str)
     if arch != "llama":
         raise NotImplementedError(f"{file.path}: architecture {shown(arch)}; expected 'llama'")
-    for name, neutral in _NEUTRAL.items():
-        value = file.metadata.get(name, neutral)
-        if not np.isscalar(value) or value != neutral:
-            raise NotImplementedError(f"{file.path}: {name} {shown(value)}; expected {neutral!r}")
+    check_neutral(file, arch)
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path}: tensor 'token_embd.weight' is missing")
     layers = key(file, "llama.block_count", int, most=len(file))
-    heads = _of_all_layers(file, "llama.attention.head_count", layers)
-    kv_heads = _of_all_layers(file, "llama.attention.head_count_kv", layers, default=heads)
+    heads = of_all_layers(file, "llama.attention.head_count", layers)
+    kv_heads = of_all_layers(file, "llama.attention.head_count_kv", layers, default=heads)
     if heads % kv_heads:
         raise ValueError(f"{file.path}: {heads} heads cannot share {kv_heads} key heads evenly")
     vocab = file.tensors["token_embd.weight"].shape[0]
@@ -84,14 +78,14 @@ def llama_config(file: GGUFFile) -> LlamaConfig:
     arguments: dict[str, Any] = {
         "vocab_size": vocab,
         "hidden_size": hidden,
-        "intermediate_size": _of_all_layers(file, "llama.feed_forward_length", layers),
+        "intermediate_size": of_all_layers(file, "llama.feed_forward_length", layers),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": key(file, "llama.context_length", int),
         "rms_norm_eps": key(file, "llama.attention.layer_norm_rms_epsilon", float),
-        "rope_parameters": _rope_parameters(file),
+        "rope_parameters": rope_parameters(file, "llama"),
         "attention_bias": any(
             f"blk.0.attn_{x}.bias" in file.tensors for x in ("q", "k", "v", "output")
         ),
@@ -176,72 +170,6 @@ def rotary_embedding(file: GGUFFile, config: LlamaConfig) -> LlamaRotaryEmbeddin
         rotary.register_buffer("inv_freq", scaled)
         rotary.register_buffer("original_inv_freq", scaled.clone(), persistent=False)
     return rotary
-
-
-def key(
-    file: GGUFFile, name: str, kind: type[T], default: T | None = None, most: int = 2**31 - 1
-) -> T:
-    """A value of the metadata; ValueError if it is missing, no `kind`, or a number not in (0, most]."""
-    return _checked(file, name, file.metadata.get(name, default), kind, most)
-
-
-def token_id(file: GGUFFile, name: str, vocab: int) -> int | None:
-    """The number of a special token, if the file names it; ValueError if it is none."""
-    key = f"tokenizer.ggml.{name}_token_id"
-    value = file.metadata.get(key)
-    if value is not None and not (isinstance(value, int) and 0 <= value < vocab):
-        raise ValueError(f"{file.path}: {key} must be in [0, {vocab}), got {shown(value)}")
-    return value
-
-
-def _checked(file: GGUFFile, name: str, value: object, kind: type[T], most: int = 2**31 - 1) -> T:
-    if value is None:
-        raise ValueError(f"{file.path}: metadata key {name!r} is missing")
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(
-            f"{file.path}: metadata key {name!r} must be {kind.__name__}, got {shown(value)}"
-        )
-    if isinstance(value, int | float) and not 0 < value <= most:
-        raise ValueError(f"{file.path}: metadata key {name!r} must be in (0, {most}], got {value}")
-    return value
-
-
-def _of_all_layers(file: GGUFFile, name: str, layers: int, default: int | None = None) -> int:
-    """A number that a file gives once, or as an array with one for each layer."""
-    value = file.metadata.get(name, default)
-    if isinstance(value, np.ndarray):
-        if len(value) != layers:
-            raise ValueError(
-                f"{file.path}: metadata key {name!r} must have a number for each of {layers} "
-                f"layers, got {len(value)}"
-            )
-        numbers = np.unique(value)
-        if len(numbers) > 1:
-            raise NotImplementedError(
-                f"{file.path}: {name} differs between layers, {shown(value)}; expected one number"
-            )
-        value = numbers[0].item()
-    return _checked(file, name, value, int)
-
-
-def _rope_parameters(file: GGUFFile) -> dict[str, object]:
-    theta = key(file, "llama.rope.freq_base", float, default=10000.0)
-    # As llama.cpp: linear is the default, and a factor of zero is none.
-    kind = key(file, "llama.rope.scaling.type", str, default="linear")
-    if kind not in ("none", "linear"):
-        raise NotImplementedError(
-            f"{file.path}: rope scaling {shown(kind)}; expected 'none' or 'linear'"
-        )
-    name = "llama.rope.scaling.factor"
-    if name not in file.metadata:
-        name = "llama.rope.scale_linear"
-    factor = file.metadata.get(name, 0.0)
-    if np.isscalar(factor) and factor == 0:
-        factor = 1.0
-    factor = _checked(file, name, factor, float)
-    if kind == "none" or factor == 1:
-        return {"rope_type": "default", "rope_theta": theta}
-    return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
 
 
 def _check_shape(file: GGUFFile, name: str, shape: tuple[int, ...]) -> None:

@@ -1,8 +1,5 @@
-"""GGUF files of architectures whose configuration and names transformers and package gguf know: the transformers model
-with its linears and embeddings packed as stored.
-
-What transformers would change in the values of linears other than the order of rows stays with its own loader; the
-error says how to go on from there.
+"""GGUF files of architectures other than "llama": the transformers model with its linears and embeddings packed as
+stored. Names are package `gguf`'s.
 """
 
 from __future__ import annotations
@@ -10,21 +7,15 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import numpy as np
+import gguf
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.modeling_gguf_pytorch_utils import (
-    GGUF_SUPPORTED_ARCHITECTURES,
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-    load_gguf_checkpoint,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lowbit.files import shown
 from lowbit.formats import Format, as_format
-from lowbit.integrations.configuration import errors_of, quiet, without_weights
+from lowbit.integrations.configuration import without_weights
+from lowbit.integrations.gguf_configs import causal_config
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
 from lowbit.methods import quantize
@@ -33,12 +24,9 @@ from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
-# Architectures whose linears transformers takes as they are: the others reorder, split or transpose them.
-_AS_STORED = frozenset(
-    ("qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "stablelm", "smollm3", "olmo2", "granite")
-)  # fmt: skip
 # For tensors of types that no format holds.
 _NEAREST = "int8_g32"
+_HEAD = "lm_head"
 
 
 def load_causal(file: GGUFFile, dtype: torch.dtype, target: Format | None) -> PreTrainedModel:
@@ -50,30 +38,23 @@ def load_causal(file: GGUFFile, dtype: torch.dtype, target: Format | None) -> Pr
         target: requantize the linears of the layers to this format; None keeps them as stored.
 
     Raises:
+        ImportError: accelerate is not installed.
         ValueError: the file is damaged, or lacks a tensor or a key.
         NotImplementedError: the architecture or something that the file asks for is not supported; the message says
             what can be done.
     """
-    arch = file.metadata.get("general.architecture")
-    config = _config(file, arch)
+    config = causal_config(file)
     config.dtype = dtype
     kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
     model = without_weights(
         kind, config, f"{file.path}: transformers cannot make a {kind.__name__}"
     )
-    processor = TENSOR_PROCESSORS.get(str(arch), TensorProcessor)(config=config.to_dict())
-    names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
-    _check(file, model, names)
     requantized: dict[str, str] = {}
-    for stored, name in names.items():
-        if stored in file.tensors:
-            _fill(model, file, stored, name, processor, dtype, target, requantized)
-    _tie(model)
-    missing = sorted(
-        n for n, t in model.state_dict().items() if isinstance(t, Tensor) and t.is_meta
-    )
-    if missing:
-        raise ValueError(f"{file.path}: lacks the tensors of {', '.join(missing[:8])}")
+    names = _names(file, model)
+    for stored, name in sorted(names.items(), key=lambda item: item[0].endswith(".weight")):
+        _fill(model, file, stored, name, dtype, target, requantized)
+    if model.config.tie_word_embeddings:
+        _tie(model)
     if requantized:
         kinds = ", ".join(sorted(set(requantized.values())))
         warnings.warn(
@@ -86,103 +67,81 @@ def load_causal(file: GGUFFile, dtype: torch.dtype, target: Format | None) -> Pr
     return made
 
 
-def _config(file: GGUFFile, arch: object) -> Any:
-    if arch not in _AS_STORED:
-        known = arch in GGUF_SUPPORTED_ARCHITECTURES
-        how = (
-            "transformers reads it dense: AutoModelForCausalLM.from_pretrained(folder, gguf_file=name), then "
-            "lowbit.quantize_model"
-            if known
-            else "convert it to a folder of transformers first"
-        )
-        raise NotImplementedError(
-            f"{file.path}: architecture {shown(arch)}; expected 'llama' or one of {sorted(_AS_STORED)}: {how}"
-        )
-    kind = file.metadata.get(f"{arch}.rope.scaling.type", "none")
-    factor = file.metadata.get(f"{arch}.rope.scaling.factor", 1.0)
-    if kind != "none" and factor not in (0.0, 1.0):
-        raise NotImplementedError(
-            f"{file.path}: rope scaling {shown(kind)} by {shown(factor)} of a {arch}; expected none"
-        )
-    with errors_of(f"{file.path}: transformers refuses the configuration"), quiet():
-        found = load_gguf_checkpoint(str(file.files[0]))["config"]
-        config = AutoConfig.for_model(**found)
-    config.tie_word_embeddings = "output.weight" not in file.tensors
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise ValueError(f"{file.path}: tensor 'token_embd.weight' is missing")
-    config.vocab_size = embedding.shape[0]
-    return config
-
-
-def _check(file: GGUFFile, model: nn.Module, names: dict[str, str]) -> None:
+def _names(file: GGUFFile, model: PreTrainedModel) -> dict[str, str]:
+    """Names in the file -> parameters of the model; all are there, with the right shapes, and no others are."""
+    arch = str(file.metadata["general.architecture"])
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    known = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
+    names: dict[str, str] = {}
+    for name, parameter in model.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        if module == _HEAD and model.config.tie_word_embeddings:
+            continue
+        stored = f"{known.get_name(module)}.{leaf}"
+        if stored not in file.tensors:
+            raise ValueError(f"{file.path}: tensor {stored!r} is missing")
+        shape, expected = file.tensors[stored].shape, tuple(parameter.shape)
+        if shape != expected:
+            raise ValueError(
+                f"{file.path}: tensor {stored!r} must have shape {expected}, got {shape}"
+            )
+        names[stored] = name
     if unknown := sorted(file.tensors.keys() - names.keys()):
         raise NotImplementedError(
             f"{file.path}: a {type(model).__name__} has no tensors {', '.join(map(shown, unknown[:8]))}"
         )
-    wanted = model.state_dict()
-    for stored, name in names.items():
-        if stored not in file.tensors:
-            continue
-        shape, expected = file.tensors[stored].shape, tuple(wanted[name].shape)
-        if shape != expected:
-            raise ValueError(
-                f"{file.path}: tensor {shown(stored)} must have shape {expected}, got {shape}"
-            )
+    return names
 
 
 def _fill(
-    model: nn.Module,
+    model: PreTrainedModel,
     file: GGUFFile,
     stored: str,
     name: str,
-    processor: TensorProcessor,
     dtype: torch.dtype,
     target: Format | None,
     requantized: dict[str, str],
 ) -> None:
-    """Gives a parameter its values, replacing its module where they are packed."""
+    """Gives a parameter its values, replacing its module where they are packed; biases come before weights."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
-    weight: QuantTensor | Tensor
+    kind = file.tensors[stored].type
+    held = kind in BLOCK_TYPES or kind in DENSE_TYPES
+    weight = file[stored] if held else file.dequantized(stored)
     packable = leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding)
-    kind, inner = file.tensors[stored].type, type(module) is nn.Linear and parent != "lm_head"
-    if kind in BLOCK_TYPES or kind in DENSE_TYPES:
-        weight = file[stored]
-    else:
-        weight = file.dequantized(stored)
-        if packable and not (target is not None and inner):
-            weight = quantize(weight, as_format(_NEAREST))
-            requantized[stored] = kind.name
-    if packable and target is not None and inner:
-        weight = quantize(
-            weight.dequantize() if isinstance(weight, QuantTensor) else weight.float(), target
-        )
-    if not isinstance(weight, QuantTensor) or not packable:
-        values = weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
-        values = torch.from_numpy(np.array(processor.process(values.numpy(), name=stored).weights))
-        module.register_parameter(leaf, nn.Parameter(values.to(dtype), requires_grad=False))
+    if packable and target is not None and isinstance(module, nn.Linear) and parent != _HEAD:
+        weight = quantize(_dense(weight), target)
+    elif packable and not held:
+        weight = quantize(_dense(weight), as_format(_NEAREST))
+        requantized[stored] = kind.name
+    if not packable or not isinstance(weight, QuantTensor):
+        values = _dense(weight)
+        if leaf == "weight" and _adds_one(model) and values.dim() == 1:
+            values = values - 1  # llama.cpp's norms have it
+        module.register_parameter(leaf, nn.Parameter(values.to(dtype)))
         return
     made: PackedModule
     if isinstance(module, nn.Embedding):
         made = packed_embedding(module, weight, dtype)
-        module._buffers.pop("embed_scale", None)  # `made` has it
     else:
-        made = QuantLinear.from_quant_tensor(weight, None, dtype)
-        if module.bias is not None:
-            made.bias = module.bias
+        made = QuantLinear.from_quant_tensor(weight, module._parameters["bias"], dtype)
     replace(model, parent, made)
-    made.set_weight_dtype(dtype)
+    made.set_weight_dtype(dtype)  # not that of the empty model
+
+
+def _dense(weight: QuantTensor | Tensor) -> Tensor:  # fp32
+    return weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
+
+
+def _adds_one(model: PreTrainedModel) -> bool:
+    return str(model.config.model_type).startswith("gemma")
 
 
 def _tie(model: PreTrainedModel) -> None:
-    if not model.config.tie_word_embeddings:
-        return
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_submodule(_HEAD)
     if isinstance(embedding, QuantEmbedding):
-        name = next(n for n, module in model.named_modules() if module is head)
         made = QuantLinear.tied_to(embedding)
-        replace(model, name, made)
+        replace(model, _HEAD, made)
         made.set_weight_dtype(embedding.dtype)
     else:
-        head.weight = embedding.weight
+        head.register_parameter("weight", embedding._parameters["weight"])

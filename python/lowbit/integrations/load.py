@@ -21,6 +21,7 @@ from lowbit.io.readers.native import NativeReader
 from lowbit.io.readers.registry import open_checkpoint
 from lowbit.methods import quantize
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
+from lowbit.nn.embedding import ScaledEmbedding, ScaledQuantEmbedding
 from lowbit.ptq import quantize_model
 
 _logger = logging.getLogger("lowbit")
@@ -148,7 +149,9 @@ def _dense_of(module: QuantLinear | QuantEmbedding) -> nn.Module:
     weight = nn.Parameter(_values(module).to(module.dtype))
     n, k = weight.shape
     made: nn.Linear | nn.Embedding
-    if isinstance(module, QuantEmbedding):
+    if isinstance(module, ScaledQuantEmbedding):
+        made = ScaledEmbedding(weight, module.padding_idx, module.embed_scale)
+    elif isinstance(module, QuantEmbedding):
         made = nn.Embedding(n, k, module.padding_idx, device="meta", dtype=weight.dtype)
     else:
         made = nn.Linear(k, n, device="meta", dtype=weight.dtype)

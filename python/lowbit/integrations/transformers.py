@@ -1,5 +1,5 @@
-"""transformers models whose linears stay packed: `load_gguf` makes a LlamaForCausalLM from a GGUF
-file, `load_tokenizer` its tokenizer.
+"""transformers models whose linears stay packed: `load_gguf` makes one from a GGUF file, a LlamaForCausalLM here and
+others in `gguf_models`; `load_tokenizer` makes its tokenizer.
 
 The module tree is transformers' own, built on the meta device; each `nn.Linear` is replaced by a
 `QuantLinear` and the embedding by a `QuantEmbedding` as their tensors are read, so no dense weight
@@ -8,9 +8,7 @@ ever exists.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,14 +26,14 @@ from transformers import (
 
 from lowbit.files import cut
 from lowbit.formats import Format, as_format
+from lowbit.integrations.gguf_keys import key, token_id
 from lowbit.integrations.gguf_llama import (
     check_tensors,
-    key,
     llama_config,
     rotary_embedding,
-    token_id,
 )
 from lowbit.integrations.gguf_models import load_causal
+from lowbit.integrations.memory import return_freed_memory
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
 from lowbit.methods import quantize
@@ -55,6 +53,8 @@ def load_gguf(
     A tied head shares the embedding's packed tensors. Tensors that the file holds dense (F16, BF16,
     F32) stay dense in `dtype`. Frequencies of the rotary embedding are divided by the file's
     factors (`rope_freqs.weight`) if it has them. All is read into memory: the file may change later.
+    Of architectures other than llama, linears and embeddings of a type that no format holds are
+    quantized anew to int8_g32, and a warning names them.
 
     Args:
         path: the file, or any part of a split one.
@@ -65,6 +65,7 @@ def load_gguf(
     Raises:
         FileNotFoundError, PermissionError: the file cannot be opened.
         ValueError: the file is damaged, or a part, a tensor or a key is missing.
+        ImportError: accelerate is not installed, for an architecture other than llama.
         NotImplementedError: the architecture, a tensor type or a feature of the model is not
             supported.
     """
@@ -196,7 +197,7 @@ def _fill(
         dense = weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
         weight = quantize(dense, target)
         del dense
-        _return_freed_memory()
+        return_freed_memory()
     if not isinstance(weight, QuantTensor):
         module.register_parameter("weight", nn.Parameter(weight.to(dtype)))
         if bias is not None:
@@ -211,13 +212,6 @@ def _fill(
         raise NotImplementedError(f"{name}.weight must be dense, got {weight}")
     replace(model, name, made)
     made.set_weight_dtype(dtype)  # not that of the empty model
-
-
-def _return_freed_memory() -> None:
-    """Gives the system what glibc keeps of the temporaries: 190 MiB after 210 layers of 135M weights."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _tie_head(model: LlamaForCausalLM) -> None:

@@ -156,6 +156,7 @@ class SafetensorsFile:
         self.path = path
         self._input = InputFile(path)
         self._mmap = mmap
+        self._offsets: dict[str, int] | None = None
         with self._clear_errors():
             self._file = safe_open(self._input.name, framework="pt")
             self.metadata: dict[str, str] = self._file.metadata() or {}
@@ -173,11 +174,24 @@ class SafetensorsFile:
         """The tensor `name`, on the CPU."""
         with self._clear_errors(f", tensor {shown(name)}"):
             if not self._mmap:
-                self._input.check_uncut()
+                return self._read(name)
             t = self._file.get_tensor(name)
             # Not all files pad their header, so that tensors are aligned.
-            aligned = t.data_ptr() % t.element_size() == 0
-            return t if self._mmap and aligned else t.clone()
+            return t if t.data_ptr() % t.element_size() == 0 else t.clone()
+
+    def _read(self, name: str) -> Tensor:
+        """A copy that no mapped page stands behind."""
+        shape, dtype = self.specs[name]
+        if self._offsets is None:
+            size = int.from_bytes(self._input.read(0, 8), "little")
+            entries = json.loads(self._input.read(8, size))
+            entries.pop(_METADATA, None)
+            self._offsets = {n: 8 + size + e["data_offsets"][0] for n, e in entries.items()}
+        count = torch.Size(shape).numel() * dtype.itemsize
+        if not count:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        raw = self._input.read(self._offsets[name], count)
+        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)
 
     @contextlib.contextmanager
     def _clear_errors(self, where: str = "") -> Iterator[None]:

@@ -30,7 +30,8 @@ from lowbit.io.native import (
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.safetensors_file import FILE_NAME, Source
 from lowbit.io.shards import parse_size, write_shards
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
+from lowbit.nn import PackedModule, QuantLinear, ReorderedLinear
+from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
@@ -290,7 +291,7 @@ def _quantized(module: Any, weight: QuantTensor, reordered: bool = False) -> Pac
     """The quantized module with this weight in place of a dense one; bias and order are loaded later."""
     made: PackedModule
     if isinstance(module, nn.Embedding):
-        made = QuantEmbedding.from_quant_tensor(weight, module.weight.dtype, module.padding_idx)
+        made = packed_embedding(module, weight, module.weight.dtype)
     else:
         kind = ReorderedLinear if reordered else QuantLinear
         made = kind.from_quant_tensor(weight, _bias(module, weight.device))

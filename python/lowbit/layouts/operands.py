@@ -216,14 +216,14 @@ def group_terms(op: Operands, rows: Tensor | None = None) -> tuple[Tensor | None
             return t
         return layout.to_rows(t, op.n) if rows is None else t[rows]
 
-    scales, zeros, scales2, zeros2 = map(of_rows, (op.scales, op.zeros, op.scales2, op.zeros2))
+    scales, scales2, zeros2 = map(of_rows, (op.scales, op.scales2, op.zeros2))
+    zeros = op.zeros
+    if zeros is not None:
+        zeros = layout.unpack_zeros(zeros, f, op.n) if rows is None else zeros[rows]
     if scales is not None:
         if layout.keeps_codes(f):
             scales = reference.scale_values(scales, f)
         scales = scales.float() if scales2 is None else reference.of_two_levels(scales, scales2, f)
-    if zeros is not None and op.zeros2 is None:
-        zeros = zeros.float()
-    elif zeros is not None:
-        assert zeros2 is not None
-        zeros = reference.of_two_levels(zeros, zeros2, f)
+    if zeros is not None:
+        zeros = zeros.float() if zeros2 is None else reference.of_two_levels(zeros, zeros2, f)
     return scales, zeros

@@ -215,8 +215,8 @@ def _squared_errors(
 ) -> Tensor:
     """sum (w - w^)^2 of every group if its range is low .. high, all (N, groups) fp64."""
     two_levels = format.scale in ("e4m3", "dq8", "int8")
-    scale = "fp32" if two_levels else format.scale
-    by_row = dataclasses.replace(format, group=None, scale=scale, scale2=None, scale2_group=None)
+    single = "fp32" if two_levels else format.scale
+    by_row = dataclasses.replace(format, group=None, scale=single, scale2=None, scale2_group=None)
     table = grid.fixed_table(format, weight.device)
     nearest = Nearest(table) if format.codec == "lut" else table
     out = torch.empty_like(low)

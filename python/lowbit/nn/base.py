@@ -101,6 +101,8 @@ class PackedModule(HasPackedWeight):
     _buffers: dict[str, Any]
     # Whether another module has the same dict of buffers.
     _tied = False
+    # Attributes and buffers of a dense module that this one stands for, and that are not carried over to it.
+    takes_over: tuple[str, ...] = ()
 
     def __init__(self, weight: QuantTensor, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -133,9 +135,10 @@ class PackedModule(HasPackedWeight):
         second = {
             name: b[key].view(specs[name][1]) for name, key in _SECOND.items() if b[key] is not None
         }
-        return KernelWeight(self.format, *self._terms(b), second)
+        w, sparse = self._terms(b)
+        return KernelWeight(self.format, w, sparse[0] if sparse else None, second)
 
-    def _terms(self, b: Mapping[str, Tensor]) -> tuple[Operands, SparseTerm | None]:
+    def _terms(self, b: Mapping[str, Tensor]) -> tuple[Operands, tuple[SparseTerm, ...]]:
         """The terms of the weight whose tensors are `b`."""
         # Not self.codes: nn.Module finds a buffer only after three failed look-ups.
         codes, columns = b["codes"], b["outlier_columns"]
@@ -151,7 +154,7 @@ class PackedModule(HasPackedWeight):
             layout,
             *self.shape,
         )
-        return w, None if columns is None else SparseTerm(columns, b["outlier_values"])
+        return w, () if columns is None else (SparseTerm(columns, b["outlier_values"]),)
 
     def quant_tensor(self) -> QuantTensor:
         """The weight in canonical layout, bit for bit what the module was made from."""
@@ -191,10 +194,10 @@ class PackedModule(HasPackedWeight):
 
     def weight_source(self) -> Callable[[], Tensor]:
         """What dequantizes the weight of this moment."""
-        w, term = self._terms({**self._buffers, **self._learned()})
+        w, sparse = self._terms({**self._buffers, **self._learned()})
         dtype = self.dtype
         computed = dtype if dtype in checks.FLOAT_DTYPES else torch.float32
-        return lambda: call_dequantize(w, term, computed).to(dtype)
+        return lambda: call_dequantize(w, computed, *sparse).to(dtype)
 
     def _learned(self) -> dict[str, Tensor]:
         """What is learnable of the weight, as the kernels read it."""

@@ -49,7 +49,7 @@ class QuantEmbedding(PackedModule):
     def from_embedding(
         cls, embedding: nn.Embedding, format: Format | str, method: str | None = None
     ) -> QuantEmbedding:
-        """Quantizes a dense embedding; its rows keep their dtype.
+        """Quantizes a dense embedding; its rows keep their dtype, and the scale that Gemma's have.
 
         Raises:
             TypeError: `embedding` is not an nn.Embedding.
@@ -57,14 +57,14 @@ class QuantEmbedding(PackedModule):
         """
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
-        if type(embedding).forward is not nn.Embedding.forward:
+        if type(embedding).forward is not nn.Embedding.forward and scale_of(embedding) is None:
             raise NotImplementedError(
                 f"embedding is a {type(embedding).__name__}: its forward is not nn.Embedding's"
             )
         if embedding.max_norm is not None:
             raise NotImplementedError(f"max_norm must be None, got {embedding.max_norm}")
         weight = quantize(embedding.weight.detach(), format, method)
-        made = cls.from_quant_tensor(weight, embedding.weight.dtype, embedding.padding_idx)
+        made = packed_embedding(embedding, weight, embedding.weight.dtype)
         return made.train(embedding.training)
 
     @classmethod
@@ -90,7 +90,7 @@ class QuantEmbedding(PackedModule):
         if isinstance(indices, Proxy):
             return node_of(self, indices)
         w, sparse = self._terms(self._buffers)
-        return call_embedding(indices, w, self.dtype, sparse)
+        return call_embedding(indices, w, self.dtype, *sparse)
 
     def extra_repr(self) -> str:
         """Shape, padding, dtype, format and bytes."""
@@ -100,32 +100,78 @@ class QuantEmbedding(PackedModule):
 
 
 class ScaledQuantEmbedding(QuantEmbedding):
-    """A QuantEmbedding whose rows are multiplied by a number, as Gemma's are.
+    """A QuantEmbedding whose rows are multiplied by a number, as those of transformers' Gemma are.
 
     Attributes:
         embed_scale: the number; it is rounded to the dtype of the rows, as transformers rounds it.
     """
 
     embed_scale: float = 1.0
+    takes_over = ("scalar_embed_scale", "embed_scale")
 
     def forward(self, indices: Tensor) -> Tensor:
-        """Rows of the weight, scaled."""
+        """Rows of the weight, scaled: indices (...) int64 or int32 give (..., K)."""
+        if isinstance(indices, Proxy):
+            return node_of(self, indices)
         scale = torch.tensor(self.embed_scale, dtype=self.dtype, device="cpu")
-        return super().forward(indices) * float(scale)
+        return super().forward(indices) * scale
 
     def extra_repr(self) -> str:
         """That of QuantEmbedding, and the scale."""
         return f"{super().extra_repr()}, embed_scale={self.embed_scale:g}"
 
 
+class ScaledEmbedding(nn.Embedding):
+    """What a ScaledQuantEmbedding is when it is dense; `scale_of` knows it."""
+
+    embed_scale: Tensor
+
+    def __init__(self, weight: Tensor, padding_idx: int | None, scale: float) -> None:
+        """Makes it of a weight (N, K), whose dtype the rows have."""
+        n, k = weight.shape
+        super().__init__(n, k, padding_idx, device="meta", dtype=weight.dtype)
+        self.weight = nn.Parameter(weight)
+        self.scalar_embed_scale = scale
+        buffer = torch.tensor(scale, dtype=torch.float32, device=weight.device)
+        self.register_buffer("embed_scale", buffer, persistent=False)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Rows of the weight, scaled."""
+        rows: Tensor = super().forward(indices)
+        return rows * self.embed_scale.to(self.weight.dtype)
+
+
+def scale_of(embedding: nn.Embedding) -> float | None:
+    """What a dense embedding multiplies its rows by and does nothing else, as transformers' Gemma; None of others."""
+    number, buffer = (
+        vars(embedding).get("scalar_embed_scale"),
+        embedding._buffers.get("embed_scale"),
+    )
+    if number is None or buffer is None:
+        return None
+    # T5Gemma 2 puts a parameter of its own in the place of some rows.
+    if len(embedding._buffers) > 1 or len(embedding._parameters) > 1:
+        return None
+    number = float(number)
+    if buffer.is_meta or torch.equal(buffer, torch.full_like(buffer, number)):
+        return number  # with the bits that a cast of the buffer has lost
+    return float(buffer)
+
+
 def packed_embedding(
     dense: nn.Embedding, weight: QuantTensor, dtype: torch.dtype
 ) -> QuantEmbedding:
-    """What takes the place of a dense embedding, one that scales its rows (attribute `embed_scale`) included."""
-    scale = getattr(dense, "scalar_embed_scale", getattr(dense, "embed_scale", None))
+    """What takes the place of a dense embedding, one that scales its rows (`scale_of`) included.
+
+    Args:
+        dense: plain, or with a scale.
+        weight: the quantized weight, of the shape of the dense one.
+        dtype: of the rows.
+    """
+    scale = scale_of(dense)
     if scale is None:
         return QuantEmbedding.from_quant_tensor(weight, dtype, dense.padding_idx)
     made = ScaledQuantEmbedding.from_quant_tensor(weight, dtype, dense.padding_idx)
     assert isinstance(made, ScaledQuantEmbedding)
-    made.embed_scale = float(scale)
+    made.embed_scale = scale
     return made

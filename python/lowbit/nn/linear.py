@@ -208,7 +208,7 @@ class QuantLinear(PackedModule):
         bias, x_scale = self._parameters["bias"], self._parameters["input_scale"]
         if x_scale is not None:
             return call_static_linear(x, x_scale, w, bias)
-        return call_linear(x, w, bias, sparse)
+        return call_linear(x, w, bias, *sparse)
 
     def train_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Makes the named tensors learnable, and every other one not; () freezes the layer again.

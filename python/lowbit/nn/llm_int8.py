@@ -160,7 +160,7 @@ class LLMInt8Linear(HasPackedWeight):
         large = (x.detach().abs() > self.threshold).reshape(-1, self.in_features).any(0)
         w, sparse = self.quantized._terms(self.quantized._buffers)
         w = w._replace(spec=self._exact_spec)
-        exact = call_linear(torch.where(large, x, 0), w, None, sparse)
+        exact = call_linear(torch.where(large, x, 0), w, None, *sparse)
         return self.quantized(torch.where(large, 0, x)) + exact
 
     def extra_repr(self) -> str:

@@ -102,6 +102,8 @@ def replace(
 
 
 def _carry(old: nn.Module, new: nn.Module, own: Collection[str], name: str) -> None:
+    if isinstance(new, PackedModule):
+        own = {*own, *new.takes_over}
     members = {
         group: {
             key: value

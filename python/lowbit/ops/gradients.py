@@ -96,7 +96,8 @@ def _rows(terms: Tensor | None, weight: Operands) -> Tensor | None:  # (N, group
 
 
 def _table(table: Tensor | None, weight: Operands) -> Tensor | None:
-    if table is None:
+    # That of integers may be centred, as their zeros.
+    if table is None or weight.format.codec == "affine":
         return None
     return layouts.find(weight.layout).unpack_table(table, weight.format, weight.shape[0])
 

@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 from lowbit import backends, modes, reference
 from lowbit.backends.cpu import requests
 from lowbit.layouts import Operands
-from lowbit.ops import autograd, checks, library, sparse
+from lowbit.ops import autograd, checks, library
+from lowbit.ops.sparse import sum_of_products
 from lowbit.ops.terms import Weight, terms
 from lowbit.strides import contiguous, rows_of, shaped
 from lowbit.weights.sparse import SparseTerm
@@ -59,10 +60,10 @@ def linear(
         TypeError: a dtype is not one of those above.
         ValueError: a shape, device, layout or the activation does not fit.
     """
-    w, term = terms(weight)
+    w, sparse = terms(weight)
     checks.check_optional(bias=bias, gate=gate, residual=residual)
     if activation is None and gate is None and residual is None:
-        return call_linear(x, w, bias, term)
+        return call_linear(x, w, bias, *sparse)
     x = autocast(x)
     gate, residual = (None if t is None else autocast(t) for t in (gate, residual))
     checks.check_epilogue(x, w.n, activation, gate, residual)
@@ -70,18 +71,16 @@ def linear(
         torch.is_grad_enabled()
         and checks.requires_grad(x, gate, residual, w.scales, w.zeros, w.table, bias)
     ):
-        y = call_linear(x, w, bias, term)
+        y = call_linear(x, w, bias, *sparse)
         return reference.apply_epilogue(y, activation, gate, residual)
-    added = None if term is None else sparse.product(x, term)
+    added = sum_of_products(x, *sparse)
     return _linear_epilogue(x, *w, bias, gate, residual, added, activation)
 
 
-def call_linear(
-    x: Tensor, w: Operands, bias: Tensor | None = None, term: SparseTerm | None = None
-) -> Tensor:
+def call_linear(x: Tensor, w: Operands, bias: Tensor | None = None, *sparse: SparseTerm) -> Tensor:
     """`linear` on the terms of a weight: applies autocast, takes the trainable op where grad is needed."""
     x = autocast(x)
-    added = None if term is None else sparse.product(x, term)
+    added = sum_of_products(x, *sparse)
     # modes.in_dual_level, without a call. What torch.compile traces is the op, which finds its transform itself.
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         return autograd.Linear.apply(x, *w, bias, added)

@@ -6,27 +6,31 @@ from typing import TypeAlias
 
 from lowbit.backends import available
 from lowbit.layouts import KernelWeight, Operands
+from lowbit.weights.composite import CompositeWeight
 from lowbit.weights.quantized import QuantTensor
 from lowbit.weights.sparse import SparseTerm
 
-Weight: TypeAlias = QuantTensor | KernelWeight | Operands
+Weight: TypeAlias = QuantTensor | CompositeWeight | KernelWeight | Operands
 
 
-def terms(weight: Weight) -> tuple[Operands, SparseTerm | None]:
-    """The quantized matrix and the sparse term, if there is one; a QuantTensor is converted once.
+def terms(weight: Weight) -> tuple[Operands, tuple[SparseTerm, ...]]:
+    """The quantized matrix and the sparse terms that are added to it; a QuantTensor is converted once.
 
     Raises:
         TypeError: it is no weight.
     """
     if isinstance(weight, Operands):
-        return weight, None
+        return weight, ()
+    if isinstance(weight, CompositeWeight):
+        return kernel_weight(weight.matrix).operands, weight.sparse
     if isinstance(weight, QuantTensor):
         weight = kernel_weight(weight)
     if not isinstance(weight, KernelWeight):
         raise TypeError(
-            f"weight must be a QuantTensor, KernelWeight or Operands, got {type(weight).__name__}"
+            f"weight must be a QuantTensor, CompositeWeight, KernelWeight or Operands, got "
+            f"{type(weight).__name__}"
         )
-    return weight.operands, weight.sparse
+    return weight.operands, () if weight.sparse is None else (weight.sparse,)
 
 
 def kernel_weight(qt: QuantTensor) -> KernelWeight:
@@ -44,9 +48,9 @@ def matrix(weight: Weight) -> Operands:
         ValueError: it has a sparse term.
     """
     operands, sparse = terms(weight)
-    if sparse is not None:
+    if sparse:
         raise ValueError(
-            f"weight has outliers, {sparse.columns.shape[1]} a row: this product does not take them; "
+            f"weight has outliers, {sparse[0].columns.shape[1]} a row: this product does not take them; "
             "lowbit.linear does"
         )
     return operands

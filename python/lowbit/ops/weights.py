@@ -25,20 +25,23 @@ def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     if isinstance(weight, QuantTensor) and weight._packed is None:
         weight = layouts.to_kernel(weight, layouts.CANONICAL)
-    return call_dequantize(*terms(weight), dtype)
+    w, sparse = terms(weight)
+    return call_dequantize(w, dtype, *sparse)
 
 
 @alone_after_fork
 def call_dequantize(
-    w: Operands, term: SparseTerm | None, dtype: torch.dtype
+    w: Operands, dtype: torch.dtype, *sparse: SparseTerm
 ) -> Tensor:  # (N, K) in `dtype`
     """`dequantize` of the terms of a weight."""
-    if term is None:
+    if not sparse:
         return _dequantize(*w, dtype)
     checks.check_float("dtype", dtype)
     decoded = _dequantize(*w, torch.float32)
-    checks.check_sparse(*term, w.k, decoded.device)
-    return reference.add_outliers(decoded, *term).to(dtype)
+    for term in sparse:
+        checks.check_sparse(*term, w.k, decoded.device)
+        decoded = reference.add_outliers(decoded, *term)
+    return decoded.to(dtype)
 
 
 def embedding(indices: Tensor, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,18 +51,16 @@ def embedding(indices: Tensor, weight: Weight, dtype: torch.dtype = torch.float3
         TypeError: indices are not int64 or int32, or `dtype` is not fp32, bf16 or fp16.
         IndexError: an index is outside [0, N).
     """
-    w, term = terms(weight)
-    return call_embedding(indices, w, dtype, term)
+    w, sparse = terms(weight)
+    return call_embedding(indices, w, dtype, *sparse)
 
 
-def call_embedding(
-    indices: Tensor, w: Operands, dtype: torch.dtype, term: SparseTerm | None = None
-) -> Tensor:
+def call_embedding(indices: Tensor, w: Operands, dtype: torch.dtype, *sparse: SparseTerm) -> Tensor:
     """`embedding` on the terms of a weight."""
     checks.check_tensors(indices=indices)
-    if term is None:
+    if not sparse:
         return _embedding(indices, *w, dtype)
-    return _sparse_embedding(indices, w, dtype, term)
+    return _sparse_embedding(indices, w, dtype, *sparse)
 
 
 # A node of torch.fx graphs: it looks at what a traced tensor does not have.
@@ -68,12 +69,13 @@ torch.fx.wrap("call_embedding")
 
 @alone_after_fork
 def _sparse_embedding(
-    indices: Tensor, w: Operands, dtype: torch.dtype, term: SparseTerm
+    indices: Tensor, w: Operands, dtype: torch.dtype, *sparse: SparseTerm
 ) -> Tensor:  # (*indices.shape, K) in `dtype`
     checks.check_float("dtype", dtype)
     rows = indices.reshape(-1)
     found = _embedding(rows, *w, torch.float32)
-    found = reference.add_outliers(found, term.columns[rows], term.values[rows])
+    for columns, values in sparse:
+        found = reference.add_outliers(found, columns[rows], values[rows])
     return shaped(found.to(dtype), *indices.shape, found.shape[1])
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from lowbit.methods.fitting import check_importance
 from lowbit.methods.grid import check_weight
 from lowbit.methods.registry import calibrates, check_options, default_method, keywords, quantize
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
+from lowbit.nn import PackedModule, QuantLinear
 from lowbit.nn import fuse as fuse_siblings
+from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.names import DEFAULT_SKIP, Rule, Rules, Selection, listed
 from lowbit.ptq.calibration import InputStatistics, as_batches, attach, calibrate
 from lowbit.ptq.observers import OBSERVERS, Observer
@@ -385,7 +386,7 @@ def _make(
         on_layer(name, weight, qt)
     made: PackedModule
     if isinstance(dense, nn.Embedding):
-        made = QuantEmbedding.from_quant_tensor(qt, weight.dtype, dense.padding_idx)
+        made = packed_embedding(dense, qt, weight.dtype)
         if first:
             made.share_weight(first[1])
     elif first:

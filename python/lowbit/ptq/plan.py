@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lowbit.nn import PackedModule
+from lowbit.nn.embedding import scale_of
 from lowbit.nn.names import Rule, Selection
 from lowbit.nn.surgery import obstacle
 from lowbit.ptq.report import Report
@@ -128,7 +129,8 @@ def _obstacle(module: nn.Module, own: str, fused: bool) -> str | None:
     base = next((base for base in (nn.Linear, nn.Embedding) if isinstance(module, base)), None)
     if base is None:
         return f"{kind.__name__} has no quantized form"
-    if kind.forward is not base.forward:  # type: ignore[attr-defined]
+    scaled = isinstance(module, nn.Embedding) and scale_of(module) is not None
+    if kind.forward is not base.forward and not scaled:  # type: ignore[attr-defined]
         return f"{kind.__name__} has a forward of its own"
     if fused:
         return f"the parent of this {kind.__name__} reads its weight directly"

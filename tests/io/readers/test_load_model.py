@@ -48,10 +48,11 @@ def test_a_gguf_file(tmp_path: Path, caplog, format: str | None) -> None:
     assert ("0 layers requantized" in caplog.messages[-1]) == (format is None)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Gemma"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_quantized_embedding(tmp_path: Path, tied: bool) -> None:
-    """A tied head shares its packed weight."""
-    model = tiny(tied=tied)
+def test_a_quantized_embedding(tmp_path: Path, kind: str, tied: bool) -> None:
+    """A tied head shares its packed weight; Gemma scales the rows, not the head."""
+    model = tiny(kind, tied, head_dim=16)
     write_folder(tmp_path, grouped(4, targets=["Linear", "Embedding"]), integers(4, 32), model=model)  # fmt: skip
     file = tmp_path / "model.safetensors"
     state = load_file(file)

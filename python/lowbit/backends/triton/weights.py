@@ -30,8 +30,8 @@ def meaning(format: Format) -> dict[str, Any]:
     affine = format.codec == "affine"
     zeros = {None: c.ZERO_NONE, "int": c.ZERO_INT, "float": c.ZERO_FLOAT, "min": c.ZERO_MIN}
     scopes = {"tensor": c.TABLE_SHARED, "row": c.TABLE_ROW, "group": c.TABLE_GROUP}
-    kinds = {None: c.SCALE_NONE, "e4m3": c.SCALE_E4M3, "e8m0": c.SCALE_E8M0}
-    seconds = {"e4m3": c.SECOND_ONE, "int8": c.SECOND_ROW}
+    kinds: dict[str | None, Any] = {None: c.SCALE_NONE, "e4m3": c.SCALE_E4M3, "e8m0": c.SCALE_E8M0}
+    seconds: dict[str | None, Any] = {"e4m3": c.SECOND_ONE, "int8": c.SECOND_ROW}
     return {
         "BITS": format.bits,
         "CODEC": (c.AFFINE if affine else c.LUT).value,
@@ -50,9 +50,9 @@ def _super_groups(format: Format, k: int) -> int:
     return format.scale2_group // format.group
 
 
-def _given(codes: Tensor, *others: Tensor | None) -> list[Tensor]:
-    """Operands for a launch: one that the format lacks is never read, and some tensor stands for it."""
-    return [contiguous(codes if t is None else t) for t in (codes, *others)]
+def _given(w: Operands, *others: Tensor | None) -> list[Tensor]:
+    """Operands for a launch: one that the format lacks is never read, and the codes stand for it."""
+    return [contiguous(w.codes if t is None else t) for t in (*w.tensors, *others)]
 
 
 class TritonBackend(Backend):
@@ -93,7 +93,7 @@ class TritonBackend(Backend):
         with on_device(x.device):
             package.linear.linear_kernel[(-(-n // c.block_n), -(-m // c.block_m), c.splits)](
                 x,
-                *_given(*w.tensors, bias),
+                *_given(w, bias),
                 parts,
                 m,
                 n,
@@ -134,7 +134,7 @@ class TritonBackend(Backend):
         with on_device(device):
             package.dequantize.dequantize_kernel[(-(-m // block), steps)](
                 w.codes if indices is None else contiguous(indices),
-                *_given(*w.tensors),
+                *_given(w),
                 out,
                 m,
                 w.n,
