@@ -295,6 +295,10 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     many.add_tokens([f"t{i}" for i in range(80)])
     with pytest.raises(ValueError, match="the tokenizer has a token 86, and the model 64 rows"):
         to_gguf(model, tmp_path / "a.gguf", tokenizer=many)
+    with pytest.raises(
+        ValueError, match="pre is for a tokenizer of transformers, got 'qwen2' and None"
+    ):
+        to_gguf(model, tmp_path / "a.gguf", pre="qwen2")
     assert not list(tmp_path.iterdir())
 
 

@@ -359,6 +359,47 @@ def test_a_folder_says_that_lowbit_quantized_it(capsys, tmp_path: Path, calibrat
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
+def test_shards(capsys, tmp_path: Path, calibrated: bool):
+    """The same tensors as in one file, for every entry."""
+    dense("Llama").save_pretrained(tmp_path / "dense")
+    np.save(tmp_path / "t.npy", np.arange(64))
+    more = (
+        ("--method", "gptq", "--calibrate", tmp_path / "t.npy", "--length", 16)
+        if calibrated
+        else ()
+    )
+    one, parts, again = (tmp_path / name for name in ("one", "parts", "again"))
+    run(capsys, "quantize", tmp_path / "dense", one, "-f", "int4_g32", *more)
+    size = ("--max-shard-size", "4KB")
+    run(capsys, "quantize", tmp_path / "dense", parts, "-f", "int4_g32", *size, *more)
+    assert len(list(parts.glob("*.safetensors"))) > 2
+    assert (parts / "model.safetensors.index.json").is_file()
+    state, expected = lowbit.load_model(parts).state_dict(), lowbit.load_model(one).state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in state.items())
+    described = [sorted(run(capsys, "info", path).splitlines()[1:]) for path in (one, parts)]
+    assert described[0] == described[1]
+    run(capsys, "quantize", parts, again, "-f", "int8_g32", "--quantized", "requantize", *size)
+    assert len(list(again.glob("*.safetensors"))) > 2
+    assert "got '4XB'" in fail(
+        capsys,
+        "quantize",
+        tmp_path / "dense",
+        tmp_path / "x",
+        "-f",
+        "nf4",
+        "--max-shard-size",
+        "4XB",
+    )
+    message = fail(capsys, "quantize", tmp_path / "dense", one, "-f", "nf4", *size)
+    assert "must hold no other checkpoint" in message
+    file = tmp_path / "dense" / "model.safetensors"
+    message = fail(capsys, "quantize", file, tmp_path / "x.safetensors", "-f", "nf4", *size)
+    assert "--max-shard-size is for folders of transformers" in message
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
 def test_its_own_checkpoints_are_refused(capsys, tmp_path: Path, calibrated: bool):
     dense("Llama").save_pretrained(tmp_path / "dense")
     run(capsys, "quantize", tmp_path / "dense", tmp_path / "out", "-f", "int4_g32")

@@ -177,6 +177,11 @@ def quantize(
         str, typer.Option(help="What becomes of a folder that is quantized already: refuse, keep "
                                "(packed as it is, without --format) or requantize.")
     ] = "refuse",
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(help="As in 5GB: another file of the folder for every so many bytes. By default the files "
+                          "of the source, or one."),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:  # fmt: skip
     """Quantizes a safetensors file, or a folder of transformers; with --calibrate runs its model first."""
@@ -202,6 +207,7 @@ def quantize(
             seed=seed,
             report=report,
             quantized=quantized,
+            max_shard_size=max_shard_size,
         )
     )
     print(as_json(made["data"]) if json_output else printable(made["text"], keep="\n"))

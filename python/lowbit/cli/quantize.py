@@ -72,6 +72,7 @@ class QuantizeOptions:
     seed: int = 0
     report: Path | None = None
     quantized: str = "refuse"
+    max_shard_size: str | None = None
 
     def __post_init__(self) -> None:
         if self.quantized not in QUANTIZED:
@@ -169,11 +170,12 @@ def _keep(options: QuantizeOptions) -> dict[str, Any]:
     pretrained = _pretrained()
     if not _is_transformers_folder(options.source):
         raise ValueError(f"{options.source}: --quantized is for folders of transformers")
-    pretrained.check_folders(options.source, options.target)
+    pretrained.check_folders(options.source, options.target, options.max_shard_size)
     from lowbit.integrations.load import load_as_stored
 
     model, found = load_as_stored(options.source, options.dtype)
-    pretrained.save_folder(model, options.source, options.target)
+    size = options.max_shard_size
+    pretrained.save_folder(model, options.source, options.target, max_shard_size=size)
     if options.dtype is not None:
         pretrained.set_dtype(options.target, options.dtype)
     pretrained.check_folder(options.target)
@@ -216,6 +218,10 @@ def _quantize(
     options: QuantizeOptions, rules: Rules | None, on_layer: OnLayer | None
 ) -> tuple[Report, Allocation | None]:
     if options.calibrate is None and not _is_transformers_folder(options.source):
+        if options.max_shard_size is not None:
+            raise ValueError(
+                f"--max-shard-size is for folders of transformers, got {options.source}"
+            )
         return _quantize_file(options, rules, on_layer, options.dtype, None)
     pretrained = _pretrained()
     from lowbit.integrations.configuration import read_config
@@ -224,7 +230,8 @@ def _quantize(
     if not again:
         refuse_quantized(options.source)
     obstacles = None
-    if options.calibrate is None and not again:
+    # Tensor by tensor a folder keeps the files that it has.
+    if options.calibrate is None and not again and options.max_shard_size is None:
         dtype = options.dtype or read_config(options.source).dtype
         selection = Selection(rules or options.formats[0], _skip(options))
         obstacles = pretrained.obstacles(options.source, selection, dtype)
@@ -291,7 +298,7 @@ def _quantize_model(
 ) -> tuple[Report, Allocation | None]:
     from lowbit.integrations import pretrained
 
-    pretrained.check_folders(options.source, options.target)
+    pretrained.check_folders(options.source, options.target, options.max_shard_size)
     batches = None
     if options.calibrate is not None:
         batches = pretrained.calibration_tokens(
@@ -333,7 +340,8 @@ def _quantize_model(
     for name in rest:
         report.leave(name, f"not part of a {type(model).__name__}, and not written")
     check_any(options.source, report, len(report.layers))
-    pretrained.save_folder(model, options.source, options.target, finish)
+    size = options.max_shard_size
+    pretrained.save_folder(model, options.source, options.target, finish, max_shard_size=size)
     return report, allocation
 
 

@@ -74,8 +74,8 @@ def to_gguf(
     """Writes a model of transformers with packed weights as a GGUF file.
 
     A layer whose format is that of a GGUF type, but for how many weights share a scale, is written value for value;
-    dense matrices in the narrowest of BF16, F16 and F32 that holds them, vectors in F32. Nothing is written if
-    anything raises.
+    dense matrices in the narrowest of BF16, F16 and F32 that holds them, vectors in F32. What a format says of
+    activations is not written. Nothing is written if anything raises.
 
     Args:
         model: llama, mistral, qwen2, qwen3, gemma2 or gemma3 (text), as `lowbit.load_model` or
@@ -98,6 +98,10 @@ def to_gguf(
     if requantize is not None and requantize.upper() not in REQUANTIZED:
         raise ValueError(
             f"requantize must be one of {', '.join(sorted(REQUANTIZED))}, got {shown(requantize)}"
+        )
+    if pre is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"pre is for a tokenizer of transformers, got {pre!r} and {tokenizer!r:.100}"
         )
     target = Path(path)
     arch = architecture(model.config)
@@ -175,7 +179,8 @@ def _plan(
         elif arch.startswith("gemma") and name.endswith("norm.weight"):
             t = t.float() + 1  # llama.cpp multiplies by what it reads
         plan[named(name)] = _dense(t, vector=t.dim() == 1)
-    return dict(sorted(plan.items(), key=lambda item: list(names.values()).index(item[0])))
+    place = {stored: i for i, stored in enumerate(names.values())}
+    return dict(sorted(plan.items(), key=lambda item: place[item[0]]))
 
 
 def _names(model: PreTrainedModel, arch: str) -> dict[str, str]:

@@ -32,7 +32,8 @@ def to_gptq(
 
     Linears of 2, 3, 4 or 8 bits with one level of scales and integer zero points, or none, are written value for
     value, scales in the dtype of their format; embeddings are decoded to their own dtype. Layers may differ: the
-    folder's `dynamic` rules say so. Nothing is written if anything raises.
+    folder's `dynamic` rules say so. What a format says of activations is not written. Nothing is written if anything
+    raises.
 
     Args:
         model: as `lowbit.load_model` or `lowbit.quantize_model` makes it.

@@ -39,8 +39,9 @@ from lowbit.io.foreign import (
 )
 from lowbit.io.match import Match
 from lowbit.io.readers.native import NativeReader
-from lowbit.io.safetensors_file import FILE_NAME, SafetensorsFile, tensor_files
+from lowbit.io.safetensors_file import FILE_NAME, INDEX_NAME, SafetensorsFile, tensor_files
 from lowbit.io.save_load import load, save
+from lowbit.io.shards import parse_size
 from lowbit.nn.names import Selection
 from lowbit.ptq import Report
 from lowbit.ptq.file import check_target, copy_rest
@@ -97,6 +98,8 @@ def save_folder(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     finish: Callable[[Path], object] | None = None,
+    *,
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Writes a model that was loaded from the folder `source` and quantized to the folder `target`. If
     anything raises, `target` is as it was.
@@ -104,22 +107,23 @@ def save_folder(
     Args:
         model, source, target: as above.
         finish: as in `lowbit.ptq.file.quantize_file`.
+        max_shard_size: as in `lowbit.save`.
 
     Returns:
-        The path of its model.safetensors.
+        The path of its model.safetensors, or of the index.
 
     Raises:
-        ValueError: as `check_folders`.
+        ValueError: as `check_folders`; `max_shard_size` is no size.
     """
-    check_folders(source, target)
-    with staged(target, FILE_NAME) as place:
+    check_folders(source, target, max_shard_size)
+    with staged(target, FILE_NAME if max_shard_size is None else INDEX_NAME) as place:
         copy_rest(Path(source), place)
         forget_quantization(place)
         name_lowbit(place)
-        save(model, place / FILE_NAME)
+        written = save(model, place, max_shard_size=max_shard_size)
         if finish is not None:
             finish(place)
-    return Path(target) / FILE_NAME
+    return Path(target) / written.name
 
 
 def forget_quantization(folder: Path) -> None:
@@ -141,11 +145,18 @@ def name_lowbit(folder: Path) -> None:
     write_atomically(folder / CONFIG_NAME, lambda f: f.write(text))
 
 
-def check_folders(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Raises ValueError if `save_folder` cannot write to `target`: it is `source`, a file, or holds
-    a checkpoint in several files.
+def check_folders(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Raises ValueError if `save_folder` cannot write to `target`: it is `source`, a file, or holds a checkpoint in
+    several files (with `max_shard_size`: in one), which would be read instead; or if that is no size.
     """
-    check_target(Path(source), Path(target))
+    if max_shard_size is not None:
+        parse_size(max_shard_size)
+    name = FILE_NAME if max_shard_size is None else INDEX_NAME
+    check_target(Path(source), Path(target), (name,))
 
 
 def load_folder(folder: str | os.PathLike[str]) -> PreTrainedModel:

@@ -78,6 +78,12 @@ def write_checkpoint(
             a tensor that a layer may have, and could not be told from it when the file is read.
             Nothing is written then.
     """
+    check_names(sources, header)
+    write(path, sources, {**(metadata or {}), **header.metadata()})
+
+
+def check_names(sources: list[Source], header: Header) -> None:
+    """Raises ValueError if a dense tensor has the name of a layer, or of a tensor that a layer may have."""
     own = {
         prefix_of(layer) + key
         for layer, (format, shape) in header.layers.items()
@@ -93,7 +99,6 @@ def write_checkpoint(
         raise ValueError(
             f"tensor {shown(name)} would be read as a part of the layer {shown(taken[name])}"
         )
-    write(path, sources, {**(metadata or {}), **header.metadata()})
 
 
 def parse_header(file: Path, metadata: Mapping[str, str]) -> Header:

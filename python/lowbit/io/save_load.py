@@ -29,6 +29,7 @@ from lowbit.io.native import (
 )
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.safetensors_file import FILE_NAME, Source
+from lowbit.io.shards import parse_size, write_shards
 from lowbit.nn import PackedModule, QuantLinear, ReorderedLinear
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.surgery import replace
@@ -40,8 +41,13 @@ SUFFIX = ".safetensors"
 
 
 @alone_after_fork
-def save(model_or_state: nn.Module | Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Writes a model, or what `load_tensors` gives, to one safetensors file.
+def save(
+    model_or_state: nn.Module | Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str | None = None,
+) -> Path:
+    """Writes a model, or what `load_tensors` gives, to one safetensors file, or to several of a folder.
 
     Quantized weights are converted to the canonical layout one at a time; shared tensors are
     written once. The file is complete or not there: a failure leaves what was at `path` before.
@@ -55,9 +61,12 @@ def save(model_or_state: nn.Module | Mapping[str, Any], path: str | os.PathLike[
         model_or_state: a module, or names with Tensors, QuantTensors and extra states.
         path: the file if it ends in ".safetensors", else a folder, made if needed, that gets
             "model.safetensors".
+        max_shard_size: bytes of tensors, or a text as in "5GB", beyond which a folder gets another file, and
+            "model.safetensors.index.json", which `load`, `load_tensors` and `lowbit.load_model` read. A layer is
+            never cut.
 
     Returns:
-        The path of the file.
+        The path of the file, or of the index.
 
     Raises:
         TypeError: a value is neither a dense tensor nor a QuantTensor, safetensors cannot hold its
@@ -65,8 +74,12 @@ def save(model_or_state: nn.Module | Mapping[str, Any], path: str | os.PathLike[
             other keys), or a name is no string.
         ValueError: a value is on the meta device; an extra state is deeper than 50 levels or holds an
             int of more than 64 bits; or a name is "__metadata__", not Unicode, or that of a tensor of
-            a layer ("a.zeros" beside the layer "a").
+            a layer ("a.zeros" beside the layer "a"); `max_shard_size` is no size, or `path` is a file or a
+            folder with a "model.safetensors" while there are several files to write.
     """
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    if limit is not None and Path(path).suffix == SUFFIX:
+        raise ValueError(f"path must be a folder with max_shard_size, got {path}")
     if isinstance(model_or_state, nn.Module):
         sources, header = _module_sources(model_or_state)
     elif isinstance(model_or_state, Mapping):
@@ -76,6 +89,8 @@ def save(model_or_state: nn.Module | Mapping[str, Any], path: str | os.PathLike[
             f"model_or_state must be an nn.Module or a mapping, got {type(model_or_state).__name__}"
         )
     file = Path(path)
+    if limit is not None:
+        return write_shards(file, sources, header, limit)
     if file.suffix != SUFFIX:
         file = file / FILE_NAME
     write_checkpoint(file, sources, header)
