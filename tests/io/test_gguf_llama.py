@@ -427,11 +427,14 @@ def test_any_type_can_be_requantized(tmp_path):
     blocks[:, :2] = np.full(256, 1e-3, np.float16).view(np.uint8).reshape(-1, 2)
     up = {"blk.0.ffn_up.weight": (blocks, GGMLType.IQ2_XXS)}
     path = changed(tmp_path / "a.gguf", up, spec)
-    with pytest.raises(NotImplementedError, match="has type IQ2_XXS; expected one of"):
-        load_gguf(path)
-    got = load_gguf(path, format="int8").model.layers[0].mlp.up_proj.quant_tensor().dequantize()
     expected = torch.from_numpy(gguf.dequantize(blocks, GGMLType.IQ2_XXS))
-    assert (got - expected).abs().max() <= expected.abs().max() / 127
+    with pytest.warns(
+        UserWarning, match=r"1 tensors of type IQ2_XXS; .* int8_g32, .* blk.0.ffn_up"
+    ):
+        nearest = load_gguf(path).model.layers[0].mlp.up_proj.quant_tensor()
+    assert nearest.format.name == "int8_g32"
+    for got in (nearest, load_gguf(path, format="int8").model.layers[0].mlp.up_proj.quant_tensor()):
+        assert (got.dequantize() - expected).abs().max() <= expected.abs().max() / 127
 
 
 SCALED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}

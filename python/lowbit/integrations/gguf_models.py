@@ -25,7 +25,7 @@ from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
 # For tensors of types that no format holds.
-_NEAREST = "int8_g32"
+NEAREST = "int8_g32"
 _HEAD = "lm_head"
 
 
@@ -55,15 +55,26 @@ def load_causal(file: GGUFFile, dtype: torch.dtype, target: Format | None) -> Pr
         _fill(model, file, stored, name, dtype, target, requantized)
     if model.config.tie_word_embeddings:
         _tie(model)
+    warn_of_loss(file, requantized)
+    made: PreTrainedModel = model.eval()
+    return made
+
+
+def is_held(file: GGUFFile, name: str) -> bool:
+    """Whether a format, or a dense tensor, holds the values of a tensor."""
+    kind = file.tensors[name].type
+    return kind in BLOCK_TYPES or kind in DENSE_TYPES
+
+
+def warn_of_loss(file: GGUFFile, requantized: dict[str, str]) -> None:
+    """Names the tensors, with their types, that are quantized anew to NEAREST because no format holds them."""
     if requantized:
         kinds = ", ".join(sorted(set(requantized.values())))
         warnings.warn(
             f"{file.path}: no format holds {len(requantized)} tensors of type {kinds}; they are quantized anew to "
-            f"{_NEAREST}, with a loss: {', '.join(list(requantized)[:8])}",
-            stacklevel=4,
+            f"{NEAREST}, with a loss: {', '.join(list(requantized)[:8])}",
+            stacklevel=5,
         )
-    made: PreTrainedModel = model.eval()
-    return made
 
 
 def _names(file: GGUFFile, model: PreTrainedModel) -> dict[str, str]:
@@ -105,13 +116,13 @@ def _fill(
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     kind = file.tensors[stored].type
-    held = kind in BLOCK_TYPES or kind in DENSE_TYPES
+    held = is_held(file, stored)
     weight = file[stored] if held else file.dequantized(stored)
     packable = leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding)
     if packable and target is not None and isinstance(module, nn.Linear) and parent != _HEAD:
         weight = quantize(_dense(weight), target)
     elif packable and not held:
-        weight = quantize(_dense(weight), as_format(_NEAREST))
+        weight = quantize(_dense(weight), as_format(NEAREST))
         requantized[stored] = kind.name
     if not packable or not isinstance(weight, QuantTensor):
         values = _dense(weight)

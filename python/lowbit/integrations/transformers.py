@@ -32,10 +32,9 @@ from lowbit.integrations.gguf_llama import (
     llama_config,
     rotary_embedding,
 )
-from lowbit.integrations.gguf_models import load_causal
+from lowbit.integrations.gguf_models import NEAREST, is_held, load_causal, warn_of_loss
 from lowbit.integrations.memory import return_freed_memory
 from lowbit.io.readers.gguf import GGUFFile
-from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
 from lowbit.methods import quantize
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.nn.surgery import replace
@@ -80,8 +79,12 @@ def load_gguf(
     stored = check_tensors(file, config)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
+    lossy: dict[str, str] = {}
     for name, leaves in stored.items():
         requantized = target if "layers." in name and name.endswith("_proj") else None
+        weight = leaves["weight"]
+        if requantized is None and not is_held(file, weight):
+            requantized, lossy[weight] = as_format(NEAREST), file.tensors[weight].type.name
         tensors = {leaf: _read(file, key, requantized) for leaf, key in leaves.items()}
         if name.endswith(("q_proj", "k_proj")):
             dim = model.model.layers[0].self_attn.head_dim
@@ -91,6 +94,7 @@ def load_gguf(
         _tie_head(model)
     model.model.rotary_emb = rotary_embedding(file, config)  # the only buffers of the tree
     model.generation_config = GenerationConfig.from_model_config(config)
+    warn_of_loss(file, lossy)
     return model.eval()
 
 
@@ -164,8 +168,7 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
 
 def _read(file: GGUFFile, name: str, target: Format | None) -> QuantTensor | Tensor:
     """A tensor as stored; one that no format holds, if it is to be requantized, as its values."""
-    stored = file.tensors[name].type in (*BLOCK_TYPES, *DENSE_TYPES)
-    return file[name] if stored or target is None else file.dequantized(name)
+    return file[name] if target is None or is_held(file, name) else file.dequantized(name)
 
 
 def _unpermute(tensor: QuantTensor | Tensor, head_dim: int) -> QuantTensor | Tensor:
