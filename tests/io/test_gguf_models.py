@@ -226,10 +226,11 @@ def test_types_that_no_format_holds_are_quantized_anew(tmp_path, case):
     assert found == count + SPECS[case].tied
 
 
-def test_requantized_linears(tmp_path):
+@pytest.mark.parametrize("case", ["gemma2", "qwen2 untied"])
+def test_requantized_linears(tmp_path, case):
     """Of the layers alone; no warning of types that are quantized anew anyway."""
-    kinds = {**SPECS["gemma2"].kinds, "ffn_up": GGMLType.IQ2_XXS}
-    path = write_model(tmp_path / "a.gguf", SPECS["gemma2"].with_(kinds=kinds))
+    kinds = {**SPECS[case].kinds, "ffn_up": GGMLType.IQ2_XXS}
+    path = write_model(tmp_path / "a.gguf", SPECS[case].with_(kinds=kinds))
     model, oracle = load_gguf(path, dtype=torch.float32, format="nf4"), as_read(path)
     for name, module in packed_modules(model):
         expected = oracle.get_submodule(name).weight.detach()

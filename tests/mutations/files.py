@@ -20,9 +20,29 @@ MUTANTS = [
         ("order.view(-1, head_dim // 2, 2).transpose(1, 2)", "order.view(-1, 2, head_dim // 2).transpose(1, 2)"),
     ),
     *python("integrations/gguf_llama.py", "transformers", "gguf_llama")(
-        ('"llama.rope.freq_base", float, default=10000.0', '"llama.rope.freq_base", float, default=1000000.0'),
         ('"tie_word_embeddings": "output.weight" not in file.tensors', '"tie_word_embeddings": "output.weight" in file.tensors'),
         ('"llama.attention.head_count_kv", layers, default=heads', '"llama.attention.head_count_kv", layers, default=1'),
+    ),
+    *python("integrations/gguf_keys.py", "gguf_llama", "gguf_models")(
+        ('.rope.freq_base", float, default=10000.0', '.rope.freq_base", float, default=1000000.0'),
+        ("return None if np.isscalar(value) and value == 0 else key(file, name, kind)", "return key(file, name, kind)"),
+    ),
+    *python("integrations/gguf_configs.py", "gguf_models", "gguf_models_bad")(
+        ('rope["partial_rotary_factor"] = rotated / dim', 'rope["partial_rotary_factor"] = 1.0'),
+        ("// heads if layers == largest else dim", "// heads"),
+        ('"sliding_attention" if (i + 1) % pattern', '"sliding_attention" if i % pattern'),
+        ('float, default=10000.0),', 'float, default=10000.0) * 2,'),
+        ('columns = hidden if name == "token_embd.weight" else heads * dim', "columns = file.tensors[name].shape[-1]"),
+    ),
+    *python("integrations/gguf_models.py", "gguf_models", "gguf_models_bad")(
+        ("values = values - 1", "values = values - 0"),
+        ("if unknown := sorted(file.tensors.keys() - names.keys()):", "if unknown := ():"),
+        ("isinstance(module, nn.Linear) and parent != _HEAD", "isinstance(module, nn.Linear)"),
+    ),
+    *python("nn/embedding.py", "scaled_embedding")(
+        ("torch.tensor(self.embed_scale, dtype=self.dtype", "torch.tensor(self.embed_scale, dtype=torch.float32"),
+        ("    if len(embedding._buffers) > 1 or len(embedding._parameters) > 1:", "    if False:"),
+        ("if buffer.is_meta or torch.equal(buffer, torch.full_like(buffer, number)):", "if True:"),
     ),
     *python("io/safetensors_file.py", "io", "io_bad_files")(
         ("key=lambda i: (-i[1][1].itemsize, i[0])", "key=lambda i: i[0]"),
