@@ -187,6 +187,14 @@ inline void multiply_columns(const Launch& l, const Slab& slab, const ColumnTabl
 
 constexpr int64_t kColumnRowsPerTask = 256;  // y of 16 columns: 16 KiB
 
+// Scales of the groups of a slab. A function of its own: a call of it leaves the registers of the products alone.
+__attribute__((noinline)) void read_scales(const Launch& l, Slab& slab) {
+  slab.group = slab.begin / slab.spans_per_group;
+  for (int64_t g = slab.group; g * slab.spans_per_group < slab.end; ++g) {
+    store(slab.scales[g - slab.group], group_scale(l, slab.block, g, slab.vector * kUnitLanes));
+  }
+}
+
 template <int B>
 void columns_run(const Launch& l, int64_t begin, int64_t end) {
   using S = ColumnSpan<B>;
@@ -215,10 +223,7 @@ void columns_run(const Launch& l, int64_t begin, int64_t end) {
         if (l.table_groups > 1 && slab.end > group_end) slab.end = group_end;
         if (slab.end > spans) slab.end = spans;
         transpose_slab<B>(l, slab.block, slab.vector, slab.begin, slab.end, data);
-        slab.group = slab.begin / slab.spans_per_group;
-        for (int64_t g = slab.group; g * slab.spans_per_group < slab.end; ++g) {
-          store(slab.scales[g - slab.group], group_scale(l, slab.block, g, slab.vector * kUnitLanes));
-        }
+        read_scales(l, slab);
         if (slab.begin == 0 || l.table_groups > 1) {
           tables.read(l, slab.block, slab.vector, slab.group);
         }

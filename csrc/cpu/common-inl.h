@@ -102,6 +102,12 @@ __attribute__((noinline)) F second_level(const Launch& l, const void* second, in
   return load_as(second, l.second_dtype, (block * l.num_supers + super) * kBlockN + lane);
 }
 
+// Whether scales and zeros are numbers of one level, and no codes.
+inline bool plain_terms(const Launch& l) {
+  const Dtype d = l.scale_dtype;
+  return !l.scales2 && !l.zeros2 && (!l.scales || d == Dtype::kF32 || d == Dtype::kBf16 || d == Dtype::kF16);
+}
+
 // Scale and zero of kVecLanes columns of one group.
 struct GroupTerms {
   F scale, zero;

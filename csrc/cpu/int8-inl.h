@@ -130,9 +130,17 @@ LOWBIT_INLINE inline I part_start(const Launch& l, int32_t first, int64_t block,
   return add_i(start, mul_i(load_i8_lanes(zeros), set1_i(-x_sum)));
 }
 
-// Scales of kVecLanes columns of a group, and their zeros where these are not integers.
+// Scales of kVecLanes columns of a group, and their zeros where these are not integers. `kPlain` says that they are
+// numbers of one level (`plain_terms`): kernels are compiled for both, as the tests of the other kinds cost a tenth of
+// short groups.
+template <bool kPlain>
 LOWBIT_INLINE inline GroupTerms float_terms(const Launch& l, int64_t block, int64_t group, int lane) {
   const bool zeros = l.zero != ZeroMode::kNone && !int_zeros(l);
+  if constexpr (kPlain) {
+    const int64_t i = (block * l.num_groups + group) * kBlockN + lane;
+    return {l.scales ? load_as(l.scales, l.scale_dtype, i) : set1(1.0f),
+            zeros ? load_as(l.zeros, l.zero_dtype, i) : zero()};
+  }
   return {group_scale(l, block, group, lane), zeros ? group_zero(l, block, group, lane) : zero()};
 }
 
@@ -181,7 +189,7 @@ __attribute__((noinline)) void close_halves(const Launch& l, int32_t first, int6
     if (group == l.num_groups) return;
     for (int v = 0; v < kVecs; ++v) {
       const int lane = lane0 + v * kVecLanes;
-      const GroupTerms terms = float_terms(l, block, group, lane);
+      const GroupTerms terms = float_terms<false>(l, block, group, lane);
       for (int r = 0; r < kRows; ++r) {
         const int32_t x_sum = part_sums(l, rows[r])[group];
         const I acc = add_i(sums[half][r][v], part_start(l, first, block, group, lane, x_sum));
@@ -194,10 +202,11 @@ __attribute__((noinline)) void close_halves(const Launch& l, int32_t first, int6
 }
 
 // Few rows: codes are decoded in registers and met by all of them.
-template <class C, int kRows, int kVecs>
+template <class C, int kRows, int kVecs, bool kPlain>
 inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t m0, int64_t valid_rows, int lane0) {
   constexpr int kBits = C::kBits, kColumns = kVecs * kVecLanes;
-  const bool halves = C::kHalves && halves_chunks(l.group, l.k);
+  constexpr bool kHalves = C::kHalves && !kPlain;
+  const bool halves = kHalves && halves_chunks(l.group, l.k);
   const int64_t chunks = num_chunks(l.k);
   const int64_t chunks_per_group = l.num_groups == 1 ? chunks : halves ? 1 : l.group / kChunkK;
   const uint8_t* codes = l.codes + block * chunks * chunk_bytes(kBits);
@@ -231,7 +240,7 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
       });
       if (fetches) prefetch_chunk<kBits>(base);
       unroll<kDwordsPerChunk>([&](auto d) LOWBIT_INLINE {
-        if constexpr (C::kHalves && 2 * d == kDwordsPerChunk) {
+        if constexpr (kHalves && 2 * d == kDwordsPerChunk) {
           if (halves) {
             each([&](auto r, auto v) LOWBIT_INLINE {
               of_half[0][r][v] = acc[r][v];
@@ -247,7 +256,7 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
         });
       });
     }
-    if constexpr (C::kHalves) {
+    if constexpr (kHalves) {
       if (halves) {
         each([&](auto r, auto v) LOWBIT_INLINE { of_half[1][r][v] = acc[r][v]; });
         close_halves<kRows, kVecs>(l, codec.first, block, chunk - 1, lane0, rows, of_half, y, total);
@@ -256,7 +265,7 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
       }
     }
     unroll<kVecs>([&](auto v) LOWBIT_INLINE {
-      const GroupTerms terms = float_terms(l, block, group, lane0 + v * kVecLanes);
+      const GroupTerms terms = float_terms<kPlain>(l, block, group, lane0 + v * kVecLanes);
       unroll<kRows>([&](auto r) LOWBIT_INLINE {
         float* sum = y[r] + v * kVecLanes;
         store(sum, add_part(l, terms, load(sum), acc[r][v], rows[r], group, x_sums[r][part]));
@@ -271,35 +280,42 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
   for (int r = 0; r < valid_rows; ++r) finish_row(l, block, rows[r], lane0, kColumns, total[r], y[r]);
 }
 
-template <class C, int kRows, int kVecs>
+template <class C, bool kPlain, int kRows, int kVecs>
 inline void skinny_rows(const Launch& l, const C& codec, int64_t block, int64_t m0, int64_t valid_rows) {
   for (int lane = 0; lane < kBlockN; lane += kVecs * kVecLanes) {
-    skinny_tile<C, kRows, kVecs>(l, codec, block, m0, valid_rows, lane);
+    skinny_tile<C, kRows, kVecs, kPlain>(l, codec, block, m0, valid_rows, lane);
   }
 }
 
 // A block's codes stay in L2 while the rows pass over them.
-template <class C>
-void skinny_run(const Launch& l, int64_t begin, int64_t end) {
+template <class C, bool kPlain>
+inline void skinny_blocks(const Launch& l, int64_t begin, int64_t end) {
   const C codec(l);
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t m0 = 0, rows; m0 < l.m; m0 += rows) {
       // The first rows read memory in order, all columns at once; the others find the codes in L2.
-      const int most = m0 == 0 ? 4 : kSkinnyRows;
+      const int most = !kPlain ? 2 : m0 == 0 ? 4 : kSkinnyRows;  // a tile less to compile of the others
       rows = l.m - m0 < most ? l.m - m0 : most;
       if (rows == 1) {
-        // All 64 columns at once: one sequential stream. Wide codes of so many come from too many places for the
-        // prefetchers.
-        skinny_rows<C, 1, C::kBits >= 6 ? kSkinnyVecs : kBlockN / kVecLanes>(l, codec, block, m0, rows);
+        // All columns at once: one stream. Wide codes of so many come from too many places for the prefetchers.
+        skinny_rows<C, kPlain, 1, C::kBits >= 6 ? kSkinnyVecs : kBlockN / kVecLanes>(l, codec, block, m0, rows);
       } else if (rows == 2) {
-        skinny_rows<C, 2, kTileVecs>(l, codec, block, m0, rows);
-      } else if (rows <= 4) {
-        skinny_rows<C, 4, kTileVecs>(l, codec, block, m0, rows);
-      } else {
-        skinny_rows<C, kSkinnyRows, kSkinnyVecs>(l, codec, block, m0, rows);
+        skinny_rows<C, kPlain, 2, kTileVecs>(l, codec, block, m0, rows);
+      } else if constexpr (kPlain) {
+        if (rows <= 4) {
+          skinny_rows<C, kPlain, 4, kTileVecs>(l, codec, block, m0, rows);
+        } else {
+          skinny_rows<C, kPlain, kSkinnyRows, kSkinnyVecs>(l, codec, block, m0, rows);
+        }
       }
     }
   }
+}
+
+template <class C>
+void skinny_run(const Launch& l, int64_t begin, int64_t end) {
+  if (plain_terms(l) && !halves_chunks(l.group, l.k)) return skinny_blocks<C, true>(l, begin, end);
+  skinny_blocks<C, false>(l, begin, end);
 }
 
 constexpr int kBytePanelWeights = 256;  // x 64 columns of bytes = 16 KiB
@@ -329,7 +345,7 @@ inline void decode_bytes(const Launch& l, const C& codec, const ByteSpan& span, 
 
 // Multiplies a panel with kRows rows: adds each finished part of a group to y (rows, 64); the sum of an unfinished one
 // waits in `carry`. A panel that carries begins at a multiple of its length in its group, and so does a part.
-template <bool kWide, int kRows>
+template <bool kWide, bool kPlain, int kRows>
 inline void multiply_bytes(const Launch& l, const ByteSpan& span, const uint8_t* panel, int64_t row, int32_t* carry,
                            float* y, float* total) {
   static_assert(kMaxInt8Group % kBytePanelWeights == 0);
@@ -367,7 +383,7 @@ inline void multiply_bytes(const Launch& l, const ByteSpan& span, const uint8_t*
       unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE {
         const int lane = lane0 + v * kVecLanes;
         if (ends) {
-          const GroupTerms terms = float_terms(l, span.block, group, lane);
+          const GroupTerms terms = float_terms<kPlain>(l, span.block, group, lane);
           unroll<kRows>([&](auto r) LOWBIT_INLINE {
             float* sum = y + r * kBlockN + lane;
             store(sum, add_part(l, terms, load(sum), acc[r][v], row + r, group, x_sum[r * sums_stride]));
@@ -382,8 +398,8 @@ inline void multiply_bytes(const Launch& l, const ByteSpan& span, const uint8_t*
   }
 }
 
-template <class C>
-void gemm_bytes_run(const Launch& l, int64_t begin, int64_t end) {
+template <class C, bool kPlain>
+inline void gemm_bytes(const Launch& l, int64_t begin, int64_t end) {
   constexpr bool kWide = C::kWide;
   const C codec(l);
   alignas(64) uint8_t panel[kBytePanelWeights / 4 * kDwordBytes];
@@ -408,18 +424,26 @@ void gemm_bytes_run(const Launch& l, int64_t begin, int64_t end) {
       if (span.carries && span.k_end > group_end) span.k_end = group_end;
       decode_bytes(l, codec, span, panel);
       const auto multiply = [&](auto count, int64_t r) LOWBIT_INLINE {
-        multiply_bytes<kWide, count>(l, span, panel, span.first_row + r, carry + r * kBlockN, y + r * kBlockN,
-                                     total + r * kBlockN);
+        multiply_bytes<kWide, kPlain, count>(l, span, panel, span.first_row + r, carry + r * kBlockN, y + r * kBlockN,
+                                             total + r * kBlockN);
       };
       int64_t r = 0;
       for (; r + kGemmRows <= rows; r += kGemmRows) multiply(std::integral_constant<int, kGemmRows>{}, r);
-      for (; r + 2 <= rows; r += 2) multiply(std::integral_constant<int, 2>{}, r);
-      if (r < rows) multiply(std::integral_constant<int, 1>{}, r);
+      if constexpr (kPlain) {
+        for (; r + 2 <= rows; r += 2) multiply(std::integral_constant<int, 2>{}, r);
+      }
+      for (; r < rows; ++r) multiply(std::integral_constant<int, 1>{}, r);
     }
     for (int64_t r = 0; r < rows; ++r) {
       finish_row(l, span.block, span.first_row + r, 0, kBlockN, total + r * kBlockN, y + r * kBlockN);
     }
   }
+}
+
+template <class C>
+void gemm_bytes_run(const Launch& l, int64_t begin, int64_t end) {
+  if (plain_terms(l)) return gemm_bytes<C, true>(l, begin, end);
+  gemm_bytes<C, false>(l, begin, end);
 }
 
 template <class C>

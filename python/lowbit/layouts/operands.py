@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -75,6 +75,12 @@ class KernelWeight:
     operands: Operands
     sparse: SparseTerm | None
     second: dict[str, Tensor]
+    # The operands and the sparse terms, made once.
+    terms: tuple[Operands, tuple[SparseTerm, ...]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sparse = () if self.sparse is None else (self.sparse,)
+        object.__setattr__(self, "terms", (self.operands, sparse))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def op(
     *,
     transform: Callable[..., Any] | None = None,
     any_batch: bool = False,
-    fast: Callable[..., Any] | None = None,
+    fast: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
     derivatives: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> Any:
     """Defines lowbit::name for the CPU and CUDA, and returns its overload.
@@ -43,7 +43,7 @@ def op(
             the op itself is repeated and refuses derivatives.
         any_batch: the first argument may have more dimensions in front, which the result has then, too; only without
             `transform`.
-        fast: tried first, with the flat arguments; None says that the implementation must do it.
+        fast: makes of the implementation, on flat arguments, one that answers usual requests by itself.
         derivatives: `setup_context` and `backward` for autograd, on flat arguments; without them the implementation
             must refuse inputs that require grad.
     """
@@ -54,7 +54,7 @@ def op(
     _library.define(name + flat, tags=(torch.Tag.pt2_compliant_tag,))
     call = _whole(implementation, at, several)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, call if fast is None else _first(fast, call), key)
+        _library.impl(name, call if fast is None else fast(call), key)
     torch.library.register_fake(f"lowbit::{name}", _whole(fake, at, several), lib=_library)
     if derivatives is not None:
         setup_context, backward = derivatives
@@ -96,11 +96,3 @@ def gather(*lists: Sequence[Any]) -> list[Operands]:
 def scatter(weights: Sequence[Operands]) -> tuple[list[Any], ...]:
     """Inverse of `gather`, of at least one weight."""
     return tuple(map(list, zip(*weights, strict=True)))
-
-
-def _first(fast: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
-    def either(*args: Any) -> Any:
-        made = fast(*args)
-        return call(*args) if made is None else made
-
-    return either

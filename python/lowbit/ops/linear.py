@@ -7,6 +7,7 @@ and table, because autograd adds 2.7 us to a call. Other terms of a weight are o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,9 +62,11 @@ def linear(
         ValueError: a shape, device, layout or the activation does not fit.
     """
     w, sparse = terms(weight)
-    checks.check_optional(bias=bias, gate=gate, residual=residual)
+    if bias is not None:
+        checks.check_tensors(bias=bias)
     if activation is None and gate is None and residual is None:
         return call_linear(x, w, bias, *sparse)
+    checks.check_optional(gate=gate, residual=residual)
     x = autocast(x)
     gate, residual = (None if t is None else autocast(t) for t in (gate, residual))
     checks.check_epilogue(x, w.n, activation, gate, residual)
@@ -110,19 +113,24 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def _fast(x: Tensor, *args: Any) -> Tensor | None:
-    """The product of a usual request on the CPU, with what is known of the weight looked up; else None."""
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        checks.refuse_grad("linear", x, *args[:_NUM_TENSORS], args[-1])
-    return _fast_product(x, *args)
+def _fast(slow: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """lowbit::linear: usual requests on the CPU go to the kernels with what is known of the weight looked up."""
+
+    def linear(x: Tensor, *args: Any) -> Tensor:
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            checks.refuse_grad("linear", x, *args[:_NUM_TENSORS], args[-1])
+        y = _fast_product(x, *args)
+        return slow(x, *args) if y is None else y
+
+    return linear
 
 
 def _fast_product(x: Tensor, *args: Any) -> Tensor | None:
     plan = requests.plan(*args[_NUM_TENSORS:-1])
     if plan is None:
         return None
-    threads = torch.get_num_threads()
-    return requests.linear_tensors(plan, threads, x, *args[:_NUM_TENSORS], args[-1])
+    tensors, bias = args[:_NUM_TENSORS], args[-1]
+    return requests.linear_tensors(plan, torch.get_num_threads(), x, *tensors, bias)
 
 
 def _product(x: Tensor, w: Operands, bias: Tensor | None, added: Tensor | None = None) -> Tensor:

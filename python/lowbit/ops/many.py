@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -55,8 +55,17 @@ def linear_many(
     return _linear_many(x, *library.scatter([w for w, _ in given]), biases)  # type: ignore[no-any-return]
 
 
-def _fast(x: Tensor, *args: Any) -> list[Tensor] | None:
-    """The products of usual requests on the CPU; None for others."""
+def _fast(slow: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """lowbit::linear_many: usual requests on the CPU go to the kernels at once."""
+
+    def linear_many(x: Tensor, *args: Any) -> list[Tensor]:
+        ys = _fast_products(x, *args)
+        return slow(x, *args) if ys is None else ys
+
+    return linear_many
+
+
+def _fast_products(x: Tensor, *args: Any) -> list[Tensor] | None:
     *operands, bias = args
     tensors, meaning = operands[:_NUM_TENSORS], operands[_NUM_TENSORS:]
     if torch.is_grad_enabled() or modes.in_dual_level():
@@ -124,7 +133,7 @@ def _arguments(group: int) -> tuple[Any, ...]:
 
 def _siblings(x: Tensor, group: int) -> list[Tensor]:
     *operands, bias = _arguments(group)
-    made = _fast(x, *operands, bias)
+    made = _fast_products(x, *operands, bias)
     return _compute(x, library.gather(*operands), bias) if made is None else made
 
 

@@ -19,18 +19,18 @@ def terms(weight: Weight) -> tuple[Operands, tuple[SparseTerm, ...]]:
     Raises:
         TypeError: it is no weight.
     """
-    if isinstance(weight, Operands):
-        return weight, ()
+    if isinstance(weight, QuantTensor):
+        weight = weight._packed or kernel_weight(weight)  # type: ignore[assignment]
+    if isinstance(weight, KernelWeight):
+        return weight.terms
     if isinstance(weight, CompositeWeight):
         return kernel_weight(weight.matrix).operands, weight.sparse
-    if isinstance(weight, QuantTensor):
-        weight = kernel_weight(weight)
-    if not isinstance(weight, KernelWeight):
+    if not isinstance(weight, Operands):
         raise TypeError(
             f"weight must be a QuantTensor, CompositeWeight, KernelWeight or Operands, got "
             f"{type(weight).__name__}"
         )
-    return weight.operands, () if weight.sparse is None else (weight.sparse,)
+    return weight, ()
 
 
 def kernel_weight(qt: QuantTensor) -> KernelWeight:
