@@ -9,7 +9,7 @@ import pytest
 import torch
 from folders import check_layers, tiny, write_folder
 from test_cli import fail, run, run_json
-from test_gptq import packer, settings, shuffled
+from test_gptq_folders import packer, settings, shuffled
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -10,7 +10,7 @@ import torch
 from folders import VOCAB, check_model, tiny, transformers, write_folder
 from safetensors.torch import load_file, save_file
 from test_compressed_tensors import grouped, integers
-from test_gptq import packer, settings
+from test_gptq_folders import packer, settings
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
