@@ -16,7 +16,7 @@ import test_bitnet
 import test_bitsandbytes
 import test_compressed_tensors
 import test_fp8
-import test_gptq_folders
+import test_gptq_folders as test_gptq
 import test_hqq
 import test_mxfp4
 import test_quanto
@@ -64,8 +64,8 @@ def anyprecision(path: Path) -> None:
 
 
 BUILDERS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "gptq": ("gptq", folder(test_gptq_folders.settings(4, 32), test_gptq_folders.packer(4, 32, index=test_gptq_folders.shuffled))),
-    "gptq in planes": ("gptq", folder(*test_gptq_folders.CASES["planes of 3"])),
+    "gptq": ("gptq", folder(test_gptq.settings(4, 32), test_gptq.packer(4, 32, index=test_gptq.shuffled))),
+    "gptq in planes": ("gptq", folder(*test_gptq.CASES["planes of 3"])),
     "awq": ("awq", folder(*test_awq.CASES["gemm 4 bits"])),
     "awq gemv": ("awq", folder(*test_awq.CASES["gemv"])),
     "nf4": ("bitsandbytes", folder(test_bitsandbytes.FOUR, test_bitsandbytes.packer(double=True))),
