@@ -3,5 +3,8 @@
 """
 
 from lowbit.ops import adamw, binary, fp8, fp8_matmul, int8, linear, many, sparse, weights
+from lowbit.ops.weights import embedding
 
-__all__ = ["adamw", "binary", "fp8", "fp8_matmul", "int8", "linear", "many", "sparse", "weights"]
+__all__ = [
+    "adamw", "binary", "embedding", "fp8", "fp8_matmul", "int8", "linear", "many", "sparse", "weights",
+]  # fmt: skip
