@@ -18,7 +18,7 @@ from lowbit.explanation import Explanation, Kernel, explain_request
 from lowbit.formats import Format, parse
 from lowbit.layouts import CANONICAL, N16, Operands
 from lowbit.ops import checks
-from lowbit.ops.library import scatter
+from lowbit.ops.many import arguments_of
 from lowbit.ops.terms import matrix
 from weights import ALL_FORMATS, random_weight
 
@@ -229,7 +229,7 @@ def test_opcheck(layout: str) -> None:
 
 
 def many_arguments(weights: list[Operands]) -> tuple:
-    return (*scatter(weights), [None] * len(weights))
+    return arguments_of(weights, [None] * len(weights))
 
 
 def test_compile_without_graph_break() -> None:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from lowbit import layouts, modes
 from lowbit.nn.base import same_bits
 from lowbit.nn.linear import QuantLinear
-from lowbit.ops.library import scatter
 from lowbit.ops.linear import autocast
-from lowbit.ops.many import groups, linear_siblings
+from lowbit.ops.many import arguments_of, groups, linear_siblings
 
 _logger = logging.getLogger("lowbit")
 
@@ -84,7 +83,7 @@ class Siblings:
     def arguments(self) -> tuple[Any, ...]:
         """What lowbit::linear_many takes after x."""
         weights = [each._terms(each._buffers)[0] for each in self.layers]
-        return (*scatter(weights), [each._parameters["bias"] for each in self.layers])
+        return arguments_of(weights, [each._parameters["bias"] for each in self.layers])
 
     def _compute(self, layer: QuantLinear, x: Tensor, modes: tuple[Any, ...]) -> Tensor | None:
         grad = torch.is_grad_enabled()

@@ -52,7 +52,12 @@ def linear_many(
     if apart or len({w.layout for w, _ in given}) != 1:  # also no weights at all
         each = zip(given, biases, strict=True)
         return [call_linear(x, w, bias, *sparse) for (w, sparse), bias in each]
-    return _linear_many(x, *library.scatter([w for w, _ in given]), biases)  # type: ignore[no-any-return]
+    return _linear_many(x, *arguments_of([w for w, _ in given], biases))  # type: ignore[no-any-return]
+
+
+def arguments_of(weights: Sequence[Operands], biases: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """What lowbit::linear_many takes after x."""
+    return *library.scatter(weights), list(biases)
 
 
 def _fast(slow: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
