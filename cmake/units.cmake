@@ -1,7 +1,7 @@
 # The kernels' translation units: families by instruction sets. Each is compiled from csrc/cpu/unit.cpp as an object
 # library of its own, unit_<isa>_<family>, in the namespace of its instruction set. LOWBIT_UNITS lists them.
 
-# name, bit in core/kernel.h, vectors, flags
+# name, enumerator in core/isa.h, header of vectors in csrc/cpu/simd without .h, flags; the oldest first
 function(lowbit_isa name bit vectors)
   set(isa_${name}_bit ${bit} PARENT_SCOPE)
   set(isa_${name}_vectors ${vectors} PARENT_SCOPE)
@@ -25,32 +25,36 @@ lowbit_isa(avx512bf16 kAvx512Bf16 avx512 ${avx512_flags} -mavx512bf16)
 lowbit_isa(avx512vnni kAvx512Vnni avx512 ${avx512_flags} -mavx512vnni)
 lowbit_isa(avx512vpopcntdq kAvx512Vpopcntdq avx512 ${avx512_flags} -mavx512vpopcntdq)
 
-# name, header of the vectors in csrc/cpu/simd without _<vectors>.h, header of the family without -inl.h, what it exports,
-# instruction sets.
-# Kernels stand in the kernel table by instruction set, then in the order of these lines.
-function(lowbit_family name vectors body export)
+# name, header without -inl.h, what a unit gives as an expression in its namespace and the type of that, instruction
+# sets. Lines of one name are one family: another header for other instruction sets. core/registry.h finds what they
+# give. Kernels stand in the kernel table by instruction set, then in the order of these lines.
+function(lowbit_family name body type gives)
   foreach(isa IN LISTS ARGN)
-    set(unit_${isa}_${name} "cpu/simd/${vectors}_${isa_${isa}_vectors}.h" "${body}-inl.h" "${export}" PARENT_SCOPE)
+    set(unit_${isa}_${name} "${body}-inl.h" "${gives}" PARENT_SCOPE)
   endforeach()
-  set(families ${families} ${name} PARENT_SCOPE)
+  set(type_${name} "${type}" PARENT_SCOPE)
+  if(NOT name IN_LIST families)
+    set(families ${families} ${name} PARENT_SCOPE)
+  endif()
 endfunction()
-lowbit_family(f32 vec cpu/weights/table "LOWBIT_EXPORT_TABLE(kF32Kernels)" scalar avx2 avx512)
-lowbit_family(bf16 vec cpu/weights/bf16_table "LOWBIT_EXPORT_TABLE(kBf16Kernels)" avx512bf16)
-lowbit_family(f16 vec cpu/weights/f16 "LOWBIT_EXPORT_TABLE(kF16Kernels)" avx512bf16)
-lowbit_family(float8 fp8 cpu/weights/float8 "LOWBIT_EXPORT_TABLE(kFloat8Kernels)" avx2)
-lowbit_family(int8 bytes cpu/activations/int8 LOWBIT_EXPORT_INT8 avx2 avx512vnni)
-lowbit_family(int8_any vec cpu/activations/int8_any LOWBIT_EXPORT_INT8 scalar)
-lowbit_family(nibbles vec cpu/weights/nibbles "LOWBIT_EXPORT_TABLE(kNibbleKernels)" avx2)
-lowbit_family(xnor signs cpu/activations/xnor LOWBIT_EXPORT_XNOR scalar avx2 avx512vpopcntdq)
-set(table_families ${families})
-lowbit_family(embedding vec cpu/weights/embedding LOWBIT_EXPORT_EMBEDDING scalar)
-lowbit_family(decoder vec decoder/attention LOWBIT_EXPORT_DECODER_OPS scalar avx2 avx512 avx512bf16)
-lowbit_family(outliers vec cpu/sparse/outliers LOWBIT_EXPORT_OUTLIERS scalar avx2 avx512)
-lowbit_family(fp8 fp8 cpu/fp8/fp8_quantize LOWBIT_EXPORT_FP8 scalar avx2 avx512)
-lowbit_family(fp8_mm fp8 cpu/fp8/fp8_matmul_f32 "LOWBIT_EXPORT_FP8_MATMUL(Fp8F32Family)" scalar avx512)
-lowbit_family(fp8_mm_f16c fp8 cpu/fp8/fp8_matmul_f16c "LOWBIT_EXPORT_FP8_MATMUL(Fp8F16cFamily)" avx2)
-lowbit_family(fp8_mm_bf16 fp8 cpu/fp8/fp8_matmul_bf16 "LOWBIT_EXPORT_FP8_MATMUL(Fp8Bf16)" avx512bf16)
-lowbit_family(fp8_adamw state cpu/optim/fp8_adamw LOWBIT_EXPORT_FP8_ADAMW scalar avx2 avx512)
+lowbit_family(f32 cpu/weights/f32_any KernelTable "table_of(kPanelKernels)" scalar)
+lowbit_family(f32 cpu/weights/f32 KernelTable "table_of(kF32Kernels)" avx2 avx512)
+lowbit_family(bf16 cpu/weights/bf16_table KernelTable "table_of(kBf16Kernels)" avx512bf16)
+lowbit_family(f16 cpu/weights/f16 KernelTable "table_of(kF16Kernels)" avx512bf16)
+lowbit_family(float8 cpu/weights/float8 KernelTable "table_of(kFloat8Kernels)" avx2)
+lowbit_family(int8 cpu/activations/int8_any KernelTable "table_of(kInt8Kernels)" scalar)
+lowbit_family(int8 cpu/activations/int8 KernelTable "table_of(kInt8Kernels)" avx2 avx512vnni)
+lowbit_family(nibbles cpu/weights/nibbles KernelTable "table_of(kNibbleKernels)" avx2)
+lowbit_family(xnor cpu/activations/xnor KernelTable "table_of(kXnorKernels)" scalar avx2 avx512vpopcntdq)
+lowbit_family(embedding cpu/weights/embedding EmbedRows embed_rows scalar)
+lowbit_family(quantize cpu/activations/quantize_ops QuantizeOps kQuantizeOps scalar avx2 avx512)
+lowbit_family(outliers cpu/sparse/outliers OutlierKernel kOutlierKernel scalar avx2 avx512)
+lowbit_family(fp8 cpu/fp8/fp8_quantize Fp8Ops kFp8Ops scalar avx2 avx512)
+lowbit_family(fp8_matmul cpu/fp8/fp8_matmul_f32 Fp8MatmulKernel "fp8_matmul_kernel<Fp8F32Family>()" scalar avx512)
+lowbit_family(fp8_matmul cpu/fp8/fp8_matmul_f16c Fp8MatmulKernel "fp8_matmul_kernel<Fp8F16cFamily>()" avx2)
+lowbit_family(fp8_matmul cpu/fp8/fp8_matmul_bf16 Fp8MatmulKernel "fp8_matmul_kernel<Fp8Bf16>()" avx512bf16)
+lowbit_family(fp8_adamw cpu/optim/fp8_adamw Fp8AdamWGroups fp8_adamw_groups scalar avx2 avx512)
+lowbit_family(decoder decoder/attention DecoderOps kDecoderOps scalar avx2 avx512 avx512bf16)
 
 # Sanitizers see no code that does not run: kernels of instruction sets that this CPU lacks are compiled as for the module.
 set(skipped_isa "")
@@ -71,13 +75,13 @@ foreach(isa IN LISTS isas)
     if(NOT DEFINED unit_${unit})
       continue()
     endif()
-    list(GET unit_${unit} 0 vectors)
-    list(GET unit_${unit} 1 body)
-    list(GET unit_${unit} 2 export)
+    list(GET unit_${unit} 0 body)
+    list(GET unit_${unit} 1 gives)
     add_library(unit_${unit} OBJECT csrc/cpu/unit.cpp)
     set_target_properties(unit_${unit} PROPERTIES POSITION_INDEPENDENT_CODE ON)
     target_compile_definitions(unit_${unit} PRIVATE LOWBIT_ISA=${isa} LOWBIT_ISA_BIT=${isa_${isa}_bit}
-      LOWBIT_UNIT=${unit} "LOWBIT_UNIT_VECTORS=\"${vectors}\"" "LOWBIT_UNIT_BODY=\"${body}\"" "LOWBIT_UNIT_EXPORT=${export}")
+      "LOWBIT_VECTORS=\"cpu/simd/${isa_${isa}_vectors}.h\"" "LOWBIT_UNIT_BODY=\"${body}\"" LOWBIT_UNIT_FAMILY=${family}
+      LOWBIT_UNIT_TYPE=${type_${family}} "LOWBIT_UNIT_GIVES=${gives}")
     if(skipped_isa AND isa MATCHES "${skipped_isa}")
       target_link_libraries(unit_${unit} PRIVATE lowbit_options)
     else()
@@ -85,8 +89,9 @@ foreach(isa IN LISTS isas)
     endif()
     target_compile_options(unit_${unit} PRIVATE ${isa_${isa}_flags})
     list(APPEND LOWBIT_UNITS unit_${unit})
-    if(family IN_LIST table_families)
-      string(APPEND tables " \\\n  X(${unit})")
+    string(APPEND units_of_${family} " \\\n  X(${isa}, ${isa_${isa}_bit})")
+    if(type_${family} STREQUAL "KernelTable")
+      string(APPEND tables " \\\n  X(${family}, ${isa})")
     endif()
   endforeach()
 endforeach()
@@ -95,6 +100,10 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   target_compile_options(unit_scalar_f32 PRIVATE "SHELL:--param max-inline-insns-single=30")
 endif()
 
-# For core/dispatch.cpp: the units that have kernels in the kernel table.
-file(CONFIGURE OUTPUT generated/units.h @ONLY CONTENT
-  "// Written by cmake/units.cmake.\n#pragma once\n#define LOWBIT_FOREACH_TABLE(X)@tables@\n")
+# For core/registry.h: the type of what a family gives, its instruction sets, and the units of kernel tables.
+set(lists "#define LOWBIT_FOREACH_TABLE(X)${tables}\n")
+foreach(family IN LISTS families)
+  string(APPEND lists "\n#define LOWBIT_TYPE_${family} ${type_${family}}\n"
+    "#define LOWBIT_FOREACH_UNIT_${family}(X)${units_of_${family}}\n")
+endforeach()
+file(CONFIGURE OUTPUT generated/units.h @ONLY CONTENT "// Written by cmake/units.cmake.\n#pragma once\n\n@lists@")

@@ -6,6 +6,9 @@ import ast
 import functools
 import importlib
 import importlib.metadata
+import platform
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -291,6 +294,24 @@ def test_files_open_with_their_contract() -> None:
         elif path.suffix in (".h", ".cuh") and not text.startswith("//"):
             offenders.append(f"{name}: the first line must say what the file is")
     assert not offenders, "\n".join(offenders)
+
+
+CPU_FLAGS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vbmi", "avx512vnni",
+    "avx512vpopcntdq",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="vectors of x86")
+def test_headers_compile_alone() -> None:
+    """Those that everything stands on: each includes what it uses."""
+    csrc = ROOT / "csrc"
+    headers = [str(p) for folder in ("core", "cpu/simd") for p in (csrc / folder).glob("*.h")]
+    flags = ["-std=c++20", "-w", "-fopenmp", f"-I{csrc}", *(f"-m{flag}" for flag in CPU_FLAGS)]
+    command = ["g++", *flags, "-fsyntax-only", "-x", "c++", *headers]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def undocumented(tree: ast.Module) -> list[str]:

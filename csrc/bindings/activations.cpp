@@ -1,8 +1,7 @@
 // Quantization of activations by raw pointers: what `lowbit._C` has for int8.py and binary.py.
 #include "bindings/bindings.h"
 #include "core/address.h"
-#include "cpu/activations/binary.h"
-#include "cpu/activations/int8.h"
+#include "cpu/activations/quantize.h"
 
 namespace lowbit {
 namespace {

@@ -1,6 +1,4 @@
 // Products of FP8 matrices by raw pointers: what `lowbit._C` has for backends/cpu/fp8_matmul.py.
-#include "cpu/fp8/fp8_matmul.h"
-
 #include <pybind11/stl.h>
 
 #include <cstdint>
@@ -11,6 +9,7 @@
 #include "bindings/bindings.h"
 #include "core/address.h"
 #include "core/dispatch.h"
+#include "cpu/fp8/fp8_matmul.h"
 
 namespace lowbit {
 namespace {
@@ -56,7 +55,9 @@ const char* py_fp8_matmul_name(const std::string& isa) {
 
 // Adds the kernels of FP8 products to the entries of `_C.kernels()`.
 void append_fp8_matmul_kernels(py::list& entries) {
-  for (const Fp8MatmulKernel* k : fp8_matmul_kernels()) {
+  const auto units = fp8_matmul_kernels();
+  for (auto unit = units.rbegin(); unit != units.rend(); ++unit) {
+    const Fp8MatmulKernel* k = unit->given;
     py::dict entry;
     entry["index"] = entries.size();
     entry["name"] = k->name;

@@ -123,7 +123,7 @@ struct Weight {
     return scope == Scope::kShared ? int64_t{1} << bits : (num_blocks(n) * table_groups << bits) * kBlockN;
   }
 
-  Desc desc(Op op, Dtype x, int64_t m, int threads) const {
+  Request request(Op op, Dtype x, int64_t m, int threads) const {
     if (op == Op::kLinear && int8_x && x != Dtype::kB1) x = Dtype::kI8;
     return {op, x, codec, bits, scope, zero, m, n, k, group, threads, bf16_table};
   }
@@ -158,14 +158,14 @@ struct Weight {
 
   DecoderLinear decoder_linear(uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table, uint64_t scales2,
                                uint64_t zeros2, uint64_t bias, int bias_dtype, float x_scale) const {
-    DecoderLinear linear{launch(codes, scales, zeros, table, scales2, zeros2), desc(Op::kLinear, Dtype::kF32, 1, 1),
+    DecoderLinear linear{launch(codes, scales, zeros, table, scales2, zeros2), request(Op::kLinear, Dtype::kF32, 1, 1),
                          nullptr, x_scale};
     linear.launch.bias = pointer<const void>(bias);
     linear.launch.bias_dtype = static_cast<Dtype>(bias_dtype);
     return linear;
   }
 
-  const Kernel& choose(const Desc& d, int index) const {
+  const Kernel& choose(const Request& d, int index) const {
     if (index >= 0) {
       if (index >= static_cast<int>(kernels().size()))
         fail("kernel must be the index of an entry of kernels() that is not for FP8 products");
@@ -190,7 +190,7 @@ struct Weight {
     l.bias_dtype = static_cast<Dtype>(bias_dtype);
     l.out = pointer<void>(out);
     l.out_stride = n;
-    return {&choose(desc(Op::kLinear, l.x_dtype, m, threads), index), l};
+    return {&choose(request(Op::kLinear, l.x_dtype, m, threads), index), l};
   }
 
   void linear(uint64_t x, int x_dtype, int64_t m, int64_t x_stride, uint64_t codes, uint64_t scales, uint64_t zeros,
@@ -237,7 +237,7 @@ struct Weight {
     l.out_dtype = static_cast<Dtype>(out_dtype);
     l.out_stride = n;
     l.out_inverse = 1.0f / out_scale;
-    const Kernel& kernel = choose(desc(Op::kLinear, l.x_dtype, m, threads), index);
+    const Kernel& kernel = choose(request(Op::kLinear, l.x_dtype, m, threads), index);
     py::gil_scoped_release unlocked;
     run(kernel, l, threads);
   }
@@ -249,7 +249,7 @@ struct Weight {
     l.out = pointer<void>(out);
     l.out_dtype = static_cast<Dtype>(out_dtype);
     l.out_stride = k;
-    const Kernel& kernel = choose(desc(Op::kDequantize, l.out_dtype, 1, threads), index);
+    const Kernel& kernel = choose(request(Op::kDequantize, l.out_dtype, 1, threads), index);
     py::gil_scoped_release unlocked;
     run(kernel, l, threads);
   }
@@ -297,13 +297,13 @@ struct Weight {
   }
 
   std::string selected(const std::string& op, const std::string& x, int64_t m, int threads) const {
-    const Kernel* k = select(desc(op_of(op), dtype_of(x), m, threads), active_isa());
+    const Kernel* k = select(request(op_of(op), dtype_of(x), m, threads), active_isa());
     return k ? k->name : "";
   }
 
   // (name, estimated ns or None, threads or None, reason or None) of every kernel of the op.
   py::list explain(const std::string& op, const std::string& x, int64_t m, int threads) const {
-    const Desc d = desc(op_of(op), dtype_of(x), m, threads);
+    const Request d = request(op_of(op), dtype_of(x), m, threads);
     py::list found;
     for (const Kernel* k : kernels()) {
       if (k->op != d.op || k->bits != bits) continue;
@@ -362,7 +362,7 @@ py::list py_kernels() {
     entry["bf16_table"] = k->bf16_table;
     py::list x;
     for (Dtype d : {Dtype::kF32, Dtype::kBf16, Dtype::kF16, Dtype::kI8, Dtype::kB1}) {
-      if (k->exact_x[static_cast<int>(d)]) x.append(dtype_name(d));
+      if (k->exact_x[d]) x.append(dtype_name(d));
     }
     entry["x"] = x;
     entries.append(entry);
@@ -373,7 +373,7 @@ py::list py_kernels() {
 
 std::vector<std::string> isa_names(uint32_t mask) {
   std::vector<std::string> names;
-  for (Isa isa : {kScalar, kAvx2, kAvx512, kAvx512Bf16, kAvx512Vnni, kAvx512Vpopcntdq}) {
+  for (Isa isa : kIsas) {
     if (mask & isa) names.push_back(isa_name(isa));
   }
   return names;
@@ -427,7 +427,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_active", [] { return isa_names(active_isa()); });
   m.def("isa_capped", [](const std::vector<std::string>& detected, const std::string& value) {
     uint32_t mask = 0;
-    for (Isa isa : {kScalar, kAvx2, kAvx512, kAvx512Bf16, kAvx512Vnni, kAvx512Vpopcntdq}) {
+    for (Isa isa : kIsas) {
       for (const std::string& name : detected) mask |= name == isa_name(isa) ? uint32_t{isa} : 0u;
     }
     return isa_names(cap_isa(mask, value.c_str()));
@@ -469,7 +469,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("table_size", &Weight::table_size);
   m.def("linear_many_ptr", &linear_many);
   m.def("plan", [](const Weight& w) {
-    return make_plan({w.desc(Op::kLinear, Dtype::kF32, 0, 1),
+    return make_plan({w.request(Op::kLinear, Dtype::kF32, 0, 1),
                       w.launch(0, 0, 0, 0, 0, 0),
                       w.code_bytes(),
                       w.scale_dtype.has_value(),

@@ -1,12 +1,11 @@
 // Calls on a framework's tensors without its headers, and without a Python attribute look-up for each operand.
-#include "bindings/tensor_call.h"
-
 #include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <vector>
 
 #include "bindings/dlpack.h"
+#include "bindings/tensor_call.h"
 #include "core/address.h"
 #include "core/n16.h"
 #include "core/parallel.h"
@@ -73,11 +72,11 @@ const Kernel& choose(Plan& plan, Dtype x, int64_t m, int threads) {
   threads = usable_threads(threads);
   Plan::Choice& last = plan.chosen[static_cast<int>(x)];
   if (last.m != m || last.threads != threads) {
-    Desc desc = plan.desc;
-    if (desc.x != Dtype::kI8) desc.x = x;
-    desc.m = m;
-    desc.threads = threads;
-    const Kernel* kernel = select(desc, active_isa());
+    Request request = plan.request;
+    if (request.x != Dtype::kI8) request.x = x;
+    request.m = m;
+    request.threads = threads;
+    const Kernel* kernel = select(request, active_isa());
     if (!kernel) throw std::invalid_argument("no kernel of this CPU serves this request");
     last = {m, threads, kernel};
   }
@@ -115,9 +114,9 @@ bool second_level(bool wanted, PyObject* object, Launch* l, const void** to) {
 bool read_operands(const Plan& plan, const Input& x, PyObject* const operands[kOperands], Launch* l) {
   *l = plan.launch;
   if (x.k != l->k || l->n == 0) return false;
-  const int64_t blocks = num_blocks(l->n), groups = l->num_groups, entries = int64_t{1} << plan.desc.bits;
+  const int64_t blocks = num_blocks(l->n), groups = l->num_groups, entries = int64_t{1} << plan.request.bits;
   const dlpack::Type scale_type = dlpack::type_of(l->scale_dtype), zero_type = dlpack::type_of(l->zero_dtype);
-  const bool shared = plan.desc.scope == Scope::kShared;
+  const bool shared = plan.request.scope == Scope::kShared;
   uint64_t codes, scales, zeros, table;
   if (!operand(operands[0], true, dlpack::kUint8, {plan.code_bytes}, &codes) ||
       !operand(operands[1], plan.has_scales, scale_type, {blocks, groups, kBlockN}, &scales) ||

@@ -9,8 +9,8 @@ namespace lowbit {
 
 // A weight apart from its bytes, and the kernels that were chosen for it last.
 struct Plan {
-  Desc desc;      // without m and threads; x only if it is kI8
-  Launch launch;  // without addresses
+  Request request;  // without m and threads; x only if it is kI8
+  Launch launch;    // without addresses
   int64_t code_bytes;
   bool has_scales, has_zeros, has_scales2, has_zeros2;
   struct Choice {

@@ -5,47 +5,43 @@
 #include <stdexcept>
 #include <vector>
 
+#include "core/costs.h"
 #include "core/int8_table.h"
 #include "core/n16.h"
 #include "core/nonfinite.h"
 #include "core/parallel.h"
+#include "core/registry.h"
 #include "core/scratch.h"
 #include "units.h"
 
+#define LOWBIT_DECLARE_TABLE(family, isa) \
+  namespace units::family {               \
+  extern const KernelTable isa;           \
+  }
+#define LOWBIT_LIST_TABLE(family, isa) &units::family::isa,
+
 namespace lowbit {
 
-#define LOWBIT_DECLARE(unit) const Kernel* kernels_##unit(int* count);
-LOWBIT_FOREACH_TABLE(LOWBIT_DECLARE)
-void embed_rows(const Launch& l, int bits, Scope scope, const int64_t* indices, int64_t begin, int64_t end,
-                uint8_t* codes);
+LOWBIT_REGISTRY(embedding)
+LOWBIT_FOREACH_TABLE(LOWBIT_DECLARE_TABLE)
 
 namespace {
 
+constexpr const KernelTable* kTables[] = {LOWBIT_FOREACH_TABLE(LOWBIT_LIST_TABLE)};
+
 std::vector<const Kernel*> collect() {
   std::vector<const Kernel*> all;
-  int count = 0;
-  const Kernel* table = nullptr;
-#define LOWBIT_COLLECT(unit)      \
-  table = kernels_##unit(&count); \
-  for (int i = 0; i < count; ++i) all.push_back(table + i);
-  LOWBIT_FOREACH_TABLE(LOWBIT_COLLECT)
+  for (const KernelTable* table : kTables) {
+    for (int i = 0; i < table->count; ++i) all.push_back(table->kernels + i);
+  }
   return all;
 }
 
 size_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 || dtype == Dtype::kB1 ? 1 : 2; }
 
-// Below this many weights of an embedding a second thread costs more than it saves.
-constexpr int64_t kWorkPerThread = 64 * 1024;
-// A parallel region with its barrier, and the least time that is worth giving to another thread.
-constexpr double kRegionNs = 2000;
-constexpr double kLeastNsPerThread = 1500;
-
 int64_t tasks_of(const Kernel& k, int64_t m, int64_t n) {
   return num_blocks(n) * (k.rows_per_task ? ceil_div(m, k.rows_per_task) : 1);
 }
-
-// Picoseconds per weight of kernels that have no rivals and so no cost of their own (dequantize).
-constexpr float kUnratedPs = 60;
 
 // All tasks of a product on one thread, in nanoseconds.
 double work_ns(const Kernel& k, int64_t m, int64_t n, int64_t depth) {
@@ -144,10 +140,19 @@ bool splits_weights(const Kernel& kernel, const Launch& l) {
 
 // The kernel that serves what `kernel` does and applies scales and zeros before it multiplies.
 const Kernel& decoding_kernel(const Kernel& kernel, const Launch& l) {
-  const Desc desc{Op::kLinear, l.x_dtype, kernel.codec, kernel.bits, kernel.scope, l.zero, l.m, l.n, l.k, l.group};
+  const Request request{.op = Op::kLinear,
+                        .x = l.x_dtype,
+                        .codec = kernel.codec,
+                        .bits = kernel.bits,
+                        .scope = kernel.scope,
+                        .zero = l.zero,
+                        .m = l.m,
+                        .n = l.n,
+                        .k = l.k,
+                        .group = l.group};
   const Kernel* best = nullptr;
   for (const Kernel* k : kernels()) {
-    if (!k->chunk_groups && !rejection(*k, desc, active_isa()) && (!best || k->isa > best->isa)) best = k;
+    if (!k->chunk_groups && !rejection(*k, request, active_isa()) && (!best || k->isa > best->isa)) best = k;
   }
   if (!best) throw std::logic_error(std::string(kernel.name) + " has no kernel that decodes its weights");
   return *best;
@@ -199,7 +204,7 @@ std::span<const Kernel* const> kernels() {
   return all;
 }
 
-const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
+const char* rejection(const Kernel& k, const Request& d, uint32_t isa_mask) {
   if (k.op != d.op) return "another op";
   if (k.bits != d.bits) return "another bit width";
   // A table serves every codec.
@@ -214,7 +219,7 @@ const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
   if (k.terms > 1 && k.bits == 8 && d.codec == Codec::kInt) return "codebooks only";
   if (k.bf16_table && !d.bf16_table) return "table is not exact in bf16";
   if (!(isa_mask & k.isa)) return "instruction set not available";
-  if (!k.exact_x[static_cast<int>(d.x)]) {
+  if (!k.exact_x[d.x]) {
     return d.x == Dtype::kI8 || d.x == Dtype::kB1 ? "needs float activations" : "would round the activations";
   }
   if (k.chunk_groups && d.group < d.k && d.group % k.span != 0 && !(k.half_groups && d.group == kHalfChunk)) {
@@ -223,11 +228,11 @@ const char* rejection(const Kernel& k, const Desc& d, uint32_t isa_mask) {
   return nullptr;
 }
 
-int threads_for(const Kernel& k, const Desc& d) {
+int threads_for(const Kernel& k, const Request& d) {
   return useful_threads(work_ns(k, d.m, d.n, d.k), tasks_of(k, d.m, d.n), usable_threads(d.threads));
 }
 
-double cost(const Kernel& k, const Desc& d) {
+double cost(const Kernel& k, const Request& d) {
   const double ns = work_ns(k, d.m, d.n, d.k);
   const int64_t tasks = tasks_of(k, d.m, d.n);
   const int threads = threads_for(k, d);
@@ -235,12 +240,12 @@ double cost(const Kernel& k, const Desc& d) {
   return ns * static_cast<double>(ceil_div(tasks, threads)) / static_cast<double>(tasks) + kRegionNs;
 }
 
-const Kernel* select(const Desc& desc, uint32_t isa_mask) {
+const Kernel* select(const Request& request, uint32_t isa_mask) {
   const Kernel* best = nullptr;
   for (const Kernel* k : kernels()) {
-    if (rejection(*k, desc, isa_mask)) continue;
+    if (rejection(*k, request, isa_mask)) continue;
     // The newest instruction set wins; costs compare kernels of one set, whose constants were measured together.
-    if (!best || k->isa > best->isa || (k->isa == best->isa && cost(*k, desc) <= cost(*best, desc))) best = k;
+    if (!best || k->isa > best->isa || (k->isa == best->isa && cost(*k, request) <= cost(*best, request))) best = k;
   }
   return best;
 }
@@ -315,8 +320,7 @@ void run_many(std::span<Call> calls, int threads) {
     const Kernel& kernel = *calls[i].kernel;
     const Launch& l = calls[i].launch;
     if (!kernel.prepare || prepared_before(calls, i)) continue;
-    // Converting this many elements takes about as long as starting a parallel region.
-    const int prepare_threads = l.m * l.k < 64 * 1024 ? 1 : threads;
+    const int prepare_threads = l.m * l.k < kLeastConversions ? 1 : threads;
     parallel(l.m, prepare_threads, [&](int64_t b, int64_t e) { kernel.prepare(l, b, e); });
   }
 
@@ -350,15 +354,16 @@ void run_many(std::span<Call> calls, int threads) {
 }
 
 void run(const Kernel& kernel, const Launch& launch, int threads) {
-  Call call{&kernel, launch};
+  Call call{.kernel = &kernel, .launch = launch};
   run_many({&call, 1}, threads);
 }
 
 void embed(Launch launch, int bits, Scope scope, const int64_t* indices, int64_t count, int threads) {
-  const int useful = static_cast<int>(count * launch.k / kWorkPerThread);
+  const EmbedRows rows = *newest(units::embedding::kAll, active_isa()).given;
+  const int useful = static_cast<int>(count * launch.k / kEmbeddingWeightsPerThread);
   parallel(count, useful < threads ? useful : threads, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> codes(static_cast<size_t>(launch.k));
-    embed_rows(launch, bits, scope, indices, begin, end, codes.data());
+    rows(launch, bits, scope, indices, begin, end, codes.data());
   });
 }
 

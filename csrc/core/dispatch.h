@@ -14,13 +14,14 @@ namespace lowbit {
 std::span<const Kernel* const> kernels();
 
 // Why a kernel cannot serve a request on a mask of instruction sets; nullptr if it can.
-const char* rejection(const Kernel& kernel, const Desc& desc, uint32_t isa_mask);
-// How many of `desc.threads` a kernel uses: no more than it has tasks, and one where the work is tiny or after a fork.
-int threads_for(const Kernel& kernel, const Desc& desc);
+const char* rejection(const Kernel& kernel, const Request& request, uint32_t isa_mask);
+// How many of `request.threads` a kernel uses: no more than it has tasks, and one where the work is tiny or after a
+// fork.
+int threads_for(const Kernel& kernel, const Request& request);
 // Estimated time in nanoseconds on that many threads: the largest share of a thread, plus the parallel region.
-double cost(const Kernel& kernel, const Desc& desc);
+double cost(const Kernel& kernel, const Request& request);
 // Of the legal kernels of the newest instruction set, the one of least cost; nullptr if there is none.
-const Kernel* select(const Desc& desc, uint32_t isa_mask);
+const Kernel* select(const Request& request, uint32_t isa_mask);
 
 // The memory in which `prepare` works: x as the kernel reads it, and sums of its groups where they are needed.
 size_t prepared_bytes(const Kernel& kernel, const Launch& launch);
@@ -37,15 +38,15 @@ std::vector<const Kernel*> take_kernels_run();
 
 // One product of a call. `launch.prepared`, `x_sums` are set by `run_many`.
 struct Call {
-  const Kernel* kernel;
-  Launch launch;
+  const Kernel* kernel = nullptr;
+  Launch launch = {};
 };
 // Runs independent products in one parallel region of up to `threads` OpenMP threads. Calls whose x and whose way of
 // preparing it are the same share the prepared x. Each result is bit for bit that of a run alone.
 void run_many(std::span<Call> calls, int threads);
 void run(const Kernel& kernel, const Launch& launch, int threads);
 
-// out[i] = W[indices[i]] for `count` valid indices. Op, x and the kernel's name play no part.
+// out[i] = W[indices[i]] for `count` valid indices.
 void embed(Launch launch, int bits, Scope scope, const int64_t* indices, int64_t count, int threads);
 
 }  // namespace lowbit

@@ -10,6 +10,8 @@
 #include <cpuid.h>
 #endif
 
+#define LOWBIT_ISA_ENTRY(bit, text, others) {.isa = bit, .name = text, .below = others},
+
 namespace lowbit {
 
 #if defined(__x86_64__)
@@ -56,16 +58,14 @@ struct Entry {
   const char* name;
   uint32_t below;
 };
-#define LOWBIT_ISA_ENTRY(isa, name, below) {isa, name, below},
-constexpr Entry kIsas[] = {LOWBIT_FOREACH_ISA(LOWBIT_ISA_ENTRY)};
-#undef LOWBIT_ISA_ENTRY
+constexpr Entry kEntries[] = {LOWBIT_FOREACH_ISA(LOWBIT_ISA_ENTRY)};
 
 }  // namespace
 
 uint32_t cap_isa(uint32_t detected, const char* value) {
   if (!value || !*value) return detected;
   std::string names;
-  for (const Entry& entry : kIsas) {
+  for (const Entry& entry : kEntries) {
     if (std::strcmp(entry.name, value) == 0) return detected & (entry.below | entry.isa);
     names += (names.empty() ? "" : ", ") + std::string(entry.name);
   }
@@ -78,7 +78,7 @@ uint32_t active_isa() {
 }
 
 const char* isa_name(Isa isa) {
-  for (const Entry& entry : kIsas) {
+  for (const Entry& entry : kEntries) {
     if (entry.isa == isa) return entry.name;
   }
   return "?";

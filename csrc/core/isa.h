@@ -22,6 +22,10 @@ enum IsaPosition { LOWBIT_FOREACH_ISA(LOWBIT_ISA_POSITION) };
 enum Isa : uint32_t { LOWBIT_FOREACH_ISA(LOWBIT_ISA_MASK) };
 #undef LOWBIT_ISA_MASK
 
+#define LOWBIT_ISA_ITEM(isa, name, below) isa,
+constexpr Isa kIsas[] = {LOWBIT_FOREACH_ISA(LOWBIT_ISA_ITEM)};
+#undef LOWBIT_ISA_ITEM
+
 // Instruction sets that the CPU and the operating system support, as Isa bits.
 uint32_t detect_isa();
 // `detected` capped by the value of LOWBIT_ISA, a name: that one and what it builds on. Throws std::invalid_argument

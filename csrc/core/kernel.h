@@ -1,4 +1,4 @@
-// The kernel table's types: what is asked (Desc), one kernel (Kernel), and one call (Launch). No torch, no Python,
+// The kernel table's types: what is asked (Request), one kernel (Kernel), and one call (Launch). No torch, no Python,
 // no std containers: this header is compiled under every instruction set's flags.
 #pragma once
 
@@ -21,15 +21,15 @@ enum class Scope : int32_t { kShared, kColumn };
 enum class Activation : int32_t { kNone, kRelu, kSilu, kGelu, kGeluTanh };
 enum class ZeroMode : int32_t { kNone, kSubtract, kAdd };
 
-struct Desc {
-  Op op;
-  Dtype x;  // activations, kI8 also if they are to be quantized; for kDequantize, the output
-  Codec codec;
-  int32_t bits;
-  Scope scope;
-  ZeroMode zero;
-  int64_t m, n, k;
-  int64_t group;  // at least 1; k or more means the whole row
+struct Request {
+  Op op = Op::kLinear;
+  Dtype x = Dtype::kF32;  // activations, kI8 also if they are to be quantized; for kDequantize, the output
+  Codec codec = Codec::kLut;
+  int32_t bits = 0;
+  Scope scope = Scope::kShared;
+  ZeroMode zero = ZeroMode::kNone;
+  int64_t m = 0, n = 0, k = 0;
+  int64_t group = 1;  // at least 1; k or more means the whole row
   int32_t threads = 1;
   bool bf16_table = false;  // every table entry is a bf16 number
 };
@@ -37,12 +37,12 @@ struct Desc {
 // What follows y = x W^T + bias in fp32, before the one rounding: out = activation(y) + residual, or with a gate
 // out = activation(gate) * y + residual. Gate and residual are (m, n), unit stride along n, and may be null.
 struct Epilogue {
-  Activation activation;
-  const void* gate;
-  int64_t gate_stride;
-  const void* residual;
-  int64_t residual_stride;
-  Dtype dtype;  // of gate and residual
+  Activation activation = Activation::kNone;
+  const void* gate = nullptr;
+  int64_t gate_stride = 0;
+  const void* residual = nullptr;
+  int64_t residual_stride = 0;
+  Dtype dtype = Dtype::kF32;  // of gate and residual
 };
 
 // W[n, k] = scale * (T - zero) or scale * T + zero, T = table[code]; y = x W^T + bias. Layouts: n16.h; scales and
@@ -50,65 +50,89 @@ struct Epilogue {
 // With a second level scale is scales * scales2 in fp32, and the zero of kAdd zeros * zeros2: each is
 // (n / 64, num_supers, 64), one number for `super_groups` groups, or, if num_supers is 0, one fp32 for the weight.
 struct Launch {
-  int64_t m, n, k, group, num_groups;
-  const void* x;
-  Dtype x_dtype;
-  int64_t x_stride;  // elements between rows, bytes for kB1
-  void* prepared;    // x in the kernel's compute dtype, rows of prepared_stride, zero beyond k
-  int64_t prepared_stride;
-  float* x_sums;  // (m, num_groups): sums of x over each group, int32 with int8 x; only where they are needed
-  float*
-      x_scales;  // of int8 and binary x: (m), or (m, num_groups) if x_group_scales; written by `prepare` if x is float
-  bool x_group_scales;
-  const uint8_t* codes;
-  const void* scales;  // may be null
-  Dtype scale_dtype;
-  const void* zeros;  // null if zero is kNone
-  Dtype zero_dtype;
-  ZeroMode zero;
-  const void *scales2, *zeros2;  // may be null
-  Dtype second_dtype;
-  int64_t super_groups, num_supers;
-  const float* table;
-  int64_t table_groups;
-  const int8_t* table_i8;  // with int8 x: table = table_step * table_i8, exactly or rounded (int8_table.h)
-  float table_step;
-  const void* bias;  // may be null
-  Dtype bias_dtype;
-  void* out;  // (m, n), or (n, k) for kDequantize
-  Dtype out_dtype;
-  int64_t out_stride;
-  float out_inverse;         // int8 out holds out_inverse * y, rounded to nearest even and saturated
-  const Epilogue* epilogue;  // may be null
+  int64_t m = 0, n = 0, k = 0, group = 1, num_groups = 0;
+  const void* x = nullptr;
+  Dtype x_dtype = Dtype::kF32;
+  int64_t x_stride = 0;      // elements between rows, bytes for kB1
+  void* prepared = nullptr;  // x in the kernel's compute dtype, rows of prepared_stride, zero beyond k
+  int64_t prepared_stride = 0;
+  float* x_sums = nullptr;  // (m, num_groups): sums of x over each group, int32 with int8 x; only where they are needed
+  // Of int8 and binary x: (m), or (m, num_groups) if x_group_scales; written by `prepare` if x is float.
+  float* x_scales = nullptr;
+  bool x_group_scales = false;
+  const uint8_t* codes = nullptr;
+  const void* scales = nullptr;  // may be null
+  Dtype scale_dtype = Dtype::kF32;
+  const void* zeros = nullptr;  // null if zero is kNone
+  Dtype zero_dtype = Dtype::kF32;
+  ZeroMode zero = ZeroMode::kNone;
+  const void *scales2 = nullptr, *zeros2 = nullptr;  // may be null
+  Dtype second_dtype = Dtype::kF32;
+  int64_t super_groups = 0, num_supers = 0;
+  const float* table = nullptr;
+  int64_t table_groups = 1;
+  const int8_t* table_i8 = nullptr;  // with int8 x: table = table_step * table_i8, exactly or rounded (int8_table.h)
+  float table_step = 0;
+  const void* bias = nullptr;  // may be null
+  Dtype bias_dtype = Dtype::kF32;
+  void* out = nullptr;  // (m, n), or (n, k) for kDequantize
+  Dtype out_dtype = Dtype::kF32;
+  int64_t out_stride = 0;
+  float out_inverse = 1;               // int8 out holds out_inverse * y, rounded to nearest even and saturated
+  const Epilogue* epilogue = nullptr;  // may be null
 };
 
 // Picoseconds per weight on one thread: `single` for one row, else fixed + pass * ceil(m / rows_per_pass). The
 // constants stand in costs.h with how they were measured.
 struct Cost {
-  float single, fixed, pass;
-  int32_t rows_per_pass;
+  float single = 0, fixed = 0, pass = 0;
+  int32_t rows_per_pass = 0;
 };
 
+// Types of x, by Dtype.
+struct Inputs {
+  bool f32 = false, bf16 = false, f16 = false, i8 = false, b1 = false;
+  constexpr bool operator[](Dtype dtype) const {
+    const bool by_dtype[kDtypes] = {f32, bf16, f16, i8, b1};
+    return by_dtype[static_cast<int>(dtype)];
+  }
+};
+constexpr Inputs kFloatInputs{.f32 = true, .bf16 = true, .f16 = true};
+
 struct Kernel {
-  const char* name;  // op_act_codec_layout_isa
-  Op op;
-  Dtype compute;  // what x is converted to before it meets the weights
-  Codec codec;
-  int32_t bits;
-  Scope scope;
-  Isa isa;
-  bool chunk_groups;      // groups must be a multiple of `span`, or the whole row; see half_groups
-  bool exact_x[kDtypes];  // by Dtype of x: converting to `compute` loses nothing
-  Cost cost;
+  const char* name = nullptr;  // op_act_codec_layout_isa
+  Op op = Op::kLinear;
+  Dtype compute = Dtype::kF32;  // what x is converted to before it meets the weights
+  Codec codec = Codec::kLut;
+  int32_t bits = 0;
+  Scope scope = Scope::kShared;
+  Isa isa = kScalar;
+  bool chunk_groups = false;  // groups must be a multiple of `span`, or the whole row; see half_groups
+  Inputs exact_x = {};        // converting x to `compute` loses nothing
+  Cost cost = {};
   // Converts rows [begin, end) of x; null for kDequantize.
-  void (*prepare)(const Launch&, int64_t begin, int64_t end);
-  // A task is a block of 64 columns times a block of rows.
-  int64_t rows_per_task;
-  void (*run)(const Launch&, int64_t task_begin, int64_t task_end);
+  void (*prepare)(const Launch&, int64_t begin, int64_t end) = nullptr;
+  // A task is a block of 64 columns times a block of rows; 0: times all rows.
+  int64_t rows_per_task = 0;
+  void (*run)(const Launch&, int64_t task_begin, int64_t task_end) = nullptr;
   int32_t span = 32;         // prepared rows are padded to a multiple of it
   int32_t terms = 1;         // numbers of `compute` whose sum is an element of x
   bool bf16_table = false;   // only for such tables
   bool half_groups = false;  // groups of half a chunk too
 };
+
+// The kernels of a unit.
+struct KernelTable {
+  const Kernel* kernels;
+  int32_t count;
+};
+template <int kCount>
+consteval KernelTable table_of(const Kernel (&kernels)[kCount]) {
+  return {kernels, kCount};
+}
+
+// out[row begin..end) = W[indices[row]]; `codes` is scratch for k codes.
+using EmbedRows = void (*)(const Launch& l, int bits, Scope scope, const int64_t* indices, int64_t begin, int64_t end,
+                           uint8_t* codes);
 
 }  // namespace lowbit

@@ -1,4 +1,4 @@
-// Attention over a decoder's cache (decoder_ops.h): online softmax in fp32 over blocks of 64 positions, as in
+// Attention over a decoder's cache (ops.h): online softmax in fp32 over blocks of 64 positions, as in
 // FlashAttention (Dao et al. 2022), for four queries at a time. Scores have positions in the lanes and results
 // dimensions, so both are multiply-adds of a broadcast with a vector and no sum crosses lanes.
 #pragma once
@@ -149,7 +149,7 @@ void attend_tile(const Attend& a, const typename P::Weight* q, int64_t r0, int64
     for (int i = 0; i < kKeyBlock; i += kVecLanes) store(p[r] + i, exp(sub(load(p[r] + i), set1(new_max))));
     fill_unseen(0.0f);
     for (int i = 0; i < kKeyBlock; i += kVecLanes) total = add(total, load(p[r] + i));
-    a.sum[row] = a.sum[row] * rescale + sum(total);
+    a.sum[row] = a.sum[row] * rescale + sum_lanes(total);
     if (a.max[row] != new_max) {
       float* acc = a.acc + row * c.padded_dim;
       for (int64_t i = 0; i < c.padded_dim; i += kVecLanes) store(acc + i, mul(load(acc + i), set1(rescale)));
@@ -247,7 +247,7 @@ float narrow(Dtype dtype, const float* x, int64_t n, char* out) {
       poison = fma(v, zero(), poison);
     }
   }
-  const float scale = max_lane(most) / 127.0f + sum(poison);
+  const float scale = max_lane(most) / 127.0f + sum_lanes(poison);
   for (int64_t i = 0; i < n; i += kVecLanes) {
     const F v = load(x + i);
     store_vector(out + i * size_of(dtype), dtype, dtype == Dtype::kI8 ? div(v, set1(scale)) : v);
@@ -295,14 +295,17 @@ void store_position(const HeadCache& c, int64_t position, bool last, const float
   if (last && position % 2 == 0) c.value_scales[position + 1] = 0.0f;
 }
 
-const DecoderOps kDecoderOps = {add_norm, ready, store_position, attend, finish,
-                                gate_mul, scale, cap_logits,     dense,  argmax};
+constexpr DecoderOps kDecoderOps{.add_norm = add_norm,
+                                 .ready = ready,
+                                 .store_position = store_position,
+                                 .attend = attend,
+                                 .finish = finish,
+                                 .gate_mul = gate_mul,
+                                 .scale = scale,
+                                 .cap_logits = cap_logits,
+                                 .dense = dense,
+                                 .argmax = argmax};
 
 }  // namespace
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit
-
-#define LOWBIT_EXPORT_DECODER_OPS                                                               \
-  namespace lowbit {                                                                            \
-  const DecoderOps* LOWBIT_CAT(decoder_ops_, LOWBIT_ISA)() { return &LOWBIT_ISA::kDecoderOps; } \
-  }

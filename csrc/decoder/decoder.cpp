@@ -7,29 +7,24 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/costs.h"
 #include "core/dispatch.h"
 #include "core/int8_table.h"
 #include "core/n16.h"
 #include "core/nonfinite.h"
 #include "core/parallel.h"
-#include "cpu/activations/int8.h"
+#include "core/registry.h"
+#include "cpu/activations/quantize.h"
 #include "decoder/worker.h"
+#include "units.h"
 
 namespace lowbit {
 
-const DecoderOps* decoder_ops_scalar();
-const DecoderOps* decoder_ops_avx2();
-const DecoderOps* decoder_ops_avx512();
-const DecoderOps* decoder_ops_avx512bf16();
+LOWBIT_REGISTRY(decoder)
+
+const DecoderOps& decoder_ops(uint32_t isa_mask) { return *newest(units::decoder::kAll, isa_mask).given; }
 
 namespace {
-
-const DecoderOps* choose_ops(uint32_t isa_mask) {
-  if (isa_mask & kAvx512Bf16) return decoder_ops_avx512bf16();
-  if (isa_mask & kAvx512) return decoder_ops_avx512();
-  if (isa_mask & kAvx2) return decoder_ops_avx2();
-  return decoder_ops_scalar();
-}
 
 constexpr int64_t padded(int64_t n) { return ceil_div(n, kRowAlign) * kRowAlign; }
 constexpr size_t align64(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -61,9 +56,6 @@ Memory lay_out(const Fn& fn) {
   fn(pieces);
   return memory;
 }
-
-// Fewer multiply-adds than this between two waits are done sooner by one thread.
-constexpr int64_t kWorkPerThread = 64 * 1024;
 
 }  // namespace
 
@@ -103,14 +95,20 @@ void Projection::Part::place(char* prepared) {
 void Projection::Part::prepare(int64_t begin, int64_t end) const {
   if (x_scale > 0) {
     std::fill(launch.x_scales + begin, launch.x_scales + end, x_scale);
-    quantize_int8_rows({x, launch.out_dtype, x_stride, launch.k, launch.k, launch.x_scales, true},
-                       static_cast<int8_t*>(const_cast<void*>(launch.x)), begin, end);
+    const QuantizeInt8 request{.x = x,
+                               .x_dtype = launch.out_dtype,
+                               .x_stride = x_stride,
+                               .k = launch.k,
+                               .group = launch.k,
+                               .scales = launch.x_scales,
+                               .static_scales = true};
+    quantize_ops(active_isa()).int8(request, static_cast<int8_t*>(const_cast<void*>(launch.x)), begin, end);
   }
   kernel->prepare(launch, begin, end);
 }
 
 Decoder::Decoder(const DecoderConfig& config, const DecoderModel& model)
-    : config_(config), model_(model), ops_(choose_ops(active_isa())), head_padded_(padded(config.head_dim)) {
+    : config_(config), model_(model), ops_(&decoder_ops(active_isa())), head_padded_(padded(config.head_dim)) {
   check();
   config_.threads = std::clamp(config.threads, 1, kMostThreads);
   element_ = config.dtype == Dtype::kF32 ? 4 : 2;
@@ -225,8 +223,8 @@ void Decoder::make_int8_tables() {
   tables_ = Memory(linears.size() * kMaxEntries);
   int8_t* memory = reinterpret_cast<int8_t*>(tables_.data());
   for (DecoderLinear* linear : linears) {
-    if (linear->dense || linear->desc.x != Dtype::kI8) continue;
-    set_int8_table(linear->desc.codec, linear->desc.bits, memory, &linear->launch);
+    if (linear->dense || linear->request.x != Dtype::kI8) continue;
+    set_int8_table(linear->request.codec, linear->request.bits, memory, &linear->launch);
     memory += kMaxEntries;
   }
 }
@@ -236,8 +234,15 @@ Projection Decoder::project(const std::vector<DecoderLinear>& linears, const std
   Projection made;
   for (size_t i = 0; i < linears.size(); ++i) {
     const DecoderLinear& linear = linears[i];
-    Projection::Part part{nullptr, linear.launch,       linear.dense,       x, x_stride, linear.x_scale,
-                          0,       static_cast<int>(i), made.prepared_bytes};
+    Projection::Part part{.kernel = nullptr,
+                          .launch = linear.launch,
+                          .dense = linear.dense,
+                          .x = x,
+                          .x_stride = x_stride,
+                          .x_scale = linear.x_scale,
+                          .tasks = 0,
+                          .prepared_by = static_cast<int>(i),
+                          .prepared_offset = made.prepared_bytes};
     Launch& l = part.launch;
     l.m = rows;
     l.out_dtype = config_.dtype;
@@ -248,12 +253,12 @@ Projection Decoder::project(const std::vector<DecoderLinear>& linears, const std
       made.parts.push_back(part);
       continue;
     }
-    Desc desc = linear.desc;
-    desc.op = Op::kLinear;
-    if (desc.x != Dtype::kI8) desc.x = config_.dtype;
-    desc.m = rows;
-    desc.threads = config_.threads;
-    part.kernel = select(desc, active_isa());
+    Request request = linear.request;
+    request.op = Op::kLinear;
+    if (request.x != Dtype::kI8) request.x = config_.dtype;
+    request.m = rows;
+    request.threads = config_.threads;
+    part.kernel = select(request, active_isa());
     if (!part.kernel || !part.kernel->prepare) throw std::invalid_argument("no kernel of this CPU serves this weight");
     const int64_t per_task = part.kernel->rows_per_task;
     part.tasks = num_blocks(l.n) * (per_task ? ceil_div(rows, per_task) : 1);
@@ -369,7 +374,7 @@ char* Decoder::row(char* rows, int64_t i, int64_t width) const {
 int Decoder::useful_threads(int64_t rows) const {
   if (after_fork()) return 1;
   const int64_t steps = static_cast<int64_t>(std::max<size_t>(one_.layers.size(), 1));
-  const int64_t useful = weights_ * rows / steps / kWorkPerThread;
+  const int64_t useful = weights_ * rows / steps / kDecoderProductsPerThread;
   return static_cast<int>(std::clamp<int64_t>(useful, 1, config_.threads));
 }
 

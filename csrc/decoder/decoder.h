@@ -30,14 +30,14 @@ struct DecoderConfig {
   int threads;
 };
 
-// y = x W^T + bias. `launch` and `desc` hold the packed weight and the bias; x, out and m are set by the decoder. A
-// weight that is `dense`, (n, k), serves for the embedding and the head. desc.x is kI8 if x is to be quantized: by
+// y = x W^T + bias. `launch` and `request` hold the packed weight and the bias; x, out and m are set by the decoder. A
+// weight that is `dense`, (n, k), serves for the embedding and the head. request.x is kI8 if x is to be quantized: by
 // x_scale, or, if that is 0, by absmax / 127 of each row.
 struct DecoderLinear {
   Launch launch;
-  Desc desc;
-  const void* dense;
-  float x_scale;
+  Request request;
+  const void* dense = nullptr;
+  float x_scale = 0;
 };
 
 // x += attention(norm(x)); x += mlp(norm(x)). The norms are what normed values are multiplied by.
@@ -107,6 +107,9 @@ struct Projection {
   std::vector<Part> parts;
   size_t prepared_bytes = 0;
 };
+
+// The functions of the newest instruction set in a mask.
+const DecoderOps& decoder_ops(uint32_t isa_mask);
 
 class Decoder {
  public:

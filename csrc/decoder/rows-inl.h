@@ -1,4 +1,4 @@
-// The row-wise functions of decoder_ops.h: norms, rotary embedding, activation, dense rows, argmax.
+// The row-wise functions of ops.h: norms, rotary embedding, activation, dense rows, argmax.
 #pragma once
 
 #include "cpu/weights/common-inl.h"
@@ -89,7 +89,7 @@ inline float max_lane(F v) {
 }
 
 inline F norm_scale(const Norm& norm, F squares, int64_t n) {
-  return set1(1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + norm.eps));
+  return set1(1.0f / __builtin_sqrtf(sum_lanes(squares) / static_cast<float>(n) + norm.eps));
 }
 
 template <Dtype kType>
@@ -232,7 +232,7 @@ void dense(Dtype dtype, const void* weight, const void* bias, const void* x, int
         for (int r = 0; r < kRows; ++r) acc[r] = fma(load_tail(weight, kType, row[r] + i, k - i), v, acc[r]);
       }
       alignas(64) float y[kVecLanes] = {};
-      for (int r = 0; r < kRows; ++r) y[r] = sum(acc[r]);
+      for (int r = 0; r < kRows; ++r) y[r] = sum_lanes(acc[r]);
       if (bias) store(y, add(load(y), load_tail(bias, kType, n, count)));
       store_as(out, kType, n, y, count);
     }

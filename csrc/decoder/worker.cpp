@@ -55,7 +55,7 @@ void Worker::embed_rows(const int64_t* ids, int64_t begin, int64_t end, char* ou
     l.out = out;
     l.out_dtype = d.config_.dtype;
     l.out_stride = ceil_div(d.config_.hidden, kRowAlign) * kRowAlign;
-    embed(l, e.desc.bits, e.desc.scope, ids + begin, end - begin, 1);
+    embed(l, e.request.bits, e.request.scope, ids + begin, end - begin, 1);
   }
   if (d.config_.embedding_scale == 1.0f) return;
   for (int64_t i = begin; i < end; ++i) {

@@ -1,4 +1,4 @@
-// One thread of a Decoder's team; only the decoder's own files include it. decoder_worker.cpp has what it does for one
+// One thread of a Decoder's team; only the decoder's own files include it. worker.cpp has what it does for one
 // token, rows.cpp for many.
 #pragma once
 

@@ -9,21 +9,9 @@
 
 #include "core/dispatch.h"
 #include "core/int8_table.h"
-#include "cpu/activations/binary.h"
-#include "cpu/activations/int8.h"
+#include "cpu/activations/quantize.h"
 #include "cpu/offline/kmeans.h"
 #include "guarded.h"
-
-namespace lowbit {
-
-void quantize_int8_scalar(const QuantizeInt8& z, int8_t* q, int64_t begin, int64_t end);
-void quantize_int8_avx2(const QuantizeInt8& z, int8_t* q, int64_t begin, int64_t end);
-void quantize_int8_avx512vnni(const QuantizeInt8& z, int8_t* q, int64_t begin, int64_t end);
-void quantize_binary_scalar(const QuantizeBinary& z, uint8_t* bits, int64_t begin, int64_t end);
-void quantize_binary_avx2(const QuantizeBinary& z, uint8_t* bits, int64_t begin, int64_t end);
-void quantize_binary_avx512vpopcntdq(const QuantizeBinary& z, uint8_t* bits, int64_t begin, int64_t end);
-
-}  // namespace lowbit
 
 using namespace lowbit;
 
@@ -142,34 +130,22 @@ void check_kmeans() {
 }  // namespace
 
 int main() {
-  struct Set {
-    Isa isa;
-    QuantizeInt8Rows int8;
-    QuantizeBinaryRows binary;
-  };
-  const Set sets[] = {{kScalar, quantize_int8_scalar, quantize_binary_scalar},
-                      {kAvx2, quantize_int8_avx2, quantize_binary_avx2},
-                      {kAvx512Vnni, quantize_int8_avx512vnni, nullptr},
-                      {kAvx512Vpopcntdq, nullptr, quantize_binary_avx512vpopcntdq}};
   int ran = 0;
-  for (const Set& set : sets) {
-    if (!(active_isa() & set.isa)) continue;
+  for (const Isa isa : {kScalar, kAvx2, kAvx512}) {
+    if (!(active_isa() & isa)) continue;
+    const QuantizeOps& ops = quantize_ops(kScalar | isa);
     ++ran;
     std::mt19937 rng(1);
     for (int64_t m : {1, 3}) {
       for (int64_t k : {1, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129, 257}) {
         for (Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
-          count_for(std::string("activations, ") + isa_name(set.isa));
+          count_for(std::string("activations, ") + isa_name(isa));
           const Rows x(m, k, dtype, rng);
-          if (set.int8) {
-            count_for(std::string("int8 quantization, ") + isa_name(set.isa));
-            for (int64_t group : {int64_t{1}, int64_t{16}, int64_t{33}, k}) check_int8(set.int8, x, group, false);
-            check_int8(set.int8, x, k, true);
-          }
-          if (set.binary) {
-            count_for(std::string("signs of x, ") + isa_name(set.isa));
-            check_binary(set.binary, x);
-          }
+          count_for(std::string("int8 quantization, ") + isa_name(isa));
+          for (int64_t group : {int64_t{1}, int64_t{16}, int64_t{33}, k}) check_int8(ops.int8, x, group, false);
+          check_int8(ops.int8, x, k, true);
+          count_for(std::string("signs of x, ") + isa_name(isa));
+          check_binary(ops.binary, x);
         }
       }
     }

@@ -1,4 +1,4 @@
-// What a decoder computes between its linears (decoder_ops.h), against plain loops in double, without Python: for
+// What a decoder computes between its linears (ops.h), against plain loops in double, without Python: for
 // sanitizers and for emulated CPUs. Operands end at pages that nobody may touch (guarded.h).
 #include <algorithm>
 #include <cmath>
@@ -9,17 +9,8 @@
 
 #include "core/dispatch.h"
 #include "core/n16.h"
-#include "decoder/ops.h"
+#include "decoder/decoder.h"
 #include "guarded.h"
-
-namespace lowbit {
-
-const DecoderOps* decoder_ops_scalar();
-const DecoderOps* decoder_ops_avx2();
-const DecoderOps* decoder_ops_avx512();
-const DecoderOps* decoder_ops_avx512bf16();
-
-}  // namespace lowbit
 
 using namespace lowbit;
 
@@ -274,34 +265,27 @@ void check_attention(const DecoderOps& ops, Dtype dtype, Dtype cache_dtype, cons
 }  // namespace
 
 int main() {
-  struct Set {
-    Isa isa;
-    const DecoderOps* ops;
-  };
-  const Set sets[] = {{kScalar, decoder_ops_scalar()},
-                      {kAvx2, decoder_ops_avx2()},
-                      {kAvx512, decoder_ops_avx512()},
-                      {kAvx512Bf16, decoder_ops_avx512bf16()}};
   int ran = 0;
-  for (const Set& set : sets) {
-    if (!(active_isa() & set.isa)) continue;
+  for (const Isa isa : {kScalar, kAvx2, kAvx512, kAvx512Bf16}) {
+    if (!(active_isa() & isa)) continue;
+    const DecoderOps& ops = decoder_ops(kScalar | isa);
     ++ran;
-    count_for(std::string("decoder, ") + isa_name(set.isa));
+    count_for(std::string("decoder, ") + isa_name(isa));
     Random random;
     for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16, Dtype::kF16}) {
       for (const int64_t n : {1, 7, 8, 16, 17, 65, 100}) {
-        for (const bool normed : {false, true}) check_norms(*set.ops, dtype, n, normed, random);
-        check_elementwise(*set.ops, dtype, n, random);
+        for (const bool normed : {false, true}) check_norms(ops, dtype, n, normed, random);
+        check_elementwise(ops, dtype, n, random);
       }
       for (const int64_t dim : {2, 20, 32, 80}) {
         for (const int64_t rotary : {int64_t{0}, dim / 4 * 2, dim}) {
-          for (const bool normed : {false, true}) check_heads(*set.ops, dtype, dim, rotary, normed, random);
+          for (const bool normed : {false, true}) check_heads(ops, dtype, dim, rotary, normed, random);
         }
       }
       for (const Dtype cache : {Dtype::kF32, Dtype::kBf16, Dtype::kF16, Dtype::kI8}) {
         for (const Case& c : {Case{2, 1, 1, 1, 1, 0}, Case{20, 63, 3, 3, 1000, 0}, Case{26, 65, 5, 5, 64, 2},
                               Case{64, 129, 2, 2, 7, 0}, Case{80, 200, 12, 3, 130, 5}, Case{32, 150, 32, 2, 20, 0}}) {
-          check_attention(*set.ops, dtype, cache, c, random);
+          check_attention(ops, dtype, cache, c, random);
         }
       }
     }

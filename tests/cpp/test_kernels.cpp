@@ -11,7 +11,7 @@
 
 #include "core/dispatch.h"
 #include "core/int8_table.h"
-#include "cpu/activations/int8.h"
+#include "cpu/activations/quantize.h"
 #include "kernel_problem.h"
 
 using namespace lowbit;
@@ -109,7 +109,7 @@ void check_random(const Kernel& kernel, Problem& p, Dtype dtype, bool epilogue, 
 void check_linear(const Kernel& kernel, Problem& p, std::mt19937& rng) {
   bool first = true;
   for (Dtype dtype : {Dtype::kF32, Dtype::kBf16, Dtype::kF16}) {
-    if (!kernel.exact_x[static_cast<int>(dtype)]) continue;
+    if (!kernel.exact_x[dtype]) continue;
     if (first) {
       check_identity(kernel, p, dtype);
       check_random(kernel, p, dtype, false, rng);
@@ -203,7 +203,8 @@ void check_int8(const Kernel& kernel, Problem& p, std::mt19937& rng) {
   Guarded<float> floats(c.m * c.k), scales(c.m);
   std::normal_distribution<float> normal;
   for (float& v : floats) v = normal(rng);
-  quantize_int8({floats.data(), Dtype::kF32, c.k, c.k, c.k, scales.data(), false}, c.m, x.data(), 1);
+  quantize_int8({.x = floats.data(), .x_stride = c.k, .k = c.k, .group = c.k, .scales = scales.data()}, c.m, x.data(),
+                1);
   l.x_scales = scales.data();
   l.out = z.y.data();
   l.out_dtype = Dtype::kF32;
@@ -242,7 +243,7 @@ void check_binary(const Kernel& kernel, Problem& p, std::mt19937& rng) {
 
 void check_dequantize(const Kernel& kernel, Problem& p) {
   for (Dtype dtype : {Dtype::kF32, Dtype::kBf16, Dtype::kF16}) {
-    if (!kernel.exact_x[static_cast<int>(dtype)]) continue;
+    if (!kernel.exact_x[dtype]) continue;
     Numbers w(dtype, std::vector<float>(p.c.n * p.c.k));
     Launch l = p.launch();
     l.m = 1;
@@ -319,11 +320,19 @@ int main() {
     std::vector<Case> chosen(std::begin(cases), std::end(cases));
     if (kernel->compute == Dtype::kI8) chosen.insert(chosen.end(), std::begin(long_cases), std::end(long_cases));
     for (const Case& c : chosen) {
-      Desc desc{kernel->op, kernel->compute, kernel->codec, kernel->bits, kernel->scope, c.zero, c.m, c.n,
-                c.k,        c.group};
-      desc.bf16_table = true;
-      if (kernel->terms == 2) desc.x = Dtype::kF16;
-      if (rejection(*kernel, desc, active_isa())) continue;
+      Request request{.op = kernel->op,
+                      .x = kernel->compute,
+                      .codec = kernel->codec,
+                      .bits = kernel->bits,
+                      .scope = kernel->scope,
+                      .zero = c.zero,
+                      .m = c.m,
+                      .n = c.n,
+                      .k = c.k,
+                      .group = c.group,
+                      .bf16_table = true};
+      if (kernel->terms == 2) request.x = Dtype::kF16;
+      if (rejection(*kernel, request, active_isa())) continue;
       Problem p(c, *kernel, rng);
       if (kernel->compute == Dtype::kI8) {
         check_int8(*kernel, p, rng);

@@ -11,7 +11,7 @@ ARCHITECTURES = "tests/decoder/test_architectures.py"
 MUTANTS = [
     *cpp("decoder/attention-inl.h", TEST, "scalar")(
         ("limit = a.first_limit + row / a.group;", "limit = a.first_limit + row / a.group - 1;"),
-        ("a.sum[row] = a.sum[row] * rescale + sum(total);", "a.sum[row] = a.sum[row] + sum(total);"),
+        ("a.sum[row] = a.sum[row] * rescale + sum_lanes(total);", "a.sum[row] = a.sum[row] + sum_lanes(total);"),
         ("if (clears) next[d * per] = 0;", ""),
         ("fill_unseen(-__builtin_inff());", ""),
         ("total += parts[i].sum * exp(parts[i].max - most);", "total += parts[i].sum;"),
@@ -24,13 +24,13 @@ MUTANTS = [
     ),
     *cpp("decoder/attention-inl.h", CACHE, "scalar")(
         ("if (last && position % 2 == 0) c.value_scales[position + 1] = 0.0f;", ""),
-        ("max_lane(most) / 127.0f + sum(poison)", "max_lane(most) / 127.0f"),
+        ("max_lane(most) / 127.0f + sum_lanes(poison)", "max_lane(most) / 127.0f"),
         ("max_or_nan(v, sub(zero(), v))", "v"),
         ("const float* scales = c.key_scales + d / kKeyGroup * c.length + b0 + at;", "const float* scales = c.key_scales + b0 + at;"),
         ("store(p[r] + i, mul(load(p[r] + i), load(c.value_scales + b0 + i)));", ""),
     ),
     *cpp("decoder/rows-inl.h", TEST, "scalar")(
-        ("__builtin_sqrtf(sum(squares) / static_cast<float>(n) + norm.eps)", "__builtin_sqrtf(sum(squares) / static_cast<float>(n))"),
+        ("__builtin_sqrtf(sum_lanes(squares) / static_cast<float>(n) + norm.eps)", "__builtin_sqrtf(sum_lanes(squares) / static_cast<float>(n))"),
         ("__builtin_memcpy(h.scratch + half, h.out, half * sizeof(float));", "__builtin_memcpy(h.scratch + half, h.out + half, half * sizeof(float));"),
         ("if (found > best) {", "if (found >= best) {"),
     ),

@@ -27,7 +27,7 @@ MUTANTS = [
     ),
     *cpp("cpu/fp8/fp8.cpp", "test_fp8")(
         ("out[(c + x) * rows + row + y] = q[(row + y) * k + c + x];", "out[(c + y) * rows + row + x] = q[(row + y) * k + c + x];"),
-        ("next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + 8], LOWBIT_HIGH);", "next[2 * i + 1] = __builtin_shufflevector(rows[i + 8], rows[i], LOWBIT_HIGH);"),
+        ("14, 30, 15, 31);", "14, 30, 31, 15);"),
     ),
     *cpp("cpu/fp8/fp8_matmul-inl.h", "test_fp8_mm", "scalar")(
         ("columns[c] = n0 + c < q.out.n ? n0 + c : q.out.n - 1;", "columns[c] = n0 + c;"),

@@ -14,7 +14,7 @@ MUTANTS = [
         ("largest = c > largest ? c : largest;", "largest = c;"),
         ("return c < last ? c : last;", "return c;"),
         ("return c < last ? c : last;", "return c < last ? c : 0;"),
-        ("return sum(sums) + rest;", "return sum(sums);"),
+        ("return sum_lanes(sums) + rest;", "return sum_lanes(sums);"),
         ("for (; j < count; ++j) rest += values[j]", "for (; j + 1 < count; ++j) rest += values[j]"),
         ("sums[p] = load(y + p * kVecLanes); });", "sums[p] = zero(); });"),
         ("m0 = task / blocks * z.tile, n0 = task % blocks * kOutlierRows;", "m0 = task / blocks * z.tile, n0 = task % blocks * (kOutlierRows + 1);"),

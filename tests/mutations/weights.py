@@ -27,8 +27,10 @@ MUTANTS = [
     *python("layouts/base.py", "packing", "ops", "kernels", "gradients")(
         ('"dq8": torch.float32,\n}\n\n\nclass', '"dq8": torch.bfloat16,\n}\n\n\nclass'),
     ),
+    *python("float8.py", "formats", "kernels", "ops")(
+        ("code - E8M0_BIAS)", "code - E8M0_BIAS + 1)"),
+    ),
     *python("reference/weights.py", "formats", "kernels", "ops")(
-        ("code.to(torch.int32) - 127)\n    return torch.where(code == 255, torch.nan, value)", "code.to(torch.int32) - 126)\n    return torch.where(code == 255, torch.nan, value)"),
         ('scale * values + zero if format.zero == "min" else scale * (values - zero)', 'scale * values + zero if format.zero == "min" else scale * (values + zero)'),
         ("return (flat * factor + qt.tensors[\"scales2_offset\"]).view_as(scales)", "return (flat * factor - qt.tensors[\"scales2_offset\"]).view_as(scales)"),
         ("return terms[:, :, None].expand(-1, -1, format.group).flatten(1)[:, :k]", "return terms[:, None, :].expand(-1, format.group, -1).flatten(1)[:, :k]"),

@@ -10,6 +10,11 @@
 #include "core/costs.h"
 #include "cpu/activations/quantize-inl.h"
 
+#define LOWBIT_CODEC_KERNELS(C, codec) \
+  skinny_i8<C>(LOWBIT_NAME("gemv", "i8", codec)), gemm_i8<C>(LOWBIT_NAME("gemm", "i8", codec)),
+#define LOWBIT_LUT(B) LOWBIT_CODEC_KERNELS(LutBytes<B>, "lut" #B)
+#define LOWBIT_INT(B) LOWBIT_CODEC_KERNELS(IntBytes<B>, "int" #B)
+
 namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
@@ -448,52 +453,31 @@ void gemm_bytes_run(const Launch& l, int64_t begin, int64_t end) {
 
 template <class C>
 constexpr Kernel skinny_i8(const char* name) {
-  return {name,
-          Op::kLinear,
-          Dtype::kI8,
-          C::kCodec,
-          C::kBits,
-          Scope::kShared,
-          LOWBIT_ISA_BIT,
-          true,
-          {false, false, false, true},
-          i8_skinny_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
-          prepare_i8<C::kBits>,
-          0,
-          skinny_run<C>,
-          kChunkK,
-          1,
-          false,
-          C::kHalves};
+  return {.name = name,
+          .op = Op::kLinear,
+          .compute = Dtype::kI8,
+          .codec = C::kCodec,
+          .bits = C::kBits,
+          .scope = Scope::kShared,
+          .isa = LOWBIT_ISA_BIT,
+          .chunk_groups = true,
+          .exact_x = {.i8 = true},
+          .cost = i8_skinny_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
+          .prepare = prepare_i8<C::kBits>,
+          .run = skinny_run<C>,
+          .half_groups = C::kHalves};
 }
 template <class C>
 constexpr Kernel gemm_i8(const char* name) {
-  return {name,
-          Op::kLinear,
-          Dtype::kI8,
-          C::kCodec,
-          C::kBits,
-          Scope::kShared,
-          LOWBIT_ISA_BIT,
-          true,
-          {false, false, false, true},
-          i8_gemm_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
-          prepare_i8<C::kBits>,
-          kByteRowsPerTask,
-          gemm_bytes_run<C>,
-          kChunkK,
-          1,
-          false,
-          C::kHalves};
+  Kernel kernel = skinny_i8<C>(name);
+  kernel.cost = i8_gemm_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec);
+  kernel.rows_per_task = kByteRowsPerTask;
+  kernel.run = gemm_bytes_run<C>;
+  return kernel;
 }
 
-#define LOWBIT_CODEC_KERNELS(C, codec) \
-  skinny_i8<C>(LOWBIT_NAME("gemv", "i8", codec)), gemm_i8<C>(LOWBIT_NAME("gemm", "i8", codec)),
-#define LOWBIT_LUT(B) LOWBIT_CODEC_KERNELS(LutBytes<B>, "lut" #B)
-#define LOWBIT_INT(B) LOWBIT_CODEC_KERNELS(IntBytes<B>, "int" #B)
-
-const Kernel kInt8Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_LUT) LOWBIT_INT(2) LOWBIT_INT(3) LOWBIT_INT(4) LOWBIT_INT(5)
-                                   LOWBIT_INT(6) LOWBIT_INT(8)};
+constexpr Kernel kInt8Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_LUT) LOWBIT_INT(2) LOWBIT_INT(3) LOWBIT_INT(4)
+                                       LOWBIT_INT(5) LOWBIT_INT(6) LOWBIT_INT(8)};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

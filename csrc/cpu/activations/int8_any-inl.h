@@ -2,7 +2,11 @@
 // up to 16 rows of x. Sums and order of operations as in int8-inl.h.
 #pragma once
 
+#include "core/costs.h"
 #include "cpu/activations/quantize-inl.h"
+
+#define LOWBIT_LUT(B) any_i8<B, Codec::kLut>(LOWBIT_NAME("gemm", "i8", "lut" #B)),
+#define LOWBIT_INT(B) any_i8<B, Codec::kInt>(LOWBIT_NAME("gemm", "i8", "int" #B)),
 
 namespace lowbit {
 namespace LOWBIT_ISA {
@@ -92,28 +96,24 @@ void any_i8_run(const Launch& l, int64_t begin, int64_t end) {
   }
 }
 
-// Measured on 4096 x 4096, one thread of Zen 4.
 template <int B, Codec kCodec>
 constexpr Kernel any_i8(const char* name) {
-  return {name,
-          Op::kLinear,
-          Dtype::kI8,
-          kCodec,
-          B,
-          Scope::kShared,
-          LOWBIT_ISA_BIT,
-          false,
-          {false, false, false, true},
-          kCodec == Codec::kLut ? Cost{1720, 1500, 2740, 16} : Cost{770, 650, 1990, 16},
-          prepare_any_i8,
-          kAnyRowsPerTask,
-          any_i8_run<B, kCodec>};
+  return {.name = name,
+          .op = Op::kLinear,
+          .compute = Dtype::kI8,
+          .codec = kCodec,
+          .bits = B,
+          .scope = Scope::kShared,
+          .isa = LOWBIT_ISA_BIT,
+          .exact_x = {.i8 = true},
+          .cost = i8_any_cost(kCodec),
+          .prepare = prepare_any_i8,
+          .rows_per_task = kAnyRowsPerTask,
+          .run = any_i8_run<B, kCodec>};
 }
 
-#define LOWBIT_LUT(B) any_i8<B, Codec::kLut>(LOWBIT_NAME("gemm", "i8", "lut" #B)),
-#define LOWBIT_INT(B) any_i8<B, Codec::kInt>(LOWBIT_NAME("gemm", "i8", "int" #B)),
-const Kernel kInt8Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_LUT) LOWBIT_INT(2) LOWBIT_INT(3) LOWBIT_INT(4) LOWBIT_INT(5)
-                                   LOWBIT_INT(6) LOWBIT_INT(8)};
+constexpr Kernel kInt8Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_LUT) LOWBIT_INT(2) LOWBIT_INT(3) LOWBIT_INT(4)
+                                       LOWBIT_INT(5) LOWBIT_INT(6) LOWBIT_INT(8)};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

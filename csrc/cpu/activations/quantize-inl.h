@@ -5,7 +5,7 @@
 #pragma once
 
 #include "core/int8_table.h"
-#include "cpu/activations/int8.h"
+#include "cpu/activations/quantize.h"
 #include "cpu/weights/common-inl.h"
 
 namespace lowbit {
@@ -109,11 +109,3 @@ inline void sum_parts(const Launch& l, int64_t row, const int8_t* x) {
 }  // namespace
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit
-
-#define LOWBIT_EXPORT_INT8                                                                                    \
-  LOWBIT_EXPORT_TABLE(kInt8Kernels)                                                                           \
-  namespace lowbit {                                                                                          \
-  void LOWBIT_CAT(quantize_int8_, LOWBIT_ISA)(const QuantizeInt8& z, int8_t* q, int64_t begin, int64_t end) { \
-    for (int64_t row = begin; row < end; ++row) LOWBIT_ISA::quantize_row(z, row, q + row * z.k);              \
-  }                                                                                                           \
-  }

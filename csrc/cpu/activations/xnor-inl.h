@@ -7,7 +7,6 @@
 #pragma once
 
 #include "core/costs.h"
-#include "cpu/activations/binary.h"
 #include "cpu/weights/common-inl.h"
 
 namespace lowbit {
@@ -83,11 +82,11 @@ inline void signs_tile(const Launch& l, int64_t block, int64_t m0, int valid_row
           int32_t bits;
           __builtin_memcpy(&bits, x[r] + 4 * c, 4);
           const I signs = set1_i(bits);
-          unroll<kVecs>([&](auto v) LOWBIT_INLINE { sums[r][v] = count(sums[r][v], xor_i(signs, w[v])); });
+          unroll<kVecs>([&](auto v) LOWBIT_INLINE { sums[r][v] = add_popcounts(sums[r][v], xor_i(signs, w[v])); });
         });
       }
       each_sum([&](auto r, auto v) LOWBIT_INLINE {
-        sums[r][v] = total(sums[r][v]);
+        sums[r][v] = sum_popcounts(sums[r][v]);
         if (!first) sums[r][v] = add_i(sums[r][v], load_i(counted[r] + v * kVecLanes));
       });
       if (c < last) {
@@ -136,48 +135,19 @@ void signs_run(const Launch& l, int64_t begin, int64_t end) {
   }
 }
 
-const Kernel kXnorKernels[] = {{LOWBIT_NAME("xnor", "b1", "lut1"),
-                                Op::kLinear,
-                                Dtype::kB1,
-                                Codec::kLut,
-                                1,
-                                Scope::kShared,
-                                LOWBIT_ISA_BIT,
-                                true,
-                                {false, false, false, false, true},
-                                xnor_cost(LOWBIT_ISA_BIT),
-                                prepare_signs,
-                                0,
-                                signs_run}};
-
-inline void binary_row(const QuantizeBinary& z, int64_t row, uint8_t* bits) {
-  // A long row is summed in pieces of 16 vectors: one chain of additions would round worse.
-  constexpr int64_t kPiece = 16 * kVecLanes;
-  const I magnitude = set1_i(0x7FFFFFFF);
-  F sums = zero();
-  for (int64_t begin = 0; begin < z.k; begin += kPiece) {
-    F piece = zero();
-    for (int64_t i = begin; i < z.k && i < begin + kPiece; i += kVecLanes) {
-      const int64_t at = row * z.x_stride + i, left = z.k - i;
-      const F v = left < kVecLanes ? load_tail(z.x, z.x_dtype, at, left) : load_as(z.x, z.x_dtype, at);
-      uint32_t mask = nonnegative(v);
-      if (left < kVecLanes) mask &= (1u << left) - 1;
-      __builtin_memcpy(bits + i / 8, &mask, left < kVecLanes ? ceil_div(left, 8) : kVecLanes / 8);
-      piece = add(piece, as_float(bit_and(bits_of(v), magnitude)));
-    }
-    sums = add(sums, piece);
-  }
-  z.scales[row] = sum(sums) / static_cast<float>(z.k);
-}
+constexpr Kernel kXnorKernels[] = {{.name = LOWBIT_NAME("xnor", "b1", "lut1"),
+                                    .op = Op::kLinear,
+                                    .compute = Dtype::kB1,
+                                    .codec = Codec::kLut,
+                                    .bits = 1,
+                                    .scope = Scope::kShared,
+                                    .isa = LOWBIT_ISA_BIT,
+                                    .chunk_groups = true,
+                                    .exact_x = {.b1 = true},
+                                    .cost = xnor_cost(LOWBIT_ISA_BIT),
+                                    .prepare = prepare_signs,
+                                    .run = signs_run}};
 
 }  // namespace
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit
-
-#define LOWBIT_EXPORT_XNOR                                                                                            \
-  LOWBIT_EXPORT_TABLE(kXnorKernels)                                                                                   \
-  namespace lowbit {                                                                                                  \
-  void LOWBIT_CAT(quantize_binary_, LOWBIT_ISA)(const QuantizeBinary& z, uint8_t* bits, int64_t begin, int64_t end) { \
-    for (int64_t row = begin; row < end; ++row) LOWBIT_ISA::binary_row(z, row, bits + row * ceil_div(z.k, 8));        \
-  }                                                                                                                   \
-  }

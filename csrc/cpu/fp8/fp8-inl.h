@@ -61,7 +61,7 @@ inline I encode_stochastic(F v, I noise) {
   const I uniform = shift_right<32 - f::kDropped>(noise);
   // Infinity and NaN stay below the sign bit: noise is less than a step.
   const I normal = sub_i(shift_right<f::kDropped>(add_i(magnitude, uniform)), set1_i(f::kRebias << f::kMantissa));
-  const I fixed = truncated(mul(as_float(magnitude), set1(f::kFixedPoint)));
+  const I fixed = truncate_to_int(mul(as_float(magnitude), set1(f::kFixedPoint)));
   const I subnormal = shift_right<f::kDropped>(add_i(fixed, uniform));
   const I code = if_less(magnitude, set1_i(f::kMinNormal), subnormal, normal);
   return with_sign(min_i(code, set1_i(f::kMaxCode)), bits, magnitude, false);

@@ -5,18 +5,17 @@
 #include <cstring>
 #include <vector>
 
-#include "core/dispatch.h"
+#include "core/costs.h"
+#include "core/n16.h"
 #include "core/parallel.h"
+#include "core/registry.h"
+#include "units.h"
 
 namespace lowbit {
 
-const Fp8Ops& fp8_ops_scalar();
-const Fp8Ops& fp8_ops_avx2();
-const Fp8Ops& fp8_ops_avx512();
+LOWBIT_REGISTRY(fp8)
 
-const Fp8Ops& fp8_ops(uint32_t isa_mask) {
-  return isa_mask & kAvx512 ? fp8_ops_avx512() : isa_mask & kAvx2 ? fp8_ops_avx2() : fp8_ops_scalar();
-}
+const Fp8Ops& fp8_ops(uint32_t isa_mask) { return *newest(units::fp8::kAll, isa_mask).given; }
 
 namespace {
 
@@ -26,9 +25,7 @@ constexpr int64_t kColumnUnit = 256;  // where columns are split between threads
 // than the threads, by columns in multiples of `unit`.
 template <class Fn>
 void split(int64_t rows, int64_t k, int64_t band, int64_t unit, int threads, const Fn& fn) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  // Below this many elements a second thread costs more than it saves.
-  if (rows * k < 64 * 1024) threads = 1;
+  if (rows * k < kLeastConversions) threads = 1;
   const int64_t bands = ceil_div(rows, band), units = ceil_div(k, unit);
   const bool by_rows = bands >= threads || bands >= units;
   const int64_t tasks = by_rows ? bands : units;
@@ -42,29 +39,27 @@ void split(int64_t rows, int64_t k, int64_t band, int64_t unit, int threads, con
 }
 
 int64_t unit_of(const Fp8Blocks& b, bool any_columns) {
-  return any_columns ? kColumnUnit : (kColumnUnit + b.block_k - 1) / b.block_k * b.block_k;
+  return any_columns ? kColumnUnit : ceil_div(kColumnUnit, b.block_k) * b.block_k;
 }
 
 using Bytes = uint8_t __attribute__((vector_size(16)));
 constexpr int kTile = 16;
 
-#define LOWBIT_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define LOWBIT_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 // out[c] = column c of the 16 x 16 bytes at `in`. Interleaving rows i and i + 8 four times turns rows into columns.
 void transpose_tile(const uint8_t* in, int64_t in_stride, uint8_t* out, int64_t out_stride) {
   Bytes rows[kTile], next[kTile];
   for (int i = 0; i < kTile; ++i) std::memcpy(&rows[i], in + i * in_stride, kTile);
   for (int step = 0; step < 4; ++step) {
     for (int i = 0; i < kTile / 2; ++i) {
-      next[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], LOWBIT_LOW);
-      next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + 8], LOWBIT_HIGH);
+      next[2 * i] =
+          __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      next[2 * i + 1] =
+          __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
     std::memcpy(rows, next, sizeof rows);
   }
   for (int i = 0; i < kTile; ++i) std::memcpy(out + i * out_stride, &rows[i], kTile);
 }
-#undef LOWBIT_LOW
-#undef LOWBIT_HIGH
 
 // Rows that are transposed while they are in cache. Each writes a part of every row of q^T, which lie on pages of their
 // own: 64 rows fill cache lines, but take twice as long as 256.

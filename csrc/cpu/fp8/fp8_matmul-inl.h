@@ -1,5 +1,5 @@
-// FP8 products of one instruction set, over a policy P that says what codes are decoded to (fp8_mm_f32-inl.h,
-// fp8_mm_bf16-inl.h). b is (n, k) row by row, as given. A family picks the policy of an FP8 type.
+// FP8 products of one instruction set, over a policy P that says what codes are decoded to (fp8_matmul_f32-inl.h,
+// fp8_matmul_bf16-inl.h). b is (n, k) row by row, as given. A family picks the policy of an FP8 type.
 //
 // Few rows (fp8_few_run): K in the lanes. b is decoded in registers and read once, row after row, so that memory is
 // read in order; lanes are added at the end. Many rows (fp8_many_run): 128 x kColumns values of b are decoded into a
@@ -65,7 +65,7 @@ struct FewTile {
 template <int kRows, int kCols>
 LOWBIT_INLINE inline void store_sums(const F (*total)[kCols], int64_t n0, float (*y)[kFp8FewRowsColumns]) {
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kCols; ++c) y[r][n0 % kFp8FewRowsColumns + c] = sum(total[r][c]);
+    for (int c = 0; c < kCols; ++c) y[r][n0 % kFp8FewRowsColumns + c] = sum_lanes(total[r][c]);
   }
 }
 
@@ -364,21 +364,16 @@ void fp8_prepare(const Fp8Matmul& q, int64_t begin, int64_t end) {
   });
 }
 
-// Defines fp8_matmul_<isa>() for fp8_matmul.cpp.
-#define LOWBIT_EXPORT_FP8_MATMUL(Family) LOWBIT_EXPORT_FP8_MATMUL_OF(LOWBIT_ISA, Family)
-#define LOWBIT_EXPORT_FP8_MATMUL_OF(set, Family)                                                            \
-  namespace lowbit {                                                                                        \
-  const Fp8MatmulKernel& LOWBIT_CAT(fp8_matmul_, set)() {                                                   \
-    static constexpr Fp8MatmulKernel kernel{"fp8_mm_" LOWBIT_STR(set),                                      \
-                                            LOWBIT_ISA_BIT,                                                 \
-                                            sizeof(set::Family::Element) == 2 ? Dtype::kBf16 : Dtype::kF32, \
-                                            sizeof(set::Family::Element),                                   \
-                                            set::Family::kColumns,                                          \
-                                            set::fp8_prepare<set::Family>,                                  \
-                                            set::fp8_run<set::Family>};                                     \
-    return kernel;                                                                                          \
-  }                                                                                                         \
-  }
+template <class Family>
+constexpr Fp8MatmulKernel fp8_matmul_kernel() {
+  return {.name = "fp8_mm_" LOWBIT_STR(LOWBIT_ISA),
+          .isa = LOWBIT_ISA_BIT,
+          .compute = sizeof(typename Family::Element) == 2 ? Dtype::kBf16 : Dtype::kF32,
+          .element_bytes = sizeof(typename Family::Element),
+          .columns = Family::kColumns,
+          .prepare = fp8_prepare<Family>,
+          .run = fp8_run<Family>};
+}
 
 }  // namespace
 }  // namespace LOWBIT_ISA

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "core/kernel.h"
+#include "core/registry.h"
 #include "cpu/fp8/fp8.h"
 
 namespace lowbit {
@@ -50,8 +51,8 @@ constexpr int64_t kFp8FewRowsColumns = 16;  // columns of a task of few rows
 constexpr int64_t kFp8RowsPerTask = 516;    // of many rows
 constexpr int64_t kFp8PadK = 64;            // prepared rows are zero up to a multiple of it
 
-// Those of all instruction sets, the newest first.
-std::span<const Fp8MatmulKernel* const> fp8_matmul_kernels();
+// Those of all instruction sets, the oldest first.
+std::span<const Unit<Fp8MatmulKernel>> fp8_matmul_kernels();
 // The newest in a mask.
 const Fp8MatmulKernel& fp8_matmul_kernel(uint32_t isa_mask);
 // Sets `prepared` and `a_scales`. On up to `threads` threads.

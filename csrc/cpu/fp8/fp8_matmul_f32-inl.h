@@ -20,7 +20,7 @@ struct Fp8F32 {
   static constexpr int kRows = kPanelRows;
   static constexpr int kColumns = kVecs * kVecLanes;
 
-  LOWBIT_INLINE static F decode(const uint8_t* codes) { return LOWBIT_ISA::decode<T>(load_u8(codes)); }
+  LOWBIT_INLINE static F decode(const uint8_t* codes) { return LOWBIT_ISA::decode<T>(load_u8_lanes(codes)); }
   template <int>
   LOWBIT_INLINE static void dot(F* acc, const float* x, F w) {
     *acc = fma(load(x), w, *acc);

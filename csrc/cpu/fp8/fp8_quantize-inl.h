@@ -186,12 +186,12 @@ void dequantize_as(const Fp8Dequantize& z, const Fp8Region& g) {
         }
       };
       int64_t i = column;
-      for (; i + kVecLanes <= end; i += kVecLanes) put(out + i * kSize, mul(decode<T>(load_u8(q + i)), scale));
+      for (; i + kVecLanes <= end; i += kVecLanes) put(out + i * kSize, mul(decode<T>(load_u8_lanes(q + i)), scale));
       if (i < end) {
         alignas(64) uint8_t bytes[kVecLanes] = {};
         alignas(64) char values[kVecLanes * kSize];
         __builtin_memcpy(bytes, q + i, end - i);
-        put(values, mul(decode<T>(load_u8(bytes)), scale));
+        put(values, mul(decode<T>(load_u8_lanes(bytes)), scale));
         __builtin_memcpy(out + i * kSize, values, (end - i) * kSize);
       }
     }
@@ -242,13 +242,9 @@ void cast(const Fp8Source& x, Float8 type, bool saturate, const Fp8Region& g, ui
   });
 }
 
-constexpr Fp8Ops kFp8Ops = {largest, maxima, quantize, dequantize, cast};
+constexpr Fp8Ops kFp8Ops{
+    .largest = largest, .maxima = maxima, .quantize = quantize, .dequantize = dequantize, .cast = cast};
 
 }  // namespace
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit
-
-#define LOWBIT_EXPORT_FP8                                                          \
-  namespace lowbit {                                                               \
-  const Fp8Ops& LOWBIT_CAT(fp8_ops_, LOWBIT_ISA)() { return LOWBIT_ISA::kFp8Ops; } \
-  }

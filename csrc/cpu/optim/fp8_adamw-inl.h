@@ -101,14 +101,14 @@ struct StateCodec {
   // the code of w 2^e is kOne (w + e + kBias - 1), and below the smallest normal number that of w 2^(1 - kBias) is
   // kOne w. 2^r within 2^-18.5, 0 <= r < 1, by the polynomial of degree 4 of least largest relative error.
   LOWBIT_INLINE static I encode_log(F t) {
-    const F e = floor_of(t), r = sub(t, e);
+    const F e = round_down(t), r = sub(t, e);
     F p = fma(set1(0.0135341678f), r, set1(0.0520114601f));
     p = fma(p, r, set1(0.241442755f));
     p = fma(p, r, set1(0.693003833f));
     p = fma(p, r, set1(1.00000262f));
     const F top = max_or_nan(set1(1 - f::kBias), e);
-    const F w = shrink(p, sub(e, top));
-    return nearest(fma(add(w, top), set1(kOne), set1(kOne * (f::kBias - 1))));
+    const F w = times_power_of_two(p, sub(e, top));
+    return round_to_int(fma(add(w, top), set1(kOne), set1(kOne * (f::kBias - 1))));
   }
 };
 
@@ -177,7 +177,7 @@ struct Writer {
   F factor = zero(), exponent = zero(), offset = zero();
   bool empty = false;  // all codes are 0
   Writer(const Range& range, float* terms, int64_t groups) {
-    const uint32_t most = highest(range.most), least = lowest(range.least) + kTinyBits;
+    const uint32_t most = largest_lane(range.most), least = smallest_lane(range.least) + kTinyBits;
     float mx, mn, scale = 1.0f, k = 1.0f, center = 1.0f;
     __builtin_memcpy(&mx, &most, 4);
     __builtin_memcpy(&mn, &least, 4);
@@ -190,7 +190,7 @@ struct Writer {
       const F distance = max_or_nan(set1(0x1p-20f), sub(log2_of(set1(mx)), log2_of(set1(mn))));
       const float steps = first(min(set1(16 * kMaxExponent), div(set1(16 * StateCodec<T>::kLog2Range), distance)));
       k = static_cast<float>(static_cast<int32_t>(steps)) * 0.0625f;
-      const F middle = mul(root(set1(mx)), root(set1(mn)));
+      const F middle = mul(square_root(set1(mx)), square_root(set1(mn)));
       center = first(middle);
       factor = div(set1(1.0f), middle);
       exponent = set1(k);
@@ -237,10 +237,10 @@ inline void write_group(const W& writer, const float* values, int64_t count, uin
 
 // The first `count` codes at p, then zeros.
 inline I load_some(const uint8_t* p, int64_t count) {
-  if (count >= kVecLanes) return load_u8(p);
+  if (count >= kVecLanes) return load_u8_lanes(p);
   uint8_t bytes[kVecLanes] = {};
   __builtin_memcpy(bytes, p, count);
-  return load_u8(bytes);
+  return load_u8_lanes(bytes);
 }
 
 template <Float8 M, Float8 V, bool kExpand>
@@ -267,7 +267,7 @@ inline void step_group(const Fp8AdamW& z, int64_t g) {
     store(vs + i, v);
     m_range.add_values(m);
     v_range.add_values(v);
-    const F denominator = fma(root(v), correction, eps);
+    const F denominator = fma(square_root(v), correction, eps);
     const F updated = fma(step_size, div(m, denominator), mul(param, decay));
     if (whole && z.dtype == Dtype::kF32) {
       store(static_cast<float*>(z.param) + at + i, updated);
@@ -307,10 +307,3 @@ inline void fp8_adamw_groups(const Fp8AdamW& z, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit
-
-#define LOWBIT_EXPORT_FP8_ADAMW                                                            \
-  namespace lowbit {                                                                       \
-  void LOWBIT_CAT(fp8_adamw_, LOWBIT_ISA)(const Fp8AdamW& z, int64_t begin, int64_t end) { \
-    LOWBIT_ISA::fp8_adamw_groups(z, begin, end);                                           \
-  }                                                                                        \
-  }

@@ -1,19 +1,18 @@
 #include "cpu/optim/fp8_adamw.h"
 
+#include "core/costs.h"
 #include "core/n16.h"
 #include "core/parallel.h"
+#include "core/registry.h"
+#include "units.h"
 
 namespace lowbit {
 
-void fp8_adamw_scalar(const Fp8AdamW& z, int64_t begin, int64_t end);
-void fp8_adamw_avx2(const Fp8AdamW& z, int64_t begin, int64_t end);
-void fp8_adamw_avx512(const Fp8AdamW& z, int64_t begin, int64_t end);
+LOWBIT_REGISTRY(fp8_adamw)
 
 void fp8_adamw(const Fp8AdamW& request, uint32_t isa, int threads) {
-  const auto groups = isa & kAvx512 ? fp8_adamw_avx512 : isa & kAvx2 ? fp8_adamw_avx2 : fp8_adamw_scalar;
-  // Below this many parameters a second thread costs more than it saves.
-  const int useful = request.numel < 8 * 1024 ? 1 : threads;
-  parallel(ceil_div(request.numel, kStateGroup), useful,
+  const Fp8AdamWGroups groups = *newest(units::fp8_adamw::kAll, isa).given;
+  parallel(ceil_div(request.numel, kStateGroup), request.numel < kLeastFp8AdamWParameters ? 1 : threads,
            [&](int64_t begin, int64_t end) { groups(request, begin, end); });
 }
 

@@ -30,7 +30,10 @@ struct Fp8AdamW {
   float step_size;        // lr / (1 - beta1^step)
   float root_correction;  // 1 / sqrt(1 - beta2^step)
 };
-// One step on up to `threads` threads, with the newest of the instruction sets `isa` (fp8_adamw-inl.h).
+// Groups [begin, end) of kStateGroup (fp8_adamw-inl.h).
+using Fp8AdamWGroups = void (*)(const Fp8AdamW& request, int64_t begin, int64_t end);
+
+// One step on up to `threads` threads, with the newest of the instruction sets `isa`.
 void fp8_adamw(const Fp8AdamW& request, uint32_t isa, int threads);
 
 }  // namespace lowbit

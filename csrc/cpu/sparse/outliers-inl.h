@@ -66,7 +66,7 @@ inline float multiply_row(const float* values, const int32_t* columns, int64_t c
   }
   float rest = 0;
   for (; j < count; ++j) rest += values[j] * x[within.at(columns[j])];
-  return sum(sums) + rest;
+  return sum_lanes(sums) + rest;
 }
 
 // y[kOutlierTile] += the products of entries of a row of S with a tile of rows of x.
@@ -121,13 +121,8 @@ uint32_t run_outliers(const Outliers& z, int64_t begin, int64_t end) {
   return within.largest;
 }
 
+constexpr OutlierKernel kOutlierKernel{.prepare = prepare_outliers, .run = run_outliers};
+
 }  // namespace
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit
-
-#define LOWBIT_EXPORT_OUTLIERS                                       \
-  namespace lowbit {                                                 \
-  OutlierKernel LOWBIT_CAT(outliers_, LOWBIT_ISA)() {                \
-    return {LOWBIT_ISA::prepare_outliers, LOWBIT_ISA::run_outliers}; \
-  }                                                                  \
-  }

@@ -4,38 +4,31 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/costs.h"
 #include "core/n16.h"
 #include "core/parallel.h"
+#include "core/registry.h"
 #include "core/scratch.h"
+#include "units.h"
 
 namespace lowbit {
 
-OutlierKernel outliers_scalar();
-OutlierKernel outliers_avx2();
-OutlierKernel outliers_avx512();
+LOWBIT_REGISTRY(outliers)
 
-namespace {
-
-// A row of x takes 0.4 ns for each entry by itself and a tile of 16 takes 1.6 (AVX2, x in L1 and L2).
-constexpr int64_t kLeastRowsOfTile = 5;
-// Below this many products, and this many elements of x, a second thread costs more than it saves.
-constexpr int64_t kLeastProducts = 32 * 1024;
-constexpr int64_t kLeastElements = 64 * 1024;
-
-}  // namespace
+const char* outliers_isa(uint32_t isa_mask) { return isa_name(newest(units::outliers::kAll, isa_mask).isa); }
 
 void multiply_outliers(Outliers z, uint32_t isa, int threads) {
   if (z.m == 0 || z.n == 0) return;
-  const OutlierKernel kernel = isa & kAvx512 ? outliers_avx512() : isa & kAvx2 ? outliers_avx2() : outliers_scalar();
-  z.tile = z.m < kLeastRowsOfTile ? 1 : kOutlierTile;
+  const OutlierKernel& kernel = *newest(units::outliers::kAll, isa).given;
+  z.tile = z.m < kLeastOutlierTileRows ? 1 : kOutlierTile;
   z.padded_k = ceil_div(z.k, kOutlierTile) * kOutlierTile;
   const int64_t tiles = ceil_div(z.m, z.tile), elements = tiles * z.tile * z.padded_k;
   thread_local Scratch scratch;
   z.prepared = static_cast<float*>(scratch.get(static_cast<size_t>(elements) * sizeof(float)));
-  parallel(tiles * ceil_div(z.k, kOutlierDepth), elements < kLeastElements ? 1 : threads,
+  parallel(tiles * ceil_div(z.k, kOutlierDepth), elements < kLeastConversions ? 1 : threads,
            [&](int64_t begin, int64_t end) { kernel.prepare(z, begin, end); });
   std::atomic<uint32_t> largest{0};
-  parallel(tiles * ceil_div(z.n, kOutlierRows), z.m * z.n * z.count < kLeastProducts ? 1 : threads,
+  parallel(tiles * ceil_div(z.n, kOutlierRows), z.m * z.n * z.count < kLeastOutlierProducts ? 1 : threads,
            [&](int64_t begin, int64_t end) {
              const uint32_t found = kernel.run(z, begin, end);
              uint32_t before = largest.load();

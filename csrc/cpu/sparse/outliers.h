@@ -32,6 +32,9 @@ struct OutlierKernel {
   uint32_t (*run)(const Outliers& z, int64_t begin, int64_t end);
 };
 
+// The instruction set of the kernel that runs with a mask.
+const char* outliers_isa(uint32_t isa_mask);
+
 // Sets `out` on up to `threads` threads (outliers-inl.h). Throws std::invalid_argument if a column is not in [0,
 // k).
 void multiply_outliers(Outliers request, uint32_t isa, int threads);

@@ -148,7 +148,7 @@ inline void sum_chunks(const Launch& l, int64_t m, const uint16_t* row) {
       const uint16_t* in = row + g / 2 * l.m * kChunkK * kTerms + g % 2 * kHalf;
       F total = zero();
       for (int i = 0; i < kHalf; i += kUnitLanes) total = add(total, load_bf16(in + i));
-      l.x_sums[m * l.num_groups + g] = sum(total);
+      l.x_sums[m * l.num_groups + g] = sum_lanes(total);
     }
     return;
   }
@@ -160,7 +160,7 @@ inline void sum_chunks(const Launch& l, int64_t m, const uint16_t* row) {
       const uint16_t* in = row + c * l.m * kChunkK * kTerms;
       for (int i = 0; i < kChunkK * kTerms; i += kUnitLanes) total = add(total, load_bf16(in + i));
     }
-    l.x_sums[m * l.num_groups + g] = sum(total);
+    l.x_sums[m * l.num_groups + g] = sum_lanes(total);
   }
 }
 
@@ -317,43 +317,36 @@ void gemv_words_run(const Launch& l, int64_t begin, int64_t end) {
 
 template <int B>
 constexpr Kernel gemv_bf16(const char* name) {
-  return {name,
-          Op::kLinear,
-          Dtype::kBf16,
-          Codec::kLut,
-          B,
-          Scope::kShared,
-          kAvx512Bf16,
-          true,
-          {false, true, false, false},
-          bf16_gemv_cost(B, Codec::kLut),
-          prepare_bf16,
-          0,
-          gemv_words_run<B>,
-          kChunkK,
-          1,
-          false,
-          true};
+  return {.name = name,
+          .op = Op::kLinear,
+          .compute = Dtype::kBf16,
+          .codec = Codec::kLut,
+          .bits = B,
+          .scope = Scope::kShared,
+          .isa = kAvx512Bf16,
+          .chunk_groups = true,
+          .exact_x = {.bf16 = true},
+          .cost = bf16_gemv_cost(B, Codec::kLut),
+          .prepare = prepare_bf16,
+          .run = gemv_words_run<B>,
+          .half_groups = true};
 }
 template <int B>
 constexpr Kernel gemm_bf16(const char* name) {
-  return {name,
-          Op::kLinear,
-          Dtype::kBf16,
-          Codec::kLut,
-          B,
-          Scope::kShared,
-          kAvx512Bf16,
-          true,
-          {false, true, false, false},
-          bf16_gemm_cost(B),
-          prepare_bf16_chunks,
-          kWordRowsPerTask,
-          gemm_words_run<B>,
-          kChunkK,
-          1,
-          false,
-          true};
+  return {.name = name,
+          .op = Op::kLinear,
+          .compute = Dtype::kBf16,
+          .codec = Codec::kLut,
+          .bits = B,
+          .scope = Scope::kShared,
+          .isa = kAvx512Bf16,
+          .chunk_groups = true,
+          .exact_x = {.bf16 = true},
+          .cost = bf16_gemm_cost(B),
+          .prepare = prepare_bf16_chunks,
+          .rows_per_task = kWordRowsPerTask,
+          .run = gemm_words_run<B>,
+          .half_groups = true};
 }
 
 }  // namespace

@@ -12,7 +12,8 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
-const Kernel kBf16Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_KERNELS) gemv_bf16_int8(LOWBIT_NAME("gemv", "bf16", "int8"))};
+constexpr Kernel kBf16Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_KERNELS)
+                                       gemv_bf16_int8(LOWBIT_NAME("gemv", "bf16", "int8"))};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

@@ -3,19 +3,19 @@
 // A codec has kBits and value<S>(block, columns): the fp32 values of weight S (0..31) of a chunk for kVecLanes columns.
 // `block` points at the first unit of those columns; `columns` is what `at` returned for them. Products that need
 // another form of the values have their decoders beside them: bf16-inl.h, bf16_int8-inl.h, int8-inl.h, int8_any-inl.h,
-// nibbles-inl.h, columns-inl.h, symmetric-inl.h, xnor-inl.h, embedding-inl.h and avx2_float8.cpp.
+// nibbles-inl.h, columns-inl.h, symmetric-inl.h, xnor-inl.h, embedding-inl.h and float8-inl.h.
 #pragma once
 
 #include <utility>
 
 #include "core/kernel.h"
 #include "core/n16.h"
+#include "cpu/simd/inline.h"
+#include LOWBIT_VECTORS
 
 namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
-
-#define LOWBIT_INLINE __attribute__((always_inline))
 
 template <int N, class Fn>
 LOWBIT_INLINE inline void unroll(Fn&& fn) {

@@ -182,7 +182,7 @@ inline void multiply_columns(const Launch& l, const Slab& slab, const ColumnTabl
       });
     });
   }
-  each([&](auto c, auto r) LOWBIT_INLINE { y[r * kUnitLanes + column + c] += lowbit::LOWBIT_ISA::sum(sum[c][r]); });
+  each([&](auto c, auto r) LOWBIT_INLINE { y[r * kUnitLanes + column + c] += sum_lanes(sum[c][r]); });
 }
 
 constexpr int64_t kColumnRowsPerTask = 256;  // y of 16 columns: 16 KiB
@@ -253,20 +253,20 @@ void columns_run(const Launch& l, int64_t begin, int64_t end) {
 
 template <int B>
 constexpr Kernel columns_bf16(const char* name) {
-  return {name,
-          Op::kLinear,
-          Dtype::kBf16,
-          Codec::kLut,
-          B,
-          Scope::kColumn,
-          kAvx512Bf16,
-          true,
-          {false, true, false, false},
-          bf16_columns_cost(B),
-          prepare_columns<B>,
-          kColumnRowsPerTask,
-          columns_run<B>,
-          ColumnSpan<B>::kWeights};
+  return {.name = name,
+          .op = Op::kLinear,
+          .compute = Dtype::kBf16,
+          .codec = Codec::kLut,
+          .bits = B,
+          .scope = Scope::kColumn,
+          .isa = kAvx512Bf16,
+          .chunk_groups = true,
+          .exact_x = {.bf16 = true},
+          .cost = bf16_columns_cost(B),
+          .prepare = prepare_columns<B>,
+          .rows_per_task = kColumnRowsPerTask,
+          .run = columns_run<B>,
+          .span = ColumnSpan<B>::kWeights};
 }
 
 }  // namespace

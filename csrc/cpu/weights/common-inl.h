@@ -4,20 +4,11 @@
 #include "cpu/weights/activation-inl.h"
 #include "cpu/weights/codecs-inl.h"
 
-// A kernel's name in the kernel table, and the function through which dispatch.cpp finds a unit's kernels.
+// A kernel's name in the kernel table.
 #define LOWBIT_STR_(x) #x
 #define LOWBIT_STR(x) LOWBIT_STR_(x)
 #define LOWBIT_NAME(op, act, codec) op "_" act "_" codec "_n16_" LOWBIT_STR(LOWBIT_ISA)
 #define LOWBIT_FOREACH_BITS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(8)
-#define LOWBIT_CAT_(a, b) a##b
-#define LOWBIT_CAT(a, b) LOWBIT_CAT_(a, b)
-#define LOWBIT_EXPORT_TABLE(table)                                        \
-  namespace lowbit {                                                      \
-  const Kernel* LOWBIT_CAT(kernels_, LOWBIT_UNIT)(int* count) {           \
-    *count = static_cast<int>(sizeof LOWBIT_ISA::table / sizeof(Kernel)); \
-    return LOWBIT_ISA::table;                                             \
-  }                                                                       \
-  }
 
 namespace lowbit {
 namespace LOWBIT_ISA {
@@ -182,7 +173,7 @@ inline void sum_groups(const Launch& l, const void* row, float* sums) {
     const int64_t end = g + 1 == l.num_groups ? l.prepared_stride : begin + l.group * kTerms;
     F total = zero();
     for (int64_t i = begin; i < end; i += kVecLanes) total = add(total, load_as(row, kType, i));
-    sums[g] = sum(total);
+    sums[g] = sum_lanes(total);
   }
 }
 

@@ -39,11 +39,3 @@ void embed_rows(const Launch& l, int bits, Scope scope, const int64_t* indices, 
 }  // namespace
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit
-
-#define LOWBIT_EXPORT_EMBEDDING                                                                               \
-  namespace lowbit {                                                                                          \
-  void embed_rows(const Launch& l, int bits, Scope scope, const int64_t* indices, int64_t begin, int64_t end, \
-                  uint8_t* codes) {                                                                           \
-    LOWBIT_ISA::embed_rows(l, bits, scope, indices, begin, end, codes);                                       \
-  }                                                                                                           \
-  }

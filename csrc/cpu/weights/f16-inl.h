@@ -7,6 +7,9 @@
 
 #include "cpu/weights/bf16-inl.h"
 
+#define LOWBIT_KERNELS(B) \
+  gemv_f16<B>(LOWBIT_NAME("gemv", "f16", "lut" #B)), gemm_f16<B>(LOWBIT_NAME("gemm", "f16", "lut" #B)),
+
 namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
@@ -62,8 +65,7 @@ inline void prepare_f16_chunks(const Launch& l, int64_t begin, int64_t end) {
 }
 
 constexpr Kernel half_kernel(Kernel kernel) {
-  kernel.exact_x[static_cast<int>(Dtype::kBf16)] = false;
-  kernel.exact_x[static_cast<int>(Dtype::kF16)] = true;
+  kernel.exact_x = {.f16 = true};
   kernel.terms = kHalfTerms;
   kernel.bf16_table = true;
   return kernel;
@@ -85,10 +87,7 @@ constexpr Kernel gemm_f16(const char* name) {
   return kernel;
 }
 
-#define LOWBIT_KERNELS(B) \
-  gemv_f16<B>(LOWBIT_NAME("gemv", "f16", "lut" #B)), gemm_f16<B>(LOWBIT_NAME("gemm", "f16", "lut" #B)),
-
-const Kernel kF16Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_KERNELS)};
+constexpr Kernel kF16Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_KERNELS)};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

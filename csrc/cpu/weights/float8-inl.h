@@ -54,23 +54,20 @@ struct Float8Codec {
 template <Float8 T>
 constexpr Kernel linear_kernel(const char* name, bool chunk_groups, Cost cost, int64_t rows_per_task,
                                void (*run)(const Launch&, int64_t, int64_t)) {
-  return {name,
-          Op::kLinear,
-          Dtype::kF32,
-          kCodecOf<T>,
-          8,
-          Scope::kShared,
-          LOWBIT_ISA_BIT,
-          chunk_groups,
-          {true, true, true, false},
-          cost,
-          prepare_f32,
-          rows_per_task,
-          run,
-          kChunkK,
-          1,
-          false,
-          chunk_groups};
+  return {.name = name,
+          .op = Op::kLinear,
+          .compute = Dtype::kF32,
+          .codec = kCodecOf<T>,
+          .bits = 8,
+          .scope = Scope::kShared,
+          .isa = LOWBIT_ISA_BIT,
+          .chunk_groups = chunk_groups,
+          .exact_x = kFloatInputs,
+          .cost = cost,
+          .prepare = prepare_f32,
+          .rows_per_task = rows_per_task,
+          .run = run,
+          .half_groups = chunk_groups};
 }
 template <Float8 T>
 constexpr Kernel gemv(const char* name) {
@@ -88,7 +85,7 @@ constexpr Kernel dequantize(const char* name) {
   return kernel;
 }
 
-const Kernel kFloat8Kernels[] = {
+constexpr Kernel kFloat8Kernels[] = {
     gemv<Float8::kE4m3>(LOWBIT_NAME("gemv", "f32", "e4m3")),
     gemv<Float8::kE5m2>(LOWBIT_NAME("gemv", "f32", "e5m2")),
     gemm<Float8::kE4m3>(LOWBIT_NAME("gemm", "f32", "e4m3")),

@@ -96,23 +96,19 @@ inline void prepare_nibbles(const Launch& l, int64_t begin, int64_t end) {
 }
 
 constexpr Kernel nibbles(const char* name) {
-  return {name,
-          Op::kLinear,
-          Dtype::kF32,
-          Codec::kLut,
-          kNibbleBits,
-          Scope::kShared,
-          LOWBIT_ISA_BIT,
-          true,
-          {true, true, true, false},
-          nibbles_cost(false),
-          prepare_nibbles,
-          0,
-          bytes_run<NibbleF32>,
-          kChunkK,
-          1,
-          false,
-          true};
+  return {.name = name,
+          .op = Op::kLinear,
+          .compute = Dtype::kF32,
+          .codec = Codec::kLut,
+          .bits = kNibbleBits,
+          .scope = Scope::kShared,
+          .isa = LOWBIT_ISA_BIT,
+          .chunk_groups = true,
+          .exact_x = kFloatInputs,
+          .cost = nibbles_cost(false),
+          .prepare = prepare_nibbles,
+          .run = bytes_run<NibbleF32>,
+          .half_groups = true};
 }
 constexpr Kernel nibbles_bf16(const char* name) {
   Kernel kernel = nibbles(name);
@@ -123,8 +119,8 @@ constexpr Kernel nibbles_bf16(const char* name) {
   return kernel;
 }
 
-const Kernel kNibbleKernels[] = {nibbles(LOWBIT_NAME("gemv", "f32", "bytelut4")),
-                                 nibbles_bf16(LOWBIT_NAME("gemv", "f32", "bf16lut4"))};
+constexpr Kernel kNibbleKernels[] = {nibbles(LOWBIT_NAME("gemv", "f32", "bytelut4")),
+                                     nibbles_bf16(LOWBIT_NAME("gemv", "f32", "bf16lut4"))};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

@@ -1,11 +1,10 @@
 // Vectors in plain C++: 16 lanes as arrays, for CPUs without AVX2. The compiler maps them to the baseline's SSE2.
+// No registers to keep sums in: the GEMM kernels serve every M.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
-
-// No registers to keep sums in: the GEMM kernels serve every M.
-#define LOWBIT_NO_GEMV
 
 namespace lowbit {
 namespace LOWBIT_ISA {
@@ -58,7 +57,7 @@ inline F div(F a, F b) {
 inline F min(F a, F b) {
   return each<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
-inline float sum(F v) {
+inline float sum_lanes(F v) {
   float s = 0;
   for (int i = 0; i < kVecLanes; ++i) s += v.v[i];
   return s;
@@ -189,6 +188,106 @@ inline F gather_column(const float* table, I code, int stride) {
 }
 
 inline void prefetch(const void*) {}
+
+// FP8 codes, one in a lane.
+inline I sub_i(I a, I b) {
+  return each<I>([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline I mul_i(I a, I b) {
+  return each<I>([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline I xor_i(I a, I b) {
+  return each<I>([&](int i) { return a.v[i] ^ b.v[i]; });
+}
+inline I or_i(I a, I b) {
+  return each<I>([&](int i) { return a.v[i] | b.v[i]; });
+}
+inline bool less(uint32_t a, uint32_t b) { return static_cast<int32_t>(a) < static_cast<int32_t>(b); }
+inline I min_i(I a, I b) {
+  return each<I>([&](int i) { return less(b.v[i], a.v[i]) ? b.v[i] : a.v[i]; });
+}
+// a < b ? yes : no, signed.
+inline I if_less(I a, I b, I yes, I no) {
+  return each<I>([&](int i) { return less(a.v[i], b.v[i]) ? yes.v[i] : no.v[i]; });
+}
+// 0 for what no int32 holds.
+inline I truncate_to_int(F f) {
+  return each<I>([&](int i) {
+    const bool fits = f.v[i] > -2147483648.0f && f.v[i] < 2147483648.0f;
+    return static_cast<uint32_t>(fits ? static_cast<int32_t>(f.v[i]) : 0);
+  });
+}
+
+// The low byte of every lane.
+inline void store_u8(uint8_t* p, I a) {
+  for (int i = 0; i < kVecLanes; ++i) p[i] = static_cast<uint8_t>(a.v[i]);
+}
+
+// Lane i is the largest lane of v[i].
+inline I max_of_each(const I* v) {
+  return each<I>([&](int i) {
+    uint32_t largest = v[i].v[0];
+    for (uint32_t lane : v[i].v) largest = less(largest, lane) ? lane : largest;
+    return largest;
+  });
+}
+
+// FP8 states of optimizers.
+inline F square_root(F v) {
+  return each<F>([&](int i) { return __builtin_sqrtf(v.v[i]); });
+}
+inline I min_u(I a, I b) {
+  return each<I>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+// v where x is at least `bound`, `other` elsewhere.
+inline F keep_from(F bound, F x, F v, F other) {
+  return each<F>([&](int i) { return x.v[i] >= bound.v[i] ? v.v[i] : other.v[i]; });
+}
+// Of values below 2^22, as the two that follow.
+inline F round_down(F v) {
+  return each<F>([&](int i) {
+    const float near = (v.v[i] + 12582912.0f) - 12582912.0f;
+    return near > v.v[i] ? near - 1.0f : near;
+  });
+}
+// To nearest even.
+inline I round_to_int(F v) {
+  return each<I>([&](int i) { return to_bits(v.v[i] + 12582912.0f) - 0x4B400000u; });
+}
+// v 2^n for integers n <= 0; below 2^-126 v it may be anything smaller.
+inline F times_power_of_two(F v, F n) {
+  return each<F>([&](int i) {
+    const float e = n.v[i] < -126.0f ? -126.0f : n.v[i];
+    return v.v[i] * from_bits(static_cast<uint32_t>(static_cast<int32_t>(e) + 127) << 23);
+  });
+}
+// The largest lane, each below 2^31.
+inline uint32_t largest_lane(I v) {
+  uint32_t m = 0;
+  for (uint32_t lane : v.v) m = lane > m ? lane : m;
+  return m;
+}
+inline uint32_t smallest_lane(I v) {
+  uint32_t m = UINT32_MAX;
+  for (uint32_t lane : v.v) m = lane < m ? lane : m;
+  return m;
+}
+
+// Counts of bits.
+constexpr int kSignRows = 4;
+constexpr int kSignVecs = 1;
+constexpr int64_t kCountChunks = INT64_MAX;  // dwords that `add_popcounts` may add up before `sum_popcounts`
+
+inline I add_popcounts(I sums, I bits) {
+  return each<I>([&](int i) { return sums.v[i] + static_cast<uint32_t>(std::popcount(bits.v[i])); });
+}
+inline I sum_popcounts(I sums) { return sums; }
+// Bit i says whether lane i is 0 or more; NaN is not.
+inline uint32_t nonnegative(F v) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kVecLanes; ++i) mask |= (v.v[i] >= 0 ? 1u : 0u) << i;
+  return mask;
+}
 
 }  // namespace
 }  // namespace LOWBIT_ISA

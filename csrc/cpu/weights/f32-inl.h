@@ -1,0 +1,36 @@
+// The fp32 kernels: every codec in GEMV, GEMM and dequantize.
+#pragma once
+
+#include "cpu/weights/f32_any-inl.h"
+#include "cpu/weights/gemv-inl.h"
+
+#define LOWBIT_KERNELS(B) gemv_f32<Lut<B>>(LOWBIT_NAME("gemv", "f32", "lut" #B)), LOWBIT_PANEL_KERNELS_OF(B)
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace {
+
+template <class C>
+constexpr Kernel gemv_f32(const char* name) {
+  return {.name = name,
+          .op = Op::kLinear,
+          .compute = Dtype::kF32,
+          .codec = C::kCodec,
+          .bits = C::kBits,
+          .scope = C::kScope,
+          .isa = LOWBIT_ISA_BIT,
+          .chunk_groups = true,
+          .exact_x = kFloatInputs,
+          .cost = f32_gemv_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
+          .prepare = prepare_f32,
+          .run = gemv_run<ComputeF32<C>>,
+          .half_groups = true};
+}
+
+constexpr Kernel kF32Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_KERNELS)
+                                      gemv_f32<Int8>(LOWBIT_NAME("gemv", "f32", "int8")),
+                                  LOWBIT_PANEL_KERNELS(Int8, "int8")};
+
+}  // namespace
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit
