@@ -10,8 +10,13 @@ namespace {
 void py_quantize_int8(uint64_t x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, int64_t group, uint64_t scales,
                       bool static_scales, uint64_t q, int threads) {
   want_positive({{"k", k}, {"group", group}});
-  const QuantizeInt8 request{
-      pointer<const void>(x), static_cast<Dtype>(x_dtype), x_stride, k, group, pointer<float>(scales), static_scales};
+  const QuantizeInt8 request{.x = pointer<const void>(x),
+                             .x_dtype = static_cast<Dtype>(x_dtype),
+                             .x_stride = x_stride,
+                             .k = k,
+                             .group = group,
+                             .scales = pointer<float>(scales),
+                             .static_scales = static_scales};
   py::gil_scoped_release unlocked;
   quantize_int8(request, m, pointer<int8_t>(q), threads);
 }
@@ -20,8 +25,11 @@ void py_quantize_int8(uint64_t x, int x_dtype, int64_t m, int64_t k, int64_t x_s
 void py_quantize_binary(uint64_t x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, uint64_t scales, uint64_t bits,
                         int threads) {
   want_positive({{"k", k}});
-  const QuantizeBinary request{pointer<const void>(x), static_cast<Dtype>(x_dtype), x_stride, k,
-                               pointer<float>(scales)};
+  const QuantizeBinary request{.x = pointer<const void>(x),
+                               .x_dtype = static_cast<Dtype>(x_dtype),
+                               .x_stride = x_stride,
+                               .k = k,
+                               .scales = pointer<float>(scales)};
   py::gil_scoped_release unlocked;
   quantize_binary(request, m, pointer<uint8_t>(bits), threads);
 }
@@ -29,8 +37,11 @@ void py_quantize_binary(uint64_t x, int x_dtype, int64_t m, int64_t k, int64_t x
 }  // namespace
 
 void bind_activations(py::module_& m) {
-  m.def("quantize_int8_ptr", &py_quantize_int8);
-  m.def("quantize_binary_ptr", &py_quantize_binary);
+  using py::arg;
+  m.def("quantize_int8_ptr", &py_quantize_int8, py::kw_only(), arg("x"), arg("x_dtype"), arg("m"), arg("k"),
+        arg("x_stride"), arg("group"), arg("scales"), arg("static_scales"), arg("q"), arg("threads"));
+  m.def("quantize_binary_ptr", &py_quantize_binary, py::kw_only(), arg("x"), arg("x_dtype"), arg("m"), arg("k"),
+        arg("x_stride"), arg("scales"), arg("bits"), arg("threads"));
 }
 
 }  // namespace lowbit

@@ -7,14 +7,12 @@
 #include <string>
 
 #include "bindings/bindings.h"
+#include "core/address.h"
+
+#define FIELD(name) config.def_readwrite(#name, &DecoderConfig::name)
 
 namespace lowbit {
 namespace {
-
-template <class T>
-T* pointer(uint64_t a) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(a));
-}
 
 DecoderLinear dense_linear(int64_t n, int64_t k, uint64_t weight, uint64_t bias, int bias_dtype) {
   want_positive({{"n", n}, {"k", k}});
@@ -56,7 +54,7 @@ std::unique_ptr<Decoder> make_decoder(const DecoderConfig& c, const DecoderModel
 }
 
 void bind_structs(py::module_& m) {
-  py::class_<DecoderConfig> config(m, "DecoderConfig", "As in csrc/decoder.h.");
+  py::class_<DecoderConfig> config(m, "DecoderConfig", "As in csrc/decoder/decoder.h.");
   config.def(py::init<>())
       .def_property(
           "dtype", [](const DecoderConfig& c) { return static_cast<int>(c.dtype); },
@@ -67,13 +65,11 @@ void bind_structs(py::module_& m) {
       .def_property(
           "activation", [](const DecoderConfig& c) { return static_cast<int>(c.activation); },
           [](DecoderConfig& c, const std::string& name) { c.activation = activation_of(name); });
-#define FIELD(name) config.def_readwrite(#name, &DecoderConfig::name)
   FIELD(hidden), FIELD(heads), FIELD(kv_heads), FIELD(head_dim), FIELD(intermediate), FIELD(vocab), FIELD(max_length);
   FIELD(eps), FIELD(late_norms), FIELD(score_scale), FIELD(score_cap), FIELD(embedding_scale), FIELD(residual_scale);
   FIELD(logit_divisor), FIELD(logit_cap), FIELD(sequences), FIELD(threads);
-#undef FIELD
 
-  py::class_<DecoderLayer> layer(m, "DecoderLayer", "As in csrc/decoder.h.");
+  py::class_<DecoderLayer> layer(m, "DecoderLayer", "As in csrc/decoder/decoder.h.");
   layer.def(py::init<>())
       .def_readwrite("rope", &DecoderLayer::rope)
       .def_readwrite("window", &DecoderLayer::window)
@@ -88,12 +84,12 @@ void bind_structs(py::module_& m) {
   address_field(layer, "q_norm", &DecoderLayer::q_norm);
   address_field(layer, "k_norm", &DecoderLayer::k_norm);
 
-  py::class_<DecoderRope> rope(m, "DecoderRope", "As in csrc/decoder.h.");
+  py::class_<DecoderRope> rope(m, "DecoderRope", "As in csrc/decoder/decoder.h.");
   rope.def(py::init<>()).def_readwrite("dim", &DecoderRope::dim);
   address_field(rope, "cos", &DecoderRope::cos);
   address_field(rope, "sin", &DecoderRope::sin);
 
-  py::class_<DecoderModel> model(m, "DecoderModel", "As in csrc/decoder.h.");
+  py::class_<DecoderModel> model(m, "DecoderModel", "As in csrc/decoder/decoder.h.");
   model.def(py::init<>())
       .def_readwrite("embedding", &DecoderModel::embedding)
       .def_readwrite("head", &DecoderModel::head)
@@ -106,15 +102,19 @@ void bind_structs(py::module_& m) {
 }  // namespace
 
 void bind_decoder(py::module_& m) {
-  py::class_<DecoderLinear>(m, "DecoderLinear", "A weight as csrc/decoder.h takes it; made by Weight or dense_linear.");
-  m.def("dense_linear", &dense_linear);
+  py::class_<DecoderLinear>(m, "DecoderLinear",
+                            "A weight as csrc/decoder/decoder.h takes it; made by BoundWeight or dense_linear.");
+  m.def("dense_linear", &dense_linear, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("weight"), py::arg("bias"),
+        py::arg("bias_dtype"));
   bind_structs(m);
-  py::class_<Decoder>(m, "Decoder", "A decoder over packed weights (csrc/decoder.h).")
+  py::class_<Decoder>(m, "Decoder", "A decoder over packed weights (csrc/decoder/decoder.h).")
       .def(py::init(&make_decoder), py::arg("config"), py::arg("model"))
-      .def("run_ptr",
-           [](Decoder& d, uint64_t ids, int64_t count, int64_t sequence, int64_t position) {
-             run_unlocked([&](Stop* stop) { d.run(pointer<const int64_t>(ids), count, {sequence, position}, stop); });
-           })
+      .def(
+          "run_ptr",
+          [](Decoder& d, uint64_t ids, int64_t count, int64_t sequence, int64_t position) {
+            run_unlocked([&](Stop* stop) { d.run(pointer<const int64_t>(ids), count, {sequence, position}, stop); });
+          },
+          py::kw_only(), py::arg("ids"), py::arg("count"), py::arg("sequence"), py::arg("position"))
       .def("step",
            [](Decoder& d, const std::vector<int64_t>& ids, const std::vector<std::pair<int64_t, int64_t>>& places) {
              if (ids.size() != places.size()) fail("ids and places must be of one length");

@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <string>
-#include <tuple>
 
 #include "core/address.h"
 #include "core/dispatch.h"
@@ -15,22 +14,21 @@ namespace py = pybind11;
 namespace lowbit {
 namespace {
 
-// A state is (codes, Float8, terms). `isa` caps the instruction set as LOWBIT_ISA does.
-using State = std::tuple<uint64_t, int, uint64_t>;
-Fp8State state_of(const State& s) {
-  return {pointer<uint8_t>(std::get<0>(s)), static_cast<Float8>(std::get<1>(s)), pointer<float>(std::get<2>(s))};
+Fp8State make_state(uint64_t codes, int type, uint64_t terms) {
+  return {.codes = pointer<uint8_t>(codes), .type = static_cast<Float8>(type), .terms = pointer<float>(terms)};
 }
 
-void py_fp8_adamw(uint64_t param, uint64_t grad, int dtype, int64_t numel, const State& exp_avg,
-                  const State& exp_avg_sq, bool expand, double step, double lr, double beta1, double beta2, double eps,
-                  double weight_decay, bool maximize, int threads, const std::string& isa) {
+// `isa` caps the instruction set as LOWBIT_ISA does.
+void py_fp8_adamw(uint64_t param, uint64_t grad, int dtype, int64_t numel, const Fp8State& exp_avg,
+                  const Fp8State& exp_avg_sq, bool expand, double step, double lr, double beta1, double beta2,
+                  double eps, double weight_decay, bool maximize, int threads, const std::string& isa) {
   Fp8AdamW z{};
   z.param = pointer<void>(param);
   z.grad = pointer<const void>(grad);
   z.dtype = static_cast<Dtype>(dtype);
   z.numel = numel;
-  z.exp_avg = state_of(exp_avg);
-  z.exp_avg_sq = state_of(exp_avg_sq);
+  z.exp_avg = exp_avg;
+  z.exp_avg_sq = exp_avg_sq;
   z.expand = expand;
   z.beta1 = static_cast<float>(beta1);
   z.rest1 = static_cast<float>(maximize ? beta1 - 1 : 1 - beta1);
@@ -47,6 +45,13 @@ void py_fp8_adamw(uint64_t param, uint64_t grad, int dtype, int64_t numel, const
 
 }  // namespace
 
-void bind_optim(py::module_& m) { m.def("fp8_adamw_ptr", &py_fp8_adamw); }
+void bind_optim(py::module_& m) {
+  using py::arg;
+  py::class_<Fp8State>(m, "Fp8State", "As in csrc/cpu/optim/fp8_adamw.h.")
+      .def(py::init(&make_state), py::kw_only(), arg("codes"), arg("type"), arg("terms"));
+  m.def("fp8_adamw_ptr", &py_fp8_adamw, py::kw_only(), arg("param"), arg("grad"), arg("dtype"), arg("numel"),
+        arg("exp_avg"), arg("exp_avg_sq"), arg("expand"), arg("step"), arg("lr"), arg("beta1"), arg("beta2"),
+        arg("eps"), arg("weight_decay"), arg("maximize"), arg("threads"), arg("isa") = "");
+}
 
 }  // namespace lowbit

@@ -33,6 +33,12 @@ void py_multiply_outliers(uint64_t x, int x_dtype, int64_t m, int64_t k, int64_t
 
 }  // namespace
 
-void bind_outliers(py::module_& m) { m.def("multiply_outliers_ptr", &py_multiply_outliers); }
+void bind_outliers(py::module_& m) {
+  using py::arg;
+  m.def("multiply_outliers_ptr", &py_multiply_outliers, py::kw_only(), arg("x"), arg("x_dtype"), arg("m"), arg("k"),
+        arg("x_stride"), arg("columns"), arg("values"), arg("value_dtype"), arg("n"), arg("count"), arg("out"),
+        arg("threads"), arg("isa") = "");
+  m.def("outliers_isa", [] { return outliers_isa(active_isa()); });
+}
 
 }  // namespace lowbit

@@ -1,11 +1,12 @@
 // Calls on a framework's tensors without its headers, and without a Python attribute look-up for each operand.
+#include "bindings/tensor_call.h"
+
 #include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <vector>
 
 #include "bindings/dlpack.h"
-#include "bindings/tensor_call.h"
 #include "core/address.h"
 #include "core/n16.h"
 #include "core/parallel.h"

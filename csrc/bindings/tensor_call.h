@@ -11,13 +11,13 @@ namespace lowbit {
 struct Plan {
   Request request;  // without m and threads; x only if it is kI8
   Launch launch;    // without addresses
-  int64_t code_bytes;
-  bool has_scales, has_zeros, has_scales2, has_zeros2;
+  int64_t code_bytes = 0;
+  bool has_scales = false, has_zeros = false, has_scales2 = false, has_zeros2 = false;
   struct Choice {
     int64_t m = -1;
     int threads = 0;
     const Kernel* kernel = nullptr;
-  } chosen[3];  // by dtype of x
+  } chosen[3] = {};  // by dtype of x
 };
 
 // Keeps a copy, for linear_tensors.

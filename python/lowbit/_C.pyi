@@ -1,4 +1,4 @@
-"""Types of the compiled module; csrc/bindings/module.cpp."""
+"""Types of the compiled module; csrc/bindings."""
 
 from typing import Any, TypedDict
 
@@ -23,14 +23,6 @@ class Kernel(TypedDict):
     bf16_table: bool
     x: list[str]
 
-def linear_many_ptr(
-    x: int,
-    x_dtype: int,
-    m: int,
-    x_stride: int,
-    entries: list[tuple[Any, ...]],
-    threads: int,
-) -> None: ...
 def use_tensor_class(tensor: type, parameter: type) -> bool: ...
 def plan(weight: Weight) -> object: ...
 def poison_outputs(on: bool) -> None: ...
@@ -65,24 +57,152 @@ def kmeans_1d(
 def kmeans_rows(
     values: NDArray[np.float32], weights: NDArray[np.float64] | None, k: int, threads: int = 1
 ) -> NDArray[np.float32]: ...
-def quantize_int8_ptr(*arguments: int) -> None: ...
-def quantize_binary_ptr(*arguments: int) -> None: ...
-def multiply_outliers_ptr(*arguments: int | str) -> None: ...
-def fp8_adamw_ptr(*arguments: object) -> None: ...
+def quantize_int8_ptr(
+    *,
+    x: int,
+    x_dtype: int,
+    m: int,
+    k: int,
+    x_stride: int,
+    group: int,
+    scales: int,
+    static_scales: bool,
+    q: int,
+    threads: int,
+) -> None: ...
+def quantize_binary_ptr(
+    *, x: int, x_dtype: int, m: int, k: int, x_stride: int, scales: int, bits: int, threads: int
+) -> None: ...
+def multiply_outliers_ptr(
+    *,
+    x: int,
+    x_dtype: int,
+    m: int,
+    k: int,
+    x_stride: int,
+    columns: int,
+    values: int,
+    value_dtype: int,
+    n: int,
+    count: int,
+    out: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def outliers_isa() -> str: ...
 
-# rows, k, block_rows, block_k, row_blocks
-Fp8Blocks = tuple[int, int, int, int, int]
+class Fp8State:
+    def __init__(self, *, codes: int, type: int, terms: int) -> None: ...
 
-def fp8_maxima_ptr(blocks: Fp8Blocks, *arguments: int | str) -> None: ...
-def fp8_quantize_ptr(blocks: Fp8Blocks, *arguments: int | str) -> None: ...
-def fp8_dequantize_ptr(blocks: Fp8Blocks, *arguments: int | str) -> None: ...
-def fp8_cast_ptr(*arguments: int | str) -> None: ...
-def fp8_matmul_ptr(*arguments: Any) -> None: ...
+def fp8_adamw_ptr(
+    *,
+    param: int,
+    grad: int,
+    dtype: int,
+    numel: int,
+    exp_avg: Fp8State,
+    exp_avg_sq: Fp8State,
+    expand: bool,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+
+class Fp8Blocks:
+    def __init__(
+        self, *, rows: int, k: int, block_rows: int, block_k: int, row_blocks: int
+    ) -> None: ...
+
+def fp8_maxima_ptr(
+    blocks: Fp8Blocks,
+    *,
+    x: int,
+    dtype: int,
+    stride: int,
+    maxima: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def fp8_quantize_ptr(
+    blocks: Fp8Blocks,
+    *,
+    x: int,
+    dtype: int,
+    stride: int,
+    type: int,
+    scale_type: int,
+    maxima: int,
+    scales: int,
+    q: int,
+    transposed: int,
+    stochastic: bool,
+    seed: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def fp8_dequantize_ptr(
+    blocks: Fp8Blocks,
+    *,
+    q: int,
+    type: int,
+    scales: int,
+    scale_type: int,
+    out: int,
+    out_dtype: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def fp8_cast_ptr(
+    *,
+    x: int,
+    dtype: int,
+    count: int,
+    type: int,
+    saturate: bool,
+    q: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+
+class Fp8Operand:
+    def __init__(
+        self,
+        *,
+        codes: int,
+        stride: int,
+        type: int,
+        scales: int,
+        scale_type: int,
+        row_shift: int,
+        k_shift: int,
+        scale_stride: int,
+    ) -> None: ...
+
+def fp8_matmul_ptr(
+    *,
+    m: int,
+    n: int,
+    k: int,
+    a: Fp8Operand,
+    b: Fp8Operand,
+    bias: int,
+    bias_dtype: int,
+    out: int,
+    out_dtype: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...
 def fp8_matmul_name(isa: str = "") -> str: ...
 
 class DecoderLinear: ...
 
-def dense_linear(n: int, k: int, weight: int, bias: int, bias_dtype: int) -> DecoderLinear: ...
+def dense_linear(*, n: int, k: int, weight: int, bias: int, bias_dtype: int) -> DecoderLinear: ...
 
 class DecoderConfig:
     dtype: int
@@ -135,7 +255,7 @@ class DecoderModel:
 
 class Decoder:
     def __init__(self, config: DecoderConfig, model: DecoderModel) -> None: ...
-    def run_ptr(self, ids: int, count: int, sequence: int, position: int) -> None: ...
+    def run_ptr(self, *, ids: int, count: int, sequence: int, position: int) -> None: ...
     def step(self, ids: list[int], places: list[tuple[int, int]]) -> None: ...
     def likeliest(self, row: int) -> int: ...
 
@@ -163,12 +283,6 @@ class Weight:
         table_step: float = 0.0,
         bf16_table: bool = False,
     ) -> None: ...
-    def linear_ptr(self, *arguments: int) -> None: ...
-    def linear_epilogue_ptr(self, *arguments: int) -> None: ...
-    def linear_quantized_ptr(self, *arguments: float) -> None: ...
-    def dequantize_ptr(self, *arguments: int) -> None: ...
-    def embedding_ptr(self, *arguments: int) -> None: ...
-    def decoder_linear(self, *arguments: float) -> DecoderLinear: ...
     def linear(
         self,
         x: NDArray[np.float32],
@@ -183,3 +297,92 @@ class Weight:
     def explain(
         self, op: str, x: str, m: int, threads: int = 1
     ) -> list[tuple[str, Any, Any, Any]]: ...
+
+class BoundLinear:
+    def __call__(self) -> None: ...
+
+class BoundWeight:
+    def __init__(
+        self,
+        weight: Weight,
+        *,
+        codes: int,
+        scales: int,
+        zeros: int,
+        table: int,
+        scales2: int,
+        zeros2: int,
+    ) -> None: ...
+    def linear(
+        self,
+        *,
+        x: int,
+        x_dtype: int,
+        m: int,
+        x_stride: int,
+        bias: int,
+        bias_dtype: int,
+        out: int,
+        threads: int,
+        kernel: int = -1,
+    ) -> None: ...
+    def bind_linear(
+        self,
+        *,
+        x: int,
+        x_dtype: int,
+        m: int,
+        x_stride: int,
+        bias: int,
+        bias_dtype: int,
+        out: int,
+        threads: int,
+    ) -> BoundLinear: ...
+    def linear_epilogue(
+        self,
+        *,
+        x: int,
+        x_dtype: int,
+        m: int,
+        x_stride: int,
+        bias: int,
+        bias_dtype: int,
+        out: int,
+        out_dtype: int,
+        threads: int,
+        activation: int,
+        gate: int,
+        gate_stride: int,
+        residual: int,
+        residual_stride: int,
+        epilogue_dtype: int,
+    ) -> None: ...
+    def linear_quantized(
+        self,
+        *,
+        x: int,
+        x_dtype: int,
+        x_scales: int,
+        x_group_scales: bool,
+        m: int,
+        x_stride: int,
+        bias: int,
+        bias_dtype: int,
+        out: int,
+        out_dtype: int,
+        out_scale: float,
+        threads: int,
+        kernel: int,
+    ) -> None: ...
+    def dequantize(self, *, out: int, out_dtype: int, threads: int, kernel: int) -> None: ...
+    def embedding(
+        self, *, indices: int, count: int, out: int, out_dtype: int, threads: int
+    ) -> None: ...
+    def decoder_linear(self, *, bias: int, bias_dtype: int, x_scale: float) -> DecoderLinear: ...
+
+class Product:
+    def __init__(self, weight: BoundWeight, *, bias: int, bias_dtype: int, out: int) -> None: ...
+
+def linear_many(
+    products: list[Product], *, x: int, x_dtype: int, m: int, x_stride: int, threads: int
+) -> None: ...

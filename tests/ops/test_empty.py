@@ -83,16 +83,33 @@ def test_adamw_and_packing() -> None:
 
 
 def _outliers(k: int) -> None:
-    _C.multiply_outliers_ptr(0, 0, 1, k, k, 0, 0, 0, 1, 0, 0, 1, "")
+    names = ("x", "x_dtype", "x_stride", "columns", "values", "value_dtype", "count", "out")
+    _C.multiply_outliers_ptr(**dict.fromkeys(names, 0), m=1, k=k, n=1, threads=1)
 
 
 def _maxima(block_rows: int, block_k: int) -> None:
-    _C.fp8_maxima_ptr((3, 0, block_rows, block_k, 1), 0, 0, 0, 0, 1, "")
+    _C.Fp8Blocks(rows=3, k=0, block_rows=block_rows, block_k=block_k, row_blocks=1)
 
 
 def _product(k: int) -> None:
-    none = (0, 0, 0, 0, 0, 0, -1, 0)
-    _C.fp8_matmul_ptr(1, 1, k, none, none, 0, 0, 0, 0, 1, "")
+    names = ("codes", "stride", "type", "scales", "scale_type", "row_shift", "scale_stride")
+    none = _C.Fp8Operand(**dict.fromkeys(names, 0), k_shift=-1)
+    others = dict.fromkeys(("bias", "bias_dtype", "out", "out_dtype"), 0)
+    _C.fp8_matmul_ptr(m=1, n=1, k=k, a=none, b=none, threads=1, **others)
+
+
+def _int8(k: int, group: int) -> None:
+    names = ("x", "x_dtype", "x_stride", "scales", "static_scales", "q")
+    _C.quantize_int8_ptr(**dict.fromkeys(names, 0), m=1, k=k, group=group, threads=1)
+
+
+def _binary(k: int) -> None:
+    names = ("x", "x_dtype", "x_stride", "scales", "bits")
+    _C.quantize_binary_ptr(**dict.fromkeys(names, 0), m=1, k=k, threads=1)
+
+
+def _dense(n: int) -> _C.DecoderLinear:
+    return _C.dense_linear(n=n, k=1, weight=0, bias=0, bias_dtype=0)
 
 
 def _decoder(**sizes: int) -> None:
@@ -100,7 +117,7 @@ def _decoder(**sizes: int) -> None:
     config, model = _C.DecoderConfig(), _C.DecoderModel()
     for name, size in (dict.fromkeys((*names, "sequences", "threads"), 1) | sizes).items():
         setattr(config, name, size)
-    model.embedding = model.head = _C.dense_linear(1, 1, 0, 0, 0)
+    model.embedding = model.head = _dense(1)
     _C.Decoder(config, model)
 
 
@@ -111,14 +128,14 @@ def _weight(**sizes: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: _C.quantize_int8_ptr(0, 0, 1, 0, 0, 0, 0, False, 0, 1), "k must be at least 1"),
-        (lambda: _C.quantize_int8_ptr(0, 0, 1, 8, 8, 0, 0, False, 0, 1), "group must be at least"),
-        (lambda: _C.quantize_binary_ptr(0, 0, 1, 0, 0, 0, 0, 1), "k must be at least 1, got 0"),
+        (lambda: _int8(0, 1), "k must be at least 1"),
+        (lambda: _int8(8, 0), "group must be at least"),
+        (lambda: _binary(0), "k must be at least 1, got 0"),
         (lambda: _outliers(0), "k must be at least 1, got 0"),
         (lambda: _maxima(1, 0), "block_k must be at least 1, got 0"),
         (lambda: _maxima(0, 1), "block_rows must be at least 1, got 0"),
         (lambda: _product(0), "k must be at least 1, got 0"),
-        (lambda: _C.dense_linear(0, 1, 0, 0, 0), "n must be at least 1, got 0"),
+        (lambda: _dense(0), "n must be at least 1, got 0"),
         (lambda: _decoder(kv_heads=0), "kv_heads must be at least 1, got 0"),
         (lambda: _decoder(hidden=-3), "hidden must be at least 1, got -3"),
         (lambda: _decoder(heads=3, kv_heads=2, head_dim=2), "heads % kv_heads must be 0, got 1"),

@@ -13,7 +13,7 @@ from lowbit import _C
 from lowbit.backends.cpu import requests
 from lowbit.decoder.description import Description, Layer, angles, describe
 from lowbit.nn import PackedModule
-from lowbit.strides import address
+from lowbit.strides import address, contiguous
 
 Struct = TypeVar("Struct")
 # Fields of a Description that DecoderConfig holds under the same names.
@@ -101,7 +101,9 @@ class CompiledDecoder:
             raise TypeError(f"ids must be int64 on the CPU, got {ids.dtype} on {ids.device}")
         self._check(*(int(bound) for bound in ids.aminmax()))
         ids = ids.contiguous()
-        self._decoder.run_ptr(address(ids), len(ids), sequence, position)
+        self._decoder.run_ptr(
+            ids=address(ids), count=len(ids), sequence=sequence, position=position
+        )
         return self._logits[0]
 
     def step(
@@ -168,12 +170,21 @@ class CompiledDecoder:
         if not isinstance(module, PackedModule):
             weight: Any = module.weight
             n, k = weight.shape
-            return _C.dense_linear(n, k, self._address(weight), self._address(bias), bias_dtype)
-        w = module.kernel_weight().operands
-        made, _ = requests.request(w)
+            return _C.dense_linear(
+                n=n,
+                k=k,
+                weight=self._address(weight),
+                bias=self._address(bias),
+                bias_dtype=bias_dtype,
+            )
+        w = module.kernel_weight().map(contiguous).operands
+        self._kept.append(w)
         scale = getattr(module, "input_scale", None)
-        x_scale = 0.0 if scale is None else float(scale)
-        return made.decoder_linear(*map(self._address, (*w.tensors, bias)), bias_dtype, x_scale)
+        return requests.bound(w).decoder_linear(
+            bias=self._address(bias),
+            bias_dtype=bias_dtype,
+            x_scale=0.0 if scale is None else float(scale),
+        )
 
 
 def _filled(struct: Struct, **fields: object) -> Struct:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.backends.cpu.requests import CODES, request
+from lowbit.backends.cpu.requests import CODES, bound, of_bias
 from lowbit.layouts import Operands
 from lowbit.strides import address, address_of_rows
 
@@ -20,25 +20,23 @@ def _linear_quantized(
     out_scale: float | None,
     kernel: int,
 ) -> Tensor:
-    m = x.shape[0]
-    out = torch.empty((m, w.n), dtype=dtype, device="cpu")
+    out = torch.empty((x.shape[0], w.n), dtype=dtype, device="cpu")
     x_address, x_stride = address_of_rows(x)
-    known, addresses = request(w)
-    known.linear_quantized_ptr(
-        x_address,
-        CODES[x.dtype],
-        address(x_scales),
-        x_scales.dim() == 2,
-        m,
-        x_stride,
-        *addresses,
-        address(bias),
-        0 if bias is None else CODES[bias.dtype],
-        address(out),
-        CODES[dtype],
-        1.0 if out_scale is None else out_scale,
-        torch.get_num_threads(),
-        kernel,
+    bias_address, bias_dtype = of_bias(bias)
+    bound(w).linear_quantized(
+        x=x_address,
+        x_dtype=CODES[x.dtype],
+        x_scales=address(x_scales),
+        x_group_scales=x_scales.dim() == 2,
+        m=x.shape[0],
+        x_stride=x_stride,
+        bias=bias_address,
+        bias_dtype=bias_dtype,
+        out=address(out),
+        out_dtype=CODES[dtype],
+        out_scale=1.0 if out_scale is None else out_scale,
+        threads=torch.get_num_threads(),
+        kernel=kernel,
     )
     return out
 
@@ -82,16 +80,16 @@ def int8_quantize(
     q = torch.empty((m, k), dtype=torch.int8, device="cpu")
     x_address, x_stride = address_of_rows(x)
     _C.quantize_int8_ptr(
-        x_address,
-        CODES[x.dtype],
-        m,
-        k,
-        x_stride,
-        group or k,
-        address(scales),
-        scale is not None,
-        address(q),
-        torch.get_num_threads(),
+        x=x_address,
+        x_dtype=CODES[x.dtype],
+        m=m,
+        k=k,
+        x_stride=x_stride,
+        group=group or k,
+        scales=address(scales),
+        static_scales=scale is not None,
+        q=address(q),
+        threads=torch.get_num_threads(),
     )
     return q, scales
 
@@ -105,13 +103,13 @@ def binary_quantize(
     scales = torch.empty(m, dtype=torch.float32, device="cpu")
     x_address, x_stride = address_of_rows(x)
     _C.quantize_binary_ptr(
-        x_address,
-        CODES[x.dtype],
-        m,
-        k,
-        x_stride,
-        address(scales),
-        address(bits),
-        torch.get_num_threads(),
+        x=x_address,
+        x_dtype=CODES[x.dtype],
+        m=m,
+        k=k,
+        x_stride=x_stride,
+        scales=address(scales),
+        bits=address(bits),
+        threads=torch.get_num_threads(),
     )
     return bits, scales

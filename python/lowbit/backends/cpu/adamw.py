@@ -22,24 +22,26 @@ def adamw_(
 ) -> None:
     """`reference.adamw_` in fp32."""
     _C.fp8_adamw_ptr(
-        address(param),
-        address(grad),
-        CODES[param.dtype],
-        param.numel(),
-        _operand(exp_avg),
-        _operand(exp_avg_sq),
-        len(exp_avg.terms) == 3,
-        step.number.item(),
-        step.lr.item(),
-        step.beta1,
-        step.beta2,
-        step.eps,
-        step.weight_decay,
-        step.maximize,
-        torch.get_num_threads(),
-        isa,
+        param=address(param),
+        grad=address(grad),
+        dtype=CODES[param.dtype],
+        numel=param.numel(),
+        exp_avg=_state(exp_avg),
+        exp_avg_sq=_state(exp_avg_sq),
+        expand=len(exp_avg.terms) == 3,
+        step=step.number.item(),
+        lr=step.lr.item(),
+        beta1=step.beta1,
+        beta2=step.beta2,
+        eps=step.eps,
+        weight_decay=step.weight_decay,
+        maximize=step.maximize,
+        threads=torch.get_num_threads(),
+        isa=isa,
     )
 
 
-def _operand(state: State) -> tuple[int, int, int]:
-    return address(state.codes), TYPES[state.codes.dtype], address(state.terms)
+def _state(state: State) -> _C.Fp8State:
+    return _C.Fp8State(
+        codes=address(state.codes), type=TYPES[state.codes.dtype], terms=address(state.terms)
+    )

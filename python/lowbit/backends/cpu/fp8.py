@@ -15,12 +15,15 @@ TYPES = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
 SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, E8M0: 2}
 
 
-def blocks(granularity: Granularity, rows: int, k: int) -> tuple[int, int, int, int, int]:
+def blocks(granularity: Granularity, rows: int, k: int) -> _C.Fp8Blocks:
     """csrc/cpu/fp8/fp8.h Fp8Blocks."""
     if granularity.rows is None:
-        return rows, k, 1, k, 0
-    shape = granularity.scale_shape(rows, k)
-    return rows, k, *granularity.block(rows, k), shape[1]
+        return _C.Fp8Blocks(rows=rows, k=k, block_rows=1, block_k=k, row_blocks=0)
+    block_rows, block_k = granularity.block(rows, k)
+    row_blocks = granularity.scale_shape(rows, k)[1]
+    return _C.Fp8Blocks(
+        rows=rows, k=k, block_rows=block_rows, block_k=block_k, row_blocks=row_blocks
+    )
 
 
 def absmax(
@@ -33,12 +36,12 @@ def absmax(
     x_address, x_stride = address_of_rows(x)
     _C.fp8_maxima_ptr(
         blocks(granularity, *x.shape),
-        x_address,
-        CODES[x.dtype],
-        x_stride,
-        address(out),
-        torch.get_num_threads(),
-        isa,
+        x=x_address,
+        dtype=CODES[x.dtype],
+        stride=x_stride,
+        maxima=address(out),
+        threads=torch.get_num_threads(),
+        isa=isa,
     )
     return out
 
@@ -61,19 +64,19 @@ def quantize(
     x_address, x_stride = address_of_rows(x)
     _C.fp8_quantize_ptr(
         blocks(granularity, rows, k),
-        x_address,
-        CODES[x.dtype],
-        x_stride,
-        TYPES[dtype],
-        SCALE_TYPES[scale_dtype],
-        address(maxima),
-        address(scale),
-        address(q),
-        address(q_t),
-        seed is not None,
-        seed or 0,
-        torch.get_num_threads(),
-        isa,
+        x=x_address,
+        dtype=CODES[x.dtype],
+        stride=x_stride,
+        type=TYPES[dtype],
+        scale_type=SCALE_TYPES[scale_dtype],
+        maxima=address(maxima),
+        scales=address(scale),
+        q=address(q),
+        transposed=address(q_t),
+        stochastic=seed is not None,
+        seed=seed or 0,
+        threads=torch.get_num_threads(),
+        isa=isa,
     )
     return q, scale, q_t
 
@@ -89,14 +92,14 @@ def dequantize(
     out = torch.empty(q.shape, dtype=dtype, device="cpu")
     _C.fp8_dequantize_ptr(
         blocks(granularity, *q.shape),
-        address(q),
-        TYPES[q.dtype],
-        address(scale),
-        SCALE_TYPES[scale.dtype],
-        address(out),
-        CODES[dtype],
-        torch.get_num_threads(),
-        isa,
+        q=address(q),
+        type=TYPES[q.dtype],
+        scales=address(scale),
+        scale_type=SCALE_TYPES[scale.dtype],
+        out=address(out),
+        out_dtype=CODES[dtype],
+        threads=torch.get_num_threads(),
+        isa=isa,
     )
     return out
 
@@ -110,13 +113,13 @@ def cast(
     """`reference.cast`."""
     q = torch.empty(x.shape, dtype=dtype, device="cpu")
     _C.fp8_cast_ptr(
-        address(x),
-        CODES[x.dtype],
-        x.numel(),
-        TYPES[dtype],
-        saturate,
-        address(q),
-        torch.get_num_threads(),
-        isa,
+        x=address(x),
+        dtype=CODES[x.dtype],
+        count=x.numel(),
+        type=TYPES[dtype],
+        saturate=saturate,
+        q=address(q),
+        threads=torch.get_num_threads(),
+        isa=isa,
     )
     return q

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit import _C
 from lowbit.backends.cpu.fp8 import SCALE_TYPES, TYPES
-from lowbit.backends.cpu.requests import CODES
+from lowbit.backends.cpu.requests import CODES, of_bias
 from lowbit.float8 import Scaled
 from lowbit.strides import address, address_of_rows
 
@@ -22,18 +22,19 @@ def scaled_mm(
     """`reference.scaled_mm` in fp32, rounded once to `dtype`."""
     (m, k), n = a.q.shape, len(b.q)
     out = torch.empty((m, n), dtype=dtype, device="cpu")
+    bias_address, bias_dtype = of_bias(bias)
     _C.fp8_matmul_ptr(
-        m,
-        n,
-        k,
-        _operand(a),
-        _operand(b),
-        address(bias),
-        0 if bias is None else CODES[bias.dtype],
-        address(out),
-        CODES[dtype],
-        torch.get_num_threads(),
-        isa,
+        m=m,
+        n=n,
+        k=k,
+        a=_operand(a),
+        b=_operand(b),
+        bias=bias_address,
+        bias_dtype=bias_dtype,
+        out=address(out),
+        out_dtype=CODES[dtype],
+        threads=torch.get_num_threads(),
+        isa=isa,
     )
     return out
 
@@ -55,15 +56,17 @@ def explain(*_request: object) -> tuple[tuple[str, str | None], ...]:
     return tuple((name, None if name == chosen else reason) for name, reason in why.items())
 
 
-def _operand(s: Scaled) -> tuple[int, ...]:
-    """csrc/bindings/fp8_matmul.cpp Operand: blocks of scales are powers of two, and shifts find them."""
+def _operand(s: Scaled) -> _C.Fp8Operand:
+    """Blocks of scales are powers of two, and shifts find them."""
     rows, columns = s.granularity.rows, s.granularity.columns
-    return (
-        *address_of_rows(s.q),
-        TYPES[s.q.dtype],
-        address(s.scale),
-        SCALE_TYPES[s.scale.dtype],
-        (rows or 1).bit_length() - 1,
-        -1 if columns is None else columns.bit_length() - 1,
-        0 if rows is None else s.scale.shape[1],
+    codes, stride = address_of_rows(s.q)
+    return _C.Fp8Operand(
+        codes=codes,
+        stride=stride,
+        type=TYPES[s.q.dtype],
+        scales=address(s.scale),
+        scale_type=SCALE_TYPES[s.scale.dtype],
+        row_shift=(rows or 1).bit_length() - 1,
+        k_shift=-1 if columns is None else columns.bit_length() - 1,
+        scale_stride=0 if rows is None else s.scale.shape[1],
     )

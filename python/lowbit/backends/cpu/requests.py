@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from lowbit import _C
 from lowbit.formats import Format, parse
@@ -26,6 +27,8 @@ _ZERO_MODES = {None: "none", "int": "subtract", "float": "subtract", "min": "add
 
 # Keyed by the identity of the format: its hash visits every field, which takes longer than a small call.
 _weights: dict[tuple[object, ...], tuple[Format, _C.Weight]] = {}
+# Keyed also by the addresses of the tensors: one that moved is another weight.
+_bound: dict[tuple[object, ...], tuple[Format, _C.BoundWeight]] = {}
 _MAX_WEIGHTS = 4096
 
 # Whether the compiled calls read tensors by themselves: from torch 2.10 on.
@@ -98,17 +101,33 @@ def plan(spec: str, layout: str, n: int, k: int) -> object | None:
     return _C.plan(expected(format, n, k))
 
 
-def request(w: Operands) -> tuple[_C.Weight, tuple[int, ...]]:
-    """What is known of a weight, and the addresses of its operands."""
+def bound(w: Operands) -> _C.BoundWeight:
+    """What the kernels know of a weight with its tensors, which the caller keeps alive."""
+    format = w.format
     scales = None if w.scales is None else w.scales.dtype
     zeros = None if w.zeros is None else w.zeros.dtype
     # One by one: a loop over the tensors takes longer.
-    addresses = (
-        address(w.codes),
-        address(w.scales),
-        address(w.zeros),
-        address(w.table),
-        address(w.scales2),
-        address(w.zeros2),
+    codes, scale, zero = address(w.codes), address(w.scales), address(w.zeros)
+    table, scale2, zero2 = address(w.table), address(w.scales2), address(w.zeros2)
+    key = (id(format), w.n, w.k, scales, zeros, codes, scale, zero, table, scale2, zero2)
+    entry = _bound.get(key)
+    if entry is not None and entry[0] is format:
+        return entry[1]
+    made = _C.BoundWeight(
+        weight(format, w.n, w.k, scales, zeros),
+        codes=codes,
+        scales=scale,
+        zeros=zero,
+        table=table,
+        scales2=scale2,
+        zeros2=zero2,
     )
-    return weight(w.format, w.n, w.k, scales, zeros), addresses
+    if len(_bound) >= _MAX_WEIGHTS:
+        _bound.clear()
+    _bound[key] = (format, made)
+    return made
+
+
+def of_bias(bias: Tensor | None) -> tuple[int, int]:
+    """The address of a contiguous bias and the code of its dtype; zeros for None."""
+    return (0, 0) if bias is None else (address(bias), CODES[bias.dtype])

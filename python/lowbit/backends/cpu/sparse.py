@@ -22,24 +22,23 @@ def sparse_linear(
     out = torch.empty((m, n), dtype=torch.float32, device="cpu")
     x_address, x_stride = address_of_rows(x)
     _C.multiply_outliers_ptr(
-        x_address,
-        CODES[x.dtype],
-        m,
-        k,
-        x_stride,
-        address(columns),
-        address(values),
-        CODES[values.dtype],
-        n,
-        count,
-        address(out),
-        torch.get_num_threads(),
-        isa,
+        x=x_address,
+        x_dtype=CODES[x.dtype],
+        m=m,
+        k=k,
+        x_stride=x_stride,
+        columns=address(columns),
+        values=address(values),
+        value_dtype=CODES[values.dtype],
+        n=n,
+        count=count,
+        out=address(out),
+        threads=torch.get_num_threads(),
+        isa=isa,
     )
     return out
 
 
 def sparse_name() -> str:
     """What `explain` calls `sparse_linear`."""
-    active = _C.isa_active()
-    return f"outliers_{next(isa for isa in ('avx512', 'avx2', 'scalar') if isa in active)}"
+    return f"outliers_{_C.outliers_isa()}"

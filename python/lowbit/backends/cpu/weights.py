@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.backends.cpu.requests import ACTIVATIONS, CODES, request
+from lowbit.backends.cpu.requests import ACTIVATIONS, CODES, bound, of_bias
 from lowbit.formats import Format
 from lowbit.layouts import Operands
 from lowbit.strides import address, address_of_rows, contiguous
@@ -31,28 +31,21 @@ def linear(
     """
     if dtype is not None and dtype != x.dtype:
         return _epilogue(x, w, bias, None, None, None, dtype)
-    m = x.shape[0]
-    out = torch.empty((m, w.n), dtype=x.dtype, device="cpu")
-    known, addresses = request(w)
-    known.linear_ptr(*_linear_arguments(x, addresses, bias, out), kernel)
-    return out
-
-
-def _linear_arguments(
-    x: Tensor, addresses: tuple[int, ...], bias: Tensor | None, out: Tensor
-) -> tuple[int, ...]:
+    out = torch.empty((x.shape[0], w.n), dtype=x.dtype, device="cpu")
     x_address, x_stride = address_of_rows(x)
-    return (
-        x_address,
-        CODES[x.dtype],
-        x.shape[0],
-        x_stride,
-        *addresses,
-        address(bias),
-        0 if bias is None else CODES[bias.dtype],
-        address(out),
-        torch.get_num_threads(),
+    bias_address, bias_dtype = of_bias(bias)
+    bound(w).linear(
+        x=x_address,
+        x_dtype=CODES[x.dtype],
+        m=x.shape[0],
+        x_stride=x_stride,
+        bias=bias_address,
+        bias_dtype=bias_dtype,
+        out=address(out),
+        threads=torch.get_num_threads(),
+        kernel=kernel,
     )
+    return out
 
 
 def linear_epilogue(
@@ -81,31 +74,28 @@ def _epilogue(
     activation: str | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    m = x.shape[0]
-    out = torch.empty((m, w.n), dtype=dtype, device="cpu")
+    out = torch.empty((x.shape[0], w.n), dtype=dtype, device="cpu")
+    x_address, x_stride = address_of_rows(x)
+    bias_address, bias_dtype = of_bias(bias)
     gate_address, gate_stride = address_of_rows(gate)
     residual_address, residual_stride = address_of_rows(residual)
     others = next((t.dtype for t in (gate, residual) if t is not None), x.dtype)
-    x_address, x_stride = address_of_rows(x)
-    known, addresses = request(w)
-    known.linear_epilogue_ptr(
-        x_address,
-        CODES[x.dtype],
-        m,
-        x_stride,
-        *addresses,
-        address(bias),
-        0 if bias is None else CODES[bias.dtype],
-        address(out),
-        CODES[out.dtype],
-        torch.get_num_threads(),
-        -1,
-        ACTIVATIONS[activation],
-        gate_address,
-        gate_stride,
-        residual_address,
-        residual_stride,
-        CODES[others],
+    bound(w).linear_epilogue(
+        x=x_address,
+        x_dtype=CODES[x.dtype],
+        m=x.shape[0],
+        x_stride=x_stride,
+        bias=bias_address,
+        bias_dtype=bias_dtype,
+        out=address(out),
+        out_dtype=CODES[out.dtype],
+        threads=torch.get_num_threads(),
+        activation=ACTIVATIONS[activation],
+        gate=gate_address,
+        gate_stride=gate_stride,
+        residual=residual_address,
+        residual_stride=residual_stride,
+        epilogue_dtype=CODES[others],
     )
     return out
 
@@ -116,17 +106,23 @@ def linear_many(
     biases: Sequence[Tensor | None],  # (N_i,) contiguous
 ) -> list[Tensor]:  # (M, N_i), dtype of x
     """x W_i^T + bias_i in one parallel region, x converted once; each is bit for bit that of `linear`."""
-    m = x.shape[0]
-    outs, entries = [], []
+    outs, products = [], []
     for w, bias in zip(weights, biases, strict=True):
-        out = torch.empty((m, w.n), dtype=x.dtype, device="cpu")
-        known, addresses = request(w)
-        bias_dtype = 0 if bias is None else CODES[bias.dtype]
-        entries.append((known, *addresses, address(bias), bias_dtype, address(out)))
+        out = torch.empty((x.shape[0], w.n), dtype=x.dtype, device="cpu")
+        bias_address, bias_dtype = of_bias(bias)
+        products.append(
+            _C.Product(bound(w), bias=bias_address, bias_dtype=bias_dtype, out=address(out))
+        )
         outs.append(out)
     x_address, x_stride = address_of_rows(x)
-    threads = torch.get_num_threads()
-    _C.linear_many_ptr(x_address, CODES[x.dtype], m, x_stride, entries, threads)
+    _C.linear_many(
+        products,
+        x=x_address,
+        x_dtype=CODES[x.dtype],
+        m=x.shape[0],
+        x_stride=x_stride,
+        threads=torch.get_num_threads(),
+    )
     return outs
 
 
@@ -137,12 +133,22 @@ def bind_linear(
     out: Tensor,  # (M, N) contiguous, dtype of x
 ) -> Callable[[], None]:
     """`linear` into `out` with its arguments made now, the number of threads too: 0.3 us a call instead of 3."""
-    known, addresses = request(w)
-    launch, arguments = known.linear_ptr, (*_linear_arguments(x, addresses, bias, out), -1)
+    x_address, x_stride = address_of_rows(x)
+    bias_address, bias_dtype = of_bias(bias)
+    launch = bound(w).bind_linear(
+        x=x_address,
+        x_dtype=CODES[x.dtype],
+        m=x.shape[0],
+        x_stride=x_stride,
+        bias=bias_address,
+        bias_dtype=bias_dtype,
+        out=address(out),
+        threads=torch.get_num_threads(),
+    )
 
     # The default keeps the memory alive for as long as there is a call that may use it.
     def call(kept: object = (x, w, bias, out)) -> None:
-        launch(*arguments)
+        launch()
 
     return call
 
@@ -150,8 +156,9 @@ def bind_linear(
 def dequantize(w: Operands, dtype: torch.dtype, kernel: int = -1) -> Tensor:  # (N, K)
     """The weight in fp32, rounded once to `dtype`."""
     out = torch.empty(w.shape, dtype=dtype, device="cpu")
-    known, addresses = request(w)
-    known.dequantize_ptr(*addresses, address(out), CODES[dtype], torch.get_num_threads(), kernel)
+    bound(w).dequantize(
+        out=address(out), out_dtype=CODES[dtype], threads=torch.get_num_threads(), kernel=kernel
+    )
     return out
 
 
@@ -161,11 +168,14 @@ def embedding(
     dtype: torch.dtype,
 ) -> Tensor:  # (M, K)
     """Rows of the dequantized weight; only these rows are decoded."""
-    m = indices.shape[0]
-    out = torch.empty((m, w.k), dtype=dtype, device="cpu")
-    known, addresses = request(w)
-    threads = torch.get_num_threads()
-    known.embedding_ptr(address(indices), m, *addresses, address(out), CODES[dtype], threads)
+    out = torch.empty((indices.shape[0], w.k), dtype=dtype, device="cpu")
+    bound(w).embedding(
+        indices=address(indices),
+        count=indices.shape[0],
+        out=address(out),
+        out_dtype=CODES[dtype],
+        threads=torch.get_num_threads(),
+    )
     return out
 
 

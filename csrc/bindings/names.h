@@ -1,0 +1,37 @@
+// What Python calls the enumerators of core/kernel.h.
+#pragma once
+
+#include <iterator>
+#include <string>
+
+#include "bindings/bindings.h"
+#include "core/kernel.h"
+
+namespace lowbit {
+
+// By Dtype.
+inline constexpr const char* kDtypeNames[] = {"fp32", "bf16", "fp16", "int8", "b1", "e4m3", "e8m0"};
+inline const char* dtype_name(Dtype dtype) { return kDtypeNames[static_cast<int>(dtype)]; }
+inline Dtype dtype_of(const std::string& name) {
+  for (size_t i = 0; i < std::size(kDtypeNames); ++i) {
+    if (name == kDtypeNames[i]) return static_cast<Dtype>(i);
+  }
+  fail("dtype must be fp32, bf16, fp16, int8 or b1, and of scales also e4m3 or e8m0, got '" + name + "'");
+}
+
+// By Codec.
+inline constexpr const char* kCodecNames[] = {"lut", "int", "e4m3", "e5m2"};
+inline Codec codec_of(const std::string& name) {
+  for (size_t i = 0; i < std::size(kCodecNames); ++i) {
+    if (name == kCodecNames[i]) return static_cast<Codec>(i);
+  }
+  fail("codec must be lut, int, e4m3 or e5m2, got '" + name + "'");
+}
+
+inline Op op_of(const std::string& name) {
+  if (name == "linear") return Op::kLinear;
+  if (name == "dequantize") return Op::kDequantize;
+  fail("op must be linear or dequantize, got '" + name + "'");
+}
+
+}  // namespace lowbit

@@ -1,0 +1,123 @@
+#include "bindings/weight.h"
+
+#include "bindings/names.h"
+#include "core/address.h"
+#include "core/n16.h"
+
+namespace lowbit {
+
+Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string& codec_name, bool column_table,
+               int64_t table_groups, const std::string& zero_mode, const std::optional<std::string>& scale,
+               const std::optional<std::string>& zero_type, const std::optional<std::string>& scale2,
+               int64_t scale2_extent, bool int8_x, float table_step, bool bf16_table)
+    : n(n),
+      k(k),
+      group(group < k ? group : k),
+      table_groups(table_groups),
+      bits(bits),
+      scale2_extent(scale2_extent),
+      int8_x(int8_x),
+      table_step(table_step),
+      bf16_table(bf16_table) {
+  if (n < 0 || k < 1 || n > INT32_MAX || k > INT32_MAX) {
+    fail("shape must be (n >= 0, k >= 1) and below 2^31, got (" + std::to_string(n) + ", " + std::to_string(k) + ")");
+  }
+  if (bits < 1 || bits > 8 || bits == 7) fail("bits must be 1, 2, 3, 4, 5, 6 or 8, got " + std::to_string(bits));
+  if (group < 1) fail("group must be positive, got " + std::to_string(group));
+  if (table_groups != 1 && (!column_table || table_groups != groups())) {
+    fail("table_groups must be 1 or the number of groups, got " + std::to_string(table_groups));
+  }
+  codec = codec_of(codec_name);
+  if (codec == Codec::kInt) this->bf16_table = true;
+  if ((codec == Codec::kE4m3 || codec == Codec::kE5m2) && (bits != 8 || column_table)) {
+    fail("codec " + codec_name + " needs bits 8 and no column table, got bits " + std::to_string(bits) +
+         (column_table ? " and a column table" : ""));
+  }
+  scope = column_table ? Scope::kColumn : Scope::kShared;
+  if (zero_mode != "none" && zero_mode != "subtract" && zero_mode != "add") {
+    fail("zero must be none, subtract or add, got '" + zero_mode + "'");
+  }
+  zero = zero_mode == "none" ? ZeroMode::kNone : zero_mode == "add" ? ZeroMode::kAdd : ZeroMode::kSubtract;
+  if (scale) scale_dtype = dtype_of(*scale);
+  if (zero_type) zero_dtype = dtype_of(*zero_type);
+  if ((zero == ZeroMode::kNone) != !zero_dtype) fail("zero_dtype must be given if and only if there are zeros");
+  if (zero_dtype && static_cast<int>(*zero_dtype) >= kDtypes) fail("zero_dtype must be a number, got " + *zero_type);
+  if (!scale2) return;
+  scale2_dtype = dtype_of(*scale2);
+  if (*scale2_dtype != Dtype::kF32 && *scale2_dtype != Dtype::kF16 && *scale2_dtype != Dtype::kBf16) {
+    fail("scale2_dtype must be fp32, fp16 or bf16, got '" + *scale2 + "'");
+  }
+  if (!scale_dtype) fail("scale2_dtype needs scales");
+  if (scale2_extent < 0 || (scale2_extent > 0 && scale2_extent < k && scale2_extent % this->group != 0)) {
+    fail("scale2_extent must be a multiple of the group, got " + std::to_string(scale2_extent));
+  }
+  if (scale2_extent == 0 && *scale2_dtype != Dtype::kF32) fail("scale2_dtype of the whole weight must be fp32");
+}
+
+int64_t Weight::groups() const { return ceil_div(k, group); }
+int64_t Weight::code_bytes() const { return packed_bytes(n, k, bits); }
+int64_t Weight::lane_terms() const { return num_blocks(n) * groups() * kBlockN; }
+int64_t Weight::table_size() const {
+  return scope == Scope::kShared ? int64_t{1} << bits : (num_blocks(n) * table_groups << bits) * kBlockN;
+}
+
+Request Weight::request(Op op, Dtype x, int64_t m, int threads) const {
+  if (op == Op::kLinear && int8_x && x != Dtype::kB1) x = Dtype::kI8;
+  return {.op = op,
+          .x = x,
+          .codec = codec,
+          .bits = bits,
+          .scope = scope,
+          .zero = zero,
+          .m = m,
+          .n = n,
+          .k = k,
+          .group = group,
+          .threads = threads,
+          .bf16_table = bf16_table};
+}
+
+Launch Weight::launch() const {
+  Launch l{.n = n,
+           .k = k,
+           .group = group,
+           .num_groups = groups(),
+           .scale_dtype = scale_dtype.value_or(Dtype::kF32),
+           .zero_dtype = zero_dtype.value_or(Dtype::kF32),
+           .zero = zero,
+           .table_groups = table_groups,
+           .table_step = table_step};
+  if (!scale2_dtype) return l;
+  l.second_dtype = *scale2_dtype;
+  if (scale2_extent > 0) {
+    l.super_groups = scale2_extent < k ? scale2_extent / group : l.num_groups;
+    l.num_supers = ceil_div(l.num_groups, l.super_groups);
+  }
+  return l;
+}
+
+const Kernel& Weight::kernel(const Request& request, int index) const {
+  if (index >= 0) {
+    if (index >= static_cast<int>(kernels().size()))
+      fail("kernel must be the index of an entry of kernels() that is not for FP8 products");
+    const Kernel& k = *kernels()[index];
+    if (const char* why = rejection(k, request, detect_isa())) fail(std::string(k.name) + ": " + why);
+    return k;
+  }
+  const Kernel* k = select(request, active_isa());
+  if (!k) fail("no kernel of this CPU serves this request");
+  return *k;
+}
+
+BoundWeight::BoundWeight(const Weight& weight, uint64_t codes, uint64_t scales, uint64_t zeros, uint64_t table,
+                         uint64_t scales2, uint64_t zeros2)
+    : weight(weight), launch(weight.launch()) {
+  launch.codes = pointer<const uint8_t>(codes);
+  launch.table = pointer<const float>(table);
+  if (weight.scale_dtype) launch.scales = pointer<const void>(scales);
+  launch.zeros = pointer<const void>(zeros);
+  if (weight.scale2_dtype) launch.scales2 = pointer<const void>(scales2);
+  if (weight.has_zeros2()) launch.zeros2 = pointer<const void>(zeros2);
+}
+
+}  // namespace lowbit
