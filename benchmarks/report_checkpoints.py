@@ -58,9 +58,9 @@ def quality(data: dict[str, Any]) -> str:
     ]
     caption = (
         f"{models[0]['greedy']['tokens_each']} tokens a prompt with fp32 activations, beside transformers' model "
-        f"of the dequantized weights in fp32; KL in nats to that model over {data['text_tokens']} tokens of Python's manual. "
-        "llama.cpp rounds activations to int8. An exported model is one whose linears were quantized anew, and its KL "
-        f"that of llama.cpp's logits to ours. {about(data)}"
+        f"of the dequantized weights in fp32; KL in nats to that model over {data['text_tokens']} tokens of "
+        "Python's manual. llama.cpp rounds activations to int8. An exported model is one whose linears were quantized "
+        f"anew, and its KL that of llama.cpp's logits to ours. {about(data)}"
     )
     return "\n".join([caption, "", *lines])
 
