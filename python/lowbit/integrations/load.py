@@ -130,16 +130,35 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def load_decoded(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Loads the dense model of a folder that is quantized, by lowbit or another program; errors as `load_model`."""
-    reader = open_checkpoint(path, mmap=False)
+    """Loads the dense model with the values that the weights of a GGUF file or a folder stand for.
+
+    Args:
+        path, dtype: as of `load_model`.
+
+    Raises:
+        As `load_model`; NotImplementedError: a layer of lowbit is neither a linear nor an embedding.
+    """
+    where = Path(path)
+    if where.is_dir() and not any(where.glob("*.safetensors")):
+        return load_dense(where, dtype)
+    reader = open_checkpoint(where, mmap=False)
+    if reader.name == "gguf":
+        from lowbit.integrations.transformers import load_gguf_decoded
+
+        decoded: PreTrainedModel = load_gguf_decoded(where, dtype or torch.bfloat16)
+        return decoded
     if isinstance(reader, FolderReader):
         return fill(reader, dtype, "cpu", None, decoded=True)[0].eval()
     if not isinstance(reader, NativeReader):
-        raise ValueError(f"{path}: must be a folder that is quantized, got one that is not")
+        return load_dense(where, dtype)
     model = load_folder(path)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear | QuantEmbedding):
             put(model, name, _dense_of(module))
+        elif isinstance(module, PackedModule):
+            raise NotImplementedError(
+                f"{path}: {name} is a {type(module).__name__}; expected a linear or an embedding"
+            )
     if dtype is not None:
         _cast(model, dtype)
     return model
