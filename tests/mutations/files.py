@@ -15,6 +15,7 @@ MUTANTS = [
         ("if info.offset + info.nbytes > file.size:", "if info.offset > file.size:"),
         ("tuple(reversed(dims)), offset, nbytes, part)", "tuple(dims), offset, nbytes, part)"),
         ("if said != (i, count):", "if said[1] != count:"),
+        ("if end > len(chunk):", "if end > len(chunk) + 8:"),
     ),
     *python("integrations/gguf_keys.py", "gguf_llama", "gguf_models")(
         ('.rope.freq_base", float, default=10000.0', '.rope.freq_base", float, default=1000000.0'),
