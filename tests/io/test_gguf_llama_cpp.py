@@ -17,13 +17,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 llama_cpp = pytest.importorskip("llama_cpp")
 
-from gguf import GGMLQuantizationType as GGMLType
-from gguf_architectures import SPECS, write_model
-from gguf_converted import CASES, make
-from test_gguf_models import TOKENS, bound
+from gguf import GGMLQuantizationType as GGMLType  # noqa: E402
+from gguf_architectures import SPECS, write_model  # noqa: E402
+from gguf_converted import CASES, make  # noqa: E402
+from test_gguf_models import TOKENS, bound  # noqa: E402
 
-from gguf_files import Llama, write_llama
-from lowbit.integrations.transformers import load_gguf
+from gguf_files import Llama, write_llama  # noqa: E402
+from lowbit.integrations.transformers import load_gguf  # noqa: E402
 
 # Without a vocabulary.
 NONE = {"tokenizer.ggml.model": "no_vocab", "tokenizer.ggml.tokens": None}
