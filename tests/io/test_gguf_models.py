@@ -223,7 +223,7 @@ def test_types_that_no_format_holds_are_quantized_anew(tmp_path, case):
     kinds = {**SPECS[case].kinds, "ffn_up": GGMLType.IQ2_XXS, "token_embd": GGMLType.IQ2_XXS}
     path = write_model(tmp_path / "a.gguf", SPECS[case].with_(kinds=kinds))
     count = SPECS[case].layers + 1
-    message = f"no format holds {count} tensors of type IQ2_XXS; .* int8_g32, with a loss: "
+    message = f"no format holds {count} tensors of type IQ2_XXS; .* int8_g32, with a loss: a relative error of up to 0"
     with pytest.warns(UserWarning, match=message):
         model = load_gguf(path, dtype=torch.float32)
     oracle, found = as_read(path), 0
@@ -236,6 +236,29 @@ def test_types_that_no_format_holds_are_quantized_anew(tmp_path, case):
         else:
             assert torch.equal(got, expected), name
     assert found == count + SPECS[case].tied
+
+
+@pytest.mark.parametrize("case", ["qwen2", "gemma2"])
+def test_what_becomes_of_them_is_a_choice(tmp_path, case):
+    kinds = {**SPECS[case].kinds, "ffn_up": GGMLType.IQ2_XXS, "token_embd": GGMLType.IQ2_XXS}
+    path = write_model(tmp_path / "a.gguf", SPECS[case].with_(kinds=kinds))
+    oracle = as_read(path)
+    exact = lowbit.load_model(path, dtype=torch.float32, inexact="dense")
+    dense = {n for n, _ in exact.named_parameters()}
+    assert {f"model.layers.{i}.mlp.up_proj.weight" for i in range(SPECS[case].layers)} <= dense
+    assert exact.lm_head.weight is exact.get_input_embeddings().weight
+    for name in dense:
+        assert torch.equal(exact.get_parameter(name), oracle.get_parameter(name)), name
+    with torch.inference_mode():
+        got, expected = (m(TOKENS[None]).logits for m in (exact, oracle))
+    assert (got - expected).abs().max() < bound(exact.config, expected)
+    with pytest.warns(
+        UserWarning, match="IQ2_XXS; they are quantized anew to nf4, with a loss: a relative"
+    ):
+        model = load_gguf(path, inexact="nf4")
+    up = model.model.layers[0].mlp.up_proj.quant_tensor()
+    expected = lowbit.quantize(oracle.model.layers[0].mlp.up_proj.weight.detach(), "nf4")
+    assert torch.equal(up.dequantize(), expected.dequantize())
 
 
 @pytest.mark.parametrize("case", ["gemma2", "qwen2 untied"])

@@ -15,23 +15,25 @@ from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import without_weights
 from lowbit.integrations.gguf_configs import architecture, config_of
 from lowbit.integrations.gguf_rows import ROPE_FACTORS, Source, sources
-from lowbit.integrations.memory import return_freed_memory
+from lowbit.integrations.inexact import Inexact, quantize_anew
 from lowbit.integrations.pretrained import plain_linears
+from lowbit.io.readers.codes import NEAREST
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
-from lowbit.methods import quantize
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
-# For tensors of types that no format holds.
-NEAREST = "int8_g32"
 _HEAD = "lm_head"
 
 
 def load(
-    file: GGUFFile, dtype: torch.dtype, target: Format | None, decoded: bool = False
+    file: GGUFFile,
+    dtype: torch.dtype,
+    target: Format | None,
+    inexact: Inexact = None,
+    decoded: bool = False,
 ) -> PreTrainedModel:
     """Makes the model of a GGUF file.
 
@@ -39,6 +41,7 @@ def load(
         file: open.
         dtype: of activations, norms and the rows that the embedding returns.
         target: requantize the linears of the layers to this format; None keeps them as stored.
+        inexact: as of `lowbit.load_model`.
         decoded: make every weight dense.
 
     Raises:
@@ -59,7 +62,7 @@ def load(
     factors = found.factors and ROPE_FACTORS in file.tensors
     with plain_linears(model):
         processor = found.processor(config=config.to_dict())
-        job = _Filling(file, model, processor, dtype, target, decoded)
+        job = _Filling(file, model, processor, dtype, target, inexact, decoded)
         for name, source in sorted(
             sources(file, model, processor, found.optional, factors).items(),
             # A linear that is replaced takes its bias along.
@@ -82,11 +85,13 @@ class _Filling:
         processor: TensorProcessor,
         dtype: torch.dtype,
         target: Format | None,
+        inexact: Inexact,
         decoded: bool,
     ) -> None:
         self.file, self.model, self.processor = file, model, processor
         self.dtype, self.target, self.decoded = dtype, target, decoded
-        self.lossy: dict[str, str] = {}
+        self.nearest = as_format(NEAREST) if inexact is None else inexact
+        self.lossy: dict[str, float] = {}
 
     def fill(self, name: str, source: Source) -> None:
         """Gives a parameter its values, replacing its module where they are packed."""
@@ -109,12 +114,14 @@ class _Filling:
         made.set_weight_dtype(self.dtype)  # not that of the empty model
 
     def warn(self) -> None:
-        """Names the tensors, with their types, that are quantized anew to NEAREST because no format holds them."""
+        """Names the tensors, with their types, that are quantized anew because no format holds them."""
         if self.lossy:
-            kinds = ", ".join(sorted(set(self.lossy.values())))
+            assert isinstance(self.nearest, Format)
+            kinds = ", ".join(sorted({self.file.tensors[name].type.name for name in self.lossy}))
             warnings.warn(
                 f"{self.file.path}: no format holds {len(self.lossy)} tensors of type {kinds}; they are quantized anew "
-                f"to {NEAREST}, with a loss: {', '.join(list(self.lossy)[:8])}",
+                f"to {self.nearest.name}, with a loss: a relative error of up to {max(self.lossy.values()):.2g}: "
+                f"{', '.join(list(self.lossy)[:8])}",
                 stacklevel=5,
             )
 
@@ -145,14 +152,11 @@ class _Filling:
     ) -> QuantTensor | Tensor:
         """The weight in the format that it shall have, if any."""
         if self.target is not None and isinstance(module, nn.Linear) and parent != _HEAD:
-            target = self.target
-        elif self._is_held(stored):
+            return quantize_anew(_dense(weight), self.target)[0]
+        if self._is_held(stored) or not isinstance(self.nearest, Format):
             return weight
-        else:
-            target, self.lossy[stored] = as_format(NEAREST), self.file.tensors[stored].type.name
-        made = quantize(_dense(weight), target)
-        del weight
-        return_freed_memory()
+        made, error = quantize_anew(_dense(weight), self.nearest)
+        self.lossy[stored] = max(error, self.lossy.get(stored, 0.0))
         return made
 
     def _is_held(self, stored: str) -> bool:

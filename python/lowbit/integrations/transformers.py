@@ -22,6 +22,7 @@ from lowbit.files import cut
 from lowbit.formats import Format, as_format
 from lowbit.integrations.gguf_keys import key, token_id
 from lowbit.integrations.gguf_models import load
+from lowbit.integrations.inexact import as_inexact
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.nn import PackedModule
 
@@ -31,20 +32,23 @@ def load_gguf(
     *,
     dtype: torch.dtype = torch.bfloat16,
     format: Format | str | None = None,
+    inexact: Format | str | None = None,
 ) -> PreTrainedModel:
     """Loads a GGUF file with its block-quantized weights packed as stored.
 
     A tied head shares the embedding's packed tensors. Tensors that the file holds dense (F16, BF16,
     F32) stay dense in `dtype`. Frequencies of the rotary embedding are divided by the file's
     factors (`rope_freqs.weight`) if it has them. All is read into memory: the file may change later.
-    Linears and embeddings of a type that no format holds are quantized anew to int8_g32, and a
-    warning names them. Of bert and nomic-bert it is the encoder, without pooling.
+    Linears and embeddings of a type that no format holds are quantized anew, and a warning names
+    them. Of bert and nomic-bert it is the encoder, without pooling.
 
     Args:
         path: the file, or any part of a split one.
         dtype: of the activations, the norms and the rows that the embedding returns.
         format: requantize the linears of the layers to this format, one by one, of any type that
             package `gguf` knows; the embedding and the head stay as stored.
+        inexact: what becomes of weights of a type that no format holds: the format to quantize them
+            to (None: int8_g32), or "dense", which keeps their values.
 
     Raises:
         FileNotFoundError, PermissionError: the file cannot be opened.
@@ -56,7 +60,8 @@ def load_gguf(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     target = None if format is None else as_format(format)
-    return load(GGUFFile(path), dtype, target)
+    nearest = as_inexact(inexact)
+    return load(GGUFFile(path), dtype, target, nearest)
 
 
 def load_gguf_decoded(
