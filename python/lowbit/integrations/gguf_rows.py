@@ -77,7 +77,10 @@ def sources(
         for name, p in model.state_dict().items()
         if name != _HEAD or not model.config.tie_word_embeddings
     }
-    for name, parts in _parts(model, parameters).items():
+    checkpoint = {name: {name: np.arange(len(p))} for name, p in parameters.items()}
+    if any(known.get_name(name.rpartition(".")[0]) is None for name in parameters):
+        checkpoint = _converted(model, parameters)
+    for name, parts in checkpoint.items():
         module, _, leaf = name.rpartition(".")
         stored = f"{known.get_name(module)}.{leaf}"
         shape = (
@@ -103,10 +106,10 @@ def sources(
     return found
 
 
-def _parts(
+def _converted(
     model: PreTrainedModel, parameters: Mapping[str, Tensor]
 ) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
-    """For every tensor of a checkpoint: the parameters that it holds, and the rows of each in it."""
+    """For every tensor of a checkpoint that transformers converts: the parameters in it, and the rows of each."""
     starts, numbered, start = {}, {}, 0
     for name, p in parameters.items():
         starts[name] = start
