@@ -122,10 +122,7 @@ def run(options: RunOptions) -> dict[str, Any]:
     path = (options.model or default_model()).resolve()
     if not path.exists():
         raise FileNotFoundError(f"model must be a GGUF file or a folder, got {str(path)!r}")
-    kinds = ("accelerate",) if path.is_dir() or options.compare else ()
-    _check_installed("transformers", *(() if path.is_dir() else ("gguf",)), *kinds)
-    if options.compare and path.is_dir():
-        raise ValueError(f"--compare is for GGUF files, got the folder {path}")
+    _check_installed("transformers", *(() if path.is_dir() else ("gguf",)), "accelerate")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     start = time.perf_counter()
@@ -143,9 +140,11 @@ def run(options: RunOptions) -> dict[str, Any]:
         seed=options.seed,
     )
     import_seconds, start = time.perf_counter() - start, time.perf_counter()
-    tokenizer = load_tokenizer(path)
     with contextlib.nullcontext() if options.json else _log_on_stderr():
         model = load_model(path, dtype=DTYPES[options.dtype], format=options.format)
+    if not model.can_generate():
+        raise ValueError(f"{path}: a {type(model).__name__} generates no text")
+    tokenizer = load_tokenizer(path)
     result: dict[str, Any] = {
         "model": path.name,
         "format": options.format or "as stored",
@@ -301,6 +300,8 @@ def _compare(
     from lowbit.cli import baseline, measure
 
     text_ids = tokenizer(measure.sample_text())["input_ids"][:_TEXT_TOKENS]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    window = min(measure.WINDOW, positions or measure.WINDOW)
     ids = torch.tensor(text_ids, dtype=torch.int64, device="cpu")
     with tempfile.TemporaryDirectory() as out:
         request = baseline.Request(
@@ -308,6 +309,7 @@ def _compare(
             prompt_ids=prompt_ids,
             text_ids=ids.tolist(),
             max_new_tokens=max_new_tokens,
+            window=window,
             threads=torch.get_num_threads(),
             out=out,
         )
@@ -322,13 +324,13 @@ def _compare(
         result = json.loads((Path(out) / baseline.RESULT).read_text())
         reference = torch.load(Path(out) / baseline.LOGITS, mmap=True, weights_only=True)
         with torch.inference_mode():
-            logits = list(measure.window_logits(model, ids))
+            logits = list(measure.window_logits(model, ids, window))
             divergence = measure.kl_divergence(reference, logits)
         del reference
     return {
         "dense": result,
         "kl_divergence": divergence,
-        "perplexity": measure.perplexity(logits, ids),
+        "perplexity": measure.perplexity(logits, ids, window),
         "text_tokens": len(ids),
     }
 
