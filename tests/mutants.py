@@ -1,7 +1,7 @@
 """Plants the faults of `mutations/` one by one in a copy of the tree and runs the tests that should see
 them; prints who survived. Not run by CI: `python tests/mutants.py [--family NAME] [--list]`.
 
-A fault whose text is no longer in its file exactly once is stale, and one whose tests fail without it proves nothing
+A fault whose text is no longer in its file exactly once is stale, and one whose test fails without it proves nothing
 (BROKEN): both are errors.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import functools
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,29 +49,32 @@ def copy_tree(target: Path) -> None:
     (target / "python" / "lowbit" / "triton_kernels").symlink_to(target / "kernels")
 
 
-def run_python(tree: Path, mutant: Mutant) -> bool:
-    """Whether the tests fail."""
+def run_python(tree: Path, isa: str, tests: tuple[str, ...]) -> tuple[str, ...]:
+    """The first of `tests` that fails, or none."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(tree / "python"),
         "OMP_WAIT_POLICY": "passive",
         "PYTHONDONTWRITEBYTECODE": "1",
-        **({"LOWBIT_ISA": mutant.isa} if mutant.isa else {}),
+        **({"LOWBIT_ISA": isa} if isa else {}),
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
         ended = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS
         )
     except subprocess.TimeoutExpired:
-        return True
+        return tests
     if ended.returncode in (3, 4, 5):
         raise RuntimeError(f"{' '.join(command)}:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
-    return ended.returncode != 0
+    if ended.returncode == 0:
+        return ()
+    found = re.search(r"^(?:FAILED|ERROR) (\S+\.py.*?)(?: - |$)", ended.stdout, re.MULTILINE)
+    return (found[1],) if found else tests  # a process that died names none
 
 
-def run_cpp(build: Build, mutant: Mutant) -> bool:
-    """Whether the test binary, or a Python test of the module, fails when the units that see the fault are rebuilt."""
+def run_cpp(build: Build, mutant: Mutant, tests: tuple[str, ...]) -> tuple[str, ...]:
+    """The test binary, or the first test of the module, that fails when the units that see the fault are rebuilt."""
     (target,) = mutant.tests
     module = target.endswith(".py")
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -78,14 +82,14 @@ def run_cpp(build: Build, mutant: Mutant) -> bool:
         build.rebuild(mutant.path, mutant.isa, name if module else target, mutant.isa != "scalar")
         if module:
             shutil.copy2(build.folder / name, build.tree / "python" / "lowbit" / name)
-            return run_python(build.tree, mutant)
-        return run_binary(build.folder / target, mutant.isa)
+            return run_python(build.tree, mutant.isa, tests)
+        return () if passes(build.folder / target, mutant.isa) else tests
     finally:
         build.restore()
 
 
-def run_binary(binary: Path, isa: str) -> bool:
-    """Whether a C++ test fails; ends it at the first line that says so."""
+def passes(binary: Path, isa: str) -> bool:
+    """Whether all C++ tests pass; ends them at the first line that says otherwise."""
     environment = {
         **os.environ,
         "OMP_WAIT_POLICY": "passive",
@@ -95,34 +99,35 @@ def run_binary(binary: Path, isa: str) -> bool:
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as running:
         if any(line.startswith("FAIL") for line in running.stdout or ()):
             running.terminate()
-            return True
-    return running.returncode != 0
+            return False
+    return running.returncode == 0
 
 
 def outcome(
     tree: Path, mutant: Mutant, built: Callable[[], Build], sound: dict[tuple[str, ...], bool]
 ) -> str:
-    """Plants the fault, runs its tests, and takes it away again; `sound` keeps which tests pass without one."""
+    """Plants the fault, runs its tests, and the one that fails once more without it, which `sound` remembers."""
     build = built() if mutant.kind == "cpp" else None
 
-    def failed() -> bool:
-        return run_cpp(build, mutant) if build else run_python(tree, mutant)
+    def failed(tests: tuple[str, ...]) -> tuple[str, ...]:
+        return run_cpp(build, mutant, tests) if build else run_python(tree, mutant.isa, tests)
 
     file = tree / mutant.path
     text = file.read_text()
     if text.count(mutant.old) != 1 or mutant.old == mutant.new:
         return STALE
-    # Of C++, what is rebuilt belongs to it: with less optimization, and fewer widths.
-    key = (*mutant.tests, mutant.isa, mutant.path if build else "")
-    if key not in sound:
-        sound[key] = not failed()
-    if not sound[key]:
-        return BROKEN
     file.write_text(text.replace(mutant.old, mutant.new))
     try:
-        return KILLED if failed() else SURVIVED
+        tests = failed(mutant.tests)
     finally:
         file.write_text(text)
+    if not tests:
+        return SURVIVED
+    # What is rebuilt belongs to the test: it has less optimization, and fewer widths.
+    key = (*tests, mutant.isa, mutant.path if build else "")
+    if key not in sound:
+        sound[key] = not failed(tests)
+    return KILLED if sound[key] else BROKEN
 
 
 def describe(mutant: Mutant) -> str:
