@@ -1,5 +1,5 @@
 """The layout "n16", which the CPU kernels read: N in the lanes, padded to whole blocks of 64 columns and 32 weights
-along K. Codes are flat uint8, as csrc/layout.h says; scales, zeros and table as `lanes.py` says, in blocks of 64.
+along K. Codes are flat uint8, as csrc/core/n16.h says; scales, zeros and table as `lanes.py` says, in blocks of 64.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from lowbit.layouts.base import Specs
 from lowbit.layouts.lanes import LanesLayout
 
 N16 = "n16"
-BLOCK_N = 64  # csrc/layout.h kBlockN
-CHUNK_K = 32  # csrc/layout.h kChunkK
+BLOCK_N = 64  # csrc/core/n16.h kBlockN
+CHUNK_K = 32  # csrc/core/n16.h kChunkK
 
 
 class N16Layout(LanesLayout):
