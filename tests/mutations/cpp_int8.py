@@ -34,16 +34,16 @@ MUTANTS = [
         ("mul_i(load_i8_lanes(zeros), set1_i(-x_sum))", "mul_i(load_i8_lanes(zeros), set1_i(x_sum))"),
         ("rows[r] = m0 + (r < valid_rows ? r : 0);", "rows[r] = m0 + r;"),
         (": load_i(carry + r * kBlockN + lane);", ": load_i(carry + lane);"),
-        ("if (r < rows) multiply(std::integral_constant<int, 1>{}, r);", ""),
+        ("for (; r < rows; ++r) multiply(std::integral_constant<int, 1>{}, r);", ""),
         ("const int64_t left = l.m - span.first_row, rows", "const int64_t left = l.m, rows"),
-        ("return i < kSingles ? i * kWhole + kWhole - 1 : kWhole * B + i - kSingles;", "return i < kSingles ? i * kWhole + kWhole - 1 : kWhole * B + i - kSingles - 1;"),
-        ("const GroupTerms terms = float_terms(l, span.block, group, lane);", "const GroupTerms terms = float_terms(l, 0, group, lane);"),
+        ("word_code<B, kFirst>(columns), word_code<B, kSecond>(columns)", "word_code<B, kSecond>(columns), word_code<B, kFirst>(columns)"),
+        ("float_terms<kPlain>(l, span.block, group, lane);", "float_terms<kPlain>(l, 0, group, lane);"),
     ),
     *cpp("cpu/activations/xnor-inl.h", "test_kernels", "avx2")(
         ("if (k_left < kChunkK) bits &= (1u << k_left) - 1;", ""),
         ("sub_i(size, shift_left<1>(sums[r][v]))", "sub_i(size, sums[r][v])"),
         ("const int64_t k_end = last * kChunkK < l.k ? last * kChunkK : l.k;", "const int64_t k_end = last * kChunkK;"),
-        ("group_terms(l, block, group, lane0 + v * kVecLanes).scale", "group_terms(l, block, group, lane0).scale"),
+        ("group_scale(l, block, group, lane0 + v * kVecLanes)", "group_scale(l, block, group, lane0)"),
     ),
     *cpp("cpu/activations/xnor-inl.h", "test_activations", "avx2")(
         ("z.scales[row] = sum(sums) / static_cast<float>(z.k);", "z.scales[row] = sum(sums) / static_cast<float>(ceil_div(z.k, kVecLanes) * kVecLanes);"),
@@ -54,7 +54,7 @@ MUTANTS = [
         ("const F factor = set1(l.x_scales[rows[r]]);", "const F factor = set1(l.x_scales[0]);"),
         ("if (left < kVecLanes) mask &= (1u << left) - 1;", ""),
     ),
-    *cpp("cpu/activations/int8.cpp", "tests/ops/test_int8.py")(
+    *cpp("core/int8_table.cpp", "tests/ops/test_int8.py")(
         ("if (std::isfinite(magnitude) && magnitude > step) step = magnitude;", "if (magnitude > step) step = magnitude;"),
         ("ratio < -128.0f ? -128.0f", "ratio < -127.0f ? -127.0f"),
     ),

@@ -13,7 +13,7 @@ MUTANTS = [
         ("first(set1(l.table[0]))", "first(set1(l.table[1]))"),
     ),
     *cpp("cpu/weights/common-inl.h", "test_kernels", "scalar")(
-        ("const int64_t i = (block * l.num_groups + group) * kBlockN + lane;\n  return {l.scales ?", "const int64_t i = (block * l.num_groups + group) * kBlockN;\n  return {l.scales ?"),
+        ("load_scales(l.scales, l.scale_dtype, (block * l.num_groups + group) * kBlockN + lane)", "load_scales(l.scales, l.scale_dtype, (block * l.num_groups + group) * kBlockN)"),
         ("if (l.n - n0 < count) count = l.n - n0;", "if (l.n - n0 < count) count = l.n - n0 + 1;"),
         ("load_tail(l.bias, l.bias_dtype, n0 + j, left)", "load_tail(l.bias, l.bias_dtype, j, left)"),
         ("row * e.gate_stride + n0 + j, left", "row * e.gate_stride + j, left"),
@@ -45,7 +45,8 @@ MUTANTS = [
     *cpp("cpu/weights/gemv-inl.h", "test_kernels", "avx2")(
         ("rows[r] = m0 + (r < valid_rows ? r : 0);", "rows[r] = m0;"),
         ("total[r][v] = first ? sum : add(total[r][v], sum);", "total[r][v] = sum;"),
-        ("l.x_sums[rows[r] * l.num_groups + group] : 0.0f", "l.x_sums[rows[r] * l.num_groups] : 0.0f"),
+        ("l.x_sums[rows[r] * l.num_groups + group] : 0.0f;\n        y[r][v] = finish_group(l, terms, y[r][v], total", "l.x_sums[rows[r] * l.num_groups] : 0.0f;\n        y[r][v] = finish_group(l, terms, y[r][v], total"),
+        ("l.x_sums[rows[r] * l.num_groups + group] : 0.0f;\n        y[r][v] = finish_group(l, terms, y[r][v], sums", "l.x_sums[rows[r] * l.num_groups] : 0.0f;\n        y[r][v] = finish_group(l, terms, y[r][v], sums"),
     ),
     *cpp("cpu/weights/f16-inl.h", "test_kernels", "avx512bf16")(
         ("const __m512i second = add_i(first, set1_i(8));", "const __m512i second = add_i(first, set1_i(4));"),

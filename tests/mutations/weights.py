@@ -28,10 +28,12 @@ MUTANTS = [
         ('"dq8": torch.float32,\n}\n\n\nclass', '"dq8": torch.bfloat16,\n}\n\n\nclass'),
     ),
     *python("reference/weights.py", "formats", "kernels", "ops")(
-        ("code.to(torch.int32) - 127)\n    return torch.where(code == 255, torch.nan, value)", "code.to(torch.int32) - 126)\n    return torch.where(code == 255, torch.nan, value)"),
         ('scale * values + zero if format.zero == "min" else scale * (values - zero)', 'scale * values + zero if format.zero == "min" else scale * (values + zero)'),
         ("return (flat * factor + qt.tensors[\"scales2_offset\"]).view_as(scales)", "return (flat * factor - qt.tensors[\"scales2_offset\"]).view_as(scales)"),
         ("return terms[:, :, None].expand(-1, -1, format.group).flatten(1)[:, :k]", "return terms[:, None, :].expand(-1, format.group, -1).flatten(1)[:, :k]"),
+    ),
+    *python("float8.py", "formats", "kernels", "ops")(
+        ("torch.ones_like(code, dtype=torch.float64), code - E8M0_BIAS)", "torch.ones_like(code, dtype=torch.float64), code - E8M0_BIAS + 1)"),
     ),
     *python("ops/gradients.py", "gradients")(
         ("grad = grad if f.zero == \"min\" or scales is None else -scales * grad", "grad = grad if f.zero == \"min\" or scales is None else scales * grad"),
