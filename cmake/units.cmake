@@ -1,7 +1,7 @@
 # The kernels' translation units: families by instruction sets. Each is compiled from csrc/cpu/unit.cpp as an object
 # library of its own, unit_<isa>_<family>, in the namespace of its instruction set. LOWBIT_UNITS lists them.
 
-# name, bit in kernel.h, vectors, flags
+# name, bit in core/kernel.h, vectors, flags
 function(lowbit_isa name bit vectors)
   set(isa_${name}_bit ${bit} PARENT_SCOPE)
   set(isa_${name}_vectors ${vectors} PARENT_SCOPE)
@@ -25,31 +25,32 @@ lowbit_isa(avx512bf16 kAvx512Bf16 avx512 ${avx512_flags} -mavx512bf16)
 lowbit_isa(avx512vnni kAvx512Vnni avx512 ${avx512_flags} -mavx512vnni)
 lowbit_isa(avx512vpopcntdq kAvx512Vpopcntdq avx512 ${avx512_flags} -mavx512vpopcntdq)
 
-# name, header of the vectors without _<vectors>.h, header of the family without -inl.h, what it exports, instruction sets.
+# name, header of the vectors in csrc/cpu/simd without _<vectors>.h, header of the family without -inl.h, what it exports,
+# instruction sets.
 # Kernels stand in the kernel table by instruction set, then in the order of these lines.
 function(lowbit_family name vectors body export)
   foreach(isa IN LISTS ARGN)
-    set(unit_${isa}_${name} "cpu/${vectors}_${isa_${isa}_vectors}.h" "cpu/${body}-inl.h" "${export}" PARENT_SCOPE)
+    set(unit_${isa}_${name} "cpu/simd/${vectors}_${isa_${isa}_vectors}.h" "${body}-inl.h" "${export}" PARENT_SCOPE)
   endforeach()
   set(families ${families} ${name} PARENT_SCOPE)
 endfunction()
-lowbit_family(f32 vec table "LOWBIT_EXPORT_TABLE(kF32Kernels)" scalar avx2 avx512)
-lowbit_family(bf16 vec bf16_table "LOWBIT_EXPORT_TABLE(kBf16Kernels)" avx512bf16)
-lowbit_family(f16 vec f16 "LOWBIT_EXPORT_TABLE(kF16Kernels)" avx512bf16)
-lowbit_family(float8 fp8 float8 "LOWBIT_EXPORT_TABLE(kFloat8Kernels)" avx2)
-lowbit_family(int8 bytes int8 LOWBIT_EXPORT_INT8 avx2 avx512vnni)
-lowbit_family(int8_any vec int8_any LOWBIT_EXPORT_INT8 scalar)
-lowbit_family(nibbles vec nibbles "LOWBIT_EXPORT_TABLE(kNibbleKernels)" avx2)
-lowbit_family(xnor signs xnor LOWBIT_EXPORT_XNOR scalar avx2 avx512vpopcntdq)
+lowbit_family(f32 vec cpu/weights/table "LOWBIT_EXPORT_TABLE(kF32Kernels)" scalar avx2 avx512)
+lowbit_family(bf16 vec cpu/weights/bf16_table "LOWBIT_EXPORT_TABLE(kBf16Kernels)" avx512bf16)
+lowbit_family(f16 vec cpu/weights/f16 "LOWBIT_EXPORT_TABLE(kF16Kernels)" avx512bf16)
+lowbit_family(float8 fp8 cpu/weights/float8 "LOWBIT_EXPORT_TABLE(kFloat8Kernels)" avx2)
+lowbit_family(int8 bytes cpu/activations/int8 LOWBIT_EXPORT_INT8 avx2 avx512vnni)
+lowbit_family(int8_any vec cpu/activations/int8_any LOWBIT_EXPORT_INT8 scalar)
+lowbit_family(nibbles vec cpu/weights/nibbles "LOWBIT_EXPORT_TABLE(kNibbleKernels)" avx2)
+lowbit_family(xnor signs cpu/activations/xnor LOWBIT_EXPORT_XNOR scalar avx2 avx512vpopcntdq)
 set(table_families ${families})
-lowbit_family(embedding vec embedding LOWBIT_EXPORT_EMBEDDING scalar)
-lowbit_family(decoder fp8 attention LOWBIT_EXPORT_DECODER_OPS scalar avx2 avx512 avx512bf16)
-lowbit_family(outliers vec outliers LOWBIT_EXPORT_OUTLIERS scalar avx2 avx512)
-lowbit_family(fp8 fp8 fp8_quantize LOWBIT_EXPORT_FP8 scalar avx2 avx512)
-lowbit_family(fp8_mm fp8 fp8_mm_f32 "LOWBIT_EXPORT_FP8_MATMUL(Fp8F32Family)" scalar avx512)
-lowbit_family(fp8_mm_f16c fp8 fp8_mm_f16c "LOWBIT_EXPORT_FP8_MATMUL(Fp8F16cFamily)" avx2)
-lowbit_family(fp8_mm_bf16 fp8 fp8_mm_bf16 "LOWBIT_EXPORT_FP8_MATMUL(Fp8Bf16)" avx512bf16)
-lowbit_family(fp8_adamw state fp8_adamw LOWBIT_EXPORT_FP8_ADAMW scalar avx2 avx512)
+lowbit_family(embedding vec cpu/weights/embedding LOWBIT_EXPORT_EMBEDDING scalar)
+lowbit_family(decoder fp8 decoder/attention LOWBIT_EXPORT_DECODER_OPS scalar avx2 avx512 avx512bf16)
+lowbit_family(outliers vec cpu/sparse/outliers LOWBIT_EXPORT_OUTLIERS scalar avx2 avx512)
+lowbit_family(fp8 fp8 cpu/fp8/fp8_quantize LOWBIT_EXPORT_FP8 scalar avx2 avx512)
+lowbit_family(fp8_mm fp8 cpu/fp8/fp8_matmul_f32 "LOWBIT_EXPORT_FP8_MATMUL(Fp8F32Family)" scalar avx512)
+lowbit_family(fp8_mm_f16c fp8 cpu/fp8/fp8_matmul_f16c "LOWBIT_EXPORT_FP8_MATMUL(Fp8F16cFamily)" avx2)
+lowbit_family(fp8_mm_bf16 fp8 cpu/fp8/fp8_matmul_bf16 "LOWBIT_EXPORT_FP8_MATMUL(Fp8Bf16)" avx512bf16)
+lowbit_family(fp8_adamw state cpu/optim/fp8_adamw LOWBIT_EXPORT_FP8_ADAMW scalar avx2 avx512)
 
 # Sanitizers see no code that does not run: kernels of instruction sets that this CPU lacks are compiled as for the module.
 set(skipped_isa "")
@@ -94,6 +95,6 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   target_compile_options(unit_scalar_f32 PRIVATE "SHELL:--param max-inline-insns-single=30")
 endif()
 
-# For dispatch.cpp: the units that have kernels in the kernel table.
+# For core/dispatch.cpp: the units that have kernels in the kernel table.
 file(CONFIGURE OUTPUT generated/units.h @ONLY CONTENT
   "// Written by cmake/units.cmake.\n#pragma once\n#define LOWBIT_FOREACH_TABLE(X)@tables@\n")

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../address.h"
+#include "../core/address.h"
 #include "heuristics.h"
 #include "kernels.h"
 

@@ -1,11 +1,11 @@
-// Bits to values on the device: every codec is a table of 16-bit floats in shared memory (layout.h).
+// Bits to values on the device: every codec is a table of 16-bit floats in shared memory (m16.h).
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "launch.h"
-#include "layout.h"
+#include "m16.h"
 
 namespace lowbit::cuda {
 

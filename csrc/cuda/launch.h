@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "layout.h"
+#include "m16.h"
 
 namespace lowbit::cuda {
 
@@ -12,7 +12,7 @@ LOWBIT_HD constexpr int type_bytes(Type t) { return t == Type::kF32 ? 4 : t == T
 // W = scale * (T - zero) with integers (kInt) or floats (kSubtract), or scale * T + zero (kAdd).
 enum class Zero : int32_t { kNone, kInt, kSubtract, kAdd };
 
-// y = x W^T + bias. Operands lie as layout.h says, on the device.
+// y = x W^T + bias. Operands lie as m16.h says, on the device.
 struct Linear {
   int64_t m, n, k, group, num_groups;
   int32_t bits;

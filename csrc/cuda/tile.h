@@ -1,8 +1,8 @@
-// The tiles of the GEMM kernels: which warp, lane and stage touches what. Index maths only, as in layout.h.
+// The tiles of the GEMM kernels: which warp, lane and stage touches what. Index maths only, as in m16.h.
 #pragma once
 
 #include "launch.h"
-#include "layout.h"
+#include "m16.h"
 
 namespace lowbit::cuda {
 

@@ -1,4 +1,4 @@
-"""Types of the compiled module; csrc/bindings.cpp."""
+"""Types of the compiled module; csrc/bindings/module.cpp."""
 
 from typing import Any, TypedDict
 

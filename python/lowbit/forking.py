@@ -1,5 +1,5 @@
 """torch's operators in the child of a fork: the threads of its OpenMP pool are gone there, and a parallel region would
-wait for them for ever. The compiled kernels run on one thread in such a child (csrc/parallel.h).
+wait for them for ever. The compiled kernels run on one thread in such a child (csrc/core/parallel.h).
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def raw(t: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", (1, 2, 3, 4, 5, 6, 8))
 def test_layout_is_as_documented(bits: int) -> None:
-    """csrc/layout.h, computed bit by bit from its words."""
+    """csrc/core/n16.h, computed bit by bit from its words."""
     n, k = 70, 40
     g = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 2**bits, (n, k), generator=g, dtype=torch.uint8)

@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "scratch.h"
+#include "core/scratch.h"
 
 namespace lowbit {
 

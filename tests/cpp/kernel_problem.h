@@ -8,10 +8,10 @@
 #include <random>
 #include <vector>
 
-#include "dispatch.h"
+#include "core/dispatch.h"
+#include "core/n16.h"
+#include "cpu/offline/pack.h"
 #include "guarded.h"
-#include "layout.h"
-#include "pack.h"
 
 namespace lowbit {
 

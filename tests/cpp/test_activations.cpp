@@ -7,11 +7,12 @@
 #include <string>
 #include <vector>
 
-#include "binary.h"
-#include "dispatch.h"
+#include "core/dispatch.h"
+#include "core/int8_table.h"
+#include "cpu/activations/binary.h"
+#include "cpu/activations/int8.h"
+#include "cpu/offline/kmeans.h"
 #include "guarded.h"
-#include "int8.h"
-#include "kmeans.h"
 
 namespace lowbit {
 

@@ -7,10 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "cpu/decoder_ops.h"
-#include "dispatch.h"
+#include "core/dispatch.h"
+#include "core/n16.h"
+#include "decoder/ops.h"
 #include "guarded.h"
-#include "layout.h"
 
 namespace lowbit {
 

@@ -7,8 +7,8 @@
 #include <random>
 #include <vector>
 
-#include "dispatch.h"
-#include "fp8.h"
+#include "core/dispatch.h"
+#include "cpu/fp8/fp8.h"
 #include "guarded.h"
 
 using namespace lowbit;

@@ -6,8 +6,8 @@
 #include <random>
 #include <vector>
 
-#include "dispatch.h"
-#include "fp8_adamw.h"
+#include "core/dispatch.h"
+#include "cpu/optim/fp8_adamw.h"
 #include "guarded.h"
 
 using namespace lowbit;

@@ -6,8 +6,8 @@
 #include <random>
 #include <vector>
 
-#include "dispatch.h"
-#include "fp8_mm.h"
+#include "core/dispatch.h"
+#include "cpu/fp8/fp8_matmul.h"
 #include "guarded.h"
 
 using namespace lowbit;

@@ -9,8 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "dispatch.h"
-#include "int8.h"
+#include "core/dispatch.h"
+#include "core/int8_table.h"
+#include "cpu/activations/int8.h"
 #include "kernel_problem.h"
 
 using namespace lowbit;

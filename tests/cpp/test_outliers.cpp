@@ -5,9 +5,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "dispatch.h"
+#include "core/dispatch.h"
+#include "cpu/sparse/outliers.h"
 #include "guarded.h"
-#include "outliers.h"
 
 using namespace lowbit;
 

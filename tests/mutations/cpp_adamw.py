@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutations import cpp
 
 MUTANTS = [
-    *cpp("cpu/fp8_adamw-inl.h", "test_fp8_adamw", "scalar")(
+    *cpp("cpu/optim/fp8_adamw-inl.h", "test_fp8_adamw", "scalar")(
         ("shift_left<23>(add_i(bits_of(shifted), set1_i(127)))", "shift_left<23>(add_i(bits_of(shifted), set1_i(126)))"),
         ("p = fma(p, f, set1(0.240226507f));", "p = fma(p, f, set1(0.340226507f));"),
         ("div(x2.f, add(x2.f, set1(2.0f)))", "div(x2.f, add(x2.f, set1(1.0f)))"),

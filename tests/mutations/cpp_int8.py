@@ -5,22 +5,22 @@ from __future__ import annotations
 from mutations import cpp
 
 MUTANTS = [
-    *cpp("cpu/quantize-inl.h", "test_activations", "scalar")(
+    *cpp("cpu/activations/quantize-inl.h", "test_activations", "scalar")(
         ("if (i < count) top = max_i(top, bit_and(bits_of(load_tail(x, dtype, at + i, count - i)), magnitude));", ""),
         ("low = set1(-127.0f)", "low = set1(-128.0f)"),
         ("z.scales[row * groups + g] = absmax / 127.0f;", "z.scales[row * groups + g] = absmax / 128.0f;"),
         ("const int64_t at = row * z.x_stride + begin;", "const int64_t at = row * z.k + begin;"),
         ("count = left < z.group ? left : z.group;\n", "count = left < z.group ? left - 1 : z.group;\n"),
     ),
-    *cpp("cpu/quantize-inl.h", "test_kernels", "scalar")(
+    *cpp("cpu/activations/quantize-inl.h", "test_kernels", "scalar")(
         ("for (int64_t k = begin; k < end; ++k) sum += x[k];", "for (int64_t k = begin; k + 1 < end; ++k) sum += x[k];"),
         ("const int64_t begin = g * l.group + p * kMaxInt8Group;", "const int64_t begin = g * l.group;"),
         ("    store(y + i, zero());\n", ""),
     ),
-    *cpp("cpu/quantize-inl.h", "test_kernels", "avx2")(
+    *cpp("cpu/activations/quantize-inl.h", "test_kernels", "avx2")(
         ("__builtin_memset(out + l.k, 0, l.prepared_stride - l.k);\n  return out;", "return out;"),
     ),
-    *cpp("cpu/int8_any-inl.h", "test_kernels", "scalar")(
+    *cpp("cpu/activations/int8_any-inl.h", "test_kernels", "scalar")(
         ("acc[i] -= static_cast<const int8_t*>(l.zeros)[at + i] * x_sum;", "acc[i] += static_cast<const int8_t*>(l.zeros)[at + i] * x_sum;"),
         ("add(mul(scale, term), shift) : mul(scale, sub(term, shift))", "mul(scale, add(term, shift)) : mul(scale, sub(term, shift))"),
         ("const int32_t x_sum = part_sums(l, row)[part];", "const int32_t x_sum = part_sums(l, row)[0];"),
@@ -30,7 +30,7 @@ MUTANTS = [
         ("l.x_group_scales ? l.table_step : l.x_scales[m0 + r] * l.table_step", "l.x_group_scales ? l.table_step : l.x_scales[r] * l.table_step"),
         ("__builtin_memset(acc, 0, kBlockN * sizeof(int32_t));\n}", "}"),
     ),
-    *cpp("cpu/int8-inl.h", "test_kernels", "avx2")(
+    *cpp("cpu/activations/int8-inl.h", "test_kernels", "avx2")(
         ("mul_i(load_i8_lanes(zeros), set1_i(-x_sum))", "mul_i(load_i8_lanes(zeros), set1_i(x_sum))"),
         ("rows[r] = m0 + (r < valid_rows ? r : 0);", "rows[r] = m0 + r;"),
         (": load_i(carry + r * kBlockN + lane);", ": load_i(carry + lane);"),
@@ -39,22 +39,22 @@ MUTANTS = [
         ("return i < kSingles ? i * kWhole + kWhole - 1 : kWhole * B + i - kSingles;", "return i < kSingles ? i * kWhole + kWhole - 1 : kWhole * B + i - kSingles - 1;"),
         ("const GroupTerms terms = float_terms(l, span.block, group, lane);", "const GroupTerms terms = float_terms(l, 0, group, lane);"),
     ),
-    *cpp("cpu/xnor-inl.h", "test_kernels", "avx2")(
+    *cpp("cpu/activations/xnor-inl.h", "test_kernels", "avx2")(
         ("if (k_left < kChunkK) bits &= (1u << k_left) - 1;", ""),
         ("sub_i(size, shift_left<1>(sums[r][v]))", "sub_i(size, sums[r][v])"),
         ("const int64_t k_end = last * kChunkK < l.k ? last * kChunkK : l.k;", "const int64_t k_end = last * kChunkK;"),
         ("group_terms(l, block, group, lane0 + v * kVecLanes).scale", "group_terms(l, block, group, lane0).scale"),
     ),
-    *cpp("cpu/xnor-inl.h", "test_activations", "avx2")(
+    *cpp("cpu/activations/xnor-inl.h", "test_activations", "avx2")(
         ("z.scales[row] = sum(sums) / static_cast<float>(z.k);", "z.scales[row] = sum(sums) / static_cast<float>(ceil_div(z.k, kVecLanes) * kVecLanes);"),
         ("i < z.k && i < begin + kPiece", "i + kVecLanes <= z.k && i < begin + kPiece"),
     ),
-    *cpp("cpu/xnor-inl.h", "tests/ops/test_binary.py", "avx2")(
+    *cpp("cpu/activations/xnor-inl.h", "tests/ops/test_binary.py", "avx2")(
         ("if (!first) sums[r][v] = add_i(sums[r][v], load_i(counted[r] + v * kVecLanes));", ""),
         ("const F factor = set1(l.x_scales[rows[r]]);", "const F factor = set1(l.x_scales[0]);"),
         ("if (left < kVecLanes) mask &= (1u << left) - 1;", ""),
     ),
-    *cpp("int8.cpp", "tests/ops/test_int8.py")(
+    *cpp("cpu/activations/int8.cpp", "tests/ops/test_int8.py")(
         ("if (std::isfinite(magnitude) && magnitude > step) step = magnitude;", "if (magnitude > step) step = magnitude;"),
         ("ratio < -128.0f ? -128.0f", "ratio < -127.0f ? -127.0f"),
     ),

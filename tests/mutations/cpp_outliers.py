@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutations import cpp
 
 MUTANTS = [
-    *cpp("cpu/outliers-inl.h", "test_outliers", "scalar")(
+    *cpp("cpu/sparse/outliers-inl.h", "test_outliers", "scalar")(
         ("if (i < count) store(out + i, load_tail(x, dtype, at + i, count - i));", ""),
         ("m0 = task / depths * z.tile, k_begin = task % depths * kOutlierDepth;", "m0 = task / depths * z.tile, k_begin = 0;"),
         ("to_floats(z.x, z.x_dtype, (m0 + r) * z.x_stride + k_begin, count, rows[r]);", "to_floats(z.x, z.x_dtype, (m0 + r) * z.k + k_begin, count, rows[r]);"),
@@ -26,10 +26,10 @@ MUTANTS = [
         ("rows = z.m - m0 < z.tile ? z.m - m0 : z.tile;", "rows = z.tile;"),
         ("out[n] = y[(n - n0) * z.tile + r];", "out[n] = y[(n - n0) * z.tile];"),
     ),
-    *cpp("cpu/outliers-inl.h", "test_outliers", "avx2")(
+    *cpp("cpu/sparse/outliers-inl.h", "test_outliers", "avx2")(
         ("fma(value, load(at + p * kVecLanes), sums[p])", "fma(value, load(at), sums[p])"),
     ),
-    *cpp("outliers.cpp", "test_outliers")(
+    *cpp("cpu/sparse/outliers.cpp", "test_outliers")(
         ("z.padded_k = ceil_div(z.k, kOutlierTile) * kOutlierTile;", "z.padded_k = z.k / kOutlierTile * kOutlierTile;"),
         ("if (largest < z.k) return;", "if (largest <= z.k) return;"),
         ("parallel(tiles * ceil_div(z.n, kOutlierRows),", "parallel(tiles * (z.n / kOutlierRows),"),

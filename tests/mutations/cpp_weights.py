@@ -5,14 +5,14 @@ from __future__ import annotations
 from mutations import cpp
 
 MUTANTS = [
-    *cpp("cpu/codecs-inl.h", "test_kernels", "scalar")(
+    *cpp("cpu/weights/codecs-inl.h", "test_kernels", "scalar")(
         ("constexpr int kShift = S % 2 * 16 + piece.shift - piece.at;", "constexpr int kShift = piece.shift - piece.at;"),
         ("code = select_bits(set1_i((1 << piece.at) - 1), code, bits);", "code = select_bits(set1_i((1 << piece.at) - 1), bits, code);"),
         ("const int64_t g = l.table_groups == 1 ? 0 : group;", "const int64_t g = 0;"),
         ("bit_and(code_of<B, S>(block), set1_i((1 << B) - 1)), kBlockN)", "bit_and(code_of<B, S>(block), set1_i((1 << B) - 2)), kBlockN)"),
         ("first(set1(l.table[0]))", "first(set1(l.table[1]))"),
     ),
-    *cpp("cpu/common-inl.h", "test_kernels", "scalar")(
+    *cpp("cpu/weights/common-inl.h", "test_kernels", "scalar")(
         ("const int64_t i = (block * l.num_groups + group) * kBlockN + lane;\n  return {l.scales ?", "const int64_t i = (block * l.num_groups + group) * kBlockN;\n  return {l.scales ?"),
         ("if (l.n - n0 < count) count = l.n - n0;", "if (l.n - n0 < count) count = l.n - n0 + 1;"),
         ("load_tail(l.bias, l.bias_dtype, n0 + j, left)", "load_tail(l.bias, l.bias_dtype, j, left)"),
@@ -22,37 +22,37 @@ MUTANTS = [
         ("const int64_t x0 = m * l.x_stride;", "const int64_t x0 = m * l.k;"),
         ("__builtin_memcpy(to + j * size, bytes, (count - j) * size);", "__builtin_memcpy(to + j * size, bytes, (count - j - 1) * size);"),
     ),
-    *cpp("cpu/panel-inl.h", "test_kernels", "scalar")(
+    *cpp("cpu/weights/panel-inl.h", "test_kernels", "scalar")(
         ("group_of[i] = (i < valid ? k0 + i : l.k - 1) / l.group;", "group_of[i] = k0 / l.group;"),
         ("add(mul(t.scale, v), t.zero) : mul(t.scale, sub(v, t.zero))", "mul(t.scale, add(v, t.zero)) : mul(t.scale, sub(v, t.zero))"),
         ("if (r < rows) multiply_panel<1>", "if (r + 1 < rows) multiply_panel<1>"),
         ("m0 = task % row_blocks * kRowsPerTask;", "m0 = task / row_blocks * kRowsPerTask;"),
         ("const int64_t count = l.k - k0 < kChunkK ? l.k - k0 : kChunkK;", "const int64_t count = kChunkK;"),
     ),
-    *cpp("cpu/embedding-inl.h", "test_kernels", "scalar")(
+    *cpp("cpu/weights/embedding-inl.h", "test_kernels", "scalar")(
         ("lane = n % kBlockN;", "lane = row % kBlockN;"),
         ("const int64_t group = (k0 + i) / l.group", "const int64_t group = k0 / l.group"),
         ("? scale * v + z : scale * (v - z)", "? scale * v - z : scale * (v - z)"),
         ("<< bits) * kBlockN + lane;\n        const float v", "<< bits) * kBlockN;\n        const float v"),
     ),
-    *cpp("cpu/nibbles-inl.h", "test_kernels", "avx2")(
+    *cpp("cpu/weights/nibbles-inl.h", "test_kernels", "avx2")(
         ("_mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)", "_mm256_setr_epi32(0, 4, 1, 5, 2, 7, 3, 6)"),
         ("return bit_and(shift_right<4>(bytes), mask);", "return bit_and(shift_right<3>(bytes), mask);"),
         ("const float* at = x[r] + 2 * kHalf;", "const float* at = x[r] + kHalf;"),
         ("high(byte_plane(l.table, 3))", "high(byte_plane(l.table, 2))"),
         ("_mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3]))", "_mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[2]), _mm256_hadd_ps(sums[1], sums[3]))"),
     ),
-    *cpp("cpu/gemv-inl.h", "test_kernels", "avx2")(
+    *cpp("cpu/weights/gemv-inl.h", "test_kernels", "avx2")(
         ("rows[r] = m0 + (r < valid_rows ? r : 0);", "rows[r] = m0;"),
         ("total[r][v] = first ? sum : add(total[r][v], sum);", "total[r][v] = sum;"),
         ("l.x_sums[rows[r] * l.num_groups + group] : 0.0f", "l.x_sums[rows[r] * l.num_groups] : 0.0f"),
     ),
-    *cpp("cpu/f16-inl.h", "test_kernels", "avx512bf16")(
+    *cpp("cpu/weights/f16-inl.h", "test_kernels", "avx512bf16")(
         ("const __m512i second = add_i(first, set1_i(8));", "const __m512i second = add_i(first, set1_i(4));"),
         ("const F low = _mm512_maskz_sub_ps(finite, v, high);", "const F low = _mm512_maskz_sub_ps(finite, v, v);"),
         ("uint16_t* out = static_cast<uint16_t*>(l.prepared) + m * kChunkK * kHalfTerms;", "uint16_t* out = static_cast<uint16_t*>(l.prepared) + m * kChunkK;"),
     ),
-    *cpp("cpu/columns-inl.h", "test_kernels", "avx512bf16")(
+    *cpp("cpu/weights/columns-inl.h", "test_kernels", "avx512bf16")(
         ("out[1] = k + 1 < l.k ? x[k + 1] : uint16_t{0};", "out[1] = k < l.k ? x[k + 1] : uint16_t{0};"),
         ("if (l.table_groups > 1 && slab.end > group_end) slab.end = group_end;", ""),
         ("if (slab.begin == 0 || l.table_groups > 1) {", "if (slab.begin == 0) {"),

@@ -40,7 +40,7 @@ class Build:
         self._run("cmake", "--build", str(self.folder))
         self.includes = dict(self._includes())
         # Fewer widths are compiled in a third of the time.
-        header = tree / "csrc/cpu/common-inl.h"
+        header = tree / "csrc/cpu/weights/common-inl.h"
         text = header.read_text()
         if text.count(BITS) != 1:
             raise ValueError(f"{header} must name all bit widths once: {BITS}")

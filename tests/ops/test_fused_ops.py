@@ -1,6 +1,6 @@
 """linear_many and the epilogues of linear: the same bits as separate calls, gradients, bad input.
 
-The error bounds of the activations are those that csrc/cpu/activation-inl.h states.
+The error bounds of the activations are those that csrc/cpu/weights/activation-inl.h states.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The decoder of csrc/decoder.h on the tensors of a transformers model."""
+"""The decoder of csrc/decoder/decoder.h on the tensors of a transformers model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the decoder of csrc/decoder.h is told of a model: read from transformers' modules and configuration, and
+"""What the decoder of csrc/decoder/decoder.h is told of a model: read from transformers' modules and configuration, and
 checked. transformers' modeling files of the named architectures are the definition.
 """
 
@@ -76,7 +76,7 @@ _ARCHITECTURES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """A layer: modules by the names of csrc/decoder.h.
+    """A layer: modules by the names of csrc/decoder/decoder.h.
 
     Attributes:
         linears: "qkv" and "gate_up": one module for each part, or one with the rows of all; "o" and "down": one.
@@ -93,7 +93,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """A decoder, as `DecoderConfig` and `DecoderModel` of csrc/decoder.h take it.
+    """A decoder, as `DecoderConfig` and `DecoderModel` of csrc/decoder/decoder.h take it.
 
     Attributes:
         norm_offset: what is added to the weights of norms.

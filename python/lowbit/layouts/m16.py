@@ -1,4 +1,4 @@
-"""The layout "m16", which the CUDA kernels read (csrc/cuda/layout.h): flat int32 codes, in plain torch on any device;
+"""The layout "m16", which the CUDA kernels read (csrc/cuda/m16.h): flat int32 codes, in plain torch on any device;
 scales, zeros and table as `lanes.py` says, in blocks of 16.
 
 A tile is 16 rows x 64 weights, in tiles (N/16, K/64) with code 0 beyond N and K. Lane 4 * (row % 8) + k / 2 % 4 of a

@@ -1,5 +1,5 @@
 """The layout "n16", which the CPU kernels read: N in the lanes, padded to whole blocks of 64 columns and 32 weights
-along K. Codes are flat uint8, as csrc/layout.h says; scales, zeros and table as `lanes.py` says, in blocks of 64.
+along K. Codes are flat uint8, as csrc/core/n16.h says; scales, zeros and table as `lanes.py` says, in blocks of 64.
 Integer scales of 4 and 6 bits, and zeros that are such, are the bits of the 64 as `packing.pack_scales` makes them.
 """
 
@@ -14,8 +14,8 @@ from lowbit.layouts.base import Specs
 from lowbit.layouts.lanes import LanesLayout
 
 N16 = "n16"
-BLOCK_N = 64  # csrc/layout.h kBlockN
-CHUNK_K = 32  # csrc/layout.h kChunkK
+BLOCK_N = 64  # csrc/core/n16.h kBlockN
+CHUNK_K = 32  # csrc/core/n16.h kChunkK
 _PACKED_BITS = {"uint4": 4, "uint6": 6, "int6": 6}
 
 

@@ -1,7 +1,7 @@
 """k-means tables: for the scales that are stored, the tables that minimise sum importance * (W -
 W^)^2.
 
-One-dimensional k-means is solved exactly by dynamic programming (csrc/kmeans.h); above 65536 points
+One-dimensional k-means is solved exactly by dynamic programming (csrc/cpu/offline/kmeans.h); above 65536 points
 (a whole matrix, or a very long row) the points are first averaged in bins (`fitting.py`): the only
 thing given up is the freedom to split a bin.
 """

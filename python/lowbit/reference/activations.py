@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lowbit.formats import Format
 
-INT8_PART = 65536  # csrc/int8.h kMaxInt8Group: weights whose products with int8 are summed in int32
-INT8_SUMS = 128  # csrc/int8.h kSumParts: groups whose fp32 sum stands apart
+INT8_PART = 65536  # csrc/cpu/activations/int8.h kMaxInt8Group: weights whose products with int8 are summed in int32
+INT8_SUMS = 128  # csrc/cpu/activations/int8.h kSumParts: groups whose fp32 sum stands apart
 
 
 def quantize_int8(

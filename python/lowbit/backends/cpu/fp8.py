@@ -10,13 +10,13 @@ from lowbit.backends.cpu.requests import CODES
 from lowbit.float8 import E8M0, Granularity
 from lowbit.strides import address, address_of_rows
 
-# csrc/fp8.h
+# csrc/cpu/fp8/fp8.h
 TYPES = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
 SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, E8M0: 2}
 
 
 def blocks(granularity: Granularity, rows: int, k: int) -> tuple[int, int, int, int, int]:
-    """csrc/fp8.h Fp8Blocks."""
+    """csrc/cpu/fp8/fp8.h Fp8Blocks."""
     if granularity.rows is None:
         return rows, k, 1, k, 0
     shape = granularity.scale_shape(rows, k)

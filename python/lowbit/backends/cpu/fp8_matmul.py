@@ -56,7 +56,7 @@ def explain(*_request: object) -> tuple[tuple[str, str | None], ...]:
 
 
 def _operand(s: Scaled) -> tuple[int, ...]:
-    """csrc/bindings_fp8_mm.cpp Operand: blocks of scales are powers of two, and shifts find them."""
+    """csrc/bindings/fp8_matmul.cpp Operand: blocks of scales are powers of two, and shifts find them."""
     rows, columns = s.granularity.rows, s.granularity.columns
     return (
         *address_of_rows(s.q),

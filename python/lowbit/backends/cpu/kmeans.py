@@ -1,4 +1,4 @@
-"""One-dimensional k-means on the CPU (csrc/kmeans.h). No checks."""
+"""One-dimensional k-means on the CPU (csrc/cpu/offline/kmeans.h). No checks."""
 
 from __future__ import annotations
 

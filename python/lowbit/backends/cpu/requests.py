@@ -1,4 +1,4 @@
-"""What the compiled kernels are told of a weight apart from its bytes, and the codes of csrc/kernel.h."""
+"""What the compiled kernels are told of a weight apart from its bytes, and the codes of csrc/core/kernel.h."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lowbit.formats import Format, parse
 from lowbit.layouts import LAYOUTS, N16, Operands
 from lowbit.strides import address
 
-# csrc/kernel.h Dtype; uint8 holds eight signs.
+# csrc/core/kernel.h Dtype; uint8 holds eight signs.
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
-# csrc/kernel.h Activation
+# csrc/core/kernel.h Activation
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 _NAMES = {
     torch.float32: "fp32",

@@ -1,0 +1,52 @@
+// Steps of optimizers by raw pointers: what `lowbit._C` has for optim.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <string>
+#include <tuple>
+
+#include "core/address.h"
+#include "core/dispatch.h"
+#include "cpu/optim/fp8_adamw.h"
+
+namespace py = pybind11;
+
+namespace lowbit {
+namespace {
+
+// A state is (codes, Float8, terms). `isa` caps the instruction set as LOWBIT_ISA does.
+using State = std::tuple<uint64_t, int, uint64_t>;
+Fp8State state_of(const State& s) {
+  return {pointer<uint8_t>(std::get<0>(s)), static_cast<Float8>(std::get<1>(s)), pointer<float>(std::get<2>(s))};
+}
+
+void py_fp8_adamw(uint64_t param, uint64_t grad, int dtype, int64_t numel, const State& exp_avg,
+                  const State& exp_avg_sq, bool expand, double step, double lr, double beta1, double beta2, double eps,
+                  double weight_decay, bool maximize, int threads, const std::string& isa) {
+  Fp8AdamW z{};
+  z.param = pointer<void>(param);
+  z.grad = pointer<const void>(grad);
+  z.dtype = static_cast<Dtype>(dtype);
+  z.numel = numel;
+  z.exp_avg = state_of(exp_avg);
+  z.exp_avg_sq = state_of(exp_avg_sq);
+  z.expand = expand;
+  z.beta1 = static_cast<float>(beta1);
+  z.rest1 = static_cast<float>(maximize ? beta1 - 1 : 1 - beta1);
+  z.beta2 = static_cast<float>(beta2);
+  z.rest2 = static_cast<float>(1 - beta2);
+  z.eps = static_cast<float>(eps);
+  z.decay = static_cast<float>(1 - lr * weight_decay);
+  z.step_size = static_cast<float>(lr / (1 - std::pow(beta1, step)));
+  z.root_correction = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
+  const uint32_t mask = isa.empty() ? active_isa() : cap_isa(detect_isa(), isa.c_str());
+  py::gil_scoped_release unlocked;
+  fp8_adamw(z, mask, threads);
+}
+
+}  // namespace
+
+void bind_optim(py::module_& m) { m.def("fp8_adamw_ptr", &py_fp8_adamw); }
+
+}  // namespace lowbit

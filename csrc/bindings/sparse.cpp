@@ -1,0 +1,38 @@
+// The sparse term of a weight with outliers by raw pointers: what `lowbit._C` has for backends/cpu/sparse.py.
+#include <string>
+
+#include "bindings/bindings.h"
+#include "core/address.h"
+#include "core/dispatch.h"
+#include "cpu/sparse/outliers.h"
+
+namespace lowbit {
+namespace {
+
+// out (m, n) fp32 = x (m, k) times the transpose of S (n, k). `isa` caps the instruction set as LOWBIT_ISA does.
+void py_multiply_outliers(uint64_t x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, uint64_t columns,
+                          uint64_t values, int value_dtype, int64_t n, int64_t count, uint64_t out, int threads,
+                          const std::string& isa) {
+  want_positive({{"k", k}});
+  Outliers z{};
+  z.m = m;
+  z.n = n;
+  z.k = k;
+  z.count = count;
+  z.x = pointer<const void>(x);
+  z.x_dtype = static_cast<Dtype>(x_dtype);
+  z.x_stride = x_stride;
+  z.columns = pointer<const int32_t>(columns);
+  z.values = pointer<const void>(values);
+  z.value_dtype = static_cast<Dtype>(value_dtype);
+  z.out = pointer<float>(out);
+  const uint32_t mask = isa.empty() ? active_isa() : cap_isa(detect_isa(), isa.c_str());
+  py::gil_scoped_release unlocked;
+  multiply_outliers(z, mask, threads);
+}
+
+}  // namespace
+
+void bind_outliers(py::module_& m) { m.def("multiply_outliers_ptr", &py_multiply_outliers); }
+
+}  // namespace lowbit

@@ -1,0 +1,361 @@
+// bf16 activations with AVX-512 BF16: table entries as bf16, vdpbf16ps of two weights and two x per lane, fp32 sums.
+// Groups are multiples of kChunkK, or half of it; the scale multiplies the sum of a group, so it is never rounded.
+// vdpbf16ps: latency 6 / 6, one every cycle / cycle on Zen 5 / Sapphire Rapids; vpermw and vpermt2w 1 a cycle.
+#pragma once
+
+#include "core/costs.h"
+#include "cpu/weights/gemv-inl.h"
+#include "cpu/weights/symmetric-inl.h"
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace {
+
+// Tables of bf16 in registers, indexed by 16-bit words. vpermw reads 5 bits of an index and ignores the rest, so that
+// a code of 1 or 2 bits may stand anywhere in them: table `i` is that of codes whose first bit is bit i * B. A word is
+// then shifted once for five or two codes.
+template <int B>
+struct WordTable {
+  static constexpr int kPlaces = B <= 2 ? 5 / B : 1;
+  static constexpr int kVecs = B <= 5 ? 1 : 2;  // 6 bits: 64 entries
+  __m512i t[kPlaces * kVecs];
+  WordTable() = default;
+  explicit WordTable(const float* values) {
+    for (int v = 0; v < kPlaces * kVecs; ++v) {
+      alignas(64) uint16_t words[32];
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (B >= 4) {
+          store_bf16(words + half * 16, load(values + ((v * 32 + half * 16) & ((1 << B) - 1))));
+        } else {
+          float lanes[16];
+          for (int i = 0; i < 16; ++i) lanes[i] = values[(half * 16 + i) >> v * B & ((1 << B) - 1)];
+          store_bf16(words + half * 16, load(lanes));
+        }
+      }
+      t[v] = load_i(words);
+    }
+  }
+  // The entries of the pair (2 J, 2 J + 1) of 16 columns.
+  template <int J>
+  LOWBIT_INLINE __m512i value(const uint8_t* block) const {
+    constexpr Place kPlace = place_of(B, J);
+    __m512i code;
+    constexpr int kShift = kPlace.pieces[0].shift, kTable = kPlaces > 1 ? kShift / B % kPlaces : 0;
+    unroll<kPlace.count>([&](auto i) LOWBIT_INLINE {
+      constexpr Piece piece = kPlace.pieces[i];
+      constexpr int kDown = piece.shift - piece.at - kTable * B;
+      __m512i bits = load_i(block + piece.unit * kUnitBytes);
+      if constexpr (kDown > 0) bits = _mm512_srli_epi16(bits, kDown);
+      if constexpr (i == 0) {
+        code = bits;
+      } else {
+        code = select_bits(_mm512_set1_epi16((1 << piece.at) - 1), code, bits);
+      }
+    });
+    if constexpr (kVecs == 1) {
+      return _mm512_permutexvar_epi16(code, t[kTable]);
+    } else {
+      return _mm512_permutex2var_epi16(t[0], code, t[1]);
+    }
+  }
+};
+
+template <>
+struct WordTable<8> {
+  __m512i low[4], high[4];
+  WordTable() = default;
+  explicit WordTable(const float* values) { split_bytes(values, 4, low, high); }
+  // vpermi2b leaves the index where its mask is zero, so that the second finds the codes of the upper half there.
+  LOWBIT_INLINE static __m512i look_up(const __m512i* t, __m512i code, __mmask64 upper) {
+    const __m512i lower_done = _mm512_mask2_permutex2var_epi8(t[0], code, ~upper, t[1]);
+    return _mm512_mask2_permutex2var_epi8(t[2], lower_done, upper, t[3]);
+  }
+  template <int J>
+  LOWBIT_INLINE __m512i value(const uint8_t* block) const {
+    const __m512i code = load_i(block + J / 2 * kUnitBytes);
+    const __mmask64 upper = _mm512_movepi8_mask(code);
+    return pair_words<J>(look_up(low, code, upper), look_up(high, code, upper));
+  }
+};
+
+template <int B>
+struct WordLut {
+  static constexpr int kBits = B;
+  WordTable<B> table;
+  explicit WordLut(const Launch& l) : table(l.table) {}
+};
+
+// A weight that SymmetricTable can look up.
+struct SymmetricLut {
+  static constexpr int kBits = 8;
+  static constexpr int kHalf = 128;
+  struct Table : SymmetricTable {
+    using SymmetricTable::SymmetricTable;
+    template <int J>
+    LOWBIT_INLINE __m512i value(const uint8_t* block) const {
+      const __m512i code = load_i(block + J / 2 * kUnitBytes);
+      return pair_words<J>(low_bytes(code), high_bytes(code));
+    }
+  } table;
+  explicit SymmetricLut(const Launch& l) : table(l.table) {}
+  static bool serves(const float* values) {
+    for (int i = 0; i < kHalf; ++i) {
+      const float a = values[i], b = values[kHalf + i];
+      if (__builtin_signbit(a) || !(__builtin_signbit(b) || b != b) || (a != -b && (a == a || b == b))) return false;
+    }
+    return true;
+  }
+};
+
+template <int B, int kXTerms = 1, class C = WordLut<B>>
+struct ComputeBf16 {
+  using Codec = C;
+  using X = uint16_t;
+  using Broadcast = __m512i;
+  static constexpr Dtype kType = Dtype::kBf16;
+  static constexpr int kStepK = 2;
+  static constexpr int kTerms = kXTerms;
+  template <int S>
+  LOWBIT_INLINE static __m512i value(const Codec& codec, const uint8_t* block) {
+    return codec.table.template value<S>(block);
+  }
+  LOWBIT_INLINE static __m512i broadcast(const uint16_t* x) {
+    int32_t pair;
+    __builtin_memcpy(&pair, x, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  LOWBIT_INLINE static F dot(F acc, __m512i x, __m512i value) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)value, (__m512bh)x);
+  }
+};
+
+// Rows [begin, end) of bf16 x, zero beyond k.
+inline void prepare_bf16(const Launch& l, int64_t begin, int64_t end) {
+  for (int64_t m = begin; m < end; ++m) {
+    uint16_t* out = static_cast<uint16_t*>(l.prepared) + m * l.prepared_stride;
+    __builtin_memcpy(out, static_cast<const uint16_t*>(l.x) + m * l.x_stride, l.k * 2);
+    __builtin_memset(out + l.k, 0, (l.prepared_stride - l.k) * 2);
+    if (l.x_sums) sum_groups<Dtype::kBf16>(l, out, l.x_sums + m * l.num_groups);
+  }
+}
+
+// Sums of row m of x over each group, its first chunk at `row`.
+template <int kTerms>
+inline void sum_chunks(const Launch& l, int64_t m, const uint16_t* row) {
+  constexpr int kHalf = kHalfChunk * kTerms;
+  if (halves_chunks(l.group, l.k)) {
+    for (int64_t g = 0; g < l.num_groups; ++g) {
+      const uint16_t* in = row + g / 2 * l.m * kChunkK * kTerms + g % 2 * kHalf;
+      F total = zero();
+      for (int i = 0; i < kHalf; i += kUnitLanes) total = add(total, load_bf16(in + i));
+      l.x_sums[m * l.num_groups + g] = sum(total);
+    }
+    return;
+  }
+  const int64_t chunks = num_chunks(l.k), chunks_per_group = l.num_groups == 1 ? chunks : l.group / kChunkK;
+  for (int64_t g = 0; g < l.num_groups; ++g) {
+    const int64_t chunk_end = (g + 1) * chunks_per_group < chunks ? (g + 1) * chunks_per_group : chunks;
+    F total = zero();
+    for (int64_t c = g * chunks_per_group; c < chunk_end; ++c) {
+      const uint16_t* in = row + c * l.m * kChunkK * kTerms;
+      for (int i = 0; i < kChunkK * kTerms; i += kUnitLanes) total = add(total, load_bf16(in + i));
+    }
+    l.x_sums[m * l.num_groups + g] = sum(total);
+  }
+}
+
+// Rows [begin, end) of bf16 x as the panels meet them: [k / 32][row][32], zero beyond k. The rows of a tile are then
+// one stream, where rows that lie a power of two apart would share few sets of the cache.
+inline void prepare_bf16_chunks(const Launch& l, int64_t begin, int64_t end) {
+  const int64_t chunks = num_chunks(l.k);
+  for (int64_t m = begin; m < end; ++m) {
+    const uint16_t* x = static_cast<const uint16_t*>(l.x) + m * l.x_stride;
+    uint16_t* out = static_cast<uint16_t*>(l.prepared) + m * kChunkK;
+    alignas(64) uint16_t last[kChunkK] = {};
+    __builtin_memcpy(last, x + (chunks - 1) * kChunkK, (l.k - (chunks - 1) * kChunkK) * 2);
+    for (int64_t c = 0; c < chunks; ++c) {
+      _mm512_storeu_si512(out + c * l.m * kChunkK, load_i(c + 1 < chunks ? x + c * kChunkK : last));
+    }
+    if (l.x_sums) sum_chunks<1>(l, m, out);
+  }
+}
+
+constexpr int kWordPanelChunks = 4;  // 128 weights x 64 columns of bf16: 16 KiB, half of the smallest L1 cache
+constexpr int64_t kWordRowsPerTask = 516;
+constexpr int kWordPanelRows = 6;
+constexpr int kPairsPerChunk = kChunkK / 2;
+constexpr int kColumnVecs = kBlockN / kUnitLanes;
+
+// panel[pair][64 columns][2] in bf16: table entries, not yet scaled.
+template <int B>
+inline void decode_words(const Launch& l, const WordLut<B>& codec, int64_t block, int64_t chunk_begin,
+                         int64_t chunk_end, uint16_t* panel) {
+  const uint8_t* codes = l.codes + (block * num_chunks(l.k) + chunk_begin) * chunk_bytes(B);
+  for (int64_t c = chunk_begin; c < chunk_end; ++c) {
+    unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
+      unroll<kPairsPerChunk>([&](auto s) LOWBIT_INLINE {
+        const __m512i value = ComputeBf16<B>::template value<s>(codec, codes + v * vector_bytes(B));
+        _mm512_store_si512(panel + s * 2 * kBlockN + v * 2 * kUnitLanes, value);
+      });
+    });
+    codes += chunk_bytes(B);
+    panel += kPairsPerChunk * 2 * kBlockN;
+  }
+}
+
+// Where a panel stands in the groups. A panel holds whole groups, or, if it `carries`, a part of one.
+struct Span {
+  int64_t block, first_row, chunk, chunk_end, chunks_per_group;
+  bool carries, halves;
+};
+
+// Multiplies a panel; wherever a group ends, adds its scaled sums to `y`. The sums of an unfinished group go to
+// `carry`. Both are (rows, 64).
+template <int kRows, int kTerms>
+inline void multiply_words(const Launch& l, const Span& span, const uint16_t* panel, int64_t row, float* carry_row,
+                           float* y_row) {
+  using Compute = ComputeBf16<1>;  // the product is the same for all bit widths
+  F acc[kRows][kColumnVecs];
+  unroll<kRows>([&](auto r) LOWBIT_INLINE { unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = zero(); }); });
+  const uint16_t* x = static_cast<const uint16_t*>(l.prepared) + (span.first_row + row) * kChunkK * kTerms;
+  const int64_t chunks = num_chunks(l.k);
+  const int run = span.halves ? kPairsPerChunk / 2 : kPairsPerChunk;
+  int pair = 0;
+  for (int64_t c = span.chunk; c < span.chunk_end;) {
+    const uint16_t* xc = x + c * l.m * kChunkK * kTerms;
+    // The rows of the next tile: of many rows, x does not fit in L2.
+    unroll<kRows * kTerms>([&](auto i) LOWBIT_INLINE { prefetch(xc + (kRows * kTerms + i) * kChunkK); });
+    for (const int end = pair + run; pair < end; ++pair) {
+      __m512i w[kColumnVecs];
+      unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { w[v] = load_i(panel + v * 2 * kUnitLanes); });
+      unroll<kTerms>([&](auto t) LOWBIT_INLINE {
+        unroll<kRows>([&](auto r) LOWBIT_INLINE {
+          const __m512i xt = Compute::broadcast(xc + r * kChunkK * kTerms + 2 * (pair * kTerms + t));
+          unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = Compute::dot(acc[r][v], xt, w[v]); });
+        });
+      });
+      panel += 2 * kBlockN;
+    }
+    int64_t group = 2 * c + pair / kPairsPerChunk;
+    if (pair == kPairsPerChunk) {
+      pair = 0;
+      ++c;
+    }
+    if (!span.halves) {
+      if (c % span.chunks_per_group != 0 && c < chunks) continue;
+      group = (c - 1) / span.chunks_per_group;
+    } else if (group == l.num_groups) {
+      break;
+    }
+    unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
+      const GroupTerms terms = group_terms(l, span.block, group, v * kUnitLanes);
+      unroll<kRows>([&](auto r) LOWBIT_INLINE {
+        float* y = y_row + r * kBlockN + v * kUnitLanes;
+        float* carry = carry_row + r * kBlockN + v * kUnitLanes;
+        if (span.carries) {
+          acc[r][v] = add(acc[r][v], load(carry));
+          store(carry, zero());
+        }
+        const float x_sum = l.x_sums ? l.x_sums[(span.first_row + row + r) * l.num_groups + group] : 0.0f;
+        store(y, finish_group(l, terms, load(y), acc[r][v], x_sum));
+        acc[r][v] = zero();
+      });
+    });
+  }
+  if (!span.carries) return;
+  unroll<kRows>([&](auto r) LOWBIT_INLINE {
+    unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
+      float* carry = carry_row + r * kBlockN + v * kUnitLanes;
+      store(carry, add(load(carry), acc[r][v]));
+    });
+  });
+}
+
+template <int B, int kTerms = 1>
+void gemm_words_run(const Launch& l, int64_t begin, int64_t end) {
+  const WordLut<B> codec(l);
+  alignas(64) uint16_t panel[kWordPanelChunks * kChunkK * kBlockN];
+  alignas(64) float carry[kWordRowsPerTask * kBlockN];
+  alignas(64) float y[kWordRowsPerTask * kBlockN];
+  const int64_t row_blocks = ceil_div(l.m, kWordRowsPerTask), chunks = num_chunks(l.k);
+  for (int64_t task = begin; task < end; ++task) {
+    Span span{};
+    span.block = task / row_blocks;
+    span.first_row = task % row_blocks * kWordRowsPerTask;
+    span.halves = halves_chunks(l.group, l.k);
+    span.chunks_per_group = l.num_groups == 1 ? chunks : span.halves ? 1 : l.group / kChunkK;
+    span.carries = span.chunks_per_group > kWordPanelChunks;
+    const int64_t panel_chunks =
+        span.carries ? kWordPanelChunks : kWordPanelChunks / span.chunks_per_group * span.chunks_per_group;
+    const int64_t left = l.m - span.first_row;
+    const int64_t rows = left < kWordRowsPerTask ? left : kWordRowsPerTask;
+    __builtin_memset(carry, 0, rows * kBlockN * sizeof(float));
+    __builtin_memset(y, 0, rows * kBlockN * sizeof(float));
+    for (span.chunk = 0; span.chunk < chunks; span.chunk = span.chunk_end) {
+      span.chunk_end = span.chunk + panel_chunks < chunks ? span.chunk + panel_chunks : chunks;
+      decode_words<B>(l, codec, span.block, span.chunk, span.chunk_end, panel);
+      int64_t r = 0;
+      for (; r + kWordPanelRows <= rows; r += kWordPanelRows) {
+        multiply_words<kWordPanelRows, kTerms>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
+      }
+      for (; r + 2 <= rows; r += 2) multiply_words<2, kTerms>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
+      for (; r < rows; ++r) multiply_words<1, kTerms>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      store_columns(l, span.first_row + r, span.block * kBlockN, kBlockN, y + r * kBlockN);
+    }
+  }
+}
+
+template <int B, int kTerms = 1>
+void gemv_words_run(const Launch& l, int64_t begin, int64_t end) {
+  if constexpr (B == 8) {
+    if (SymmetricLut::serves(l.table)) return gemv_run<ComputeBf16<8, kTerms, SymmetricLut>>(l, begin, end);
+  }
+  gemv_run<ComputeBf16<B, kTerms>>(l, begin, end);
+}
+
+template <int B>
+constexpr Kernel gemv_bf16(const char* name) {
+  return {name,
+          Op::kLinear,
+          Dtype::kBf16,
+          Codec::kLut,
+          B,
+          Scope::kShared,
+          kAvx512Bf16,
+          true,
+          {false, true, false, false},
+          bf16_gemv_cost(B, Codec::kLut),
+          prepare_bf16,
+          0,
+          gemv_words_run<B>,
+          kChunkK,
+          1,
+          false,
+          true};
+}
+template <int B>
+constexpr Kernel gemm_bf16(const char* name) {
+  return {name,
+          Op::kLinear,
+          Dtype::kBf16,
+          Codec::kLut,
+          B,
+          Scope::kShared,
+          kAvx512Bf16,
+          true,
+          {false, true, false, false},
+          bf16_gemm_cost(B),
+          prepare_bf16_chunks,
+          kWordRowsPerTask,
+          gemm_words_run<B>,
+          kChunkK,
+          1,
+          false,
+          true};
+}
+
+}  // namespace
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit
