@@ -40,11 +40,8 @@ SECOND_LEVELS = ("fp32", "fp16", "bf16")
 SCALE_RULES = ("absmax", "rms", "mean", "minmax")
 ZEROS = (None, "int", "float", "min")
 SCOPES = ("tensor", "row", "group")
-DIGIT_BASES = {
-    "trits": 3,
-    "base5": 5,
-    "base6": 6,
-}  # the bases whose digits take less than whole bits
+# The bases whose digits take less than whole bits.
+DIGIT_BASES = {"trits": 3, "base5": 5, "base6": 6}
 PACKINGS = ("bits", *DIGIT_BASES)
 ACTIVATIONS = (None, "int8", "int8_table")
 OUTLIER_DTYPES = ("fp16", "fp32")
@@ -182,17 +179,14 @@ class Format:
         check(self.outlier_dtype in OUTLIER_DTYPES, "outlier_dtype", f"one of {OUTLIER_DTYPES}")
 
     def _check_second_level(self, check: Callable[[bool, str, str], None]) -> None:
-        if self.scale not in INTEGER_SCALES:
-            check(self.scale2 is None, "scale2", f"None with scale {self.scale!r}")
-            check(self.scale2_group is None, "scale2_group", f"None with scale {self.scale!r}")
+        given = f"with scale {self.scale!r}"
+        if not self.integer_scales:
+            check(self.scale2 is None, "scale2", f"None {given}")
+            check(self.scale2_group is None, "scale2_group", f"None {given}")
             return
-        check(
-            self.scale2 in SECOND_LEVELS,
-            "scale2",
-            f"one of {SECOND_LEVELS} with scale {self.scale!r}",
-        )
+        check(self.scale2 in SECOND_LEVELS, "scale2", f"one of {SECOND_LEVELS} {given}")
         group, size = self.group or 0, self.scale2_group
-        check(group > 0, "group", f"a number of weights with scale {self.scale!r}")
+        check(group > 0, "group", f"a number of weights {given}")
         check(
             size is None or (_is_int(size) and 0 < size < 2**31 and size % group == 0),
             "scale2_group",

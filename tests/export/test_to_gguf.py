@@ -209,7 +209,7 @@ def test_scales_that_do_not_fit_leave_nothing(tmp_path: Path) -> None:
     model = made("qwen2", hidden_size=256, intermediate_size=256)
     lowbit.quantize_model(model, "nvfp4", progress=False)
     with pytest.raises(
-        ValueError, match=r"q_proj, in format 'nvfp4': NVFP4 has no factor of the whole tensor"
+        ValueError, match=r"q_proj, in format 'nvfp4': as NVFP4 .* no factor of the whole tensor"
     ):
         to_gguf(model, tmp_path / "a.gguf")
     assert not list(tmp_path.iterdir())
