@@ -46,8 +46,10 @@ WINDOWS = 4  # of text, each of measure.WINDOW tokens
 CACHED, JUDGED = 384, 128
 CACHES = {
     "fp32 activations, int8": (torch.float32, torch.int8),
+    "fp32 activations, fp8": (torch.float32, torch.float8_e4m3fn),
     "bf16 activations, bf16": (torch.bfloat16, torch.bfloat16),
     "bf16 activations, int8": (torch.bfloat16, torch.int8),
+    "bf16 activations, fp8": (torch.bfloat16, torch.float8_e4m3fn),
 }
 EXPORTED = "q4_0"
 
