@@ -41,7 +41,12 @@ Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string&
   if (scale) scale_dtype = dtype_of(*scale);
   if (zero_type) zero_dtype = dtype_of(*zero_type);
   if ((zero == ZeroMode::kNone) != !zero_dtype) fail("zero_dtype must be given if and only if there are zeros");
-  if (zero_dtype && static_cast<int>(*zero_dtype) >= kDtypes) fail("zero_dtype must be a number, got " + *zero_type);
+  const bool packed_scales = scale_dtype && packed_scale_bits(*scale_dtype);
+  if (zero_dtype && static_cast<int>(*zero_dtype) >= kDtypes &&
+      !(packed_scales && zero == ZeroMode::kAdd && zero_dtype == scale_dtype)) {
+    fail("zero_dtype must be a number, or packed as the scales are with zero add, got " + *zero_type);
+  }
+  if (packed_scales && !scale2) fail("scale_dtype " + *scale + " needs a second level of scales");
   if (!scale2) return;
   scale2_dtype = dtype_of(*scale2);
   if (*scale2_dtype != Dtype::kF32 && *scale2_dtype != Dtype::kF16 && *scale2_dtype != Dtype::kBf16) {

@@ -36,6 +36,7 @@ MUTANTS = [
         (": load_i(carry + r * kBlockN + lane);", ": load_i(carry + lane);"),
         ("for (; r < rows; ++r) multiply(std::integral_constant<int, 1>{}, r);", ""),
         ("const int64_t left = l.m - span.first_row, rows", "const int64_t left = l.m, rows"),
+        ("word_code<B, kFirst>(columns), word_code<B, kSecond>(columns)", "word_code<B, kSecond>(columns), word_code<B, kFirst>(columns)"),
         ("float_terms<kPlain>(l, span.block, group, lane);", "float_terms<kPlain>(l, 0, group, lane);"),
     ),
     *cpp("cpu/activations/xnor-inl.h", "test_kernels", "avx2")(

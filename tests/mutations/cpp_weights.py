@@ -46,6 +46,7 @@ MUTANTS = [
         ("rows[r] = m0 + (r < valid_rows ? r : 0);", "rows[r] = m0;"),
         ("total[r][v] = first ? sum : add(total[r][v], sum);", "total[r][v] = sum;"),
         ("l.x_sums[rows[r] * l.num_groups + group] : 0.0f;\n        y[r][v] = finish_group(l, terms, y[r][v], total", "l.x_sums[rows[r] * l.num_groups] : 0.0f;\n        y[r][v] = finish_group(l, terms, y[r][v], total"),
+        ("l.x_sums[rows[r] * l.num_groups + group] : 0.0f;\n        y[r][v] = finish_group(l, terms, y[r][v], sums", "l.x_sums[rows[r] * l.num_groups] : 0.0f;\n        y[r][v] = finish_group(l, terms, y[r][v], sums"),
     ),
     *cpp("cpu/weights/f16-inl.h", "test_kernels", "avx512bf16")(
         ("const __m512i second = add_i(first, set1_i(8));", "const __m512i second = add_i(first, set1_i(4));"),

@@ -14,7 +14,7 @@ MUTANTS = [
         ("if scale.shape == g.scale_shape(rows, k):", "if scale.numel() == torch.Size(g.scale_shape(rows, k)).numel():"),
     ),
     *python("reference/fp8.py", "fp8_quantize", "fp8_cast")(
-        ("(exponent - f.emax).clamp(0, 2 * E8M0_BIAS)", "(exponent - f.emax).clamp(0, 2 * E8M0_BIAS + 1)"),
+        ("(exponent - f.emax).clamp(min=0)", "(exponent - f.emax).clamp(min=1)"),
         ("return torch.where(scale == 0, 1, scale).to(scale_dtype)", "return scale.to(scale_dtype)"),
         ("+ 0xFFFF) & ~0xFFFF)", "+ 0x7FFF) & ~0xFFFF)"),
         ("uniform = noise >> (32 - dropped)", "uniform = noise >> (31 - dropped)"),

@@ -13,7 +13,7 @@ MUTANTS = [
         ('if base**d <= 256)', 'if base**d < 256 // 2)'),
     ),
     *python("packing.py", "packing", "io_bad_files")(
-        ("shift = torch.arange(8, dtype=torch.int64, device=codes.device) * b", "shift = torch.arange(8, dtype=torch.int64, device=codes.device).flip(0) * b"),
+        ("words = words & low | words >> width - b * width // 8 & high", "words = words & high | words >> width - b * width // 8 & low"),
         ("elif format.num_codes < most and any(", "elif format.num_codes < most - 1 and any("),
     ),
     *python("layouts/k16.py", "triton", "packing")(
@@ -34,6 +34,9 @@ MUTANTS = [
         ('scale * values + zero if format.zero == "min" else scale * (values - zero)', 'scale * values + zero if format.zero == "min" else scale * (values + zero)'),
         ("return (flat * factor + qt.tensors[\"scales2_offset\"]).view_as(scales)", "return (flat * factor - qt.tensors[\"scales2_offset\"]).view_as(scales)"),
         ("return terms[:, :, None].expand(-1, -1, format.group).flatten(1)[:, :k]", "return terms[:, None, :].expand(-1, format.group, -1).flatten(1)[:, :k]"),
+    ),
+    *python("float8.py", "formats", "kernels", "ops")(
+        ("torch.ones_like(code, dtype=torch.float64), code - E8M0_BIAS)", "torch.ones_like(code, dtype=torch.float64), code - E8M0_BIAS + 1)"),
     ),
     *python("ops/gradients.py", "gradients")(
         ("grad = grad if f.zero == \"min\" or scales is None else -scales * grad", "grad = grad if f.zero == \"min\" or scales is None else scales * grad"),

@@ -200,6 +200,15 @@ def test_blocks_of_nothing() -> None:
             assert fp8.quantize(x, transposed=True)[2].shape == shape[::-1]
 
 
+@pytest.mark.parametrize("seed", (0, 2**63 - 1))
+def test_the_first_and_the_last_seed(seed: int) -> None:
+    x = torch.randn(5, 40)
+    q, scale = fp8.quantize(x, granularity="row", rounding="stochastic", seed=seed)
+    want, want_scale = reference.quantize(x, E4M3, GRANULARITIES["row"], torch.float32, seed)
+    assert torch.equal(codes(q), codes(want))
+    assert same(scale, want_scale)
+
+
 def test_strides_and_leading_dimensions() -> None:
     base = torch.randn(6, 50, 48)
     for x in (
@@ -310,6 +319,7 @@ def test_scales_may_have_any_value() -> None:
         ({"rounding": "up"}, ValueError, "rounding must be 'nearest' or 'stochastic', got 'up'"),
         ({"seed": 1}, ValueError, "seed must be None unless .* got 1"),
         ({"rounding": "stochastic", "seed": -1}, ValueError, "seed must be in .* got -1"),
+        ({"rounding": "stochastic", "seed": 2**63}, ValueError, "seed must be in .* got 9223372036854775808"),
         ({"x": torch.ones(2, 2, 2), "transposed": True}, ValueError, "x must be 2-D to be transposed"),
         ({"maxima": torch.ones(3, 1), "granularity": "row"}, ValueError, r"maxima must have shape \(2, 1\)"),
         ({"maxima": torch.ones(()).double()}, TypeError, "maxima must be float32, got torch.float64"),

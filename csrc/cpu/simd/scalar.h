@@ -153,6 +153,17 @@ inline F load_i8(const int8_t* p) {
 inline I load_u8_lanes(const uint8_t* p) {
   return each<I>([&](int i) { return p[i]; });
 }
+// kVecLanes integers of a bit stream, B bits each, from number i on, a multiple of kVecLanes.
+template <int B, bool kSigned>
+inline I load_packed(const uint8_t* p, int64_t i) {
+  return each<I>([&](int lane) {
+    const int64_t bit = (i + lane) * B;
+    const int shift = static_cast<int>(bit % 8);
+    const uint32_t high = shift + B > 8 ? uint32_t{p[bit / 8 + 1]} << 8 : 0;
+    const uint32_t code = (p[bit / 8] | high) >> shift & ((1u << B) - 1);
+    return kSigned ? (code ^ (1u << (B - 1))) - (1u << (B - 1)) : code;
+  });
+}
 inline void store_bf16(uint16_t* p, F a) {
   for (int i = 0; i < kVecLanes; ++i) {
     const uint32_t b = to_bits(a.v[i]);
@@ -221,6 +232,23 @@ inline I truncate_to_int(F f) {
 // The low byte of every lane.
 inline void store_u8(uint8_t* p, I a) {
   for (int i = 0; i < kVecLanes; ++i) p[i] = static_cast<uint8_t>(a.v[i]);
+}
+
+// Codes of E4M3, but NaN is +-480, as fp16 that are 2^-8 of them: sign, a 0, exponent, mantissa.
+struct E4m3Values {
+  float of[256] = {};
+  constexpr E4m3Values() {
+    for (int code = 0; code < 256; ++code) {
+      const int exponent = code >> 3 & 15;
+      float v = static_cast<float>(code % 8 + (exponent ? 8 : 0)) * 0x1p-17f;
+      for (int e = 1; e < exponent; ++e) v *= 2;
+      of[code] = code & 128 ? -v : v;
+    }
+  }
+};
+constexpr E4m3Values kE4m3Values;
+inline F load_e4m3_256th(const uint8_t* p) {
+  return each<F>([&](int i) { return kE4m3Values.of[p[i]]; });
 }
 
 // Lane i is the largest lane of v[i].

@@ -69,6 +69,8 @@ def quantize(
         raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
     if rounding == "nearest" and seed is not None:
         raise ValueError(f"seed must be None unless rounding is 'stochastic', got {seed}")
+    if seed is not None and not 0 <= seed <= _MAX_SEED:
+        raise ValueError(f"seed must be in 0 .. 2^63 - 1, got {seed}")
     if rounding == "stochastic" and seed is None:
         seed = int(torch.randint(_MAX_SEED, (), dtype=torch.int64, device="cpu"))
     if maxima is not None and g.rows is None and maxima.dim():
@@ -148,7 +150,6 @@ def _check_quantize(
     granularity: str,
     scale_dtype: torch.dtype,
     transposed: bool,
-    seed: int | None,
 ) -> Granularity:
     rows, k = _check_x(x)
     g = find_granularity(granularity)
@@ -160,8 +161,6 @@ def _check_quantize(
         )
     if transposed and x.dim() != 2:
         raise ValueError(f"x must be 2-D to be transposed, got {tuple(x.shape)}")
-    if seed is not None and not 0 <= seed <= _MAX_SEED:
-        raise ValueError(f"seed must be in 0 .. 2^63 - 1, got {seed}")
     if maxima is not None:
         if maxima.dtype != torch.float32:
             raise TypeError(f"maxima must be float32, got {maxima.dtype}")
@@ -183,7 +182,7 @@ def _quantize_impl(
     transposed: bool,
     seed: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    g = _check_quantize(x, maxima, dtype, granularity, scale_dtype, transposed, seed)
+    g = _check_quantize(x, maxima, dtype, granularity, scale_dtype, transposed)
     backend = backends.quantizer(x.device, x.numel())
     rows, maxima = rows_of(x, x.shape[-1]), contiguous(maxima)
     q, scale, q_t = backend.quantize(rows, dtype, g, scale_dtype, transposed, seed, maxima)
@@ -191,7 +190,7 @@ def _quantize_impl(
 
 
 def _quantize_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    g = _check_quantize(x, *args)
+    g = _check_quantize(x, *args[:-1])
     _, dtype, _, scale_dtype, transposed, _ = args
     rows, k = _check_x(x)
     return (

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lowbit.float8 import (
     E8M0,
-    E8M0_BIAS,
     FLOAT8,
     NAN_CODE,
     Granularity,
@@ -48,12 +47,12 @@ def make_scale(absmax: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype) -> 
     """Scales for blocks of these fp32 maxima.
 
     absmax / FP8_MAX, in bf16 rounded up, so that nothing saturates; 1 where that is 0. E8M0 takes the exponent
-    floor(log2(absmax)) - emax, clamped to -127 .. 127, and is NaN where absmax is not finite.
+    floor(log2(absmax)) - emax, at least -127, and is NaN where absmax is not finite.
     """
     f = FLOAT8[dtype]
     if scale_dtype == E8M0:
         exponent = absmax.contiguous().view(torch.int32) >> 23
-        code = (exponent - f.emax).clamp(0, 2 * E8M0_BIAS)
+        code = (exponent - f.emax).clamp(min=0)
         return torch.where(absmax.isfinite(), code, 255).to(torch.uint8).view(E8M0)
     # A tensor: a division by a number may multiply with its rounded reciprocal.
     scale = absmax / torch.full_like(absmax, f.max)
