@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-namespace lowbit {
-
 // X(enumerator, name, what it builds on). avx2: with fma, f16c. avx512: f, bw, vl, dq, vbmi.
 #define LOWBIT_FOREACH_ISA(X)                             \
   X(kScalar, "scalar", 0)                                 \
@@ -16,15 +14,15 @@ namespace lowbit {
   X(kAvx512Vpopcntdq, "avx512vpopcntdq", kScalar | kAvx2 | kAvx512)
 
 #define LOWBIT_ISA_POSITION(isa, name, below) isa##Position,
-enum IsaPosition { LOWBIT_FOREACH_ISA(LOWBIT_ISA_POSITION) };
-#undef LOWBIT_ISA_POSITION
 #define LOWBIT_ISA_MASK(isa, name, below) isa = 1u << isa##Position,
-enum Isa : uint32_t { LOWBIT_FOREACH_ISA(LOWBIT_ISA_MASK) };
-#undef LOWBIT_ISA_MASK
-
 #define LOWBIT_ISA_ITEM(isa, name, below) isa,
+
+namespace lowbit {
+
+enum IsaPosition { LOWBIT_FOREACH_ISA(LOWBIT_ISA_POSITION) };
+enum Isa : uint32_t { LOWBIT_FOREACH_ISA(LOWBIT_ISA_MASK) };
+
 constexpr Isa kIsas[] = {LOWBIT_FOREACH_ISA(LOWBIT_ISA_ITEM)};
-#undef LOWBIT_ISA_ITEM
 
 // Instruction sets that the CPU and the operating system support, as Isa bits.
 uint32_t detect_isa();
@@ -36,3 +34,7 @@ uint32_t active_isa();
 const char* isa_name(Isa isa);
 
 }  // namespace lowbit
+
+#undef LOWBIT_ISA_POSITION
+#undef LOWBIT_ISA_MASK
+#undef LOWBIT_ISA_ITEM
