@@ -96,6 +96,8 @@ peers: $(PEERS)/.built
 bench: $(PEERS)/.built
 	$(PEERS)/bin/python benchmarks/record.py
 	$(PEERS)/bin/python benchmarks/peers_model.py
+	$(PEERS)/bin/python benchmarks/checkpoints.py
+	$(PEERS)/bin/python benchmarks/checkpoints_speed.py
 	$(PEERS)/bin/python benchmarks/peers.py
 	$(PEERS)/bin/python benchmarks/methods.py
 	$(PEERS)/bin/python benchmarks/report.py

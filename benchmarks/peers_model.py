@@ -1,34 +1,23 @@
 """Whole models from the same GGUF file, here and in llama.cpp: writes benchmarks/results/peers_model.json.
 
-Each run is a process of its own, and they take turns. Where the file is the same, the logits after the prompt must
-agree before anything counts. Run it on an idle machine, with the Python that `make peers` made; report.py makes the
-table.
+Run it on an idle machine, with the Python that `make peers` made; report.py makes the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
+from model_speed import DECODED, PROMPT, SHORT, measure
 from record import RESULTS, machine
 from shapes import THREADS
 
-PROMPT, SHORT, DECODED = 512, 16, 64
-ROUNDS = 3
-# Cosine of the two logits. llama.cpp rounds activations to int8 at every linear; another prompt gives less than 0.5.
-AGREEMENT = 0.98
 SIZES = {
     "hidden": 2048,
     "layers": 16,
@@ -43,15 +32,6 @@ SCALES = {
     Type.Q4_K: {0: 1e-4, 2: 7e-4},
     Type.IQ4_NL: {0: 2.5e-4},
 }
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens per second: of the prompt, and decoding after SHORT and after PROMPT tokens."""
-
-    prefill: float
-    decode: float
-    decode_late: float
 
 
 def blocks(kind: Type, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -101,126 +81,11 @@ def write_llama(path: Path, kind: Type) -> None:
     writer.close()
 
 
-Forward = Callable[[list[int]], None]
-
-
-def load_lowbit(path: str, threads: int) -> tuple[Forward, Callable[[], None], Callable[[], Any]]:
-    """(appends tokens, forgets them, the logits after the last) of the model in `path`."""
-    import torch
-
-    from lowbit.decoder.runner import Runner
-    from lowbit.integrations.transformers import load_gguf
-
-    torch.set_num_threads(threads)
-    runner = Runner(load_gguf(path), PROMPT + DECODED)
-    last: list[torch.Tensor] = []
-
-    def forward(ids: list[int]) -> None:
-        last[:] = [runner.forward(torch.tensor(ids))]
-
-    return forward, runner.reset, lambda: last[0].float().numpy()
-
-
-def load_llama_cpp(
-    path: str, threads: int
-) -> tuple[Forward, Callable[[], None], Callable[[], Any]]:
-    """The same in llama.cpp, through its C API."""
-    import llama_cpp as lib
-
-    silent = lib.llama_log_callback(lambda *_: None)
-    lib.llama_log_set(silent, None)
-    model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
-    if not model:
-        raise RuntimeError(f"llama.cpp cannot load {path}")
-    params = lib.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = PROMPT + DECODED, PROMPT, PROMPT
-    params.n_threads = params.n_threads_batch = threads
-    context = lib.llama_init_from_model(model, params)
-    vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-
-    def forward(ids: list[int]) -> None:
-        tokens = (lib.llama_token * len(ids))(*ids)
-        if status := lib.llama_decode(context, lib.llama_batch_get_one(tokens, len(ids))):
-            raise RuntimeError(f"llama_decode returned {status}")
-        lib.llama_get_logits_ith(context, -1)
-
-    def logits(_kept: object = silent) -> np.ndarray:  # llama.cpp calls it until the end
-        return np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), (vocab,)).copy()
-
-    def reset() -> None:
-        lib.llama_memory_clear(lib.llama_get_memory(context), True)
-
-    return forward, reset, logits
-
-
-LOADERS = {"lowbit": load_lowbit, "llama.cpp": load_llama_cpp}
-
-
-def work(library: str, path: str, threads: int, vocab: int, out: str) -> Speed:
-    """Measures one library in this process; saves the logits after the prompt to `out`."""
-    forward, reset, logits = LOADERS[library](path, threads)
-    ids = np.random.default_rng(1).integers(3, vocab, PROMPT).tolist()
-
-    def seconds(tokens: list[int]) -> float:
-        start = time.perf_counter()
-        forward(tokens)
-        return time.perf_counter() - start
-
-    forward(ids)  # warms up
-    np.save(out, logits())
-    reset()
-    prefill = seconds(ids)
-    late = [seconds([ids[i]]) for i in range(DECODED)]
-    reset()
-    forward(ids[:SHORT])
-    early = [seconds([ids[i]]) for i in range(DECODED)]
-    return Speed(PROMPT / prefill, *(1 / statistics.median(t) for t in (early, late)))
-
-
-def measure(
-    name: str, runs: list[tuple[str, str, Path]], threads: int, vocab: int, folder: Path
-) -> list[dict[str, Any]]:
-    """`runs` are (library, type, file); the first is ours. Each is run ROUNDS times, in turn; the medians count."""
-    speeds: list[list[dict[str, float]]] = [[] for _ in runs]
-    kept: dict[Path, np.ndarray] = {}
-    agreement: list[float | None] = [None] * len(runs)
-    for _ in range(ROUNDS):
-        for i, (library, _, path) in enumerate(runs):
-            out = folder / "logits.npy"
-            request = [library, str(path), str(threads), str(vocab), str(out)]
-            command = [sys.executable, __file__, "--work", *request]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            speeds[i].append(json.loads(done.stdout))
-            logits = np.load(out).astype(np.float64)
-            if path in kept:
-                first = kept[path]
-                cosine = float(first @ logits / np.linalg.norm(first) / np.linalg.norm(logits))
-                if not cosine >= AGREEMENT:
-                    raise RuntimeError(
-                        f"{library} and {runs[0][0]} disagree on {name}: cosine {cosine:.4f}"
-                    )
-                agreement[i] = cosine
-            else:
-                kept[path] = logits
-    return [
-        {
-            "model": name, "library": library, "type": kind, "threads": threads, "cosine": agreement[i],
-            **{key: statistics.median(s[key] for s in speeds[i]) for key in speeds[i][0]},
-        }
-        for i, (library, kind, _) in enumerate(runs)
-    ]  # fmt: skip
-
-
 def main() -> None:
     """Measures both models on every number of threads and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "peers_model.json")
-    parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.work:
-        library, path, threads, vocab, out = arguments.work
-        print(json.dumps(vars(work(library, path, int(threads), int(vocab), out))))
-        return
     from lowbit.cli.run import default_model
 
     results = []
@@ -246,7 +111,7 @@ def main() -> None:
         for name, (runs, vocab) in models.items():
             path = runs[0][2]
             for threads in THREADS if path is smol else THREADS[1:]:
-                results += measure(name, runs, threads, vocab, folder)
+                results += measure(name, runs, threads, vocab)
                 print(name, threads, *results[-len(runs) :], sep="\n  ", file=sys.stderr)
     data = {
         "machine": machine(("lowbit", "torch", "transformers", "llama-cpp-python")),

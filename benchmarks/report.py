@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import report_checkpoints
 import report_cpu
 import report_gpu
 import report_quality
@@ -24,6 +25,7 @@ BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 BY_HAND = re.compile(r"put together|by hand|hand-written", re.IGNORECASE)
 # The documents and the result files that each needs; without one of them there is no document.
 TOPICS = {
+    "checkpoints": ("checkpoints", "checkpoints_speed"),
     "cpu": ("kernels", "model"),
     "digits": ("digits",),
     "fp8": ("fp8_avx512bf16", "fp8_avx2"),
@@ -34,6 +36,7 @@ TOPICS = {
     "training": ("fp8_training",),
 }
 ABOUT = {
+    "checkpoints": "real GGUF files as stored",
     "cpu": "linears and a whole model on the CPU",
     "digits": "training through the quantizer",
     "fp8": "FP8 products on the CPU",
@@ -131,6 +134,7 @@ def readme_links(found: dict[str, dict[str, Any]]) -> str:
 def documents(found: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The text of every document whose result files are there."""
     makers = {
+        "checkpoints": lambda data, speed: report_checkpoints.tables(data, speed),
         "cpu": lambda kernels, model: (
             report_cpu.model_table(model), report_cpu.kernel_table(kernels),
         ),

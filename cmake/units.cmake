@@ -44,7 +44,7 @@ lowbit_family(nibbles vec cpu/weights/nibbles "LOWBIT_EXPORT_TABLE(kNibbleKernel
 lowbit_family(xnor signs cpu/activations/xnor LOWBIT_EXPORT_XNOR scalar avx2 avx512vpopcntdq)
 set(table_families ${families})
 lowbit_family(embedding vec cpu/weights/embedding LOWBIT_EXPORT_EMBEDDING scalar)
-lowbit_family(decoder vec decoder/attention LOWBIT_EXPORT_DECODER_OPS scalar avx2 avx512 avx512bf16)
+lowbit_family(decoder fp8 decoder/attention LOWBIT_EXPORT_DECODER_OPS scalar avx2 avx512 avx512bf16)
 lowbit_family(outliers vec cpu/sparse/outliers LOWBIT_EXPORT_OUTLIERS scalar avx2 avx512)
 lowbit_family(fp8 fp8 cpu/fp8/fp8_quantize LOWBIT_EXPORT_FP8 scalar avx2 avx512)
 lowbit_family(fp8_mm fp8 cpu/fp8/fp8_matmul_f32 "LOWBIT_EXPORT_FP8_MATMUL(Fp8F32Family)" scalar avx512)

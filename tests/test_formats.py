@@ -18,6 +18,7 @@ from lowbit.codebooks.tables import E2M1_TABLE, IQ4_NL_TABLE, NF4_TABLE, float8_
 from lowbit.float8 import e8m0_values
 from lowbit.formats import (
     FORMATS,
+    INTEGER_SCALES,
     Format,
     as_format,
     parse,
@@ -58,17 +59,21 @@ def test_suffixes(base: str, group: str, scale: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "scale2", "size"),
+    ("name", "scale", "scale2", "size"),
     [
-        ("nf4_g32_int8", "fp32", None),
-        ("nf4_int8bf16_g32", "bf16", None),
-        ("int3_g16_int8s256", "fp16", 256),
-        ("int8_int8s256fp32", "fp32", 256),
+        ("nf4_g32_int8", "int8", "fp32", None),
+        ("nf4_int8bf16_g32", "int8", "bf16", None),
+        ("int3_g16_int8s256", "int8", "fp16", 256),
+        ("int8_int8s256fp32", "int8", "fp32", 256),
+        ("int6_g16_int6s256", "int6", "fp16", 256),
+        ("uint4_g32_uint6", "uint6", "fp32", None),
+        ("uint2_g16_uint4s64bf16", "uint4", "bf16", 64),
     ],
 )
-def test_suffixes_of_two_levels(name: str, scale2: str, size: int | None):
+def test_suffixes_of_two_levels(name: str, scale: str, scale2: str, size: int | None):
     format = parse(name)
-    assert (format.spec, format.scale) == (name, "int8")
+    assert format.spec == name
+    assert format.scale == scale
     assert (format.scale2, format.scale2_group) == (scale2, size)
     assert parse("q4_k_bf16").scale2 is None
 
@@ -309,12 +314,12 @@ STATED = {
     "q5_1": (5, 32, "fp16", "min"),
     "iq4_nl": (4, 32, "fp16", None),
     "tq2_0": (2, 256, "fp16", None),
-    "q2_k": (2, 16, "int8", "min"),
-    "q3_k": (3, 16, "int8", None),
-    "q4_k": (4, 32, "int8", "min"),
-    "q5_k": (5, 32, "int8", "min"),
+    "q2_k": (2, 16, "uint4", "min"),
+    "q3_k": (3, 16, "int6", None),
+    "q4_k": (4, 32, "uint6", "min"),
+    "q5_k": (5, 32, "uint6", "min"),
     "q6_k": (6, 16, "int8", None),
-    "iq4_xs": (4, 32, "int8", None),
+    "iq4_xs": (4, 32, "int6", None),
 }
 
 
@@ -322,7 +327,7 @@ STATED = {
 def test_formats_of_others_are_as_they_state_them(name: str):
     format = FORMATS[name]
     assert (format.bits, format.group, format.scale, format.zero) == STATED[name]
-    two_levels = ("fp16", 256) if format.scale == "int8" else (None, None)
+    two_levels = ("fp16", 256) if format.integer_scales else (None, None)
     assert (format.scale2, format.scale2_group) == two_levels
 
 
@@ -360,15 +365,16 @@ def test_double_quantized_scales():
     assert np.array_equal(found.numpy().ravel(), wanted)
 
 
-@pytest.mark.parametrize("name", ["q4_k", "q4_k_int8fp32"])
+@pytest.mark.parametrize("name", ["q4_k", "q4_k_int8fp32", "q4_k_int6", "q4_k_uint4s64"])
 def test_scales_and_minima_of_two_levels(name: str):
     """A code times the number of its super-block, rounded once; the last super-block is short."""
     n, k = 3, 512 + 96
     format = parse(name)
+    low, high = INTEGER_SCALES[format.scale]
     g = torch.Generator().manual_seed(0)
     tensors = {}
     for key, (shape, dtype) in tensor_specs(format, n, k).items():
-        codes = torch.randint(-128, 128, shape, generator=g).to(dtype)
+        codes = torch.randint(low, high + 1, shape, generator=g).to(dtype)
         tensors[key] = torch.randn(shape, generator=g).to(dtype) if key[-1] == "2" else codes
     qt = QuantTensor(format, (n, k), tensors).validate()
     super_of = np.arange(k // 32) * 32 // (format.scale2_group or k)
@@ -379,3 +385,11 @@ def test_scales_and_minima_of_two_levels(name: str):
     group = np.arange(k) // 32
     codes, scale = qt.unpack().numpy().astype(np.float32), effective_scales(qt).numpy()[:, group]
     assert np.array_equal(w, scale * codes + effective_zeros(qt).numpy()[:, group])
+    for key, bad in (("scales", high + 1), ("zeros", low - 1)):
+        if -128 <= bad < 128:
+            damaged = tensors[key].clone()
+            damaged[1, 2] = bad
+            with pytest.raises(
+                ValueError, match=rf"{key} must be in \[{low}, {high}\] .* got {bad}"
+            ):
+                QuantTensor(format, (n, k), {**tensors, key: damaged}).validate()

@@ -42,6 +42,18 @@ def pack_row_slowly(codes: list[int], format: Format) -> list[int]:
     return row
 
 
+@pytest.mark.parametrize(("bits", "low"), [(4, 0), (6, 0), (6, -32)])
+def test_scales_are_a_stream_of_bits(bits: int, low: int):
+    scales = torch.arange(low, low + 2**bits, dtype=torch.int8).repeat(3).view(3, -1)
+    packed = packing.pack_scales(scales, bits)
+    single = np.unpackbits(
+        scales.numpy().view(np.uint8)[..., None], axis=2, count=bits, bitorder="little"
+    )
+    wanted = np.packbits(single.reshape(3, -1), axis=1, bitorder="little")
+    np.testing.assert_array_equal(packed.numpy(), wanted)
+    assert torch.equal(packing.unpack_scales(packed, bits, low < 0), scales)
+
+
 @each_packing
 @pytest.mark.parametrize("k", WIDTHS)
 def test_bytes_are_those_of_the_definition(format: Format, k: int):

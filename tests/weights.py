@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lowbit import packing, reference
-from lowbit.formats import FORMATS, Format
+from lowbit.formats import FORMATS, INTEGER_SCALES, Format
 from lowbit.weights.quantized import QuantTensor, tensor_specs
 
 # Formats that no built-in covers: odd groups, short tables, every table scope with groups, each scale dtype.
@@ -34,6 +34,7 @@ EXTRA_FORMATS = (
     Format(name="e5m2_g16_codes", codec="e5m2", bits=8, group=16, scale="int8", scale2="fp32"),
     Format(name="int8_g16_codes", codec="affine", bits=8, group=16, zero="int", scale="int8", scale2="bf16",
            scale2_group=48),
+    Format(name="affine3_g7_int6", codec="affine", bits=3, group=7, zero="min", scale="int6", scale2="fp32"),
     Format.lut(bits=4, group=16, name="lut4_g16", table=tuple(0.1 * i * abs(i) - 3 for i in range(-6, 10))),
 )  # fmt: skip
 ALL_FORMATS = (*FORMATS.values(), *EXTRA_FORMATS)
@@ -50,6 +51,9 @@ def random_weight(format: Format, n: int, k: int, seed: int = 0) -> QuantTensor:
             tensors[name] = torch.randint(0, 2**format.bits, shape, generator=g, dtype=dtype)
         elif format.scale == "e8m0" and name == "scales":
             tensors[name] = torch.randint(110, 140, shape, generator=g, dtype=dtype)
+        elif format.integer_scales and dtype == torch.int8:
+            low, high = INTEGER_SCALES[format.scale]
+            tensors[name] = torch.randint(low, high + 1, shape, generator=g, dtype=dtype)
         elif name == "outlier_columns":
             scores = torch.rand(n, k, generator=g)
             tensors[name] = scores.argsort(1)[:, : shape[1]].sort(1).values.to(dtype)

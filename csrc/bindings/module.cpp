@@ -29,12 +29,13 @@ void append_fp8_matmul_kernels(py::list& entries);  // fp8_matmul.cpp
 namespace {
 
 // By Dtype.
-constexpr const char* kDtypeNames[] = {"fp32", "bf16", "fp16", "int8", "b1", "e4m3", "e8m0"};
+constexpr const char* kDtypeNames[] = {"fp32", "bf16", "fp16", "int8", "b1", "e4m3", "e8m0", "uint4", "uint6", "int6"};
 Dtype dtype_of(const std::string& name) {
-  for (int i = 0; i < 7; ++i) {
+  for (int i = 0; i < 10; ++i) {
     if (name == kDtypeNames[i]) return static_cast<Dtype>(i);
   }
-  fail("dtype must be fp32, bf16, fp16, int8 or b1, and of scales also e4m3 or e8m0, got '" + name + "'");
+  fail("dtype must be fp32, bf16, fp16, int8 or b1, and of scales also e4m3, e8m0, uint4, uint6 or int6, got '" + name +
+       "'");
 }
 const char* dtype_name(Dtype d) { return kDtypeNames[static_cast<int>(d)]; }
 
@@ -102,7 +103,12 @@ struct Weight {
     if (scale) scale_dtype = dtype_of(*scale);
     if (zero_type) zero_dtype = dtype_of(*zero_type);
     if ((zero == ZeroMode::kNone) != !zero_dtype) fail("zero_dtype must be given if and only if there are zeros");
-    if (zero_dtype && static_cast<int>(*zero_dtype) >= kDtypes) fail("zero_dtype must be a number, got " + *zero_type);
+    const bool packed_scales = scale_dtype && packed_scale_bits(*scale_dtype);
+    if (zero_dtype && static_cast<int>(*zero_dtype) >= kDtypes &&
+        !(packed_scales && zero == ZeroMode::kAdd && zero_dtype == scale_dtype)) {
+      fail("zero_dtype must be a number, or packed as the scales are with zero add, got " + *zero_type);
+    }
+    if (packed_scales && !scale2) fail("scale_dtype " + *scale + " needs a second level of scales");
     if (!scale2) return;
     scale2_dtype = dtype_of(*scale2);
     if (*scale2_dtype != Dtype::kF32 && *scale2_dtype != Dtype::kF16 && *scale2_dtype != Dtype::kBf16) {

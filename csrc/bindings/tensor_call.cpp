@@ -117,11 +117,15 @@ bool read_operands(const Plan& plan, const Input& x, PyObject* const operands[kO
   if (x.k != l->k || l->n == 0) return false;
   const int64_t blocks = num_blocks(l->n), groups = l->num_groups, entries = int64_t{1} << plan.desc.bits;
   const dlpack::Type scale_type = dlpack::type_of(l->scale_dtype), zero_type = dlpack::type_of(l->zero_dtype);
+  const auto lanes = [](Dtype d) {
+    const int bits = packed_scale_bits(d);
+    return bits ? kBlockN * bits / 8 : kBlockN;
+  };
   const bool shared = plan.desc.scope == Scope::kShared;
   uint64_t codes, scales, zeros, table;
   if (!operand(operands[0], true, dlpack::kUint8, {plan.code_bytes}, &codes) ||
-      !operand(operands[1], plan.has_scales, scale_type, {blocks, groups, kBlockN}, &scales) ||
-      !operand(operands[2], plan.has_zeros, zero_type, {blocks, groups, kBlockN}, &zeros) ||
+      !operand(operands[1], plan.has_scales, scale_type, {blocks, groups, lanes(l->scale_dtype)}, &scales) ||
+      !operand(operands[2], plan.has_zeros, zero_type, {blocks, groups, lanes(l->zero_dtype)}, &zeros) ||
       !(shared ? operand(operands[3], true, dlpack::kFloat32, {entries}, &table)
                : operand(operands[3], true, dlpack::kFloat32, {blocks, l->table_groups, entries, kBlockN}, &table))) {
     return false;

@@ -10,8 +10,9 @@ namespace lowbit {
 
 enum class Op : int32_t { kLinear, kDequantize };
 // kB1: signs of x, eight to a byte from the least significant bit; 1 is +1 and 0 is -1. The first five are those of x.
-// Of scales alone: kE4m3, and kE8m0, the power of two 2^(byte - 127), NaN for 255.
-enum class Dtype : int32_t { kF32, kBf16, kF16, kI8, kB1, kE4m3, kE8m0 };
+// Of scales alone: kE4m3, and kE8m0, the power of two 2^(byte - 127), NaN for 255. Of scales with a second level, and
+// their zeros: kU4, kU6 and kI6, integers of which the 64 of a block and group are a little-endian bit stream.
+enum class Dtype : int32_t { kF32, kBf16, kF16, kI8, kB1, kE4m3, kE8m0, kU4, kU6, kI6 };
 constexpr int kDtypes = 5;
 // kInt: the table is code + table[0], so arithmetic may replace the lookup.
 enum class Codec : int32_t { kLut, kInt, kE4m3, kE5m2 };
@@ -44,6 +45,9 @@ struct Epilogue {
   int64_t residual_stride;
   Dtype dtype;  // of gate and residual
 };
+
+// Bits of an integer that is packed in scales; 0 of other dtypes.
+constexpr int packed_scale_bits(Dtype d) { return d == Dtype::kU4 ? 4 : d == Dtype::kU6 || d == Dtype::kI6 ? 6 : 0; }
 
 // W[n, k] = scale * (T - zero) or scale * T + zero, T = table[code]; y = x W^T + bias. Layouts: n16.h; scales and
 // zeros are (n / 64, groups, 64), a column table is (n / 64, table_groups, 2^bits, 64), all padded to whole blocks.

@@ -3,6 +3,7 @@
 // dimensions, so both are multiply-adds of a broadcast with a vector and no sum crosses lanes.
 #pragma once
 
+#include "cpu/fp8/fp8-inl.h"
 #include "decoder/rows-inl.h"
 
 namespace lowbit {
@@ -19,9 +20,16 @@ struct Pairs {
     F even, odd;
   };
   static constexpr int64_t kPerT = 1;  // neighbours in a T
-  static constexpr bool kScaled = kType == Dtype::kI8;
+  static constexpr bool kScaled = has_scales(kType);
+  LOWBIT_INLINE static F load_one(const T* p) {
+    if constexpr (kType == Dtype::kE4m3) {
+      return load_e4m3_256th(p);
+    } else {
+      return load_as(p, kType, 0);
+    }
+  }
   LOWBIT_INLINE static Pair load_pair(const T* p, int64_t pair, int64_t stride) {
-    return {load_as(p, kType, 2 * pair * stride), load_as(p, kType, (2 * pair + 1) * stride)};
+    return {load_one(p + 2 * pair * stride), load_one(p + (2 * pair + 1) * stride)};
   }
   LOWBIT_INLINE static Pair broadcast(const float* w) { return {set1(w[0]), set1(w[1])}; }
   LOWBIT_INLINE static F dot(F acc, Pair w, Pair v) { return fma(w.odd, v.odd, fma(w.even, v.even, acc)); }
@@ -31,6 +39,7 @@ struct Pairs {
 using PairsF32 = Pairs<Dtype::kF32, float>;
 using PairsF16 = Pairs<Dtype::kF16, uint16_t>;
 using PairsI8 = Pairs<Dtype::kI8, int8_t>;
+using PairsE4m3 = Pairs<Dtype::kE4m3, uint8_t>;
 
 struct PairsBf16 : PairsF32 {
   using T = uint32_t;
@@ -100,9 +109,10 @@ void attend_tile(const Attend& a, const typename P::Weight* q, int64_t r0, int64
     }
     const typename P::Weight* queries = q + r0 * c.padded_dim;
     if constexpr (P::kScaled) {
-      for (int64_t d = 0; d < c.dim; d += kKeyGroup) {
-        const int64_t dims = c.dim - d < kKeyGroup ? c.dim - d : kKeyGroup;
-        const float* scales = c.key_scales + d / kKeyGroup * c.length + b0 + at;
+      const int64_t group = key_group(c.dtype, c.dim);
+      for (int64_t d = 0; d < c.dim; d += group) {
+        const int64_t dims = c.dim - d < group ? c.dim - d : group;
+        const float* scales = c.key_scales + d / group * c.length + b0 + at;
         F part[kRows][kTileVecs];
         for (auto& row : part) {
           for (F& v : row) v = zero();
@@ -218,6 +228,8 @@ void attend(const Attend& a) {
       return attend_with<PairsF16>(a);
     case Dtype::kI8:
       return attend_with<PairsI8>(a);
+    case Dtype::kE4m3:
+      return attend_with<PairsE4m3>(a);
     default:
       return a.q_dtype == Dtype::kBf16 ? attend_with<PairsOfBf16>(a) : attend_with<PairsBf16>(a);
   }
@@ -236,18 +248,29 @@ void finish(const Partial* parts, int count, int64_t n, Dtype dtype, void* out) 
   }
 }
 
-// x (n), zero up to whole vectors, in a cache's dtype; its scale if that is int8. NaN or infinity in x makes the scale
-// NaN.
-float narrow(Dtype dtype, const float* x, int64_t n, char* out) {
+// absmax of x (n), zero up to whole vectors. NaN or infinity in x makes it NaN.
+float largest_of(const float* x, int64_t n) {
   F most = zero(), poison = zero();
-  if (dtype == Dtype::kI8) {
-    for (int64_t i = 0; i < n; i += kVecLanes) {
-      const F v = load(x + i);
-      most = max_or_nan(most, max_or_nan(v, sub(zero(), v)));
-      poison = fma(v, zero(), poison);
-    }
+  for (int64_t i = 0; i < n; i += kVecLanes) {
+    const F v = load(x + i);
+    most = max_or_nan(most, max_or_nan(v, sub(zero(), v)));
+    poison = fma(v, zero(), poison);
   }
-  const float scale = max_lane(most) / 127.0f + sum(poison);
+  return max_lane(most) + sum(poison);
+}
+
+// x (n), zero up to whole vectors, in a cache's dtype; what its codes are to be multiplied by if that has scales.
+float narrow(Dtype dtype, const float* x, int64_t n, char* out) {
+  if (dtype == Dtype::kE4m3) {
+    const float scale = largest_of(x, n) / Fp8<Float8::kE4m3>::kMax;
+    const F divisor = set1(scale == 0.0f ? 1.0f : scale);
+    for (int64_t i = 0; i < n; i += kVecLanes) {
+      const F v = div(load(x + i), divisor);
+      store_u8(reinterpret_cast<uint8_t*>(out) + i, encode<Float8::kE4m3>(v, Fp8<Float8::kE4m3>::kMaxCode, true));
+    }
+    return scale * 256.0f;
+  }
+  const float scale = dtype == Dtype::kI8 ? largest_of(x, n) / 127.0f : 1.0f;
   for (int64_t i = 0; i < n; i += kVecLanes) {
     const F v = load(x + i);
     store_vector(out + i * size_of(dtype), dtype, dtype == Dtype::kI8 ? div(v, set1(scale)) : v);
@@ -282,13 +305,14 @@ void store_position(const HeadCache& c, int64_t position, bool last, const float
   }
   widen(dtype, value, c.dim, scratch);
   const float value_scale = narrow(c.dtype, scratch, c.dim, narrowed_value);
-  if (c.dtype != Dtype::kI8) {
+  if (!has_scales(c.dtype)) {
     narrow(c.dtype, key, c.dim, narrowed);
     return store_position_as<uint16_t>(c, position, last, narrowed, narrowed_value);
   }
-  for (int64_t d = 0; d < c.dim; d += kKeyGroup) {
-    const int64_t dims = c.dim - d < kKeyGroup ? c.dim - d : kKeyGroup;
-    c.key_scales[d / kKeyGroup * c.length + position] = narrow(c.dtype, key + d, dims, narrowed + d);
+  const int64_t group = key_group(c.dtype, c.dim);
+  for (int64_t d = 0; d < c.dim; d += group) {
+    const int64_t dims = c.dim - d < group ? c.dim - d : group;
+    c.key_scales[d / group * c.length + position] = narrow(c.dtype, key + d, dims, narrowed + d);
   }
   store_position_as<uint8_t>(c, position, last, narrowed, narrowed_value);
   c.value_scales[position] = value_scale;

@@ -114,13 +114,13 @@ Decoder::Decoder(const DecoderConfig& config, const DecoderModel& model)
   check();
   config_.threads = std::clamp(config.threads, 1, kMostThreads);
   element_ = config.dtype == Dtype::kF32 ? 4 : 2;
-  cache_element_ = config.cache_dtype == Dtype::kF32 ? 4 : config.cache_dtype == Dtype::kI8 ? 1 : 2;
+  cache_element_ = config.cache_dtype == Dtype::kF32 ? 4 : has_scales(config.cache_dtype) ? 1 : 2;
   const int64_t length = ceil_div(config.max_length, kKeyBlock) * kKeyBlock;
   const size_t head_rows = model.layers.size() * static_cast<size_t>(config.sequences * config.kv_heads * length);
   keys_ = Memory(head_rows * static_cast<size_t>(config.head_dim) * cache_element_);
   values_ = Memory(head_rows * static_cast<size_t>(head_padded_) * cache_element_);
-  if (config.cache_dtype == Dtype::kI8) {
-    key_scales_ = Memory(head_rows * static_cast<size_t>(ceil_div(config.head_dim, kKeyGroup)) * sizeof(float));
+  if (has_scales(config.cache_dtype)) {
+    key_scales_ = Memory(head_rows * key_groups() * sizeof(float));
     value_scales_ = Memory(head_rows * sizeof(float));
   }
 
@@ -343,6 +343,10 @@ void Decoder::allocate_threads() {
   }
 }
 
+size_t Decoder::key_groups() const {
+  return static_cast<size_t>(ceil_div(config_.head_dim, key_group(config_.cache_dtype, config_.head_dim)));
+}
+
 HeadCache Decoder::cache(int64_t sequence, size_t layer, int64_t kv_head) const {
   const size_t length = static_cast<size_t>(ceil_div(config_.max_length, kKeyBlock) * kKeyBlock);
   const size_t heads = static_cast<size_t>(sequence) * model_.layers.size() + layer;
@@ -350,9 +354,8 @@ HeadCache Decoder::cache(int64_t sequence, size_t layer, int64_t kv_head) const 
   HeadCache c{};
   c.keys = keys_.data() + row * static_cast<size_t>(config_.head_dim) * cache_element_;
   c.values = values_.data() + row * static_cast<size_t>(head_padded_) * cache_element_;
-  if (config_.cache_dtype == Dtype::kI8) {
-    const size_t groups = static_cast<size_t>(ceil_div(config_.head_dim, kKeyGroup));
-    c.key_scales = reinterpret_cast<float*>(key_scales_.data()) + row * groups;
+  if (has_scales(config_.cache_dtype)) {
+    c.key_scales = reinterpret_cast<float*>(key_scales_.data()) + row * key_groups();
     c.value_scales = reinterpret_cast<float*>(value_scales_.data()) + row;
   }
   c.length = static_cast<int64_t>(length);

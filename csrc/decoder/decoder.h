@@ -18,7 +18,7 @@ class Team;
 
 struct DecoderConfig {
   Dtype dtype;        // of the activations, the embedding's rows and dense weights
-  Dtype cache_dtype;  // kF32, kBf16, kF16 or kI8: of keys and values
+  Dtype cache_dtype;  // kF32, kBf16, kF16, kI8 or kE4m3: of keys and values
   int64_t hidden, heads, kv_heads, head_dim, intermediate, vocab, max_length;
   float eps;        // of the norms
   bool late_norms;  // rounded once, behind the weight
@@ -151,6 +151,7 @@ class Decoder {
                      const char* x, int64_t x_stride, int64_t rows) const;
   void make_int8_tables();
   void allocate_threads();
+  size_t key_groups() const;  // scales of a key
   HeadCache cache(int64_t sequence, size_t layer, int64_t kv_head) const;
   char* row(char* rows, int64_t i, int64_t width) const;
   int useful_threads(int64_t rows) const;

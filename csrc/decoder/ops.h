@@ -12,18 +12,23 @@ constexpr int64_t kRowAlign = 16;
 constexpr int64_t kKeyGroup = 32;  // dimensions of an int8 key with a scale of their own
 constexpr int64_t kKeyBlock = 64;  // positions that attention takes at a time; caches hold whole blocks
 
+constexpr bool has_scales(Dtype cache) { return cache == Dtype::kI8 || cache == Dtype::kE4m3; }
+// Dimensions of a key that share a scale.
+constexpr int64_t key_group(Dtype cache, int64_t dim) { return cache == Dtype::kI8 ? kKeyGroup : dim; }
+
 // The cache of one key head. Positions of keys lie in the lanes, dimensions of values do, and for bf16 two neighbours
 // of what is summed over share a dword:
 //     keys:    [position / 16][dim][16],  bf16 [position / 16][dim / 2][16][2]
 //     values:  [position][padded_dim],    bf16 [position / 2][padded_dim][2]
 // int8: codes times absmax / 127 of the value, or of 32 dimensions of the key: a few of a key's are far above the
-// others.
+// others. E4M3: codes times absmax / 448 of the value, or of the key; the scales hold 256 times that, what the codes as
+// fp16 are to be multiplied by.
 struct HeadCache {
   void* keys;
   void* values;
-  float *key_scales, *value_scales;  // int8 only: (groups of dimensions, length) and (length)
+  float *key_scales, *value_scales;  // int8 and E4M3 only: (groups of dimensions, length) and (length)
   int64_t length;                    // positions that the cache holds
-  Dtype dtype;                       // kF32, kBf16, kF16 or kI8
+  Dtype dtype;                       // kF32, kBf16, kF16, kI8 or kE4m3
   int64_t dim;                       // even
   int64_t padded_dim;                // to kRowAlign
 };

@@ -33,16 +33,15 @@ from lowbit.files import shown
 
 CODECS = ("affine", "lut", "e4m3", "e5m2")
 BITS = (1, 2, 3, 4, 5, 6, 8)
-SCALES = (None, "fp32", "fp16", "bf16", "e8m0", "e4m3", "dq8", "int8")
+# Scales that are integers times a second level, and the least and the largest.
+INTEGER_SCALES = {"int8": (-128, 127), "int6": (-32, 31), "uint6": (0, 63), "uint4": (0, 15)}
+SCALES = (None, "fp32", "fp16", "bf16", "e8m0", "e4m3", "dq8", *INTEGER_SCALES)
 SECOND_LEVELS = ("fp32", "fp16", "bf16")
 SCALE_RULES = ("absmax", "rms", "mean", "minmax")
 ZEROS = (None, "int", "float", "min")
 SCOPES = ("tensor", "row", "group")
-DIGIT_BASES = {
-    "trits": 3,
-    "base5": 5,
-    "base6": 6,
-}  # the bases whose digits take less than whole bits
+# The bases whose digits take less than whole bits.
+DIGIT_BASES = {"trits": 3, "base5": 5, "base6": 6}
 PACKINGS = ("bits", *DIGIT_BASES)
 ACTIVATIONS = (None, "int8", "int8_table")
 OUTLIER_DTYPES = ("fp16", "fp32")
@@ -61,14 +60,14 @@ class Format:
         group: weights along K that share a scale; None means one scale per output row.
         scale: how scales are stored: "fp32", "fp16", "bf16", "e8m0" (a power of two in a byte),
             "e4m3" (with one fp32 factor per tensor), "dq8" (QLoRA double quantization: 8-bit dynamic
-            code, one fp32 factor per 256 scales, one fp32 offset per tensor), "int8" (an integer times `scale2`, as in
-            GGUF's K-quants: the product in fp32, rounded once), or None (scale 1).
-        scale2: with scale "int8", the dtype of its second level: "fp32", "fp16" or "bf16"; else None.
+            code, one fp32 factor per 256 scales, one fp32 offset per tensor), "int8", "int6", "uint6" or "uint4" (an
+            integer times `scale2`, as in GGUF's K-quants: the product in fp32, rounded once), or None (scale 1).
+        scale2: with an integer scale, the dtype of its second level: "fp32", "fp16" or "bf16"; else None.
         scale2_group: weights along K that share one of `scale2`, a multiple of `group`; None means the whole row.
         scale_rule: what round-to-nearest fits the scale to: "absmax", "rms" or "mean" of |w|, or "minmax"
             (the range of an asymmetric affine group).
-        zero: "int" (uint8 code), "float" or "min" (in the scale's dtype; with scale "int8" a code times a second level
-            of its own), or None.
+        zero: "int" (uint8 code), "float" or "min" (in the scale's dtype; with an integer scale an integer times a
+            second level of its own), or None.
         table: values of the codes of a "lut" codec, 2 .. 2^bits of them; None means that the table is fitted
             to the weight and stored beside it.
         table_scope: one table per "tensor", per output "row", or per row and "group".
@@ -135,8 +134,10 @@ class Format:
             )
             check(self.scale is not None, "scale", "a scale dtype with codec 'affine'")
         if self.zero in ("float", "min"):
-            codes = self.zero == "min" and self.scale == "int8"
-            check(codes or self.scale in SECOND_LEVELS, "scale", "a float dtype with a float zero")
+            integers = self.zero == "min" and self.scale in INTEGER_SCALES
+            check(
+                integers or self.scale in SECOND_LEVELS, "scale", "a float dtype with a float zero"
+            )
         self._check_second_level(check)
         if self.codec in ("e4m3", "e5m2"):
             check(self.bits == 8, "bits", f"8 with codec {self.codec!r}")
@@ -178,13 +179,14 @@ class Format:
         check(self.outlier_dtype in OUTLIER_DTYPES, "outlier_dtype", f"one of {OUTLIER_DTYPES}")
 
     def _check_second_level(self, check: Callable[[bool, str, str], None]) -> None:
-        if self.scale != "int8":
-            check(self.scale2 is None, "scale2", f"None with scale {self.scale!r}")
-            check(self.scale2_group is None, "scale2_group", f"None with scale {self.scale!r}")
+        given = f"with scale {self.scale!r}"
+        if not self.integer_scales:
+            check(self.scale2 is None, "scale2", f"None {given}")
+            check(self.scale2_group is None, "scale2_group", f"None {given}")
             return
-        check(self.scale2 in SECOND_LEVELS, "scale2", f"one of {SECOND_LEVELS} with scale 'int8'")
+        check(self.scale2 in SECOND_LEVELS, "scale2", f"one of {SECOND_LEVELS} {given}")
         group, size = self.group or 0, self.scale2_group
-        check(group > 0, "group", "a number of weights with scale 'int8'")
+        check(group > 0, "group", f"a number of weights {given}")
         check(
             size is None or (_is_int(size) and 0 < size < 2**31 and size % group == 0),
             "scale2_group",
@@ -301,6 +303,11 @@ class Format:
         return min(self.outliers, k)
 
     @property
+    def integer_scales(self) -> bool:
+        """Whether scales, and zeros "min", are integers times a second level."""
+        return self.scale in INTEGER_SCALES
+
+    @property
     def without_outliers(self) -> Format:
         """The format of the codes, scales, zeros and table alone; this one if it has no outliers."""
         return _without_outliers(self) if self.outliers else self
@@ -397,15 +404,15 @@ def _builtin() -> dict[str, Format]:
     formats.append(lut(name="iq4_nl", bits=4, group=32, table=IQ4_NL_TABLE))
     ternary = functools.partial(lut, bits=2, group=256, table=(-1.0, 0.0, 1.0))
     formats += [ternary(name="tq2_0"), ternary(name="tq1_0", packing="trits")]
-    two_levels: dict[str, Any] = {"scale": "int8", "scale2": "fp16", "scale2_group": 256}
+    two_levels: dict[str, Any] = {"scale2": "fp16", "scale2_group": 256}
     minima: dict[str, Any] = {"zero": "min", "scale_rule": "minmax", **two_levels}
     formats += [
-        affine(name="q2_k", bits=2, group=16, **minima),
-        affine(name="q3_k", bits=3, group=16, **two_levels),
-        affine(name="q4_k", bits=4, group=32, **minima),
-        affine(name="q5_k", bits=5, group=32, **minima),
-        affine(name="q6_k", bits=6, group=16, **two_levels),
-        lut(name="iq4_xs", bits=4, group=32, table=IQ4_NL_TABLE, **two_levels),
+        affine(name="q2_k", bits=2, group=16, scale="uint4", **minima),
+        affine(name="q3_k", bits=3, group=16, scale="int6", **two_levels),
+        affine(name="q4_k", bits=4, group=32, scale="uint6", **minima),
+        affine(name="q5_k", bits=5, group=32, scale="uint6", **minima),
+        affine(name="q6_k", bits=6, group=16, scale="int8", **two_levels),
+        lut(name="iq4_xs", bits=4, group=32, table=IQ4_NL_TABLE, scale="int6", **two_levels),
     ]
     return {f.name: f for f in formats}
 
@@ -415,7 +422,7 @@ FORMATS: dict[str, Format] = _builtin()
 _SECOND = r"(?:s(?P<second>\d+))?(?P<dtype>fp32|fp16|bf16)?"
 _SUFFIX = re.compile(
     r"_(?:g(?P<group>\d+)|(?P<row>row)|(?P<scale>fp32|fp16|bf16|e8m0|e4m3|dq8)|(?P<activation>a8t?)"
-    rf"|(?P<codes>int8){_SECOND}|o(?P<outliers>\d+)(?P<wide>fp32)?)$"
+    rf"|(?P<integers>{'|'.join(INTEGER_SCALES)}){_SECOND}|o(?P<outliers>\d+)(?P<wide>fp32)?)$"
 )
 
 
@@ -425,8 +432,9 @@ def parse(spec: str) -> Format:
 
     A name is one of `FORMATS`, optionally followed by `_gN` or `_row` (group), a scale dtype, `_a8` (activation
     "int8") or `_a8t` ("int8_table"), and `_oP` or `_oPfp32` (P outliers a row): "nf4", "int3_g64", "uint4_g32_bf16",
-    "nf4_g64_dq8", "int4_g32_a8", "int3_g64_o16". The scale dtype `_int8` has an fp32 second level per row, `_int8sN`
-    an fp16 one per N weights; its dtype may follow: "nf4_g32_int8", "int4_g16_int8s256", "int4_g16_int8s256fp32".
+    "nf4_g64_dq8", "int4_g32_a8", "int3_g64_o16". An integer scale, `_int8` or another of `INTEGER_SCALES`, has an fp32
+    second level per row, `_int8sN` an fp16 one per N weights; its dtype may follow: "nf4_g32_int8",
+    "int4_g16_int6s256", "int4_g16_int8s256fp32".
     A spec that starts with "{" is the JSON of `Format.spec`.
 
     Raises:
@@ -454,9 +462,9 @@ def parse(spec: str) -> Format:
         elif key == "outliers":
             changes["outliers"] = int(match["outliers"])
             changes["outlier_dtype"] = match["wide"] or "fp16"
-        elif match["codes"]:
+        elif match["integers"]:
             size = match["second"]
-            changes["scale"] = "int8"
+            changes["scale"] = match["integers"]
             changes["scale2"] = match["dtype"] or ("fp16" if size else "fp32")
             changes["scale2_group"] = int(size) if size else None
         else:

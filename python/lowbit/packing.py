@@ -7,7 +7,7 @@ a row takes ceil(K * b / 8) bytes; the unused high bits of its last byte are zer
 Digits of base B. As many codes as fit a byte, d with B^d <= 256, make the byte c0 + B*c1 + B^2*c2 + ...: five of
 base 3 (0..242), three of base 5 or 6; a row takes ceil(K / d) bytes, the missing digits of its last byte are zero.
 
-Kernels read the layouts of `layouts/`, which are made of this one.
+Kernels read the layouts of `layouts/`, which are made of this one. They hold integer scales as such bits, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit.formats import Format, digits_per_byte
 
-# Rows are packed in slices of about this many codes, which bounds the int64 temporaries to 64 MiB.
+# Rows are packed in slices of about this many codes, which bounds the temporaries to 16 MiB.
 _SLICE_CODES = 1 << 22
 
 
@@ -56,6 +56,31 @@ def unpack_codes(
     return out
 
 
+def pack_scales(
+    scales: Tensor,  # (..., C) int8, C a multiple of 4
+    bits: int,  # 4 or 6
+) -> Tensor:  # (..., C * bits / 8) uint8
+    """The low bits of integers as a little-endian bit stream."""
+    codes = scales.view(torch.uint8)
+    if bits == 4:
+        return codes[..., 0::2] & 15 | codes[..., 1::2] << 4
+    a, b, c, d = (codes & 63).unflatten(-1, (-1, 4)).unbind(-1)
+    return torch.stack((a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2), -1).flatten(-2)
+
+
+def unpack_scales(packed: Tensor, bits: int, signed: bool) -> Tensor:
+    """Inverse of `pack_scales`."""
+    if bits == 4:
+        codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+    else:
+        a, b, c = packed.unflatten(-1, (-1, 3)).unbind(-1)
+        fields = a & 63, a >> 6 | (b & 15) << 2, b >> 4 | (c & 3) << 4, c >> 2
+        codes = torch.stack(fields, -1).flatten(-2)
+    codes = codes.view(torch.int8)
+    unused = 8 - bits
+    return codes << unused >> unused if signed else codes
+
+
 def check_padding_and_range(packed: Tensor, format: Format, k: int) -> None:
     """Raises ValueError if canonical bytes hold a code that the format does not have."""
     most = format.base or 2**format.bits
@@ -88,38 +113,55 @@ def _row_slices(n: int, k: int) -> list[slice]:
     return [slice(i, min(n, i + step)) for i in range(0, n, step)]
 
 
-def _digits(codes: Tensor, per_unit: int) -> Tensor:
-    n, k = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -k % per_unit))
-    return padded.view(n, -1, per_unit).long()
-
-
-def _places(base: int, device: torch.device) -> Tensor:  # (digits,) int64
-    return base ** torch.arange(digits_per_byte(base), dtype=torch.int64, device=device)
+def _units(
+    values: Tensor, size: int
+) -> Tensor:  # (N, K) -> (N, units, size), the last one padded with zeros
+    n, k = values.shape
+    padded = values.new_zeros(n, -(-k // size) * size)
+    padded[:, :k] = values
+    return padded.view(n, -1, size)
 
 
 def _pack_slice(codes: Tensor, format: Format) -> Tensor:
-    n, k = codes.shape
     if format.base:
-        place = _places(format.base, codes.device)
-        return (_digits(codes, len(place)) * place).sum(-1).to(torch.uint8)
-    b = format.bits
-    shift = torch.arange(8, dtype=torch.int64, device=codes.device) * b
-    word = (_digits(codes, 8) << shift).sum(-1)
-    byte_shift = torch.arange(b, dtype=torch.int64, device=codes.device) * 8
-    stream = ((word.unsqueeze(-1) >> byte_shift) & 0xFF).to(torch.uint8)
-    return stream.view(n, -1)[:, : format.row_bytes(k)]
+        units = _units(codes, digits_per_byte(format.base))
+        # No sum is above 255.
+        place = [units[..., i] * format.base**i for i in range(units.shape[-1])]
+        return torch.stack(place).sum(0, dtype=torch.uint8)
+    if (b := format.bits) == 8:
+        return codes
+    # A word holds 8 codes, a byte each; what lies between them is squeezed out.
+    words = _units(codes, 8).view(torch.int64)
+    for width, low, high in _halves(b):
+        words = words & low | words >> width - b * width // 8 & high
+    stream = words.view(torch.uint8)[..., :b]
+    return stream.reshape(len(codes), -1)[:, : format.row_bytes(codes.shape[1])]
 
 
 def _unpack_slice(packed: Tensor, format: Format, k: int) -> Tensor:
-    n = packed.shape[0]
     if format.base:
-        place = _places(format.base, packed.device)
-        digits = (packed.long().unsqueeze(-1) // place) % format.base
-        return digits.to(torch.uint8).view(n, -1)[:, :k]
-    b = format.bits
-    byte_shift = torch.arange(b, dtype=torch.int64, device=packed.device) * 8
-    word = (_digits(packed, b) << byte_shift).sum(-1)
-    shift = torch.arange(8, dtype=torch.int64, device=packed.device) * b
-    codes = (word.unsqueeze(-1) >> shift) & (2**b - 1)
-    return codes.to(torch.uint8).view(n, -1)[:, :k]
+        digits = [
+            packed // format.base**i % format.base for i in range(digits_per_byte(format.base))
+        ]
+        return torch.stack(digits, dim=-1).view(len(packed), -1)[:, :k]
+    if (b := format.bits) == 8:
+        return packed
+    units = _units(packed, b)
+    spread = units.new_zeros(*units.shape[:2], 8)
+    spread[..., :b] = units
+    words = spread.view(torch.int64)
+    for width, low, high in reversed(_halves(b)):
+        words = words & low | (words & high) << width - b * width // 8
+    return words.view(torch.uint8).view(len(packed), -1)[:, :k]
+
+
+def _halves(bits: int) -> list[tuple[int, int, int]]:
+    """(width, low, high): pairs of lanes of `width` bits hold one code each, or two, or four; where those of the lower
+    lane and of the upper one are when they lie next to each other.
+    """
+    found = []
+    for width in (8, 16, 32):
+        used = bits * width // 8
+        low = sum((1 << used) - 1 << start for start in range(0, 64, 2 * width))
+        found.append((width, low, low << used))
+    return found

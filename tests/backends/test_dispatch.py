@@ -100,6 +100,9 @@ def test_every_request_has_a_row_and_every_other_row_a_reason() -> None:
                         assert all((cost is None) != (why is None) for _, cost, _, why in rows)
 
 
+_INT6 = {"scale_dtype": "int6", "scale2_dtype": "fp16"}
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -110,6 +113,13 @@ def test_every_request_has_a_row_and_every_other_row_a_reason() -> None:
         ({"zero": "minus"}, "zero"),
         ({"zero": "add"}, "zero_dtype"),
         ({"scale_dtype": "fp64"}, "dtype"),
+        ({"scale_dtype": "uint4"}, "scale_dtype uint4 needs a second level"),
+        (
+            {"scale_dtype": "fp32", "zero": "add", "zero_dtype": "int6"},
+            "zero_dtype must be a number",
+        ),
+        ({**_INT6, "zero": "subtract", "zero_dtype": "int6"}, "zero_dtype must be .* got int6"),
+        ({**_INT6, "zero": "add", "zero_dtype": "uint6"}, "zero_dtype must be .* got uint6"),
         ({"table_groups": 3}, "table_groups"),
     ],
 )

@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (
     "binary", "int2_g32", "uint3_g48", "uint4_zfloat", "int4_g32", "nf4", "nf4_g64_dq8", "int5", "uint6_g5", "int8",
     "uint8_g33", "e4m3", "e5m2", "mxfp4", "nvfp4", "kmeans3_pr", "kmeans4", "kmeans6_pr", "kmeans8", "ternary_trits",
-    "q5_1", "int8_row_a8", "int4_g32_a8", "kmeans4_a8t", "int4_g32_o3", "nf4_o2fp32",
+    "q5_1", "q2_k", "q3_k", "q4_k", "int8_row_a8", "int4_g32_a8", "kmeans4_a8t", "int4_g32_o3", "nf4_o2fp32",
 )  # fmt: skip
 # Triton's interpreter takes a second for each.
 LAYOUTS = {CANONICAL: FORMATS, N16: FORMATS, K16: FORMATS[::5]}

@@ -233,7 +233,10 @@ def test_sample_text_is_english():
     [
         ({"prompt": " "}, "prompt must not be empty"),
         ({"dtype": "int8"}, r"dtype must be one of \['bf16', 'fp16', 'fp32'\], got 'int8'"),
-        ({"cache": "q4"}, r"cache must be one of \['bf16', 'fp16', 'fp32', 'int8'\], got 'q4'"),
+        (
+            {"cache": "q4"},
+            r"cache must be one of \['bf16', 'fp16', 'fp32', 'fp8', 'int8'\], got 'q4'",
+        ),
         ({"stop": ("a", "")}, "stop must not hold an empty string"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"threads": -1}, "threads must be at least 1, got -1"),

@@ -105,11 +105,15 @@ struct Case {
   ZeroMode zero;
   Dtype scale = Dtype::kF32;   // that of the codes with which scales, and zeros of kAdd, are stored
   Dtype second = Dtype::kF32;  // and of what these are multiplied by,
-  int64_t super_groups = 0;    // for so many groups; 0: one fp32 for the weight, if scales are int8 or E4M3
+  int64_t super_groups = 0;    // for so many groups; 0: one fp32 for the weight, if scales are integers or E4M3
 };
 
 // What a code of scales stands for, by the formats' definition.
 inline float scale_value(Dtype dtype, uint8_t code) {
+  if (const int bits = packed_scale_bits(dtype)) {
+    const bool negative = dtype == Dtype::kI6 && code >> (bits - 1);
+    return static_cast<float>(code - (negative ? 1 << bits : 0));
+  }
   return dtype == Dtype::kI8     ? static_cast<float>(static_cast<int8_t>(code))
          : dtype == Dtype::kE4m3 ? float8_value(Codec::kE4m3, code)
                                  : std::ldexp(1.0f, code - 127);
@@ -198,14 +202,25 @@ struct Problem {
     // No more bits than any dtype of them has.
     for (float& f : factors) f = static_cast<float>(64 + rng() % 64) / 4096;
     second = Numbers(c.second, factors);
-    stored = Guarded<uint8_t>(terms.size());
+    const int bits = packed_scale_bits(c.scale);
+    stored = Guarded<uint8_t>(bits ? terms.size() * bits / 8 : terms.size());
     for (size_t i = 0; i < terms.size(); ++i) {
       const int64_t group = static_cast<int64_t>(i) / kBlockN % groups,
                     block = static_cast<int64_t>(i) / kBlockN / groups;
-      stored[i] = static_cast<uint8_t>(c.scale == Dtype::kE8m0 ? 120 + rng() % 8 : rng());
-      if (c.scale == Dtype::kE4m3) stored[i] &= 0xBF;  // below 2
+      uint8_t code = static_cast<uint8_t>(c.scale == Dtype::kE8m0 ? 120 + rng() % 8 : rng());
+      if (c.scale == Dtype::kE4m3) code &= 0xBF;  // below 2
+      if (bits) {
+        // Bit by bit into a little-endian stream.
+        code &= static_cast<uint8_t>((1 << bits) - 1);
+        for (int b = 0; b < bits; ++b) {
+          const size_t at = i * bits + b;
+          stored[at / 8] = static_cast<uint8_t>(stored[at / 8] | (code >> b & 1) << at % 8);
+        }
+      } else {
+        stored[i] = code;
+      }
       const int64_t super = supers() ? (block * supers() + group / c.super_groups) * kBlockN + i % kBlockN : 0;
-      terms[i] = scale_value(c.scale, stored[i]) * (second_level() ? factors[super] : 1.0f);
+      terms[i] = scale_value(c.scale, code) * (second_level() ? factors[super] : 1.0f);
     }
   }
 

@@ -35,7 +35,7 @@ void expect_near(const char* what, int64_t i, double got, double want, double to
 }
 
 int64_t padded(int64_t n) { return ceil_div(n, kRowAlign) * kRowAlign; }
-int size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 ? 1 : 2; }
+int size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : has_scales(dtype) ? 1 : 2; }
 double epsilon(Dtype dtype) { return dtype == Dtype::kF32 ? 1e-6 : dtype == Dtype::kBf16 ? 1.0 / 128 : 1.0 / 1024; }
 
 // Numbers of an activation's dtype.
@@ -178,6 +178,16 @@ void check_elementwise(const DecoderOps& ops, Dtype dtype, int64_t n, Random& ra
   }
 }
 
+// The number of a cache's scaled codes that is nearest, even where two are: 3 mantissa bits and exponents from -6 on
+// are E4M3.
+double nearest_code(Dtype cache, float x) {
+  if (cache == Dtype::kI8) return std::nearbyint(x);
+  int exponent;
+  std::frexp(x, &exponent);
+  const double step = std::ldexp(1.0, std::max(exponent - 1, -6) - 3);
+  return std::nearbyint(x / step) * step;
+}
+
 struct Case {
   int64_t dim, positions, rows, group, window;
   float cap;
@@ -199,19 +209,21 @@ void check_attention(const DecoderOps& ops, Dtype dtype, Dtype cache_dtype, cons
   for (int64_t p = 0; p < c.positions; ++p) {
     const Guarded<float> key = random.floats(c.dim, wide);
     Values value = random.values(dtype, c.dim, c.dim);
-    std::vector<float> key_steps(ceil_div(c.dim, kKeyGroup));
+    const int64_t key_group = cache_dtype == Dtype::kI8 ? kKeyGroup : c.dim;
+    const float largest = cache_dtype == Dtype::kI8 ? 127 : 448;
+    std::vector<float> key_steps(ceil_div(c.dim, key_group));
     float value_step = 0;
     for (int64_t d = 0; d < c.dim; ++d) {
-      float& step = key_steps[d / kKeyGroup];
-      step = std::max(step, std::abs(key[d]) / 127);
-      value_step = std::max(value_step, std::abs(static_cast<float>(value.get(d))) / 127);
+      float& step = key_steps[d / key_group];
+      step = std::max(step, std::abs(key[d]) / largest);
+      value_step = std::max(value_step, std::abs(static_cast<float>(value.get(d))) / largest);
     }
     // In float, as codes in the middle of two depend on it.
     const auto kept = [&](float x, float step) {
-      return cache_dtype == Dtype::kI8 && step > 0 ? std::nearbyint(x / step) * step : x;
+      return has_scales(cache_dtype) && step > 0 ? nearest_code(cache_dtype, x / step) * step : x;
     };
     for (int64_t d = 0; d < c.dim; ++d) {
-      k[p].push_back(kept(key[d], key_steps[d / kKeyGroup]));
+      k[p].push_back(kept(key[d], key_steps[d / key_group]));
       v[p].push_back(kept(static_cast<float>(value.get(d)), value_step));
     }
     ops.store_position(cache, p, true, key.data(), dtype, value.data(), scratch.data());
@@ -298,7 +310,7 @@ int main() {
           for (const bool normed : {false, true}) check_heads(*set.ops, dtype, dim, rotary, normed, random);
         }
       }
-      for (const Dtype cache : {Dtype::kF32, Dtype::kBf16, Dtype::kF16, Dtype::kI8}) {
+      for (const Dtype cache : {Dtype::kF32, Dtype::kBf16, Dtype::kF16, Dtype::kI8, Dtype::kE4m3}) {
         for (const Case& c : {Case{2, 1, 1, 1, 1, 0}, Case{20, 63, 3, 3, 1000, 0}, Case{26, 65, 5, 5, 64, 2},
                               Case{64, 129, 2, 2, 7, 0}, Case{80, 200, 12, 3, 130, 5}, Case{32, 150, 32, 2, 20, 0}}) {
           check_attention(*set.ops, dtype, cache, c, random);

@@ -291,15 +291,18 @@ int main() {
       {1, 128, 320, 320, ZeroMode::kNone},
       {3, 17, 520, 512, ZeroMode::kNone},
       // Groups of half a chunk, an odd number of them too, and scales in all the ways in which they are stored.
-      {1, 65, 272, 16, ZeroMode::kAdd, Dtype::kI8, Dtype::kF16, 16},
-      {2, 64, 512, 16, ZeroMode::kNone, Dtype::kI8, Dtype::kF16, 16},
+      {1, 65, 272, 16, ZeroMode::kAdd, Dtype::kU4, Dtype::kF16, 16},
+      {2, 64, 512, 16, ZeroMode::kNone, Dtype::kI6, Dtype::kF16, 16},
+      {1, 130, 256, 16, ZeroMode::kAdd, Dtype::kI8, Dtype::kF16, 16},
+      {5, 64, 128, 32, ZeroMode::kAdd, Dtype::kU6, Dtype::kF16, 8},
       {7, 70, 80, 16, ZeroMode::kSubtract},
-      {98, 66, 144, 16, ZeroMode::kAdd, Dtype::kI8, Dtype::kBf16, 3},
+      {98, 66, 144, 16, ZeroMode::kAdd, Dtype::kI6, Dtype::kBf16, 3},
       {4, 65, 200, 16, ZeroMode::kNone, Dtype::kE4m3},
-      {13, 130, 352, 32, ZeroMode::kAdd, Dtype::kI8, Dtype::kF16, 8},
+      {13, 130, 352, 32, ZeroMode::kAdd, Dtype::kU6, Dtype::kF16, 8},
       {3, 64, 1100, 512, ZeroMode::kSubtract, Dtype::kI8, Dtype::kF32, 3},
       {5, 33, 96, 32, ZeroMode::kNone, Dtype::kE8m0},
       {2, 67, 50, 20, ZeroMode::kAdd, Dtype::kI8, Dtype::kF32, 2},
+      {3, 65, 50, 20, ZeroMode::kNone, Dtype::kU4, Dtype::kF32, 2},
   };
   // A group longer than an int32 sum allows, and more of them than are summed in one chain: of int8 products alone.
   const Case long_cases[] = {{3, 2, 65536 + 40, 65536 + 40, ZeroMode::kAdd}, {2, 3, 4160, 32, ZeroMode::kAdd}};

@@ -71,7 +71,7 @@ def test_low_precision(dtype):
     assert (torch.stack(rows) - exact).norm() < 1.25 * error
 
 
-@pytest.mark.parametrize("cache", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("cache", [torch.float32, torch.int8, torch.float8_e4m3fn], ids=str)
 def test_sequences_do_not_meet(cache):
     """Neither NaN of others nor of the one before in its place."""
     packed, _ = tiny("mistral")

@@ -17,13 +17,18 @@ from transformers import DynamicCache
 from lowbit.decoder.compiled import CompiledDecoder
 from lowbit.decoder.runner import Runner
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+E4M3 = torch.float8_e4m3fn
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, E4M3]
+SCALED = [torch.int8, E4M3]
 
 
 def rounded(x, dtype, group):
     """x (batch, heads, tokens, dim) as the cache gives it back."""
-    if dtype != torch.int8:
+    if dtype not in SCALED:
         return x.to(dtype).float()
+    if dtype == E4M3:
+        scale = x.abs().amax(dim=-1, keepdim=True) / 448
+        return (x / scale).to(E4M3).float() * scale
     parts = []
     for part in x.split(group, dim=-1):
         scale = part.abs().amax(dim=-1, keepdim=True) / 127
@@ -74,7 +79,7 @@ def test_rounded_caches(dtype, case):
                 assert error.norm() < 0.4 * effect + limit, (threads, pieces, last)
 
 
-@pytest.mark.parametrize("cache", [torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("cache", [torch.float16, *SCALED], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_models(dtype, cache):
     """Activations of 16 bits: a cache of more bits than they have changes nothing, int8 little."""
@@ -104,22 +109,28 @@ def test_stale_values_do_not_return(dtype, poison):
             assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("cache", "base", "limit"),
+    [(torch.int8, torch.float32, 0.002), (E4M3, torch.bfloat16, 0.004)],
+    ids=str,
+)
 @pytest.mark.parametrize("case", ["llama3", "qwen3", "gemma3"])
-def test_divergence_of_int8(case, capsys):
-    """Mean KL divergence of the next token from that of a fp32 cache."""
+def test_divergence(case, cache, base, limit, capsys):
+    """Mean KL divergence of the next token from that of a cache of more bits."""
     packed, _ = tiny(case)
     found = []
-    for dtype in (torch.float32, torch.int8):
+    for dtype in (base, cache):
         decoder = decoder_with(packed, dtype)
         found.append(torch.stack([logits for logits, _ in logits_after(decoder, (1,) * LENGTH)]))
     p, q = (F.log_softmax(logits, dim=1) for logits in found)
     divergence = float(F.kl_div(q, p, reduction="batchmean", log_target=True))
     with capsys.disabled():
-        print(f"\nKL divergence of an int8 cache, {case}: {divergence:.1e} nats")
-    assert 0 < divergence < 0.002
+        print(f"\nKL divergence of a cache of {cache}, {case}: {divergence:.1e} nats")
+    assert 0 < divergence < limit
 
 
-def test_zeros_are_kept():
+@pytest.mark.parametrize("cache", SCALED, ids=str)
+def test_zeros_are_kept(cache):
     """absmax of 0: there is no scale to divide by."""
     packed, oracle = tiny("llama3")
     for layer in (*packed.model.layers, *oracle.model.layers):
@@ -130,7 +141,7 @@ def test_zeros_are_kept():
         for layer in model.model.layers:
             getattr(layer.self_attn.v_proj, name).data.zero_()
     expected = forward(oracle)
-    for got, last in logits_after(decoder_with(packed, torch.int8), PIECES[1]):
+    for got, last in logits_after(decoder_with(packed, cache), PIECES[1]):
         assert (got - expected[last]).abs().max() < bound(oracle, expected)
 
 

@@ -191,13 +191,25 @@ def test_a_format_without_a_type_is_an_error_or_requantized(tmp_path: Path) -> N
         to_gguf(model, path, requantize="Q4_K")
 
 
-def test_scales_that_do_not_fit_leave_nothing(tmp_path: Path) -> None:
-    """int8 codes of scales fill 8 bits as lowbit fits them; Q4_K has 6."""
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"])
+def test_super_blocks_that_lowbit_fitted(tmp_path: Path, name: str) -> None:
+    """As gguf dequantizes them."""
     model = made("qwen2", hidden_size=256, intermediate_size=256)
-    lowbit.quantize_model(model, "q4_k", progress=False)
+    lowbit.quantize_model(model, name, progress=False)
+    to_gguf(model, tmp_path / "a.gguf")
+    found = GGUFFile(tmp_path / "a.gguf")
+    kept = found.tensors["blk.0.ffn_up.weight"]
+    assert kept.type.name == name.upper()
+    expected = lowbit.dequantize(model.model.layers[0].mlp.up_proj.quant_tensor())
+    assert torch.equal(found.dequantized(kept.name), expected)
+
+
+def test_scales_that_do_not_fit_leave_nothing(tmp_path: Path) -> None:
+    """NVFP4 of GGUF has no factor of a tensor."""
+    model = made("qwen2", hidden_size=256, intermediate_size=256)
+    lowbit.quantize_model(model, "nvfp4", progress=False)
     with pytest.raises(
-        ValueError,
-        match=r"q_proj, in format 'q4_k': as Q4_K the integers of .* must be in \[0, 63\]",
+        ValueError, match=r"q_proj, in format 'nvfp4': as NVFP4 .* no factor of the whole tensor"
     ):
         to_gguf(model, tmp_path / "a.gguf")
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import torch
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 
 from gguf import GGMLQuantizationType as GGMLType  # noqa: E402
 from transformers import LlamaForCausalLM  # noqa: E402
@@ -18,7 +19,7 @@ import lowbit  # noqa: E402
 from gguf_files import Llama, llama_fields, llama_tensors, write, write_llama  # noqa: E402
 from lowbit.cli.run import default_model  # noqa: E402
 from lowbit.decoder.runner import Runner  # noqa: E402
-from lowbit.integrations.gguf_llama import llama_config  # noqa: E402
+from lowbit.integrations.gguf_configs import config_of  # noqa: E402
 from lowbit.integrations.transformers import load_gguf, load_tokenizer, packed_modules  # noqa: E402
 from lowbit.io.readers.gguf import GGUFFile  # noqa: E402
 from lowbit.nn import QuantEmbedding, QuantLinear  # noqa: E402
@@ -34,8 +35,7 @@ PROMPTS = (
 
 
 def dense_model(path, dtype=torch.float32) -> LlamaForCausalLM:
-    """transformers' own loader, which needs accelerate; nothing but dense tensors of `dtype`."""
-    pytest.importorskip("accelerate")
+    """transformers' own loader; nothing but dense tensors of `dtype`."""
     model = LlamaForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert {p.dtype for p in model.parameters()} == {dtype}
@@ -178,7 +178,7 @@ def test_keys_that_files_may_leave_out(tmp_path):
     optional = {"llama.attention.head_count_kv": None, "llama.rope.freq_base": None}
     optional["llama.rope.dimension_count"] = None
     bare = write_llama(tmp_path / "bare.gguf", spec, **optional)
-    stated, defaults = (llama_config(GGUFFile(path)) for path in (whole, bare))
+    stated, defaults = (config_of(GGUFFile(path)) for path in (whole, bare))
     assert defaults.num_key_value_heads == stated.num_key_value_heads == 4
     assert defaults.rope_parameters["rope_theta"] == stated.rope_parameters["rope_theta"] == 1e4
     assert defaults.head_dim == stated.head_dim

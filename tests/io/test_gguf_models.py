@@ -23,38 +23,49 @@ from gguf_architectures import (  # noqa: E402
     tensors_of,
     write_model,
 )
+from gguf_converted import CASES  # noqa: E402
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import lowbit  # noqa: E402
 from lowbit.decoder.compiled import CompiledDecoder  # noqa: E402
 from lowbit.decoder.runner import Runner  # noqa: E402
-from lowbit.integrations.gguf_configs import _ARCHITECTURES, causal_config  # noqa: E402
+from lowbit.integrations.gguf_configs import _ARCHITECTURES, config_of  # noqa: E402
 from lowbit.integrations.transformers import load_gguf, packed_modules  # noqa: E402
 from lowbit.io.readers.gguf import GGUFFile  # noqa: E402
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES  # noqa: E402
 
 TOKENS = torch.arange(24) * 7 % 90
-NATIVE = ("qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+NATIVE = ("qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "granite")
 
 
-def bound(config, logits: torch.Tensor) -> float:
-    """sqrt(K) eps for each of the sums behind a logit, of K terms in another order; 4 for the tails."""
-    k = max(config.hidden_size, config.intermediate_size, config.num_attention_heads * 256)
+def bound(config, outputs: torch.Tensor) -> float:
+    """sqrt(K) eps for each of the sums behind an output, of K terms in another order; 4 for the tails."""
+    mlp = max(
+        getattr(config, n, None) or 0 for n in ("intermediate_size", "ffn_hidden_size", "n_inner")
+    )
+    k = max(config.hidden_size, mlp, config.num_attention_heads * 256)
     depth = 10 * config.num_hidden_layers + 1
-    return 4 * depth * math.sqrt(k) * torch.finfo(torch.float32).eps * float(logits.abs().max())
+    return 4 * depth * math.sqrt(k) * torch.finfo(torch.float32).eps * float(outputs.abs().max())
 
 
 @torch.inference_mode()
 def assert_same(model, oracle) -> None:
-    """The same weights bit for bit, logits within rounding, and greedy tokens; so does the native decoder."""
+    """The same weights bit for bit, outputs within rounding, and greedy tokens; so does the native decoder."""
     for name, module in packed_modules(model):
-        expected = oracle.get_submodule(name).weight
-        assert torch.equal(module.quant_tensor().dequantize(), expected), name
+        expected = oracle.get_submodule(name)
+        weight = expected.weight.t() if isinstance(expected, Conv1D) else expected.weight
+        assert torch.equal(module.quant_tensor().dequantize(), weight), name
     dense = {n for n, _ in oracle.named_parameters()} - {
         f"{n}.weight" for n, _ in packed_modules(model)
     }
     for name in dense:
         assert torch.equal(model.get_parameter(name), oracle.get_parameter(name)), name
+    if not oracle.can_generate():
+        expected = oracle(TOKENS[None]).last_hidden_state
+        got = model(TOKENS[None]).last_hidden_state
+        assert (got - expected).abs().max() < bound(model.config, expected)
+        return
     expected = oracle(TOKENS[None]).logits[0]
     limit = bound(model.config, expected)
     assert (model(TOKENS[None]).logits[0] - expected).abs().max() < limit
@@ -68,9 +79,10 @@ def assert_same(model, oracle) -> None:
     assert (torch.stack(rows) - expected[8:]).abs().max() < limit
 
 
-def test_every_architecture_is_tested_and_read_by_transformers():
-    assert {spec.arch for spec in SPECS.values()} == set(_ARCHITECTURES)
-    assert set(_ARCHITECTURES) <= set(GGUF_SUPPORTED_ARCHITECTURES)
+def test_every_architecture_is_tested():
+    here = {spec.arch for spec in SPECS.values()}
+    assert here | {case.arch for case in CASES.values()} | {"llama"} == set(_ARCHITECTURES)
+    assert here <= set(GGUF_SUPPORTED_ARCHITECTURES)
 
 
 @pytest.mark.parametrize("case", SPECS)
@@ -202,7 +214,7 @@ def test_the_largest_gemma_scales_scores_by_its_width(tmp_path, arch, layers):
     lengths = {"attention.key_length": 4, "attention.value_length": 4}
     for count, expected in ((layers, 16), (layers - 1, 4)):
         spec = SPECS[arch].with_(layers=count, fields=lengths, **small)
-        config = causal_config(GGUFFile(write_model(tmp_path / "a.gguf", spec)))
+        config = config_of(GGUFFile(write_model(tmp_path / "a.gguf", spec)))
         assert config.query_pre_attn_scalar == expected
 
 
@@ -211,7 +223,7 @@ def test_types_that_no_format_holds_are_quantized_anew(tmp_path, case):
     kinds = {**SPECS[case].kinds, "ffn_up": GGMLType.IQ2_XXS, "token_embd": GGMLType.IQ2_XXS}
     path = write_model(tmp_path / "a.gguf", SPECS[case].with_(kinds=kinds))
     count = SPECS[case].layers + 1
-    message = f"no format holds {count} tensors of type IQ2_XXS; .* int8_g32, with a loss: "
+    message = f"no format holds {count} tensors of type IQ2_XXS; .* int8_g32, with a loss: a relative error of up to 0"
     with pytest.warns(UserWarning, match=message):
         model = load_gguf(path, dtype=torch.float32)
     oracle, found = as_read(path), 0
@@ -224,6 +236,29 @@ def test_types_that_no_format_holds_are_quantized_anew(tmp_path, case):
         else:
             assert torch.equal(got, expected), name
     assert found == count + SPECS[case].tied
+
+
+@pytest.mark.parametrize("case", ["qwen2", "gemma2"])
+def test_what_becomes_of_them_is_a_choice(tmp_path, case):
+    kinds = {**SPECS[case].kinds, "ffn_up": GGMLType.IQ2_XXS, "token_embd": GGMLType.IQ2_XXS}
+    path = write_model(tmp_path / "a.gguf", SPECS[case].with_(kinds=kinds))
+    oracle = as_read(path)
+    exact = lowbit.load_model(path, dtype=torch.float32, inexact="dense")
+    dense = {n for n, _ in exact.named_parameters()}
+    assert {f"model.layers.{i}.mlp.up_proj.weight" for i in range(SPECS[case].layers)} <= dense
+    assert exact.lm_head.weight is exact.get_input_embeddings().weight
+    for name in dense:
+        assert torch.equal(exact.get_parameter(name), oracle.get_parameter(name)), name
+    with torch.inference_mode():
+        got, expected = (m(TOKENS[None]).logits for m in (exact, oracle))
+    assert (got - expected).abs().max() < bound(exact.config, expected)
+    with pytest.warns(
+        UserWarning, match="IQ2_XXS; they are quantized anew to nf4, with a loss: a relative"
+    ):
+        model = load_gguf(path, inexact="nf4")
+    up = model.model.layers[0].mlp.up_proj.quant_tensor()
+    expected = lowbit.quantize(oracle.model.layers[0].mlp.up_proj.weight.detach(), "nf4")
+    assert torch.equal(up.dequantize(), expected.dequantize())
 
 
 @pytest.mark.parametrize("case", ["gemma2", "qwen2 untied"])

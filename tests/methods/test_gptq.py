@@ -245,7 +245,7 @@ def test_a_scale_that_overflows_after_the_updates():
         quantize(weight, format, "gptq", hessian=h, damping=1e-6)
 
 
-ZEROS = [f for f in ALL_FORMATS if f.zero in ("float", "min") and f.scale != "int8"]
+ZEROS = [f for f in ALL_FORMATS if f.zero in ("float", "min") and not f.integer_scales]
 
 
 def lp(weight: torch.Tensor, qt: lowbit.QuantTensor) -> torch.Tensor:  # (N, groups)

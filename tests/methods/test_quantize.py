@@ -293,7 +293,7 @@ def test_zeros_stay_zero(format: Format):
     # Fitted tables have no entry at 0 unless there is a point for it, and a scale of 0 needs a
     # dtype with 0.
     entries = format.values() or (1.0,)
-    single = format.scale in ("fp32", "fp16", "bf16", "int8")
+    single = format.integer_scales or format.scale in ("fp32", "fp16", "bf16")
     if not (single or 0.0 in entries or format.codec == "affine"):
         assert format.fitted
         return

@@ -15,29 +15,34 @@ MUTANTS = [
         ("if info.offset + info.nbytes > file.size:", "if info.offset > file.size:"),
         ("tuple(reversed(dims)), offset, nbytes, part)", "tuple(dims), offset, nbytes, part)"),
         ("if said != (i, count):", "if said[1] != count:"),
-    ),
-    *python("integrations/transformers.py", "transformers", "gguf_llama")(
-        ("order.view(-1, head_dim // 2, 2).transpose(1, 2)", "order.view(-1, 2, head_dim // 2).transpose(1, 2)"),
-    ),
-    *python("integrations/gguf_llama.py", "transformers", "gguf_llama")(
-        ('"tie_word_embeddings": "output.weight" not in file.tensors', '"tie_word_embeddings": "output.weight" in file.tensors'),
-        ('"llama.attention.head_count_kv", layers, default=heads', '"llama.attention.head_count_kv", layers, default=1'),
+        ("if end > len(chunk):", "if end > len(chunk) + 8:"),
     ),
     *python("integrations/gguf_keys.py", "gguf_llama", "gguf_models")(
         ('.rope.freq_base", float, default=10000.0', '.rope.freq_base", float, default=1000000.0'),
         ("return None if np.isscalar(value) and value == 0 else key(file, name, kind)", "return key(file, name, kind)"),
     ),
-    *python("integrations/gguf_configs.py", "gguf_models", "gguf_models_bad")(
+    *python("integrations/gguf_configs.py", "gguf_llama", "gguf_models", "gguf_models_bad", "gguf_converted")(
+        ('"tie_word_embeddings": "output.weight" not in file.tensors', '"tie_word_embeddings": "output.weight" in file.tensors'),
+        ('.attention.head_count_kv", layers, default=heads', '.attention.head_count_kv", layers, default=1'),
+        ('arguments["attention_multiplier"] = dim**-0.5 if scale is None else scale', 'arguments["attention_multiplier"] = dim**-0.5'),
+        ("grouped = two or kv_heads > 1", "grouped = two"),
         ('rope["partial_rotary_factor"] = rotated / dim', 'rope["partial_rotary_factor"] = 1.0'),
         ("// heads if layers == largest else dim", "// heads"),
         ('"sliding_attention" if (i + 1) % pattern', '"sliding_attention" if i % pattern'),
         ('float, default=10000.0),', 'float, default=10000.0) * 2,'),
         ('columns = hidden if name == "token_embd.weight" else heads * dim', "columns = file.tensors[name].shape[-1]"),
     ),
-    *python("integrations/gguf_models.py", "gguf_models", "gguf_models_bad")(
-        ("values = values - 1", "values = values - 0"),
-        ("if unknown := sorted(file.tensors.keys() - names.keys()):", "if unknown := ():"),
+    *python("integrations/gguf_rows.py", "gguf_llama", "gguf_models", "gguf_converted")(
+        ("order = processor.process(order, stored).weights", "pass"),
+        ("if unknown := sorted(file.tensors.keys() - used):", "if unknown := ():"),
+        ('"blk.0.", stored)', 'r"\\g<0>", stored)'),
+        ("grouped = [p.reshape(kv_heads, -1,", "grouped = [p.reshape(1, -1,"),
+        ("found[stored] = {names[i]: at[owners == i]", "found[stored] = {names[i]: at[owners == owners[0]]"),
+    ),
+    *python("integrations/gguf_models.py", "gguf_llama", "gguf_models", "gguf_models_bad", "gguf_converted")(
+        ("values = self.processor.process(weight.float().numpy(), source.stored).weights", "values = weight.float().numpy()"),
         ("isinstance(module, nn.Linear) and parent != _HEAD", "isinstance(module, nn.Linear)"),
+        ("scaled = frequencies / factors.to(torch.float32)", "scaled = frequencies * factors.to(torch.float32)"),
     ),
     *python("nn/embedding.py", "scaled_embedding")(
         ("torch.tensor(self.embed_scale, dtype=self.dtype", "torch.tensor(self.embed_scale, dtype=torch.float32"),

@@ -13,7 +13,7 @@ MUTANTS = [
         ('if base**d <= 256)', 'if base**d < 256 // 2)'),
     ),
     *python("packing.py", "packing", "io_bad_files")(
-        ("shift = torch.arange(8, dtype=torch.int64, device=codes.device) * b", "shift = torch.arange(8, dtype=torch.int64, device=codes.device).flip(0) * b"),
+        ("words = words & low | words >> width - b * width // 8 & high", "words = words & high | words >> width - b * width // 8 & low"),
         ("elif format.num_codes < most and any(", "elif format.num_codes < most - 1 and any("),
     ),
     *python("layouts/k16.py", "triton", "packing")(

@@ -23,6 +23,11 @@ inline void store_u8(uint8_t* p, I v) {
   const I bytes = _mm256_shuffle_epi8(v, first);
   _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 }
+// Codes of E4M3, but NaN is +-480, as fp16 that are 2^-8 of them: sign, a 0, exponent, mantissa.
+inline F load_e4m3_256th(const uint8_t* p) {
+  const __m128i words = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
+  return _mm256_cvtph_ps(_mm_and_si128(words, _mm_set1_epi16(static_cast<int16_t>(0xBFFF))));
+}
 inline I load_u8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 
 // Lane i is the largest lane of v[i]: pairs of vectors fold into one, their lanes side by side.

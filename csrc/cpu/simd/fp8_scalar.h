@@ -39,6 +39,22 @@ inline I truncated(F f) {
 inline void store_u8(uint8_t* p, I a) {
   for (int i = 0; i < kVecLanes; ++i) p[i] = static_cast<uint8_t>(a.v[i]);
 }
+// Codes of E4M3, but NaN is +-480, as fp16 that are 2^-8 of them: sign, a 0, exponent, mantissa.
+struct E4m3Values {
+  float of[256] = {};
+  constexpr E4m3Values() {
+    for (int code = 0; code < 256; ++code) {
+      const int exponent = code >> 3 & 15;
+      float v = static_cast<float>(code % 8 + (exponent ? 8 : 0)) * 0x1p-17f;
+      for (int e = 1; e < exponent; ++e) v *= 2;
+      of[code] = code & 128 ? -v : v;
+    }
+  }
+};
+constexpr E4m3Values kE4m3Values;
+inline F load_e4m3_256th(const uint8_t* p) {
+  return each<F>([&](int i) { return kE4m3Values.of[p[i]]; });
+}
 inline I load_u8(const uint8_t* p) {
   return each<I>([&](int i) { return uint32_t{p[i]}; });
 }

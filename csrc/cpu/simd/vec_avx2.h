@@ -68,6 +68,36 @@ inline F load_i8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 inline I load_u8_lanes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+// Of 6 bits: a dword of four codes takes the three bytes of all four. A vector's bytes are loaded with some of the
+// vector beside it, so that nothing beyond a pair of vectors is read: those of the first of a pair start at byte 0 of
+// what is loaded, those of the second at kVecLanes / 4.
+struct SixBitBytes {
+  int8_t at[2][4 * kVecLanes] = {};
+  constexpr SixBitBytes() {
+    for (int i = 0; i < 8 * kVecLanes; ++i) {
+      const int second = i / (4 * kVecLanes), byte = i % 4, four = i % (4 * kVecLanes) / 16;
+      at[second][i % (4 * kVecLanes)] = static_cast<int8_t>(byte == 3 ? -1 : second * kVecLanes / 4 + 3 * four + byte);
+    }
+  }
+};
+alignas(64) constexpr SixBitBytes kSixBitBytes;
+// kVecLanes integers of a bit stream, B bits each, from number i on, a multiple of kVecLanes.
+template <int B, bool kSigned>
+inline I load_packed(const uint8_t* p, int64_t i) {
+  if constexpr (B == 4) {
+    int32_t eight;
+    __builtin_memcpy(&eight, p + i / 2, 4);
+    const I codes = _mm256_srlv_epi32(_mm256_set1_epi32(eight), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return _mm256_and_si256(codes, _mm256_set1_epi32(15));
+  } else {
+    const int64_t second = i / kVecLanes % 2;
+    int64_t bytes;
+    __builtin_memcpy(&bytes, p + (i / kVecLanes - second) * 6 + second * 4, 8);
+    const I fours = _mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), load_i(kSixBitBytes.at[second]));
+    const I top = _mm256_sllv_epi32(fours, _mm256_setr_epi32(26, 20, 14, 8, 26, 20, 14, 8));
+    return kSigned ? _mm256_srai_epi32(top, 26) : _mm256_srli_epi32(top, 26);
+  }
+}
 // Round to nearest even; NaN stays NaN.
 inline void store_bf16(uint16_t* p, F v) {
   const __m256i bits = _mm256_castps_si256(v);

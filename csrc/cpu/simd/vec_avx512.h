@@ -62,6 +62,38 @@ inline F load_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 inline I load_u8_lanes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+// Of 6 bits: a dword of four codes takes the three bytes of all four. A vector's bytes are loaded with some of the
+// vector beside it, so that nothing beyond a pair of vectors is read: those of the first of a pair start at byte 0 of
+// what is loaded, those of the second at kVecLanes / 4.
+struct SixBitBytes {
+  int8_t at[2][4 * kVecLanes] = {};
+  constexpr SixBitBytes() {
+    for (int i = 0; i < 8 * kVecLanes; ++i) {
+      const int second = i / (4 * kVecLanes), byte = i % 4, four = i % (4 * kVecLanes) / 16;
+      at[second][i % (4 * kVecLanes)] = static_cast<int8_t>(byte == 3 ? -1 : second * kVecLanes / 4 + 3 * four + byte);
+    }
+  }
+};
+alignas(64) constexpr SixBitBytes kSixBitBytes;
+// kVecLanes integers of a bit stream, B bits each, from number i on, a multiple of kVecLanes.
+template <int B, bool kSigned>
+inline I load_packed(const uint8_t* p, int64_t i) {
+  if constexpr (B == 4) {
+    int64_t all;
+    __builtin_memcpy(&all, p + i / 2, 8);
+    // The low byte of dword j is the eight bits from bit 4 j on.
+    constexpr int64_t kFirst = int64_t{4} << 32, kNext = (int64_t{8} << 32) + 8;
+    const I shifts = _mm512_setr_epi64(kFirst, kFirst + kNext, kFirst + 2 * kNext, kFirst + 3 * kNext,
+                                       kFirst + 4 * kNext, kFirst + 5 * kNext, kFirst + 6 * kNext, kFirst + 7 * kNext);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(all)), _mm512_set1_epi32(15));
+  } else {
+    const int64_t second = i / kVecLanes % 2;
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)(p + (i / kVecLanes - second) * 12 + second * 8));
+    const I fours = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), load_i(kSixBitBytes.at[second]));
+    const I top = _mm512_sllv_epi32(fours, _mm512_set4_epi32(8, 14, 20, 26));
+    return kSigned ? _mm512_srai_epi32(top, 26) : _mm512_srli_epi32(top, 26);
+  }
+}
 // Round to nearest even; NaN stays NaN. vcvtneps2bf16 would flush subnormals.
 inline void store_bf16(uint16_t* p, F v) {
   const __m512i bits = _mm512_castps_si512(v);

@@ -154,6 +154,17 @@ inline F load_i8(const int8_t* p) {
 inline I load_u8_lanes(const uint8_t* p) {
   return each<I>([&](int i) { return p[i]; });
 }
+// kVecLanes integers of a bit stream, B bits each, from number i on, a multiple of kVecLanes.
+template <int B, bool kSigned>
+inline I load_packed(const uint8_t* p, int64_t i) {
+  return each<I>([&](int lane) {
+    const int64_t bit = (i + lane) * B;
+    const int shift = static_cast<int>(bit % 8);
+    const uint32_t high = shift + B > 8 ? uint32_t{p[bit / 8 + 1]} << 8 : 0;
+    const uint32_t code = (p[bit / 8] | high) >> shift & ((1u << B) - 1);
+    return kSigned ? (code ^ (1u << (B - 1))) - (1u << (B - 1)) : code;
+  });
+}
 inline void store_bf16(uint16_t* p, F a) {
   for (int i = 0; i < kVecLanes; ++i) {
     const uint32_t b = to_bits(a.v[i]);

@@ -88,18 +88,20 @@ inline F from_e4m3(I byte) {
   return mul(as_float(select_bits(number, bits, set1_i(0x7FC00000))), set1(0x1p120f));
 }
 
-// A dtype of one byte may be any that scales have.
-inline F load_scales(const void* p, Dtype dtype, int64_t i) {
-  if (dtype == Dtype::kE4m3) return from_e4m3(load_u8_lanes(static_cast<const uint8_t*>(p) + i));
-  if (dtype == Dtype::kE8m0) return from_e8m0(load_u8_lanes(static_cast<const uint8_t*>(p) + i));
-  return load_as(p, dtype, i);
-}
-
-// The second level of a group's terms. A function of its own: calls without one pay one test.
-__attribute__((noinline)) F second_level(const Launch& l, const void* second, int64_t block, int64_t group, int lane) {
-  if (l.num_supers == 0) return set1(*static_cast<const float*>(second));
+// Terms of a group with a second level, which they are multiplied by. A function of its own: calls without one pay one
+// test.
+__attribute__((noinline)) F two_levels(const Launch& l, const void* terms, Dtype dtype, const void* second,
+                                       int64_t block, int64_t group, int lane) {
+  const int64_t i = (block * l.num_groups + group) * kBlockN + lane;
+  const uint8_t* bytes = static_cast<const uint8_t*>(terms);
+  const F value = dtype == Dtype::kU4     ? to_float(load_packed<4, false>(bytes, i))
+                  : dtype == Dtype::kU6   ? to_float(load_packed<6, false>(bytes, i))
+                  : dtype == Dtype::kI6   ? to_float(load_packed<6, true>(bytes, i))
+                  : dtype == Dtype::kE4m3 ? from_e4m3(load_u8_lanes(bytes + i))
+                                          : load_as(terms, dtype, i);
+  if (l.num_supers == 0) return mul(value, set1(*static_cast<const float*>(second)));
   const int64_t super = static_cast<uint32_t>(group) / static_cast<uint32_t>(l.super_groups);
-  return load_as(second, l.second_dtype, (block * l.num_supers + super) * kBlockN + lane);
+  return mul(value, load_as(second, l.second_dtype, (block * l.num_supers + super) * kBlockN + lane));
 }
 
 // Whether scales and zeros are numbers of one level, and no codes.
@@ -114,14 +116,14 @@ struct GroupTerms {
 };
 LOWBIT_INLINE inline F group_scale(const Launch& l, int64_t block, int64_t group, int lane) {
   if (!l.scales) return set1(1.0f);
-  F scale = load_scales(l.scales, l.scale_dtype, (block * l.num_groups + group) * kBlockN + lane);
-  if (l.scales2) scale = mul(scale, second_level(l, l.scales2, block, group, lane));
-  return scale;
+  if (l.scales2) return two_levels(l, l.scales, l.scale_dtype, l.scales2, block, group, lane);
+  const int64_t i = (block * l.num_groups + group) * kBlockN + lane;
+  if (l.scale_dtype == Dtype::kE8m0) return from_e8m0(load_u8_lanes(static_cast<const uint8_t*>(l.scales) + i));
+  return load_as(l.scales, l.scale_dtype, i);
 }
 LOWBIT_INLINE inline F group_zero(const Launch& l, int64_t block, int64_t group, int lane) {
-  F value = load_as(l.zeros, l.zero_dtype, (block * l.num_groups + group) * kBlockN + lane);
-  if (l.zeros2) value = mul(value, second_level(l, l.zeros2, block, group, lane));
-  return value;
+  if (l.zeros2) return two_levels(l, l.zeros, l.zero_dtype, l.zeros2, block, group, lane);
+  return load_as(l.zeros, l.zero_dtype, (block * l.num_groups + group) * kBlockN + lane);
 }
 inline GroupTerms group_terms(const Launch& l, int64_t block, int64_t group, int lane) {
   return {group_scale(l, block, group, lane), l.zero != ZeroMode::kNone ? group_zero(l, block, group, lane) : zero()};

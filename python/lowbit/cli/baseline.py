@@ -1,9 +1,8 @@
 """The dense side of `lowbit run --compare`, run as a process of its own so that its peak memory is
 its own.
 
-`python -m lowbit.cli.baseline REQUEST` takes one JSON argument, runs transformers' own bf16
-model of the GGUF file, and writes `result.json` and `logits.pt` into the directory that the request
-names.
+`python -m lowbit.cli.baseline REQUEST` takes one JSON argument, runs transformers' own bf16 model with the values that
+the weights stand for, and writes `result.json` and `logits.pt` into the directory that the request names.
 """
 
 from __future__ import annotations
@@ -13,27 +12,29 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from lowbit.cli import measure
-from lowbit.integrations.gguf_llama import llama_config, rotary_embedding
-from lowbit.io.readers.gguf import GGUFFile
+from lowbit.integrations.load import load_decoded
 
 RESULT, LOGITS = "result.json", "logits.pt"
 
 
 @dataclass(frozen=True)
 class Request:
-    """`prompt_ids` and `text_ids` are token numbers; results go to the directory `out`."""
+    """`prompt_ids` and `text_ids` are token numbers, of which `window` are seen at a time; results go to the
+    directory `out`.
+    """
 
     model: str
     prompt_ids: list[int]
     text_ids: list[int]
     max_new_tokens: int
+    window: int
     threads: int
     out: str
 
@@ -61,32 +62,12 @@ class _Streamer(BaseStreamer):
 def run(request: Request) -> None:
     """Loads the dense model, answers the prompt, and writes its speeds, memory and logits to `request.out`."""
     torch.set_num_threads(request.threads)
-    path, out = Path(request.model), Path(request.out)
-    file = GGUFFile(path)
-    config = llama_config(file)
-    if len(file.files) > 1 or config.attention_bias or config.mlp_bias:
-        raise NotImplementedError(
-            f"{path}: transformers reads neither split files nor biases of a GGUF file, so that it "
-            "has no dense model to compare with"
-        )
     start = time.perf_counter()
-    model = LlamaForCausalLM.from_pretrained(
-        str(path.parent),
-        gguf_file=path.name,
-        dtype=torch.bfloat16,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
-    # transformers drops the factors and the scaling of the file.
-    model.model.rotary_emb = rotary_embedding(file, config)
+    model: Any = load_decoded(request.model, torch.bfloat16)
     load_seconds = time.perf_counter() - start
-    if not isinstance(model.lm_head.weight, torch.nn.Parameter) or any(
-        p.dtype != torch.bfloat16 for p in model.parameters()
-    ):
-        raise ValueError(f"{path}: transformers did not load this model as dense bf16")
     prompt = torch.tensor([request.prompt_ids], dtype=torch.int64, device="cpu")
     streamer = _Streamer(prompt.shape[1])
-    tokens = model.generate(  # type: ignore[misc]
+    tokens = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=request.max_new_tokens,
@@ -104,8 +85,9 @@ def run(request: Request) -> None:
     }
     ids = torch.tensor(request.text_ids, dtype=torch.int64, device="cpu")
     with torch.inference_mode():
-        logits = list(measure.window_logits(model, ids))
-    result["perplexity"] = measure.perplexity(logits, ids)
+        logits = list(measure.window_logits(model, ids, request.window))
+    result["perplexity"] = measure.perplexity(logits, ids, request.window)
+    out = Path(request.out)
     torch.save(logits, out / LOGITS)
     (out / RESULT).write_text(json.dumps(result))
 

@@ -383,7 +383,7 @@ def run(
     threads: Threads = None,
     dtype: Annotated[str, typer.Option(help="Of the activations: fp32, bf16 or fp16.")] = "bf16",
     cache: Annotated[
-        str | None, typer.Option(help="Dtype of keys and values: bf16, fp32, fp16 or int8.")
+        str | None, typer.Option(help="Dtype of keys and values: bf16, fp32, fp16, int8, fp8.")
     ] = None,
     temperature: Annotated[
         float, typer.Option(help="Of sampling; 0 takes the likeliest tokens.")

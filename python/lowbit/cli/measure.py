@@ -73,17 +73,18 @@ def sample_text() -> str:
 def window_logits(
     model: PreTrainedModel,
     ids: Tensor,  # (T,) int64
-) -> Iterator[Tensor]:  # (at most WINDOW, vocabulary)
+    window: int = WINDOW,
+) -> Iterator[Tensor]:  # (at most `window`, vocabulary)
     """The logits of every position, window by window; each window starts afresh."""
-    for window in ids.split(WINDOW):
-        yield model(window.unsqueeze(0), use_cache=False).logits[0]
+    for part in ids.split(window):
+        yield model(part.unsqueeze(0), use_cache=False).logits[0]
 
 
-def perplexity(logits: list[Tensor], ids: Tensor) -> float:
+def perplexity(logits: list[Tensor], ids: Tensor, window: int = WINDOW) -> float:
     """exp of the mean negative log-likelihood of the tokens after the first of each window."""
     total, count = 0.0, 0
-    for rows, window in zip(logits, ids.split(WINDOW), strict=True):
-        for part, target in zip(rows[:-1].split(_ROWS), window[1:].split(_ROWS), strict=True):
+    for rows, tokens in zip(logits, ids.split(window), strict=True):
+        for part, target in zip(rows[:-1].split(_ROWS), tokens[1:].split(_ROWS), strict=True):
             total += float(F.cross_entropy(part.float(), target, reduction="sum"))
             count += len(target)
     return math.exp(total / count)

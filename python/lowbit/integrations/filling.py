@@ -18,12 +18,12 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from lowbit.files import shown
-from lowbit.formats import Format
+from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import empty_model
+from lowbit.integrations.inexact import Inexact, quantize_anew
 from lowbit.integrations.memory import return_freed_memory
 from lowbit.integrations.pretrained import conv1d_again, linears_for
 from lowbit.io.readers.folder import FolderReader
-from lowbit.methods import quantize
 from lowbit.nn import PackedModule, QuantLinear, ReorderedLinear
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.surgery import replace
@@ -64,13 +64,14 @@ def fill(
     dtype: torch.dtype | None,
     device: torch.device | str,
     format: Format | None,
+    inexact: Inexact,
     decoded: bool = False,
 ) -> tuple[PreTrainedModel, Found]:
     """Makes the model of a folder.
 
     Args:
         reader: of the folder.
-        dtype, device, format: as in `load_model`.
+        dtype, device, format, inexact: as in `load_model`.
         decoded: make every layer dense.
 
     Raises:
@@ -82,7 +83,7 @@ def fill(
         *(v for v in vars(model.config).values() if hasattr(v, "to_dict")),
     ):
         vars(config).pop("quantization_config", None)
-    job = _Filling(reader, model, device, format, decoded)
+    job = _Filling(reader, model, device, format, inexact, decoded)
     job.run()
     return model, job.found
 
@@ -94,10 +95,12 @@ class _Filling:
         model: PreTrainedModel,
         device: torch.device | str,
         format: Format | None,
+        inexact: Inexact,
         decoded: bool,
     ) -> None:
         self.reader, self.model, self.device, self.format = reader, model, device, format
-        self.decoded = decoded
+        self.inexact, self.decoded = inexact, decoded
+        self._errors: dict[str, float] = {}
         self.found = Found(str(reader.config.get("quant_method", reader.name)))
         self._dtype: torch.dtype = model.dtype
         self._plan = model._get_dtype_plan(self._dtype)
@@ -135,14 +138,27 @@ class _Filling:
                 f"{type(self.model).__name__} and are not used: {_list(self.found.unused)}",
                 stacklevel=4,
             )
+        if not self.decoded:
+            self._warn_of_loss()
+
+    def _warn_of_loss(self) -> None:
         losses = {n: self.reader.loss(layer) for n, layer in self._layers.items()}
-        lossy = [n for n in losses if losses[n] and n not in self.found.requantized]
-        if lossy and not self.decoded:
-            warnings.warn(
-                f"{self.reader.path}: no format holds {len(lossy)} layers exactly ({losses[lossy[0]]}), "
-                f"they are dense: {_list(lossy)}; quantize them anew with format=",
-                stacklevel=4,
-            )
+        anew = self._errors
+        dense = [n for n in losses if losses[n] and n not in self.found.requantized]
+        for names, what in (
+            (dense, "they are dense: {}; quantize them anew with inexact= or format="),
+            (
+                list(anew),
+                f"they are quantized anew to {', '.join({self.found.requantized[n] for n in anew})}, with a relative "
+                f"error of up to {max(anew.values(), default=0):.2g}: {{}}; inexact='dense' keeps their values",
+            ),
+        ):
+            if names:
+                warnings.warn(
+                    f"{self.reader.path}: no format holds {len(names)} layers exactly ({losses[names[0]]}), "
+                    + what.format(_list(names)),
+                    stacklevel=5,
+                )
 
     def _check(self) -> None:
         """Raises unless every layer has its linear; notes what has no place in the model."""
@@ -171,13 +187,19 @@ class _Filling:
             return
         module, weight = self.model.get_submodule(name), self.reader.layer(layer)
         order, bias = self.reader.order(layer), self._bias(name, module)
-        if self.decoded or (self.format is not None and not self._is_head(module)):
+        target = None if self._is_head(module) else self.format
+        nearest = self._nearest(layer) if target is None else None
+        if self.decoded or target is not None:
             weight = weight.dequantize() if isinstance(weight, QuantTensor) else weight
             if order is not None:
                 weight, order = weight[:, torch.argsort(order)], None
-            if self.format is not None and not self.decoded:
-                weight = quantize(weight, self.format)
-                self.found.requantized[name] = weight.format.name
+        chosen = target or nearest
+        if not self.decoded and chosen is not None:
+            assert isinstance(weight, Tensor)
+            weight, error = quantize_anew(weight, chosen)
+            self.found.requantized[name] = weight.format.name
+            if nearest is not None:
+                self._errors[name] = error
         elif isinstance(weight, QuantTensor):
             self.found.packed[name] = weight.format.name
         if not isinstance(weight, QuantTensor):
@@ -198,6 +220,15 @@ class _Filling:
         replace(self.model, name, made)
         made.set_weight_dtype(self._dtype)  # not that of the empty model
         self._filled.update((name + _WEIGHT, f"{name}.bias"))
+
+    def _nearest(self, layer: str) -> Format | None:
+        """What a layer is quantized to because no format holds it."""
+        plan = self.reader.plans[layer]
+        if not plan.loss or self.inexact == "dense":
+            return None
+        if self.inexact is None:
+            return as_format(plan.nearest) if plan.nearest else None
+        return self.inexact
 
     def _is_head(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Embedding) or module is self.model.get_output_embeddings()

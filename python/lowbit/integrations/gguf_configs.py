@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model, in the words of transformers, for architectures other than "llama".
+"""What a GGUF file says of its model, in the words of transformers.
 
 Where llama.cpp takes a value from the code of an architecture, and not from the file, it is here.
 """
@@ -11,16 +11,24 @@ from typing import Any
 
 import numpy as np
 from transformers import (
+    BertConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    NomicBertConfig,
+    Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
 )
-from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from lowbit.files import shown
 from lowbit.integrations.configuration import errors_of, quiet
@@ -28,59 +36,78 @@ from lowbit.integrations.gguf_keys import (
     check_neutral,
     key,
     of_all_layers,
+    other_way,
     rope_parameters,
     token_id,
     unless_zero,
 )
+from lowbit.integrations.gguf_rows import FalconProcessor
 from lowbit.io.readers.gguf import GGUFFile
 
 _Arguments = dict[str, Any]
+# Some models keep a number for each position.
+_MOST_POSITIONS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Architecture:
-    """How the configuration of an architecture is made.
+class Architecture:
+    """How the configuration of an architecture is made, and what its files hold.
 
     Attributes:
         config: its class.
         eps: what the class calls the epsilon of the norms.
         partial: whether a part of a head's dimensions may be rotated.
         more: changes the arguments that all have; it is given the file, them, and the dimensions of a head.
+        processor: undoes what llama.cpp's converter does to tensors, as those of transformers do.
+        optional: a pattern of tensors that a file may leave out, in all layers alike; they are zero.
+        factors: whether the file may hold factors of the rotary embedding's frequencies.
+        encoder: whether the model is an encoder, without a head.
     """
 
     config: type[PreTrainedConfig]
     eps: str = "rms_norm_eps"
     partial: bool = False
     more: Callable[[GGUFFile, _Arguments, int], None] = lambda file, arguments, dim: None
+    processor: type[TensorProcessor] = TensorProcessor
+    optional: str = ""
+    factors: bool = False
+    encoder: bool = False
 
 
-def causal_config(file: GGUFFile) -> PreTrainedConfig:
+def architecture(file: GGUFFile) -> Architecture:
+    """That of a GGUF file.
+
+    Raises:
+        ValueError: the file names none.
+        NotImplementedError: it is none of these, or has experts.
+    """
+    arch = key(file, "general.architecture", str)
+    if arch not in _ARCHITECTURES:
+        raise NotImplementedError(
+            f"{file.path}: architecture {shown(arch)}; expected one of {sorted(_ARCHITECTURES)}: "
+            f"{other_way(file, arch)}"
+        )
+    return _ARCHITECTURES[arch]
+
+
+def config_of(file: GGUFFile) -> PreTrainedConfig:
     """The transformers configuration of a GGUF file, as llama.cpp understands it.
 
     Raises:
         ValueError: a key or a tensor is missing or out of range.
         NotImplementedError: the architecture is none of these, or the model does something that transformers' does not.
     """
+    found = architecture(file)
     arch = key(file, "general.architecture", str)
-    found = _ARCHITECTURES.get(arch)
-    if found is None:
-        how = (
-            "transformers reads it dense: AutoModelForCausalLM.from_pretrained(folder, gguf_file=name), then "
-            "lowbit.quantize_model"
-            if arch in GGUF_SUPPORTED_ARCHITECTURES
-            else "load a folder of transformers with this model instead"
-        )
-        raise NotImplementedError(
-            f"{file.path}: architecture {shown(arch)}; expected one of {sorted(('llama', *_ARCHITECTURES))}: {how}"
-        )
-    check_neutral(file, arch)
+    check_neutral(file, arch, causal=not found.encoder)
     arguments, dim = _common(file, arch, found)
     found.more(file, arguments, dim)
+    arguments = {found.config.attribute_map.get(k, k): v for k, v in arguments.items()}
     with errors_of(f"{file.path}: transformers refuses the configuration"), quiet():
         return found.config(**arguments)
 
 
-def _common(file: GGUFFile, arch: str, found: _Architecture) -> tuple[_Arguments, int]:
+def _common(file: GGUFFile, arch: str, found: Architecture) -> tuple[_Arguments, int]:
     """What all have, and the dimensions of a head; checked so that what is made of it is no larger than the file."""
     layers = key(file, f"{arch}.block_count", int, most=len(file))
     heads = of_all_layers(file, f"{arch}.attention.head_count", layers)
@@ -125,7 +152,7 @@ def _common(file: GGUFFile, arch: str, found: _Architecture) -> tuple[_Arguments
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "max_position_embeddings": key(file, f"{arch}.context_length", int),
+        "max_position_embeddings": key(file, f"{arch}.context_length", int, most=_MOST_POSITIONS),
         found.eps: key(file, f"{arch}.attention.{norm}", float),
         "rope_parameters": rope,
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -152,13 +179,96 @@ def _starcoder2(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
 
 
 def _stablelm(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
-    if "head_dim" in arguments:
-        raise NotImplementedError(
-            f"{file.path}: heads of a stablelm have {dim} dimensions; expected "
-            f"{arguments['hidden_size']} / {arguments['num_attention_heads']}"
-        )
+    _check_heads(file, arguments, dim)
     arguments["use_qkv_bias"] = "blk.0.attn_q.bias" in file.tensors
     arguments["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in file.tensors
+
+
+def _check_heads(file: GGUFFile, arguments: _Arguments, dim: int, shared: bool = True) -> None:
+    """Of models whose heads share the width evenly; `shared`: whether several may have the same keys."""
+    hidden, heads = arguments["hidden_size"], arguments["num_attention_heads"]
+    arch = file.metadata["general.architecture"]
+    if hidden != heads * dim:
+        raise NotImplementedError(
+            f"{file.path}: heads of a {arch} have {dim} dimensions; expected {hidden} / {heads}"
+        )
+    kv_heads = arguments["num_key_value_heads"]
+    if not shared and kv_heads != heads:
+        raise NotImplementedError(
+            f"{file.path}: a {arch} has {kv_heads} key heads; expected {heads}, as many as heads"
+        )
+
+
+def _llama(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
+    arguments["attention_bias"] = any(
+        f"blk.0.attn_{x}.bias" in file.tensors for x in ("q", "k", "v", "output")
+    )
+    arguments["mlp_bias"] = any(
+        f"blk.0.ffn_{x}.bias" in file.tensors for x in ("gate", "up", "down")
+    )
+
+
+def _granite(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
+    _llama(file, arguments, dim)
+    rotated = file.metadata.get("granite.rope.scaling.finetuned", True)
+    if rotated is not True:
+        raise NotImplementedError(
+            f"{file.path}: granite.rope.scaling.finetuned {shown(rotated)}; expected True"
+        )
+    scale = unless_zero(file, "granite.attention.scale", float)
+    arguments["attention_multiplier"] = dim**-0.5 if scale is None else scale
+    for name in ("embedding", "residual"):
+        scale = unless_zero(file, f"granite.{name}_scale", float)
+        arguments[f"{name}_multiplier"] = 1.0 if scale is None else scale
+    arguments["logits_scaling"] = key(file, "granite.logit_scale", float)
+
+
+def _olmo2(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
+    window = unless_zero(file, "olmo2.attention.sliding_window", int)
+    if window is not None:
+        raise NotImplementedError(
+            f"{file.path}: olmo2.attention.sliding_window {window}, as an Olmo 3 has; expected none: "
+            "load a folder of transformers with this model instead"
+        )
+
+
+def _falcon(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
+    _check_heads(file, arguments, dim)
+    layout = file.metadata.get("falcon.tensor_data_layout", "jploski")
+    if layout != "jploski":
+        raise NotImplementedError(
+            f"{file.path}: falcon.tensor_data_layout {shown(layout)}; expected 'jploski'"
+        )
+    kv_heads = arguments.pop("num_key_value_heads")
+    # One norm for the attention and one for the MLP, of the same input.
+    two = "blk.0.attn_norm_2.weight" in file.tensors
+    grouped = two or kv_heads > 1
+    arguments |= {
+        "num_kv_heads": kv_heads,
+        "ffn_hidden_size": arguments.pop("intermediate_size"),
+        "new_decoder_architecture": grouped,
+        "num_ln_in_parallel_attn": 2 if two else 1 if grouped else None,
+    }
+
+
+def _gpt2(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
+    _check_heads(file, arguments, dim, shared=False)
+    arguments["n_inner"] = arguments.pop("intermediate_size")
+    for name in ("num_key_value_heads", "rope_parameters"):
+        del arguments[name]
+
+
+def _bert(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
+    _nomic_bert(file, arguments, dim)
+    del arguments["rope_parameters"]
+
+
+def _nomic_bert(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
+    _check_heads(file, arguments, dim, shared=False)
+    for name in ("num_key_value_heads", "tie_word_embeddings"):
+        del arguments[name]
+    kinds = file.tensors.get("token_types.weight")
+    arguments["type_vocab_size"] = 1 if kinds is None else kinds.shape[0]
 
 
 def _gemma2(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
@@ -203,14 +313,35 @@ def _gemma(
         raise NotImplementedError(f"{file.path}: {name} {shown(said)}; expected {pattern}")
 
 
+# As in the converter's class of llama, from which these inherit.
+_LIKE_LLAMA: dict[str, Any] = {
+    "processor": TENSOR_PROCESSORS["llama"],
+    "optional": r"blk\.\d+\..*\.bias",
+}
+_ENCODER: dict[str, Any] = {
+    "eps": "layer_norm_eps",
+    "optional": "token_types.weight",
+    "encoder": True,
+}
+_LIKE_GEMMA: dict[str, Any] = {"processor": TENSOR_PROCESSORS["gemma2"]}
 _ARCHITECTURES = {
-    "gemma2": _Architecture(config=Gemma2Config, more=_gemma2),
-    "gemma3": _Architecture(config=Gemma3TextConfig, more=_gemma3),
-    "phi3": _Architecture(config=Phi3Config, partial=True, more=_phi3),
-    "qwen2": _Architecture(config=Qwen2Config),
-    "qwen3": _Architecture(config=Qwen3Config),
-    "stablelm": _Architecture(
+    "bert": Architecture(config=BertConfig, more=_bert, **_ENCODER),
+    "falcon": Architecture(
+        config=FalconConfig, eps="layer_norm_epsilon", more=_falcon, processor=FalconProcessor
+    ),
+    "gemma2": Architecture(config=Gemma2Config, more=_gemma2, **_LIKE_GEMMA),
+    "gemma3": Architecture(config=Gemma3TextConfig, more=_gemma3, **_LIKE_GEMMA),
+    "gpt2": Architecture(config=GPT2Config, eps="layer_norm_epsilon", more=_gpt2),
+    "granite": Architecture(config=GraniteConfig, more=_granite, **_LIKE_LLAMA),
+    "llama": Architecture(config=LlamaConfig, more=_llama, factors=True, **_LIKE_LLAMA),
+    "nomic-bert": Architecture(config=NomicBertConfig, more=_nomic_bert, **_ENCODER),
+    "olmo2": Architecture(config=Olmo2Config, more=_olmo2),
+    "phi3": Architecture(config=Phi3Config, partial=True, more=_phi3),
+    "qwen2": Architecture(config=Qwen2Config),
+    "qwen3": Architecture(config=Qwen3Config),
+    "smollm3": Architecture(config=SmolLM3Config, more=_llama, **_LIKE_LLAMA),
+    "stablelm": Architecture(
         config=StableLmConfig, eps="layer_norm_eps", partial=True, more=_stablelm
     ),
-    "starcoder2": _Architecture(config=Starcoder2Config, eps="norm_epsilon", more=_starcoder2),
+    "starcoder2": Architecture(config=Starcoder2Config, eps="norm_epsilon", more=_starcoder2),
 }

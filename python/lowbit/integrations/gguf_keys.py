@@ -5,28 +5,53 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import numpy as np
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS
 
 from lowbit.files import shown
 from lowbit.io.readers.gguf import GGUFFile
 
 T = TypeVar("T")
 
+_CAUSAL = "{}.attention.causal"
 # What a file may say and no model here can do: the value that changes nothing.
 _NEUTRAL = {
     "general.type": "model",
     "{}.expert_count": 0,
-    "{}.attention.causal": True,
+    _CAUSAL: True,
     "{}.rope.scaling.attn_factor": 1.0,
 }
 
 
-def check_neutral(file: GGUFFile, arch: str) -> None:
-    """Raises NotImplementedError if the file asks for what no model here can do."""
+def check_neutral(file: GGUFFile, arch: str, causal: bool) -> None:
+    """Raises NotImplementedError if the file asks for what no model here can do; `causal`: what the model is."""
     for pattern, neutral in _NEUTRAL.items():
         name = pattern.format(arch)
         value = file.metadata.get(name, neutral)
-        if not np.isscalar(value) or value != neutral:
-            raise NotImplementedError(f"{file.path}: {name} {shown(value)}; expected {neutral!r}")
+        expected = causal if pattern is _CAUSAL else neutral
+        if not np.isscalar(value) or value != expected:
+            way = f": {other_way(file, arch)}" if _has_experts(file, arch) else ""
+            raise NotImplementedError(
+                f"{file.path}: {name} {shown(value)}; expected {expected!r}{way}"
+            )
+
+
+def other_way(file: GGUFFile, arch: str) -> str:
+    """What can be done with a model that cannot be loaded."""
+    experts = _has_experts(file, arch)
+    # Its reader of models without experts would leave them out.
+    readers = TENSOR_PROCESSORS if experts else GGUF_SUPPORTED_ARCHITECTURES
+    way = (
+        "transformers reads it dense: AutoModelForCausalLM.from_pretrained(folder, gguf_file=name), then "
+        "lowbit.quantize_model"
+        if arch in readers and not (experts and arch == "llama")
+        else "load a folder of transformers with this model instead"
+    )
+    return f"experts are not packed yet; {way}" if experts else way
+
+
+def _has_experts(file: GGUFFile, arch: str) -> bool:
+    count = file.metadata.get(f"{arch}.expert_count", 0)
+    return bool(np.any(count != 0)) or any("_exps." in name for name in file.tensors)
 
 
 def key(

@@ -1,41 +1,48 @@
-"""GGUF files of architectures other than "llama": the transformers model with its linears and embeddings packed as
-stored. Names are package `gguf`'s.
-"""
+"""GGUF files as transformers models with their linears and embeddings packed as stored. Names are package `gguf`'s."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
-import gguf
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 
-from lowbit.files import shown
 from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import without_weights
-from lowbit.integrations.gguf_configs import causal_config
+from lowbit.integrations.gguf_configs import architecture, config_of
+from lowbit.integrations.gguf_rows import ROPE_FACTORS, Source, sources
+from lowbit.integrations.inexact import Inexact, quantize_anew
+from lowbit.integrations.pretrained import plain_linears
+from lowbit.io.readers.codes import NEAREST
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
-from lowbit.methods import quantize
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
-# For tensors of types that no format holds.
-NEAREST = "int8_g32"
 _HEAD = "lm_head"
 
 
-def load_causal(file: GGUFFile, dtype: torch.dtype, target: Format | None) -> PreTrainedModel:
+def load(
+    file: GGUFFile,
+    dtype: torch.dtype,
+    target: Format | None,
+    inexact: Inexact = None,
+    decoded: bool = False,
+) -> PreTrainedModel:
     """Makes the model of a GGUF file.
 
     Args:
-        file: open, of an architecture that is no "llama".
+        file: open.
         dtype: of activations, norms and the rows that the embedding returns.
         target: requantize the linears of the layers to this format; None keeps them as stored.
+        inexact: as of `lowbit.load_model`.
+        decoded: make every weight dense.
 
     Raises:
         ImportError: accelerate is not installed.
@@ -43,108 +50,123 @@ def load_causal(file: GGUFFile, dtype: torch.dtype, target: Format | None) -> Pr
         NotImplementedError: the architecture or something that the file asks for is not supported; the message says
             what can be done.
     """
-    config = causal_config(file)
+    found, config = architecture(file), config_of(file)
     config.dtype = dtype
-    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    model = without_weights(
-        kind, config, f"{file.path}: transformers cannot make a {kind.__name__}"
-    )
-    requantized: dict[str, str] = {}
-    names = _names(file, model)
-    for stored, name in sorted(names.items(), key=lambda item: item[0].endswith(".weight")):
-        _fill(model, file, stored, name, dtype, target, requantized)
-    if model.config.tie_word_embeddings:
-        _tie(model)
-    warn_of_loss(file, requantized)
-    made: PreTrainedModel = model.eval()
-    return made
+    made: Any = AutoModel if found.encoder else AutoModelForCausalLM
+    kind: Any = made._model_mapping[type(config)]
+    config.architectures = [kind.__name__]
+    what = f"{file.path}: transformers cannot make a {kind.__name__}"
+    if found.encoder:
+        kind = functools.partial(kind, add_pooling_layer=False)
+    model = without_weights(kind, config, what)
+    factors = found.factors and ROPE_FACTORS in file.tensors
+    with plain_linears(model):
+        processor = found.processor(config=config.to_dict())
+        job = _Filling(file, model, processor, dtype, target, inexact, decoded)
+        for name, source in sorted(
+            sources(file, model, processor, found.optional, factors).items(),
+            # A linear that is replaced takes its bias along.
+            key=lambda item: item[0].endswith(".weight"),
+        ):
+            job.fill(name, source)
+        if model.get_output_embeddings() is not None and config.tie_word_embeddings:
+            _tie(model)
+    if factors:
+        _divide_frequencies(file, model)
+    job.warn()
+    return model.eval()
 
 
-def is_held(file: GGUFFile, name: str) -> bool:
-    """Whether a format, or a dense tensor, holds the values of a tensor."""
-    kind = file.tensors[name].type
-    return kind in BLOCK_TYPES or kind in DENSE_TYPES
+class _Filling:
+    def __init__(
+        self,
+        file: GGUFFile,
+        model: PreTrainedModel,
+        processor: TensorProcessor,
+        dtype: torch.dtype,
+        target: Format | None,
+        inexact: Inexact,
+        decoded: bool,
+    ) -> None:
+        self.file, self.model, self.processor = file, model, processor
+        self.dtype, self.target, self.decoded = dtype, target, decoded
+        self.nearest = as_format(NEAREST) if inexact is None else inexact
+        self.lossy: dict[str, float] = {}
 
+    def fill(self, name: str, source: Source) -> None:
+        """Gives a parameter its values, replacing its module where they are packed."""
+        parent, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(parent)
+        weight = self._read(module, leaf, source)
+        packable = leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding)
+        if packable and not self.decoded and source.stored is not None:
+            weight = self._packed(parent, module, weight, source.stored)
+        if not packable or self.decoded or not isinstance(weight, QuantTensor):
+            values = _dense(weight).to(self.dtype)
+            module.register_parameter(leaf, nn.Parameter(values))
+            return
+        made: PackedModule
+        if isinstance(module, nn.Embedding):
+            made = packed_embedding(module, weight, self.dtype)
+        else:
+            made = QuantLinear.from_quant_tensor(weight, module._parameters["bias"], self.dtype)
+        replace(self.model, parent, made)
+        made.set_weight_dtype(self.dtype)  # not that of the empty model
 
-def warn_of_loss(file: GGUFFile, requantized: dict[str, str]) -> None:
-    """Names the tensors, with their types, that are quantized anew to NEAREST because no format holds them."""
-    if requantized:
-        kinds = ", ".join(sorted(set(requantized.values())))
-        warnings.warn(
-            f"{file.path}: no format holds {len(requantized)} tensors of type {kinds}; they are quantized anew to "
-            f"{NEAREST}, with a loss: {', '.join(list(requantized)[:8])}",
-            stacklevel=5,
-        )
-
-
-def _names(file: GGUFFile, model: PreTrainedModel) -> dict[str, str]:
-    """Names in the file -> parameters of the model; all are there, with the right shapes, and no others are."""
-    arch = str(file.metadata["general.architecture"])
-    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    known = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
-    names: dict[str, str] = {}
-    for name, parameter in model.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        if module == _HEAD and model.config.tie_word_embeddings:
-            continue
-        stored = f"{known.get_name(module)}.{leaf}"
-        if stored not in file.tensors:
-            raise ValueError(f"{file.path}: tensor {stored!r} is missing")
-        shape, expected = file.tensors[stored].shape, tuple(parameter.shape)
-        if shape != expected:
-            raise ValueError(
-                f"{file.path}: tensor {stored!r} must have shape {expected}, got {shape}"
+    def warn(self) -> None:
+        """Names the tensors, with their types, that are quantized anew because no format holds them."""
+        if self.lossy:
+            assert isinstance(self.nearest, Format)
+            kinds = ", ".join(sorted({self.file.tensors[name].type.name for name in self.lossy}))
+            warnings.warn(
+                f"{self.file.path}: no format holds {len(self.lossy)} tensors of type {kinds}; they are quantized anew "
+                f"to {self.nearest.name}, with a loss: a relative error of up to {max(self.lossy.values()):.2g}: "
+                f"{', '.join(list(self.lossy)[:8])}",
+                stacklevel=5,
             )
-        names[stored] = name
-    if unknown := sorted(file.tensors.keys() - names.keys()):
-        raise NotImplementedError(
-            f"{file.path}: a {type(model).__name__} has no tensors {', '.join(map(shown, unknown[:8]))}"
-        )
-    return names
 
+    def _read(self, module: nn.Module, leaf: str, source: Source) -> QuantTensor | Tensor:
+        """What the file has for a parameter, in transformers' order."""
+        if source.stored is None:
+            return torch.zeros(module.get_parameter(leaf).shape, dtype=torch.float32, device="cpu")
+        held = self._is_held(source.stored)
+        weight = self.file[source.stored] if held else self.file.dequantized(source.stored)
+        if not isinstance(weight, QuantTensor) and weight.dim() == 1:
+            values = self.processor.process(weight.float().numpy(), source.stored).weights
+            weight = torch.from_numpy(values)
+        rows = source.rows
+        if rows is None:
+            return weight
+        if not isinstance(weight, QuantTensor):
+            return weight[rows]
+        count = weight.shape[0]
+        tensors = {
+            # The second level of NVFP4 is of all rows.
+            key: t[rows] if len(t) == count else t
+            for key, t in weight.tensors.items()
+        }
+        return QuantTensor(weight.format, (len(rows), weight.shape[1]), tensors)
 
-def _fill(
-    model: PreTrainedModel,
-    file: GGUFFile,
-    stored: str,
-    name: str,
-    dtype: torch.dtype,
-    target: Format | None,
-    requantized: dict[str, str],
-) -> None:
-    """Gives a parameter its values, replacing its module where they are packed; biases come before weights."""
-    parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    kind = file.tensors[stored].type
-    held = is_held(file, stored)
-    weight = file[stored] if held else file.dequantized(stored)
-    packable = leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding)
-    if packable and target is not None and isinstance(module, nn.Linear) and parent != _HEAD:
-        weight = quantize(_dense(weight), target)
-    elif packable and not held:
-        weight = quantize(_dense(weight), as_format(NEAREST))
-        requantized[stored] = kind.name
-    if not packable or not isinstance(weight, QuantTensor):
-        values = _dense(weight)
-        if leaf == "weight" and _adds_one(model) and values.dim() == 1:
-            values = values - 1  # llama.cpp's norms have it
-        module.register_parameter(leaf, nn.Parameter(values.to(dtype)))
-        return
-    made: PackedModule
-    if isinstance(module, nn.Embedding):
-        made = packed_embedding(module, weight, dtype)
-    else:
-        made = QuantLinear.from_quant_tensor(weight, module._parameters["bias"], dtype)
-    replace(model, parent, made)
-    made.set_weight_dtype(dtype)  # not that of the empty model
+    def _packed(
+        self, parent: str, module: nn.Module, weight: QuantTensor | Tensor, stored: str
+    ) -> QuantTensor | Tensor:
+        """The weight in the format that it shall have, if any."""
+        if self.target is not None and isinstance(module, nn.Linear) and parent != _HEAD:
+            return quantize_anew(_dense(weight), self.target)[0]
+        if self._is_held(stored) or not isinstance(self.nearest, Format):
+            return weight
+        made, error = quantize_anew(_dense(weight), self.nearest)
+        self.lossy[stored] = max(error, self.lossy.get(stored, 0.0))
+        return made
+
+    def _is_held(self, stored: str) -> bool:
+        """Whether a format, or a dense tensor, holds the values of a tensor."""
+        kind = self.file.tensors[stored].type
+        return kind in BLOCK_TYPES or kind in DENSE_TYPES
 
 
 def _dense(weight: QuantTensor | Tensor) -> Tensor:  # fp32
     return weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
-
-
-def _adds_one(model: PreTrainedModel) -> bool:
-    return str(model.config.model_type).startswith("gemma")
 
 
 def _tie(model: PreTrainedModel) -> None:
@@ -155,3 +177,25 @@ def _tie(model: PreTrainedModel) -> None:
         made.set_weight_dtype(embedding.dtype)
     else:
         head.register_parameter("weight", embedding._parameters["weight"])
+
+
+def _divide_frequencies(file: GGUFFile, model: PreTrainedModel) -> None:
+    """Divides each frequency of the rotary embedding by its factor in the file, as Llama 3.1 has them.
+
+    A state dict then holds the frequencies: no configuration tells them.
+    """
+    rotary = model.get_submodule("model.rotary_emb")
+    frequencies, factors = rotary.get_buffer("inv_freq"), file[ROPE_FACTORS]
+    if factors.shape != frequencies.shape:
+        raise ValueError(
+            f"{file.path}: tensor {ROPE_FACTORS!r} must have shape {tuple(frequencies.shape)}, got "
+            f"{tuple(factors.shape)}"
+        )
+    if isinstance(factors, QuantTensor) or not bool((factors > 0).all()):
+        raise ValueError(f"{file.path}: tensor {ROPE_FACTORS!r} must hold positive numbers")
+    if bool((factors == 1).all()):
+        return
+    scaled = frequencies / factors.to(torch.float32)
+    for name, persistent in (("inv_freq", True), ("original_inv_freq", False)):
+        delattr(rotary, name)
+        rotary.register_buffer(name, scaled.clone(), persistent=persistent)

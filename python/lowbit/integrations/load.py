@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import LOADS_HERE, errors_of, quiet
 from lowbit.integrations.filling import Found, fill
+from lowbit.integrations.inexact import Inexact, as_inexact
 from lowbit.integrations.pretrained import load_dense, load_folder, put, read_generation
 from lowbit.io.foreign import CONFIG_NAME
 from lowbit.io.readers.folder import FolderReader
@@ -34,6 +35,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     format: Format | str | None = None,
+    inexact: Format | str | None = None,
 ) -> PreTrainedModel:
     """Loads a model whose weights stay packed as they are stored.
 
@@ -41,7 +43,7 @@ def load_model(
     dense, of lowbit, or quantized by another program that `lowbit.io.readers.registry` knows. Linears become
     `QuantLinear`, embeddings that are quantized `QuantEmbedding`; what the checkpoint holds dense stays dense. Layers
     are read one at a time. The logger "lowbit" says in one line, at level INFO, what was found and what became of it;
-    what no format holds exactly is dense, and a warning says so.
+    what no format holds exactly is quantized anew or dense, and a warning says so.
 
     Args:
         path: the file or the folder. Nothing is downloaded and no code in it is run.
@@ -49,6 +51,9 @@ def load_model(
             GGUF file).
         device: where the model shall run.
         format: quantize the linears anew to this format, one by one; heads and embeddings stay as stored.
+        inexact: what becomes of weights that no format holds exactly: a format to quantize them to, or "dense", which
+            keeps their values. None: int8_g32 for types of GGUF and for HQQ with axis 0, of which whole checkpoints
+            are, and dense for others.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or a part of it is missing.
@@ -62,6 +67,7 @@ def load_model(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     target = None if format is None else as_format(format)
+    nearest = as_inexact(inexact)
     where = Path(path)
     if where.is_dir() and not any(where.glob("*.safetensors")):
         return _load_dense(where, dtype, device, target)  # what transformers alone reads
@@ -69,7 +75,9 @@ def load_model(
     if reader.name == "gguf":
         from lowbit.integrations.transformers import load_gguf
 
-        model: PreTrainedModel = load_gguf(where, dtype=dtype or torch.bfloat16, format=target)
+        model: PreTrainedModel = load_gguf(
+            where, dtype=dtype or torch.bfloat16, format=target, inexact=nearest
+        )
         _say(where, _survey(model, "gguf", target))
         return _moved(model, device)
     if not where.is_dir():
@@ -80,13 +88,13 @@ def load_model(
         return _load_native(where, dtype, device, target)
     if not isinstance(reader, FolderReader):
         return _load_dense(where, dtype, device, target)
-    return _load_stored(reader, dtype, device, target)[0]
+    return _load_stored(reader, dtype, device, target, nearest)[0]
 
 
 def load_as_stored(
     path: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, Found]:
-    """As `load_model` of a folder that another program quantized; also what became of it.
+    """As `load_model(inexact="dense")` of a folder that another program quantized; also what became of it.
 
     Raises:
         ValueError: another program has not.
@@ -96,7 +104,7 @@ def load_as_stored(
         raise ValueError(
             f"{path}: must be a folder that another program quantized, this one is {reader.name}"
         )
-    return _load_stored(reader, dtype, "cpu", None)
+    return _load_stored(reader, dtype, "cpu", None, "dense")
 
 
 def _load_stored(
@@ -104,8 +112,9 @@ def _load_stored(
     dtype: torch.dtype | None,
     device: torch.device | str,
     format: Format | None,
+    inexact: Inexact,
 ) -> tuple[PreTrainedModel, Found]:
-    model, found = fill(reader, dtype, device, format)
+    model, found = fill(reader, dtype, device, format, inexact)
     read_generation(model, reader.path)
     _say(reader.path, found)
     return model.eval(), found
@@ -130,16 +139,35 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def load_decoded(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Loads the dense model of a folder that is quantized, by lowbit or another program; errors as `load_model`."""
-    reader = open_checkpoint(path, mmap=False)
+    """Loads the dense model with the values that the weights of a GGUF file or a folder stand for.
+
+    Args:
+        path, dtype: as of `load_model`.
+
+    Raises:
+        As `load_model`; NotImplementedError: a layer of lowbit is neither a linear nor an embedding.
+    """
+    where = Path(path)
+    if where.is_dir() and not any(where.glob("*.safetensors")):
+        return load_dense(where, dtype)
+    reader = open_checkpoint(where, mmap=False)
+    if reader.name == "gguf":
+        from lowbit.integrations.transformers import load_gguf_decoded
+
+        decoded: PreTrainedModel = load_gguf_decoded(where, dtype or torch.bfloat16)
+        return decoded
     if isinstance(reader, FolderReader):
-        return fill(reader, dtype, "cpu", None, decoded=True)[0].eval()
+        return fill(reader, dtype, "cpu", None, "dense", decoded=True)[0].eval()
     if not isinstance(reader, NativeReader):
-        raise ValueError(f"{path}: must be a folder that is quantized, got one that is not")
+        return load_dense(where, dtype)
     model = load_folder(path)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear | QuantEmbedding):
             put(model, name, _dense_of(module))
+        elif isinstance(module, PackedModule):
+            raise NotImplementedError(
+                f"{path}: {name} is a {type(module).__name__}; expected a linear or an embedding"
+            )
     if dtype is not None:
         _cast(model, dtype)
     return model

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.formats import Format
+from lowbit.formats import INTEGER_SCALES, Format
 from lowbit.weights.quantized import tensor_specs
 
 # Shape and dtype of each operand; one that is absent has no entry.
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 # Scales of which kernels form the fp32 number, and the dtype of what they read; bytes where torch has float8.
-CODE_DTYPES = {"int8": torch.int8, "e4m3": torch.uint8, "e8m0": torch.uint8}
+CODE_DTYPES = {
+    **dict.fromkeys(INTEGER_SCALES, torch.int8),
+    "e4m3": torch.uint8,
+    "e8m0": torch.uint8,
+}
 # The scales that an op reads of other kinds and layouts: a second level is multiplied out, a power of two is a bf16
 # value.
 _PRODUCT_DTYPES = {
@@ -67,6 +71,14 @@ class Layout:
     def to_rows(self, values: Tensor, n: int) -> Tensor:
         """Inverse of `from_rows`, also of zeros as they lie here. Differentiable."""
         return values
+
+    def pack_scales(self, scales: Tensor, format: Format) -> Tensor:
+        """Scales (N, groups) as they lie here. Differentiable where they are numbers."""
+        return self.from_rows(scales)
+
+    def unpack_scales(self, scales: Tensor, format: Format, n: int) -> Tensor:
+        """Inverse of `pack_scales`."""
+        return self.to_rows(scales, n)
 
     def pack_zeros(self, zeros: Tensor, format: Format) -> Tensor:
         """Zeros (N, groups), integers included, as they lie here."""

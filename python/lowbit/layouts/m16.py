@@ -32,9 +32,9 @@ class M16Layout(LanesLayout):
     reads_codes = False
 
     def fits(self, format: Format) -> bool:
-        """Whether a format has one table, no int8 scales, and groups of 16, 32, multiples of 64 or whole rows."""
+        """Whether a format has one table, no integer scales, and groups of 16, 32, multiples of 64 or whole rows."""
         whole_tiles = format.group is None or format.group in (16, 32) or format.group % 64 == 0
-        return format.table_scope == "tensor" and format.scale != "int8" and whole_tiles
+        return format.table_scope == "tensor" and not format.integer_scales and whole_tiles
 
     def specs(self, format: Format, n: int, k: int) -> Specs:
         """What the operands of an (n, k) weight are."""

@@ -114,13 +114,14 @@ def to_kernel(qt: QuantTensor, layout: str) -> KernelWeight:
 
     Raises:
         ValueError: there is no such layout, or the format does not fit it; the columns of outliers are not ascending or
-            not in the row.
+            not in the row; an integer scale is beyond the format's range.
     """
     target = find(layout)
     if not target.fits(qt.format):
         raise ValueError(f"format {qt.format.name!r} does not fit the layout {layout!r}")
     qt = qt.map(lambda t: strides.contiguous(modes.normal(t)))
     qt.check_columns()
+    qt.check_integers()
     f, scales, scales2 = qt.format, qt.scales, None
     second: dict[str, Tensor] = {}
     if target.keeps_codes(f):
@@ -135,7 +136,7 @@ def to_kernel(qt: QuantTensor, layout: str) -> KernelWeight:
     table = target.fixed_table(f) if qt.table is None else target.pack_table(qt.table, f)
     operands = Operands(
         target.pack(qt.tensors["codes"], f, qt.shape[1]),
-        None if scales is None else target.from_rows(scales),
+        None if scales is None else target.pack_scales(scales, f),
         None if qt.zeros is None else target.pack_zeros(qt.zeros, f),
         None if table is None else table.to(qt.device),
         _second_as(target.from_rows, scales2),
@@ -205,7 +206,7 @@ def canonical_tensors(op: Operands) -> tuple[Tensor, Tensor | None, Tensor | Non
     (n, k), f, layout = op.shape, op.format, find(op.layout)
     return (
         layout.unpack(op.codes, f, n, k),
-        None if op.scales is None else layout.to_rows(op.scales, n),
+        None if op.scales is None else layout.unpack_scales(op.scales, f, n),
         None if op.zeros is None else layout.unpack_zeros(op.zeros, f, n),
         None if op.table is None or not f.fitted else layout.unpack_table(op.table, f, n),
     )
@@ -222,8 +223,10 @@ def group_terms(op: Operands, rows: Tensor | None = None) -> tuple[Tensor | None
             return t
         return layout.to_rows(t, op.n) if rows is None else t[rows]
 
-    scales, scales2, zeros2 = map(of_rows, (op.scales, op.scales2, op.zeros2))
-    zeros = op.zeros
+    scales2, zeros2 = of_rows(op.scales2), of_rows(op.zeros2)
+    scales, zeros = op.scales, op.zeros
+    if scales is not None:
+        scales = layout.unpack_scales(scales, f, op.n) if rows is None else scales[rows]
     if zeros is not None:
         zeros = layout.unpack_zeros(zeros, f, op.n) if rows is None else zeros[rows]
     if scales is not None:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from lowbit import ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
-from lowbit.formats import Format, as_format
+from lowbit.formats import INTEGER_SCALES, Format, as_format
 from lowbit.methods import grid, kmeans, nearest
 from lowbit.weights.quantized import QuantTensor
 
 # Rows that are swept together hold about this many weights in fp64: 128 MiB.
 _SLICE_WEIGHTS = 1 << 24
 # Scales whose second level other groups share: they cannot follow the updates of a group.
-_SHARED_SCALES = ("e4m3", "dq8", "int8")
+_SHARED_SCALES = ("e4m3", "dq8", *INTEGER_SCALES)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def quantize(
             f"method 'hqq' fits the zeros of an affine format with zero 'float' or 'min', "
             f"format {format.name!r} has zero {format.zero!r}"
         )
-    if format.scale == "int8":
+    if format.integer_scales:
         raise ValueError(
             f"method 'hqq' fits the zero of each group, those of format {format.name!r} are codes that share a second "
             "level: use a format with float scales, or method 'rtn'"

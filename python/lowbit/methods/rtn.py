@@ -214,7 +214,7 @@ def _squared_errors(
     round: grid.Round,
 ) -> Tensor:
     """sum (w - w^)^2 of every group if its range is low .. high, all (N, groups) fp64."""
-    two_levels = format.scale in ("e4m3", "dq8", "int8")
+    two_levels = format.scale in ("e4m3", "dq8") or format.integer_scales
     single = "fp32" if two_levels else format.scale
     by_row = dataclasses.replace(format, group=None, scale=single, scale2=None, scale2_group=None)
     table = grid.fixed_table(format, weight.device)

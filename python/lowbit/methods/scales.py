@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit import reference
 from lowbit.float8 import E8M0_BIAS, FLOAT8
-from lowbit.formats import DQ_BLOCK, Format
+from lowbit.formats import DQ_BLOCK, INTEGER_SCALES, Format
 from lowbit.methods.nearest import nearest_codes
 from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
 
@@ -33,6 +33,9 @@ def store(
     if format.scale_rule == "minmax":
         if format.zero != "min":
             low, high = low.clamp(max=0), high.clamp(min=0)
+        elif not _negative(format):
+            # Minima of a super-block have one sign.
+            low = low.clamp(max=0)
         store_scales(qt, (high - low) / (2**format.bits - 1))
         _store_zeros(qt, _range_zeros(qt, low, high))
         return
@@ -83,8 +86,8 @@ def store_scales(
         _store_e4m3(qt.tensors, single)
     elif kind == "dq8":
         _store_dq8(qt.tensors, single)
-    elif kind == "int8":
-        _store_int8(qt, "scales", single)
+    elif qt.format.integer_scales:
+        _store_integers(qt, "scales", single)
     else:
         stored = _round_up_tiny(single, SCALE_DTYPES[kind])
         _check_fits(qt, "scale", stored, scale)
@@ -152,24 +155,33 @@ def _store_dq8(tensors: dict[str, Tensor], scale: Tensor) -> None:  # (N, groups
     tensors["scales2_offset"].copy_(offset)
 
 
-def _store_int8(qt: QuantTensor, name: str, values: Tensor) -> None:  # (N, groups) fp32
-    """Codes of -127 .. 127, the largest of a super-block at an end; no positive value becomes 0."""
+def _negative(format: Format) -> bool:
+    """Whether integer scales may be negative; the others share the sign of their second level."""
+    return INTEGER_SCALES.get(format.scale or "", (-1, 0))[0] < 0
+
+
+def _store_integers(qt: QuantTensor, name: str, values: Tensor) -> None:  # (N, groups) fp32
+    """Integers, the largest of a super-block at an end of their range; no positive scale becomes 0."""
     f, (n, groups) = qt.format, values.shape
     second = qt.tensors[name + "2"]
     size = f.scale2_group // f.group if f.scale2_group and f.group else groups
     blocks = torch.nn.functional.pad(values, (0, -groups % size)).view(n, -1, size)
-    factor = _round_up_tiny(blocks.abs().amax(2) / 127, second.dtype)
+    top = INTEGER_SCALES[f.scale or ""][1]
+    factor = _round_up_tiny(blocks.abs().amax(2) / top, second.dtype)
     _check_fits(qt, "scale" if name == "scales" else "zero", factor, values)
+    if name == "zeros" and not _negative(f):
+        factor = -factor
     second.copy_(factor)
     wide = factor.to(torch.float32)[:, :, None]
-    codes = torch.where(wide > 0, blocks / wide, 0.0).round().clamp(-127, 127)
+    codes = torch.where(wide != 0, blocks / wide, 0.0).round()
+    codes = codes.clamp(-top if _negative(f) else 0, top)
     codes = torch.where((blocks > 0) & (codes == 0), 1.0, codes) if name == "scales" else codes
     qt.tensors[name].copy_(codes.view(n, -1)[:, :groups])
 
 
 def _store_zeros(qt: QuantTensor, zero: Tensor) -> None:
     if qt.zeros2 is not None:
-        _store_int8(qt, "zeros", zero.to(torch.float32))
+        _store_integers(qt, "zeros", zero.to(torch.float32))
         return
     stored = zero.to(torch.float32).to(qt.tensors["zeros"].dtype)
     _check_fits(qt, "zero", stored, zero)

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lowbit import layouts
 from lowbit.backends import available
 from lowbit.forking import alone_after_fork
-from lowbit.formats import Format, as_format
+from lowbit.formats import INTEGER_SCALES, Format, as_format
 from lowbit.layouts import KernelWeight, Operands
 from lowbit.layouts.operands import TENSORS
 from lowbit.nn import states
@@ -40,11 +40,11 @@ _BUFFERS = (*_OPERANDS, *_SECOND.values())
 # into a state dict and it shows that they are tied; only while they hold what the module does.
 _exports = WeakTensorKeyDictionary()
 # What all tensors of a weight are multiplied by to multiply the weight, by the kind of its scales.
-_FACTORS = {
+_FACTORS: dict[str | None, tuple[str, ...]] = {
     None: ("table",),
     "dq8": ("scales2", "scales2_offset"),
     "e4m3": ("scales2",),
-    "int8": ("scales2", "zeros2"),
+    **dict.fromkeys(INTEGER_SCALES, ("scales2", "zeros2")),
     "fp32": ("scales",),
     "fp16": ("scales",),
     "bf16": ("scales",),
@@ -223,7 +223,7 @@ class PackedModule(HasPackedWeight):
             return
         qt = self.quant_tensor()
         scaled = {*_FACTORS.get(self.format.scale, ()), "outlier_values"}
-        if self.format.zero == "min" and self.format.scale != "int8":
+        if self.format.zero == "min" and not self.format.integer_scales:
             scaled.add("zeros")
         tensors = {
             name: (t * factor).to(t.dtype) if name in scaled else t

@@ -55,7 +55,7 @@ def of_two_levels(
 
 
 def scale_values(codes: Tensor, format: Format) -> Tensor:  # fp32, the shape of `codes`
-    """What scales that are codes of a byte stand for, before a second level: int8, E4M3 or E8M0."""
+    """What scales that are codes of a byte stand for, before a second level: integers, E4M3 or E8M0."""
     if format.scale == "e8m0":
         return e8m0_values(codes)
     if format.scale == "e4m3":
@@ -70,7 +70,7 @@ def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
     scales = qt.tensors["scales"]
     if qt.format.scale == "e8m0":
         return e8m0_values(scales)
-    if qt.format.scale in ("e4m3", "int8"):
+    if qt.format.scale == "e4m3" or qt.format.integer_scales:
         return of_two_levels(scales, qt.tensors["scales2"], qt.format)
     if qt.format.scale == "dq8":
         flat = dynamic_map(qt.device)[scales.flatten().long()]

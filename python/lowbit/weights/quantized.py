@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit import late, packing
-from lowbit.formats import DQ_BLOCK, Format, as_format
+from lowbit.formats import DQ_BLOCK, INTEGER_SCALES, Format, as_format
 
 SCALE_DTYPES = {
     "fp32": torch.float32,
@@ -18,7 +18,7 @@ SCALE_DTYPES = {
     "e8m0": torch.uint8,  # value 2^(byte - 127); torch has float8_e8m0fnu only from 2.7 on
     "e4m3": torch.float8_e4m3fn,
     "dq8": torch.uint8,  # index into `reference.dynamic_map()`
-    "int8": torch.int8,
+    **dict.fromkeys(INTEGER_SCALES, torch.int8),
 }
 _FLOAT8 = torch.float8_e4m3fn
 TENSOR_NAMES = (
@@ -29,10 +29,10 @@ TENSOR_NAMES = (
 def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each canonical tensor of an (n, k) weight.
 
-    codes (N, row bytes) uint8; scales (N, groups); scales2: the second level, (N, super-blocks) in its dtype for
-    "int8", fp32 (ceil(N*groups/256),) for "dq8" over the flattened scales and fp32 (1,) for "e4m3"; scales2_offset
-    () fp32 for "dq8"; zeros (N, groups), uint8 for integer zeros, else the scales' dtype; zeros2: as scales2, for
-    zeros "min" with "int8"; table fp32 (E,), (N, E) or (N, groups, E), only if it is fitted;
+    codes (N, row bytes) uint8; scales (N, groups), integers as int8; scales2: the second level, (N, super-blocks) in
+    its dtype for integers, fp32 (ceil(N*groups/256),) for "dq8" over the flattened scales and fp32 (1,) for "e4m3";
+    scales2_offset () fp32 for "dq8"; zeros (N, groups), uint8 for integer zeros, else the scales' dtype; zeros2: as
+    scales2, for zeros "min" with integers; table fp32 (E,), (N, E) or (N, groups, E), only if it is fitted;
     outlier_columns (N, P) int32, ascending in each row, and outlier_values (N, P) fp16 or fp32, the rest of the
     weights there, only with outliers.
     """
@@ -164,7 +164,24 @@ class QuantTensor:
         ):
             raise ValueError(f"zeros must be below {2**self.format.bits} in {self.format.name!r}")
         self.check_columns()
+        self.check_integers()
         return self
+
+    def check_integers(self) -> None:
+        """Raises ValueError unless integer scales and their zeros are in the range of the format."""
+        low, high = INTEGER_SCALES.get(self.format.scale or "", (-128, 127))
+        if high == 127 or self.device.type == "meta":
+            return
+        for name in ("scales", "zeros"):
+            t = self.tensors.get(name)
+            if t is None or t.dtype != torch.int8 or t.numel() == 0:
+                continue
+            least, most = (int(bound) for bound in t.aminmax())
+            if least < low or most > high:
+                raise ValueError(
+                    f"{name} must be in [{low}, {high}] in format {self.format.name!r}, "
+                    f"got {least if least < low else most}"
+                )
 
     def check_columns(self) -> None:
         """Raises ValueError unless the columns of outliers are ascending in each row and below K."""

@@ -63,7 +63,27 @@ def test_run_answers(capsys, folder: Path, kind: str) -> None:
     tokens = model.generate(ids, max_new_tokens=4, do_sample=False, attention_mask=ids > 0)[0, 2:]
     assert answer["text"].split() == [f"w{i}" for i in tokens.tolist()]
     assert "not both" in fail(capsys, "run", folder, "--model", folder)
-    assert "--compare is for GGUF" in fail(capsys, "run", folder, "--compare")
+
+
+@pytest.mark.parametrize("kind", ["gptq", "lowbit", "dense"])
+def test_run_compares_with_the_dense_model(capsys, tmp_path: Path, folder: Path, kind: str) -> None:
+    """Of the same values; fp32 differs from its bf16 by rounding only."""
+    if kind != "gptq":
+        model = lowbit.load_model(folder) if kind == "lowbit" else load_decoded(folder)
+        save = lowbit.save if kind == "lowbit" else transformers.PreTrainedModel.save_pretrained
+        save(model, tmp_path / "a.safetensors" if kind == "lowbit" else tmp_path / "other")
+        if kind == "lowbit":
+            (tmp_path / "other").mkdir()
+            (tmp_path / "a.safetensors").rename(tmp_path / "other" / "model.safetensors")
+            (tmp_path / "other" / "config.json").write_bytes((folder / "config.json").read_bytes())
+        for file in folder.glob("tokenizer*"):
+            (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    options = ("--prompt", "w5 w6", "--max-new-tokens", "4", "--dtype", "fp32", "--compare")
+    found = run_json(capsys, "run", folder if kind == "gptq" else tmp_path / "other", *options)
+    assert found["dense"]["bits_per_weight"] == 16
+    assert found["dense"]["new_tokens"] == found["new_tokens"]
+    assert 0 < found["kl_divergence"] < 0.07**2
+    assert found["perplexity"] == pytest.approx(found["dense"]["perplexity"], rel=0.07)
 
 
 def test_a_quantized_folder_is_not_quantized_unasked(capsys, tmp_path: Path, folder: Path) -> None:

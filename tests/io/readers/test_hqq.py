@@ -11,6 +11,7 @@ from folders import check_layers, check_model, write_folder
 from torch import Tensor
 
 import lowbit
+from lowbit.integrations.load import load_as_stored
 from lowbit.io.readers.registry import open_checkpoint
 from lowbit.nn import QuantLinear
 
@@ -73,18 +74,51 @@ def test_rows_are_exact(tmp_path: Path, bits: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bits", PACKINGS)
-def test_columns_are_dense_or_requantized(tmp_path: Path, bits: int) -> None:
+def test_columns_are_requantized_or_dense(tmp_path: Path, bits: int) -> None:
+    """The reader's values are exact, a model's are so by choice; the warning says how far off they are otherwise."""
     model = write_folder(tmp_path, HQQ, packer(bits, 32, axis=0))
     reader = open_checkpoint(tmp_path)
     for name in reader.plans:
         assert torch.equal(reader.layer(name), model.get_submodule(name).weight)
     with pytest.warns(
-        UserWarning, match=r"7 layers exactly \(its groups lie along columns, axis 0"
+        UserWarning,
+        match=r"7 layers exactly \(its groups lie along columns, axis 0\), they are dense",
     ):
-        loaded = check_model(tmp_path, model)
-    assert not any(isinstance(m, QuantLinear) for m in loaded.modules())
-    anew = lowbit.load_model(tmp_path, format="int8_g32")
+        exact = check_model(tmp_path, model, inexact="dense")
+    assert not any(isinstance(m, QuantLinear) for m in exact.modules())
+    for inexact in (None, "int6_g32_fp32"):
+        wanted, worst = inexact or "int8_g32", 0.0
+        with pytest.warns(
+            UserWarning, match=f"quantized anew to {wanted}, with a relative"
+        ) as told:
+            loaded = lowbit.load_model(tmp_path, inexact=inexact)
+        for name in reader.plans:
+            weight = reader.layer(name)
+            expected = lowbit.quantize(weight, wanted)
+            got = loaded.get_submodule(name).quant_tensor()
+            assert got.format == expected.format
+            assert all(torch.equal(t, got.tensors[key]) for key, t in expected.tensors.items())
+            worst = max(worst, float((expected.dequantize() - weight).norm() / weight.norm()))
+        (message,) = [str(w.message) for w in told]
+        assert f"a relative error of up to {worst:.2g}: model.layers.0" in message
+    anew = lowbit.load_model(tmp_path, format="nf4")  # without a warning
     assert sum(isinstance(m, QuantLinear) for m in anew.modules()) == 7
+
+
+def test_what_is_kept_is_exact(tmp_path: Path) -> None:
+    """`lowbit quantize --quantized keep` writes no other values."""
+    model = write_folder(tmp_path, HQQ, packer(4, 32, axis=0))
+    with pytest.warns(UserWarning, match="they are dense"):
+        kept, found = load_as_stored(tmp_path)
+    assert not found.requantized
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(kept.get_submodule(name).weight, model.get_submodule(name).weight)
+
+
+def test_the_choice_is_checked(tmp_path: Path) -> None:
+    write_folder(tmp_path, HQQ, packer(4, 32, axis=0))
+    with pytest.raises(ValueError, match="unknown format 'sparse'"):
+        lowbit.load_model(tmp_path, inexact="sparse")
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {

@@ -154,5 +154,3 @@ def test_what_is_no_model_is_named(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="another program quantized, this one is dense"):
         load_as_stored(tmp_path / "dense")
-    with pytest.raises(ValueError, match="must be a folder that is quantized, got one that is not"):
-        load_decoded(tmp_path / "dense")

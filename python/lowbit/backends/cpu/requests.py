@@ -55,7 +55,9 @@ def weight(
         table_groups=format.num_groups(k) if format.table_scope == "group" else 1,
         zero=_ZERO_MODES[format.zero],
         scale_dtype=format.scale if LAYOUTS[N16].keeps_codes(format) else _NAMES[scales],
-        zero_dtype=_NAMES[zeros],
+        zero_dtype=format.scale
+        if format.zero == "min" and format.integer_scales
+        else _NAMES[zeros],
         scale2_dtype="fp32" if format.scale == "e4m3" else format.scale2,
         scale2_extent=0 if format.scale == "e4m3" else format.scale2_group or k,
         int8_x=format.activation is not None,

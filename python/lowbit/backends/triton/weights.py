@@ -19,7 +19,7 @@ from lowbit.backends.triton.launch import (
     on_device,
     readable,
 )
-from lowbit.formats import Format
+from lowbit.formats import INTEGER_SCALES, Format
 from lowbit.layouts import Operands
 from lowbit.strides import contiguous
 
@@ -31,7 +31,10 @@ def meaning(format: Format) -> dict[str, Any]:
     zeros = {None: c.ZERO_NONE, "int": c.ZERO_INT, "float": c.ZERO_FLOAT, "min": c.ZERO_MIN}
     scopes = {"tensor": c.TABLE_SHARED, "row": c.TABLE_ROW, "group": c.TABLE_GROUP}
     kinds: dict[str | None, Any] = {None: c.SCALE_NONE, "e4m3": c.SCALE_E4M3, "e8m0": c.SCALE_E8M0}
-    seconds: dict[str | None, Any] = {"e4m3": c.SECOND_ONE, "int8": c.SECOND_ROW}
+    seconds: dict[str | None, Any] = {
+        "e4m3": c.SECOND_ONE,
+        **dict.fromkeys(INTEGER_SCALES, c.SECOND_ROW),
+    }
     return {
         "BITS": format.bits,
         "CODEC": (c.AFFINE if affine else c.LUT).value,

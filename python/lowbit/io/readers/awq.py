@@ -6,51 +6,38 @@ W[n, k] = scale[g, n] * (code[n, k] - zero[g, n]) with g = k // group; the last 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.files import shown
-from lowbit.io.foreign import quantization_config
 from lowbit.io.readers.codes import (
     FLOATS,
     Spec,
     affine,
     check,
-    group_size,
-    integer,
     need,
     pack,
     stream_bytes,
     stream_codes,
 )
-from lowbit.io.readers.folder import FolderReader, Plan
+from lowbit.io.readers.folder import Plan
+from lowbit.io.readers.grouped import GroupedReader, check_groups
 from lowbit.weights.quantized import QuantTensor
 
-_AUTO_ROUND = "auto-round"
 _VERSIONS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 _BITS = (2, 3, 4, 5, 6, 8)
 # Where the eight codes of a word of "gemm" are, by their columns.
 _NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-class AWQReader(FolderReader):
+class AWQReader(GroupedReader):
     """An open AWQ folder."""
 
     name = "awq"
-    methods = frozenset({"awq", _AUTO_ROUND})
+    methods = frozenset({"awq"})
     parts = ("qweight", "qzeros", "scales", "scaled_zeros")
-    markers = ("qweight",)
-
-    @classmethod
-    def detect(cls, path: Path) -> bool:
-        """By quant_method; AutoRound writes other layouts as well."""
-        config = quantization_config(path)
-        if config is None or config.get("quant_method") != _AUTO_ROUND:
-            return config is not None and config.get("quant_method") in cls.methods
-        return "awq" in str(config.get("packing_format", ""))
 
     def _check_config(self) -> None:
         config: dict[str, Any] = self.config
@@ -63,11 +50,8 @@ class AWQReader(FolderReader):
             raise ValueError(
                 f"{self.path}: version must be one of {_VERSIONS}, got {shown(version)}"
             )
-        try:
-            allowed = _BITS if self._version == "gemm" else (4,)
-            self._bits, self._group = integer(config, "bits", allowed), group_size(config)
-        except ValueError as e:
-            raise ValueError(f"{self.path}: {e}") from None
+        allowed = _BITS if self._version == "gemm" else (4,)
+        self._bits, self._group = self._settings(config, allowed)
 
     def _plan(self, layer: str, specs: Mapping[str, Spec]) -> Plan:
         if self._version == "gemm":
@@ -108,10 +92,7 @@ class AWQReader(FolderReader):
                 f"qweight must have {wanted} words of {self._bits}-bit codes for the {n} out features of "
                 f"scales, got {words}"
             )
-        if groups != -(-k // group):
-            raise ValueError(
-                f"scales must have {-(-k // group)} groups of {group} for {k} in features, got {groups}"
-            )
+        check_groups(groups, group, k)
         check("qzeros", need(specs, "qzeros"), (groups, words), (torch.int32,))
         return Plan((n, k), affine(self._bits, group, k, specs["scales"][1], "int"))
 

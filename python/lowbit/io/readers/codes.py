@@ -14,6 +14,8 @@ from lowbit.weights.quantized import QuantTensor
 
 INTEGERS = (torch.int32, torch.int16, torch.int64, torch.uint8, torch.int8)
 FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# A format that loses little of any weight, for those that no format holds.
+NEAREST = "int8_g32"
 Spec = tuple[tuple[int, ...], torch.dtype]
 
 

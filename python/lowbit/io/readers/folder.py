@@ -33,6 +33,8 @@ class Plan:
     """What a layer will be: a weight of `shape` in `format`; or, where none holds its values, their dense form, and
     why. `order`: its columns are those of x in another order. `bits` of the stored codes, and
     `rows` that share a scale (0: all), where the format does not say. `experts`: how many weights of that shape it is.
+    `nearest`: what a loader quantizes it anew to, unless it is told otherwise: a dense form of every layer of a
+    checkpoint would take several times its memory.
     """
 
     shape: tuple[int, int]
@@ -42,6 +44,7 @@ class Plan:
     bits: int = 0
     rows: int = 1
     experts: int = 0
+    nearest: str = ""
 
     @property
     def whole_shape(self) -> tuple[int, ...]:

@@ -126,11 +126,7 @@ class GGUFFile(Mapping[str, "QuantTensor | Tensor"]):
             with np.errstate(invalid="ignore"):
                 parts = block.split(np.frombuffer(data, np.uint8).reshape(-1, block_bytes))
             codes = torch.from_numpy(parts.codes.reshape(stop - start, k))
-            # 4-bit rows are whole bytes of two nibbles: no need for the general bit stream.
-            out["codes"][start:stop] = (
-                codes[:, 0::2] | codes[:, 1::2] << 4 if fmt.bits == 4 else
-                codes if fmt.bits == 8 else pack_codes(codes, fmt)
-            )  # fmt: skip
+            out["codes"][start:stop] = codes if fmt.bits == 8 else pack_codes(codes, fmt)
             for key, values in parts._asdict().items():
                 if key != "codes" and values is not None:
                     stored = torch.from_numpy(values).view(out[key].dtype)

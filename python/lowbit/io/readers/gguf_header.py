@@ -219,13 +219,7 @@ class _Parser:
 
     def _value(self, kind: GGUFValueType) -> object:
         if kind == GGUFValueType.STRING:
-            text = self._string()
-            try:
-                return text.decode()
-            except UnicodeDecodeError:
-                # Vocabularies hold pieces of characters.
-                self._plain = False
-                return text.decode(errors="backslashreplace")
+            return self._text(self._string())
         if kind != GGUFValueType.ARRAY:
             number = f"<{_SCALARS[kind]}"
             return struct.unpack(number, self._take(struct.calcsize(number)))[0]
@@ -234,9 +228,36 @@ class _Parser:
         if item in _SCALARS:
             dtype = np.dtype(f"<{_SCALARS[item]}")
             return np.frombuffer(self._take(count * dtype.itemsize), dtype)
+        if item == GGUFValueType.STRING:
+            return self._texts(count)
         self._plain &= item != GGUFValueType.ARRAY
         # Each takes some bytes of the file: no count outlasts it.
         return [self._value(item) for _ in range(count)]
+
+    def _text(self, raw: bytearray) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            # Vocabularies hold pieces of characters.
+            self._plain = False
+            return raw.decode(errors="backslashreplace")
+
+    def _texts(self, count: int) -> list[str]:
+        """Strings in a row; those that lie whole in the chunk without a call for each: vocabularies are long."""
+        texts: list[str] = []
+        while len(texts) < count:
+            chunk, begin = self._chunk, self._at - self._start
+            most = len(chunk) - 8
+            while len(texts) < count and begin <= most:
+                end = begin + 8 + _U64.unpack_from(chunk, begin)[0]
+                if end > len(chunk):
+                    break
+                texts.append(self._text(chunk[begin + 8 : end]))
+                begin = end
+            self._at = self._start + begin
+            if len(texts) < count:
+                texts.append(self._text(self._string()))
+        return texts
 
     def _entry(self) -> tuple[str, list[int], int, int]:
         name = self._name()

@@ -9,28 +9,25 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.files import shown
-from lowbit.io.foreign import quantization_config
 from lowbit.io.readers.codes import (
     FLOATS,
     INTEGERS,
     Spec,
     affine,
     check,
-    group_size,
-    integer,
     need,
     pack,
     stream_bytes,
     stream_codes,
 )
-from lowbit.io.readers.folder import FolderReader, Plan, ordered
+from lowbit.io.readers.folder import Plan, ordered
+from lowbit.io.readers.grouped import GroupedReader, check_groups
 from lowbit.weights.quantized import QuantTensor
 
 _BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -38,27 +35,17 @@ _STREAMS = (2, 3, 4, 8)  # bits whose planes would be no other than the stream, 
 # Widths of the planes that the codes of so many bits are cut into, low bits first.
 _PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 _FORMATS = ("gptq", "gptq_v2", "gptq_p")
-_AUTO_ROUND = "auto-round"
 
 
-class GPTQReader(FolderReader):
+class GPTQReader(GroupedReader):
     """An open GPTQ folder."""
 
     name = "gptq"
-    methods = frozenset({"gptq", _AUTO_ROUND})
+    methods = frozenset({"gptq"})
     parts = ("qweight", "qzeros", "scales", "g_idx")
-    markers = ("qweight",)
-
-    @classmethod
-    def detect(cls, path: Path) -> bool:
-        """By quant_method; AutoRound writes other layouts as well."""
-        config = quantization_config(path)
-        if config is None or config.get("quant_method") != _AUTO_ROUND:
-            return config is not None and config.get("quant_method") in cls.methods
-        return "gptq" in str(config.get("packing_format", ""))
 
     def _check_config(self) -> None:
-        self._settings("", self.config)
+        self._settings(self.config, _BITS)
         kind = self.config.get("checkpoint_format", "gptq")
         if kind not in _FORMATS:
             raise ValueError(
@@ -74,13 +61,6 @@ class GPTQReader(FolderReader):
                 )
         self._planar, self._plus_one = kind == "gptq_p", kind == "gptq"
 
-    def _settings(self, layer: str, config: Mapping[str, Any]) -> tuple[int, int | None]:
-        """Bits and group of a layer."""
-        try:
-            return integer(config, "bits", _BITS), group_size(config)
-        except ValueError as e:
-            raise ValueError(f"{self.path}: {layer}{': ' if layer else ''}{e}") from None
-
     def _of_layer(self, layer: str) -> dict[str, Any]:
         """The configuration of one layer: the first dynamic rule that its name matches counts."""
         own = (self.config.get("extra_config") or {}).get(layer)
@@ -93,7 +73,7 @@ class GPTQReader(FolderReader):
 
     def _plan(self, layer: str, specs: Mapping[str, Spec]) -> Plan:
         config = self._of_layer(layer)
-        bits, group = self._settings(layer, config)
+        bits, group = self._settings(config, _BITS, layer)
         if not self._is_planar(bits) and bits not in _STREAMS:
             raise ValueError(f"bits must be one of {_STREAMS} in a stream, got {bits}")
         (rows, _), words = _matrix("qweight", need(specs, "qweight"))
@@ -110,10 +90,7 @@ class GPTQReader(FolderReader):
         if rest or k % (32 if bits in _PLANES else 1):
             raise ValueError(f"qweight must have rows for whole {bits}-bit weights, got {rows}")
         group = min(group or k, k)
-        if groups != -(-k // group):
-            raise ValueError(
-                f"scales must have {-(-k // group)} groups of {group} for {k} in features, got {groups}"
-            )
+        check_groups(groups, group, k)
         check("qzeros", need(specs, "qzeros"), (groups, None), (words,))
         if specs["qzeros"][0][1] * width != n * bits:
             raise ValueError(

@@ -1,4 +1,7 @@
-"""HQQ with groups along rows (axis 1); those along columns (axis 0) are in no format, and are dense.
+"""HQQ with groups along rows (axis 1); those along columns (axis 0) are in no format.
+
+With axis 0 rows n, n + N / G, n + 2 N / G ... share a scale and a zero in every column, so that a scale would be of one
+weight of a row. Formats have scales of runs of a row alone.
 
 The weight is cut into groups as (groups, G), or for axis 0 as (G, groups), and its codes are packed in slices of that
 matrix's rows: W = (code - zero) * scale, computed here in fp32. The library rounds code - zero to the dtype of `zero`.
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit.files import shown
-from lowbit.io.readers.codes import FLOATS, Spec, affine, check, need, pack
+from lowbit.io.readers.codes import FLOATS, NEAREST, Spec, affine, check, need, pack
 from lowbit.io.readers.folder import FolderReader, Plan
 from lowbit.weights.quantized import QuantTensor
 
@@ -70,7 +73,8 @@ class HQQReader(FolderReader):
         piece = math.gcd(k, group)
         if axis == 0 or piece < min(group, k, _MIN_GROUP):
             loss = _AXIS if axis == 0 else f"groups of {group} weights cross rows of {k}"
-            return Plan((n, k), None, loss, bits=bits, rows=rows)
+            nearest = NEAREST if axis == 0 else ""
+            return Plan((n, k), None, loss, bits=bits, rows=rows, nearest=nearest)
         return Plan((n, k), affine(bits, piece, k, dtype, "float"), bits=bits, rows=rows)
 
     def _small(self, layer: str, part: str) -> Tensor:
