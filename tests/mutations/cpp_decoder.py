@@ -24,9 +24,9 @@ MUTANTS = [
     ),
     *cpp("decoder/attention-inl.h", CACHE, "scalar")(
         ("if (last && position % 2 == 0) c.value_scales[position + 1] = 0.0f;", ""),
-        ("max_lane(most) / 127.0f + sum(poison)", "max_lane(most) / 127.0f"),
+        ("max_lane(most) + sum(poison)", "max_lane(most)"),
         ("max_or_nan(v, sub(zero(), v))", "v"),
-        ("const float* scales = c.key_scales + d / kKeyGroup * c.length + b0 + at;", "const float* scales = c.key_scales + b0 + at;"),
+        ("const float* scales = c.key_scales + d / group * c.length + b0 + at;", "const float* scales = c.key_scales + b0 + at;"),
         ("store(p[r] + i, mul(load(p[r] + i), load(c.value_scales + b0 + i)));", ""),
     ),
     *cpp("decoder/rows-inl.h", TEST, "scalar")(
