@@ -93,10 +93,11 @@ inline F from_e4m3(I byte) {
 __attribute__((noinline)) F two_levels(const Launch& l, const void* terms, Dtype dtype, const void* second,
                                        int64_t block, int64_t group, int lane) {
   const int64_t i = (block * l.num_groups + group) * kBlockN + lane;
+  const uint64_t first = static_cast<uint64_t>(i);  // unsigned: divisions are shifts
   const uint8_t* bytes = static_cast<const uint8_t*>(terms);
-  const F value = dtype == Dtype::kU4     ? to_float(load_packed<4, false>(bytes, i))
-                  : dtype == Dtype::kU6   ? to_float(load_packed<6, false>(bytes, i))
-                  : dtype == Dtype::kI6   ? to_float(load_packed<6, true>(bytes, i))
+  const F value = dtype == Dtype::kU4     ? to_float(load_packed<4, false>(bytes, first))
+                  : dtype == Dtype::kU6   ? to_float(load_packed<6, false>(bytes, first))
+                  : dtype == Dtype::kI6   ? to_float(load_packed<6, true>(bytes, first))
                   : dtype == Dtype::kE4m3 ? from_e4m3(load_u8_lanes(bytes + i))
                                           : load_as(terms, dtype, i);
   if (l.num_supers == 0) return mul(value, set1(*static_cast<const float*>(second)));
