@@ -174,6 +174,22 @@ def test_header_equals_ggufs(tmp_path):
         assert (info.offset, info.nbytes) == (t.data_offset, t.n_bytes)
 
 
+def test_long_vocabularies(tmp_path):
+    """Strings that cross the MiB that is read at a time, and one that is longer."""
+    rng = np.random.default_rng(0)
+    words = ["é" * length for length in rng.integers(0, 700, 4000).tolist()]
+    words[1500] = "x" * (3 << 20)
+    path = write(tmp_path / "a.gguf", {}, words=words, last=["", "end"])
+    assert path.stat().st_size > 5 << 20
+    assert GGUFFile(path).metadata["words"] == words
+    assert GGUFFile(path).metadata["last"] == ["", "end"]
+    data = path.read_bytes()
+    for cut in (len(data) // 3, data.rindex(b"end") + 2):
+        path.write_bytes(data[:cut])
+        with pytest.raises(ValueError, match=r"a\.gguf: not a readable GGUF file"):
+            GGUFFile(path)
+
+
 def test_reading_is_lazy(tmp_path):
     """A 1 TiB hole costs nothing to open, and a tensor is converted in pieces."""
     entries = [tensor_entry(b"big", (32, 2**35)), tensor_entry(b"small", (4096, 4096))]

@@ -22,6 +22,8 @@ MUTANTS = [
         ("- (product < 0).long(), 0)", "- (product > 0).long(), 0)"),
         (".clamp(bounds.min, bounds.max)", ""),
         ("if x_scales.dim() == 2 and format.group is not None and format.group % CHUNK_K:", "if x_scales.dim() == 2 and format.group is not None and format.group % 16:"),
+    ),
+    *python("ops/int8.py", "static_int8")(
         ("_quantize(rows, None, x_scale.expand(rows.shape[0]).contiguous())", "_quantize(rows, None, None)"),
     ),
     *python("ops/binary.py", "binary")(

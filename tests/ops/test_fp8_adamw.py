@@ -224,6 +224,35 @@ def check_state(values: Tensor, spare: Tensor, state: State) -> None:
         assert bool((signs >= 0)[magnitude > 2 * spare[here]].all())
 
 
+@pytest.mark.parametrize("expand", (True, False), ids=("expand", "plain"))
+@pytest.mark.parametrize("maximize", (False, True), ids=("minimize", "maximize"))
+def test_the_reference_is_torch(expand: bool, maximize: bool) -> None:
+    """Three steps of torch's AdamW in float64, each from the states that the one before left."""
+    theirs = torch.nn.Parameter(spread(300, 9, 1.0).double() * 1e4)
+    ours = theirs.detach().clone()
+    m, v = states(ours, E4M3, E5M2, expand)
+    # eps is about as large as the root of v, and weight decay halves the parameters.
+    numbers = {"eps": 0.1, "weight_decay": 20.0, "maximize": maximize}
+    optimizer = torch.optim.AdamW([theirs], lr=0.01, betas=(0.8, 0.95), **numbers)
+    for count in (1, 2, 3):
+        theirs.grad = spread(300, count).double() * 1e3
+        before = [reference.dequantize(*state, torch.float64) for state in (m, v)]
+        optimizer.state[theirs] = {
+            "step": torch.tensor(count - 1.0), "exp_avg": before[0], "exp_avg_sq": before[1],
+        }  # fmt: skip
+        optimizer.step()
+        reference.adamw_(
+            ours, theirs.grad, *m, *v, count, 0.01, 0.8, 0.95, **numbers, dtype=torch.float64
+        )
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-12, atol=1e-15)
+        for name, state in (("exp_avg", m), ("exp_avg_sq", v)):
+            codes, terms = reference.quantize(
+                optimizer.state[theirs][name], state.codes.dtype, expand
+            )
+            assert torch.equal(state.codes.view(torch.uint8), codes.view(torch.uint8))
+            torch.testing.assert_close(state.terms, terms)
+
+
 @pytest.mark.parametrize("name", RUNNERS)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_half_parameters(name: str, dtype: torch.dtype) -> None:

@@ -146,7 +146,7 @@ LOWBIT_INLINE inline GroupTerms float_terms(const Launch& l, int64_t block, int6
     return {l.scales ? load_as(l.scales, l.scale_dtype, i) : set1(1.0f),
             zeros ? load_as(l.zeros, l.zero_dtype, i) : zero()};
   }
-  return {group_scale(l, block, group, lane), zeros ? group_zero(l, block, group, lane) : zero()};
+  return zeros ? group_terms(l, block, group, lane) : GroupTerms{group_scale(l, block, group, lane), zero()};
 }
 
 // y + what a part of a group adds to it, each operation rounded once.

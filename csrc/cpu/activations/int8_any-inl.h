@@ -43,13 +43,13 @@ inline void finish_any_part(const Launch& l, int64_t block, int64_t group, int64
     for (int i = 0; i < kBlockN; ++i) acc[i] -= static_cast<const int8_t*>(l.zeros)[at + i] * x_sum;
   }
   for (int i = 0; i < kBlockN; i += kVecLanes) {
-    const F scale = group_scale(l, block, group, i);
     F term = to_float(load_i(acc + i));
     if (l.zero == ZeroMode::kNone || int_zeros) {
-      term = mul(scale, term);
+      term = mul(group_scale(l, block, group, i), term);
     } else {
-      const F shift = mul(group_zero(l, block, group, i), set1(static_cast<float>(x_sum)));
-      term = l.zero == ZeroMode::kAdd ? add(mul(scale, term), shift) : mul(scale, sub(term, shift));
+      const GroupTerms t = group_terms(l, block, group, i);
+      const F shift = mul(t.zero, set1(static_cast<float>(x_sum)));
+      term = l.zero == ZeroMode::kAdd ? add(mul(t.scale, term), shift) : mul(t.scale, sub(term, shift));
     }
     if (l.x_group_scales) term = mul(term, set1(l.x_scales[row * l.num_groups + group]));
     store(y + i, add(load(y + i), term));

@@ -86,16 +86,16 @@ struct SixBitBytes {
 alignas(64) constexpr SixBitBytes kSixBitBytes;
 // kVecLanes integers of a bit stream, B bits each, from number i on, a multiple of kVecLanes.
 template <int B, bool kSigned>
-inline I load_packed(const uint8_t* p, int64_t i) {
+inline I load_packed(const uint8_t* p, uint64_t i) {
   if constexpr (B == 4) {
     int32_t eight;
     __builtin_memcpy(&eight, p + i / 2, 4);
     const I codes = _mm256_srlv_epi32(_mm256_set1_epi32(eight), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
     return _mm256_and_si256(codes, _mm256_set1_epi32(15));
   } else {
-    const int64_t second = i / kVecLanes % 2;
+    const uint64_t second = i / kVecLanes % 2;
     int64_t bytes;
-    __builtin_memcpy(&bytes, p + (i / kVecLanes - second) * 6 + second * 4, 8);
+    __builtin_memcpy(&bytes, p + i / (2 * kVecLanes) * 12 + second * 4, 8);
     const I fours = _mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), load_i(kSixBitBytes.at[second]));
     const I top = _mm256_sllv_epi32(fours, _mm256_setr_epi32(26, 20, 14, 8, 26, 20, 14, 8));
     return kSigned ? _mm256_srai_epi32(top, 26) : _mm256_srli_epi32(top, 26);

@@ -80,7 +80,7 @@ struct SixBitBytes {
 alignas(64) constexpr SixBitBytes kSixBitBytes;
 // kVecLanes integers of a bit stream, B bits each, from number i on, a multiple of kVecLanes.
 template <int B, bool kSigned>
-inline I load_packed(const uint8_t* p, int64_t i) {
+inline I load_packed(const uint8_t* p, uint64_t i) {
   if constexpr (B == 4) {
     int64_t all;
     __builtin_memcpy(&all, p + i / 2, 8);
@@ -90,8 +90,8 @@ inline I load_packed(const uint8_t* p, int64_t i) {
                                        kFirst + 4 * kNext, kFirst + 5 * kNext, kFirst + 6 * kNext, kFirst + 7 * kNext);
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(all)), _mm512_set1_epi32(15));
   } else {
-    const int64_t second = i / kVecLanes % 2;
-    const __m128i bytes = _mm_loadu_si128((const __m128i*)(p + (i / kVecLanes - second) * 12 + second * 8));
+    const uint64_t second = i / kVecLanes % 2;
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)(p + i / (2 * kVecLanes) * 24 + second * 8));
     const I fours = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), load_i(kSixBitBytes.at[second]));
     const I top = _mm512_sllv_epi32(fours, _mm512_set4_epi32(8, 14, 20, 26));
     return kSigned ? _mm512_srai_epi32(top, 26) : _mm512_srli_epi32(top, 26);

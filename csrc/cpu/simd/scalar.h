@@ -155,9 +155,9 @@ inline I load_u8_lanes(const uint8_t* p) {
 }
 // kVecLanes integers of a bit stream, B bits each, from number i on, a multiple of kVecLanes.
 template <int B, bool kSigned>
-inline I load_packed(const uint8_t* p, int64_t i) {
+inline I load_packed(const uint8_t* p, uint64_t i) {
   return each<I>([&](int lane) {
-    const int64_t bit = (i + lane) * B;
+    const uint64_t bit = (i + static_cast<uint64_t>(lane)) * B;
     const int shift = static_cast<int>(bit % 8);
     const uint32_t high = shift + B > 8 ? uint32_t{p[bit / 8 + 1]} << 8 : 0;
     const uint32_t code = (p[bit / 8] | high) >> shift & ((1u << B) - 1);

@@ -79,20 +79,46 @@ inline F from_e4m3(I byte) {
   return mul(as_float(select_bits(number, bits, set1_i(0x7FC00000))), set1(0x1p120f));
 }
 
-// Terms of a group with a second level, which they are multiplied by. A function of its own: calls without one pay one
-// test.
-__attribute__((noinline)) F two_levels(const Launch& l, const void* terms, Dtype dtype, const void* second,
-                                       int64_t block, int64_t group, int lane) {
-  const int64_t i = (block * l.num_groups + group) * kBlockN + lane;
+// Scales and zeros that have a second level, before it.
+LOWBIT_INLINE inline F first_level(const void* terms, Dtype dtype, int64_t i) {
   const uint8_t* bytes = static_cast<const uint8_t*>(terms);
-  const F value = dtype == Dtype::kU4     ? to_float(load_packed<4, false>(bytes, i))
-                  : dtype == Dtype::kU6   ? to_float(load_packed<6, false>(bytes, i))
-                  : dtype == Dtype::kI6   ? to_float(load_packed<6, true>(bytes, i))
-                  : dtype == Dtype::kE4m3 ? from_e4m3(load_u8_lanes(bytes + i))
-                                          : load_as(terms, dtype, i);
-  if (l.num_supers == 0) return mul(value, set1(*static_cast<const float*>(second)));
+  const uint64_t at = static_cast<uint64_t>(i);  // unsigned: divisions are shifts
+  if (dtype == Dtype::kI8) return load_i8(static_cast<const int8_t*>(terms) + i);
+  if (dtype == Dtype::kU4) return to_float(load_packed<4, false>(bytes, at));
+  if (dtype == Dtype::kU6) return to_float(load_packed<6, false>(bytes, at));
+  if (dtype == Dtype::kI6) return to_float(load_packed<6, true>(bytes, at));
+  return dtype == Dtype::kE4m3 ? from_e4m3(load_u8_lanes(bytes + i)) : load_as(terms, dtype, i);
+}
+
+// Scale and zero of kVecLanes columns of one group.
+struct GroupTerms {
+  F scale, zero;
+};
+
+// Terms with a second level, which they are multiplied by; the zero only if it is wanted.
+template <bool kZero>
+LOWBIT_INLINE inline GroupTerms two_levels(const Launch& l, int64_t block, int64_t group, int lane) {
+  const int64_t i = (block * l.num_groups + group) * kBlockN + lane;
+  GroupTerms t{zero(), zero()};
+  t.scale = first_level(l.scales, l.scale_dtype, i);
+  if constexpr (kZero) t.zero = first_level(l.zeros, l.zero_dtype, i);
+  if (l.num_supers == 0) {
+    t.scale = mul(t.scale, set1(*static_cast<const float*>(l.scales2)));
+    if constexpr (kZero) t.zero = mul(t.zero, set1(*static_cast<const float*>(l.zeros2)));
+    return t;
+  }
   const int64_t super = static_cast<uint32_t>(group) / static_cast<uint32_t>(l.super_groups);
-  return mul(value, load_as(second, l.second_dtype, (block * l.num_supers + super) * kBlockN + lane));
+  const int64_t second = (block * l.num_supers + super) * kBlockN + lane;
+  t.scale = mul(t.scale, load_as(l.scales2, l.second_dtype, second));
+  if constexpr (kZero) t.zero = mul(t.zero, load_as(l.zeros2, l.second_dtype, second));
+  return t;
+}
+// Functions of their own: calls without such terms pay one test.
+__attribute__((noinline)) F two_level_scale(const Launch& l, int64_t block, int64_t group, int lane) {
+  return two_levels<false>(l, block, group, lane).scale;
+}
+__attribute__((noinline)) GroupTerms two_level_terms(const Launch& l, int64_t block, int64_t group, int lane) {
+  return two_levels<true>(l, block, group, lane);
 }
 
 // Whether scales and zeros are numbers of one level, and no codes.
@@ -101,23 +127,17 @@ inline bool plain_terms(const Launch& l) {
   return !l.scales2 && !l.zeros2 && (!l.scales || d == Dtype::kF32 || d == Dtype::kBf16 || d == Dtype::kF16);
 }
 
-// Scale and zero of kVecLanes columns of one group.
-struct GroupTerms {
-  F scale, zero;
-};
 LOWBIT_INLINE inline F group_scale(const Launch& l, int64_t block, int64_t group, int lane) {
   if (!l.scales) return set1(1.0f);
-  if (l.scales2) return two_levels(l, l.scales, l.scale_dtype, l.scales2, block, group, lane);
+  if (l.scales2) return two_level_scale(l, block, group, lane);
   const int64_t i = (block * l.num_groups + group) * kBlockN + lane;
   if (l.scale_dtype == Dtype::kE8m0) return from_e8m0(load_u8_lanes(static_cast<const uint8_t*>(l.scales) + i));
   return load_as(l.scales, l.scale_dtype, i);
 }
-LOWBIT_INLINE inline F group_zero(const Launch& l, int64_t block, int64_t group, int lane) {
-  if (l.zeros2) return two_levels(l, l.zeros, l.zero_dtype, l.zeros2, block, group, lane);
-  return load_as(l.zeros, l.zero_dtype, (block * l.num_groups + group) * kBlockN + lane);
-}
-inline GroupTerms group_terms(const Launch& l, int64_t block, int64_t group, int lane) {
-  return {group_scale(l, block, group, lane), l.zero != ZeroMode::kNone ? group_zero(l, block, group, lane) : zero()};
+LOWBIT_INLINE inline GroupTerms group_terms(const Launch& l, int64_t block, int64_t group, int lane) {
+  if (l.zeros2) return two_level_terms(l, block, group, lane);
+  const int64_t i = (block * l.num_groups + group) * kBlockN + lane;
+  return {group_scale(l, block, group, lane), l.zero != ZeroMode::kNone ? load_as(l.zeros, l.zero_dtype, i) : zero()};
 }
 
 // y + scale * (acc - zero * x_sum), or y + (scale * acc + zero * x_sum). With one x equal to 1 and the rest 0 this is
