@@ -22,7 +22,7 @@ MUTANTS = [
     ),
     *cpp("cpu/activations/int8_any-inl.h", "test_kernels", "scalar")(
         ("acc[i] -= static_cast<const int8_t*>(l.zeros)[at + i] * x_sum;", "acc[i] += static_cast<const int8_t*>(l.zeros)[at + i] * x_sum;"),
-        ("add(mul(scale, term), shift) : mul(scale, sub(term, shift))", "mul(scale, add(term, shift)) : mul(scale, sub(term, shift))"),
+        ("add(mul(t.scale, term), shift) : mul(t.scale, sub(term, shift))", "mul(t.scale, add(term, shift)) : mul(t.scale, sub(term, shift))"),
         ("const int32_t x_sum = part_sums(l, row)[part];", "const int32_t x_sum = part_sums(l, row)[0];"),
         ("static_cast<int16_t>(kCodec == Codec::kInt ? c + static_cast<int>(l.table[0]) : l.table_i8[c])", "static_cast<int16_t>(kCodec == Codec::kInt ? c + static_cast<int>(l.table[0]) : l.table_i8[c] - 1)"),
         ("k_end = (c + 1) * kChunkK < l.k ? (c + 1) * kChunkK : l.k;", "k_end = (c + 1) * kChunkK;"),

@@ -13,7 +13,7 @@ MUTANTS = [
         ("first(set1(l.table[0]))", "first(set1(l.table[1]))"),
     ),
     *cpp("cpu/weights/common-inl.h", "test_kernels", "scalar")(
-        ("return load_as(l.scales, l.scale_dtype, i);\n}\nLOWBIT_INLINE inline F group_zero", "return load_as(l.scales, l.scale_dtype, i - lane);\n}\nLOWBIT_INLINE inline F group_zero"),
+        ("return load_as(l.scales, l.scale_dtype, i);\n}\nLOWBIT_INLINE inline GroupTerms group_terms", "return load_as(l.scales, l.scale_dtype, i - lane);\n}\nLOWBIT_INLINE inline GroupTerms group_terms"),
         ("static_cast<const uint8_t*>(l.scales) + i)", "static_cast<const uint8_t*>(l.scales) + i - lane)"),
         ("if (l.n - n0 < count) count = l.n - n0;", "if (l.n - n0 < count) count = l.n - n0 + 1;"),
         ("load_tail(l.bias, l.bias_dtype, n0 + j, left)", "load_tail(l.bias, l.bias_dtype, j, left)"),
