@@ -20,6 +20,7 @@ MUTANTS = [
     ),
     *python("qat/few_levels.py", "qat_quantizers")(
         ("slope = 1 / n + alpha * (weight.detach().abs() <= 1)", "slope = alpha * (weight.detach().abs() <= 1)"),
+        ("alpha * (weight.detach().abs() <= 1)", "alpha * (weight.detach().abs() < 1)"),
         ("torch.where(below, -self.wn, 0.0)", "torch.where(below, self.wn, 0.0)"),
         ("ratio = (_unit_tanh(weight) / 2 + 0.5) * levels", "ratio = (_unit_tanh(weight) / 2 + 0.5) * (levels + 1)"),
     ),

@@ -254,7 +254,8 @@ def test_lsq_activation() -> None:
 
 
 def test_bwn() -> None:
-    w, g = ODD_WEIGHTS["random"], torch.randn(N, K)
+    w, g = ODD_WEIGHTS["random"].clone(), torch.randn(N, K)
+    w[:, :2] = torch.tensor([1.0, -1.0])  # the ends of where alpha counts
     quantizer = qat.BWN(w)
     alpha = w.double().abs().mean(1, keepdim=True).float()
     assert torch.equal(quantizer(w), alpha * torch.where(w > 0, 1.0, -1.0))
@@ -353,7 +354,9 @@ def test_int8_activation() -> None:
 
 
 def test_xnor_activation() -> None:
-    x = (torch.randn(2, 3, 40) * 2).requires_grad_()
+    x = torch.randn(2, 3, 40) * 2
+    x[..., :2] = torch.tensor([1.0, -1.0])  # the ends of where gradients pass
+    x.requires_grad_()
     y = qat.XNORActivation()(x)
     scale = x.detach().abs().mean(-1, keepdim=True)
     torch.testing.assert_close(y.detach(), scale * torch.where(x >= 0, 1.0, -1.0))
