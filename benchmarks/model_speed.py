@@ -93,9 +93,9 @@ ENGINES: dict[str, Callable[[str, int, int], Engine]] = {
 }
 
 
-def work(library: str, path: str, threads: int, vocab: int, prompt: int, out: str) -> Speed:
+def work(engine: str, path: str, threads: int, vocab: int, prompt: int, out: str) -> Speed:
     """Measures one library in this process; saves the logits after the prompt to `out`."""
-    forward, reset, logits = ENGINES[library](path, threads, prompt + DECODED)
+    forward, reset, logits = ENGINES[engine](path, threads, prompt + DECODED)
     ids = np.random.default_rng(1).integers(3, vocab, prompt).tolist()
 
     def seconds(tokens: list[int]) -> float:
@@ -158,10 +158,10 @@ def measure(
 def main() -> None:
     """One run, in the process that `measure` starts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("library", "path", "threads", "vocab", "prompt", "out"):
+    for name in ("engine", "path", "threads", "vocab", "prompt", "out"):
         parser.add_argument(name)
     a = parser.parse_args()
-    speed = work(a.library, a.path, int(a.threads), int(a.vocab), int(a.prompt), a.out)
+    speed = work(a.engine, a.path, int(a.threads), int(a.vocab), int(a.prompt), a.out)
     print(json.dumps(dataclasses.asdict(speed)))
 
 
