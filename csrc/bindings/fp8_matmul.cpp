@@ -70,6 +70,7 @@ void append_fp8_matmul_kernels(py::list& entries) {
     entry["isa"] = isa_name(k->isa);
     entry["available"] = (detect_isa() & k->isa) != 0;
     entry["group_multiple"] = 16;
+    entry["cost"] = py::none();
     entry["bf16_table"] = k->compute == Dtype::kBf16;
     entry["x"] = std::vector<std::string>{"e4m3", "e5m2"};
     entries.append(entry);

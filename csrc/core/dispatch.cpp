@@ -29,10 +29,13 @@ namespace {
 
 constexpr const KernelTable* kTables[] = {LOWBIT_FOREACH_TABLE(LOWBIT_LIST_TABLE)};
 
-std::vector<const Kernel*> collect() {
-  std::vector<const Kernel*> all;
+std::vector<Kernel> collect() {
+  std::vector<Kernel> all;
   for (const KernelTable* table : kTables) {
-    for (int i = 0; i < table->count; ++i) all.push_back(table->kernels + i);
+    for (int i = 0; i < table->count; ++i) {
+      all.push_back(table->kernels[i]);
+      all.back().cost = cost_of(all.back());
+    }
   }
   return all;
 }
@@ -200,8 +203,13 @@ struct Share {
 }  // namespace
 
 std::span<const Kernel* const> kernels() {
-  static const std::vector<const Kernel*> all = collect();
-  return all;
+  static const std::vector<Kernel> all = collect();
+  static const std::vector<const Kernel*> addresses = [] {
+    std::vector<const Kernel*> found;
+    for (const Kernel& kernel : all) found.push_back(&kernel);
+    return found;
+  }();
+  return addresses;
 }
 
 const char* rejection(const Kernel& k, const Request& d, uint32_t isa_mask) {

@@ -86,8 +86,7 @@ struct Launch {
   const Epilogue* epilogue = nullptr;  // may be null
 };
 
-// Picoseconds per weight on one thread: `single` for one row, else fixed + pass * ceil(m / rows_per_pass). The
-// constants stand in costs.h with how they were measured.
+// Picoseconds per weight on one thread: `single` for one row, else fixed + pass * ceil(m / rows_per_pass).
 struct Cost {
   float single = 0, fixed = 0, pass = 0;
   int32_t rows_per_pass = 0;
@@ -113,7 +112,7 @@ struct Kernel {
   Isa isa = kScalar;
   bool chunk_groups = false;  // groups must be a multiple of `span`, or the whole row; see half_groups
   Inputs exact_x = {};        // converting x to `compute` loses nothing
-  Cost cost = {};
+  Cost cost = {};             // filled in by kernels(), from core/costs/
   // Converts rows [begin, end) of x; null for kDequantize.
   void (*prepare)(const Launch&, int64_t begin, int64_t end) = nullptr;
   // A task is a block of 64 columns times a block of rows; 0: times all rows.

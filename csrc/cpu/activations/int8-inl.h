@@ -7,7 +7,6 @@
 // where the width divides 8, so that one shift brings all four into place. x is permuted to that order once.
 #pragma once
 
-#include "core/costs.h"
 #include "cpu/activations/quantize-inl.h"
 
 #define LOWBIT_CODEC_KERNELS(C, codec) \
@@ -462,7 +461,6 @@ constexpr Kernel skinny_i8(const char* name) {
           .isa = LOWBIT_ISA_BIT,
           .chunk_groups = true,
           .exact_x = {.i8 = true},
-          .cost = i8_skinny_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
           .prepare = prepare_i8<C::kBits>,
           .run = skinny_run<C>,
           .half_groups = C::kHalves};
@@ -470,7 +468,6 @@ constexpr Kernel skinny_i8(const char* name) {
 template <class C>
 constexpr Kernel gemm_i8(const char* name) {
   Kernel kernel = skinny_i8<C>(name);
-  kernel.cost = i8_gemm_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec);
   kernel.rows_per_task = kByteRowsPerTask;
   kernel.run = gemm_bytes_run<C>;
   return kernel;

@@ -2,7 +2,6 @@
 // up to 16 rows of x. Sums and order of operations as in int8-inl.h.
 #pragma once
 
-#include "core/costs.h"
 #include "cpu/activations/quantize-inl.h"
 
 #define LOWBIT_LUT(B) any_i8<B, Codec::kLut>(LOWBIT_NAME("gemm", "i8", "lut" #B)),
@@ -106,7 +105,6 @@ constexpr Kernel any_i8(const char* name) {
           .scope = Scope::kShared,
           .isa = LOWBIT_ISA_BIT,
           .exact_x = {.i8 = true},
-          .cost = i8_any_cost(kCodec),
           .prepare = prepare_any_i8,
           .rows_per_task = kAnyRowsPerTask,
           .run = any_i8_run<B, kCodec>};

@@ -6,7 +6,6 @@
 // order once. Beyond k both hold zeros, which count for nothing.
 #pragma once
 
-#include "core/costs.h"
 #include "cpu/weights/common-inl.h"
 
 namespace lowbit {
@@ -144,7 +143,6 @@ constexpr Kernel kXnorKernels[] = {{.name = LOWBIT_NAME("xnor", "b1", "lut1"),
                                     .isa = LOWBIT_ISA_BIT,
                                     .chunk_groups = true,
                                     .exact_x = {.b1 = true},
-                                    .cost = xnor_cost(LOWBIT_ISA_BIT),
                                     .prepare = prepare_signs,
                                     .run = signs_run}};
 

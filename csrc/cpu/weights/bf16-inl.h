@@ -3,7 +3,6 @@
 // vdpbf16ps: latency 6 / 6, one every cycle / cycle on Zen 5 / Sapphire Rapids; vpermw and vpermt2w 1 a cycle.
 #pragma once
 
-#include "core/costs.h"
 #include "cpu/weights/gemv-inl.h"
 #include "cpu/weights/symmetric-inl.h"
 
@@ -326,7 +325,6 @@ constexpr Kernel gemv_bf16(const char* name) {
           .isa = kAvx512Bf16,
           .chunk_groups = true,
           .exact_x = {.bf16 = true},
-          .cost = bf16_gemv_cost(B, Codec::kLut),
           .prepare = prepare_bf16,
           .run = gemv_words_run<B>,
           .half_groups = true};
@@ -342,7 +340,6 @@ constexpr Kernel gemm_bf16(const char* name) {
           .isa = kAvx512Bf16,
           .chunk_groups = true,
           .exact_x = {.bf16 = true},
-          .cost = bf16_gemm_cost(B),
           .prepare = prepare_bf16_chunks,
           .rows_per_task = kWordRowsPerTask,
           .run = gemm_words_run<B>,

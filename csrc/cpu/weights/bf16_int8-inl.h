@@ -76,7 +76,6 @@ void gemv_int8_run(const Launch& l, int64_t begin, int64_t end) {
 constexpr Kernel gemv_bf16_int8(const char* name) {
   Kernel kernel = gemv_bf16<8>(name);
   kernel.codec = Codec::kInt;
-  kernel.cost = bf16_gemv_cost(8, Codec::kInt);
   kernel.run = gemv_int8_run;
   return kernel;
 }

@@ -262,7 +262,6 @@ constexpr Kernel columns_bf16(const char* name) {
           .isa = kAvx512Bf16,
           .chunk_groups = true,
           .exact_x = {.bf16 = true},
-          .cost = bf16_columns_cost(B),
           .prepare = prepare_columns<B>,
           .rows_per_task = kColumnRowsPerTask,
           .run = columns_run<B>,

@@ -73,7 +73,6 @@ constexpr Kernel half_kernel(Kernel kernel) {
 template <int B>
 constexpr Kernel gemv_f16(const char* name) {
   Kernel kernel = half_kernel(gemv_bf16<B>(name));
-  kernel.cost = f16_gemv_cost(B);
   kernel.prepare = prepare_f16;
   kernel.run = gemv_words_run<B, kHalfTerms>;
   return kernel;
@@ -81,7 +80,6 @@ constexpr Kernel gemv_f16(const char* name) {
 template <int B>
 constexpr Kernel gemm_f16(const char* name) {
   Kernel kernel = half_kernel(gemm_bf16<B>(name));
-  kernel.cost = f16_gemm_cost(B);
   kernel.prepare = prepare_f16_chunks;
   kernel.run = gemm_words_run<B, kHalfTerms>;
   return kernel;

@@ -21,7 +21,6 @@ constexpr Kernel gemv_f32(const char* name) {
           .isa = LOWBIT_ISA_BIT,
           .chunk_groups = true,
           .exact_x = kFloatInputs,
-          .cost = f32_gemv_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
           .prepare = prepare_f32,
           .run = gemv_run<ComputeF32<C>>,
           .half_groups = true};

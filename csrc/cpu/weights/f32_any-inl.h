@@ -1,7 +1,6 @@
 // The fp32 kernels of plain C++: GEMM, which serves every M as there are no registers to keep sums in, and dequantize.
 #pragma once
 
-#include "core/costs.h"
 #include "cpu/weights/panel-inl.h"
 
 // Those of a codec, and of all codecs of a width.
@@ -25,7 +24,6 @@ constexpr Kernel gemm_f32(const char* name) {
           .scope = C::kScope,
           .isa = LOWBIT_ISA_BIT,
           .exact_x = kFloatInputs,
-          .cost = f32_gemm_cost(LOWBIT_ISA_BIT, C::kBits, C::kCodec),
           .prepare = prepare_f32,
           .rows_per_task = kRowsPerTask,
           .run = gemm_run<C>};

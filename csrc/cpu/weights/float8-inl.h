@@ -1,7 +1,6 @@
 // Weights that are FP8: decoded by arithmetic, where tables of 256 entries would take a load for each.
 #pragma once
 
-#include "core/costs.h"
 #include "cpu/fp8/fp8_f16c-inl.h"
 #include "cpu/weights/bytes_gemv-inl.h"
 #include "cpu/weights/panel-inl.h"
@@ -52,7 +51,7 @@ struct Float8Codec {
 };
 
 template <Float8 T>
-constexpr Kernel linear_kernel(const char* name, bool chunk_groups, Cost cost, int64_t rows_per_task,
+constexpr Kernel linear_kernel(const char* name, bool chunk_groups, int64_t rows_per_task,
                                void (*run)(const Launch&, int64_t, int64_t)) {
   return {.name = name,
           .op = Op::kLinear,
@@ -63,7 +62,6 @@ constexpr Kernel linear_kernel(const char* name, bool chunk_groups, Cost cost, i
           .isa = LOWBIT_ISA_BIT,
           .chunk_groups = chunk_groups,
           .exact_x = kFloatInputs,
-          .cost = cost,
           .prepare = prepare_f32,
           .rows_per_task = rows_per_task,
           .run = run,
@@ -71,15 +69,15 @@ constexpr Kernel linear_kernel(const char* name, bool chunk_groups, Cost cost, i
 }
 template <Float8 T>
 constexpr Kernel gemv(const char* name) {
-  return linear_kernel<T>(name, true, float8_gemv_cost(), 0, bytes_run<Float8Words<T>>);
+  return linear_kernel<T>(name, true, 0, bytes_run<Float8Words<T>>);
 }
 template <Float8 T>
 constexpr Kernel gemm(const char* name) {
-  return linear_kernel<T>(name, false, float8_gemm_cost(), kRowsPerTask, gemm_run<Float8Codec<T>>);
+  return linear_kernel<T>(name, false, kRowsPerTask, gemm_run<Float8Codec<T>>);
 }
 template <Float8 T>
 constexpr Kernel dequantize(const char* name) {
-  Kernel kernel = linear_kernel<T>(name, false, {}, 0, dequantize_run<Float8Codec<T>>);
+  Kernel kernel = linear_kernel<T>(name, false, 0, dequantize_run<Float8Codec<T>>);
   kernel.op = Op::kDequantize;
   kernel.prepare = nullptr;
   return kernel;

@@ -7,7 +7,6 @@
 // high half, so a vector of products belongs to a few columns and has several weights of each.
 #pragma once
 
-#include "core/costs.h"
 #include "cpu/weights/bytes_gemv-inl.h"
 
 namespace lowbit {
@@ -105,14 +104,12 @@ constexpr Kernel nibbles(const char* name) {
           .isa = LOWBIT_ISA_BIT,
           .chunk_groups = true,
           .exact_x = kFloatInputs,
-          .cost = nibbles_cost(false),
           .prepare = prepare_nibbles,
           .run = bytes_run<NibbleF32>,
           .half_groups = true};
 }
 constexpr Kernel nibbles_bf16(const char* name) {
   Kernel kernel = nibbles(name);
-  kernel.cost = nibbles_cost(true);
   kernel.prepare = prepare_f32;
   kernel.run = bytes_run<NibbleBf16>;
   kernel.bf16_table = true;

@@ -1,0 +1,203 @@
+"""Times every kernel that this CPU can run, and fits what the choice among them goes by: csrc/core/costs/NAME.h.
+
+`python benchmarks/fit_costs.py NAME` on an idle machine, with a committed tree; NAME is that of the CPU, such as zen5.
+Kernels are timed one by one on one thread, weights in turns from beyond the caches. What is written says how far the
+model is from what was measured; the times themselves go to benchmarks/results/costs_NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from record import RESULTS, machine
+
+from lowbit import _C
+from lowbit.backends.cpu import activations, weights
+from lowbit.formats import Format, parse
+from lowbit.layouts import Operands
+from lowbit.ops.terms import matrix
+from lowbit.weights.quantized import QuantTensor, tensor_specs
+
+TARGET = Path(__file__).parents[1] / "csrc" / "core" / "costs"
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+SLOW_ROWS = (1, 2, 4, 16, 64)  # plain C++
+PASSES = (2, 4, 6, 8, 16)  # rows that a kernel may take through the weights at a time
+ROTATED_BYTES = 80 << 20
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """`Cost` of csrc/core/kernel.h, and the model's relative errors on what it was fitted to."""
+
+    single: float
+    fixed: float
+    per_pass: float
+    rows_per_pass: int
+    median_error: float
+    largest_error: float
+
+    def picoseconds(self, m: int) -> float:
+        """Per weight, as the compiled code computes it."""
+        if m == 1:
+            return self.single
+        return self.fixed + self.per_pass * -(-m // self.rows_per_pass)
+
+
+def format_for(kernel: dict[str, Any]) -> Format:
+    """A format that the kernel serves."""
+    bits = kernel["bits"]
+    if kernel["codec"] in ("e4m3", "e5m2"):
+        return parse(kernel["codec"])
+    if kernel["compute"] == "b1":
+        return parse("binary_row")
+    if kernel["codec"] == "int":
+        return parse(f"int{bits}_g128" + ("_a8" if kernel["compute"] == "int8" else ""))
+    count = 1 << bits
+    # Integers up to 127 are exact in int8 and in bf16, and no progression of step 1.
+    table = (
+        tuple(float(v) for v in np.round(np.linspace(-127, 127, count))) if count < 256 else None
+    )
+    if table is None:
+        table = tuple(float(v) for v in range(-128, 128))
+    scope = "tensor" if kernel["scope"] == "shared" else "row"
+    return Format.lut(
+        name="fitted", bits=bits, group=128, table=None if scope == "row" else table,
+        table_scope=scope, activation="int8" if kernel["compute"] == "int8" else None,
+    )  # fmt: skip
+
+
+def random_weight(format: Format, n: int, k: int) -> Operands:
+    """Codes at random, scales of 1: values play no part."""
+    tensors = {}
+    for name, (shape, dtype) in tensor_specs(format, n, k).items():
+        if dtype == torch.uint8:
+            tensors[name] = torch.randint(0, 256, shape, dtype=dtype, device="cpu")
+        else:
+            tensors[name] = torch.ones(shape, dtype=torch.float32, device="cpu").to(dtype)
+    return matrix(QuantTensor(format, (n, k), tensors))
+
+
+def measure(kernel: dict[str, Any], n: int, k: int, seconds: float) -> dict[int, float]:
+    """Picoseconds per weight by rows of x: medians on one thread."""
+    first = random_weight(format_for(kernel), n, k)
+    count = max(2, -(-ROTATED_BYTES // (n * k * kernel["bits"] // 8)))
+    copies = [first._replace(codes=first.codes.clone()) for _ in range(count)]
+    name = kernel["x"][0] if kernel["x"] else "fp32"
+    found = {}
+    for m in SLOW_ROWS if kernel["isa"] == "scalar" else ROWS:
+        x = torch.randn(m, k, device="cpu", dtype=torch.float32)
+        if kernel["compute"] == "b1":
+            signs, scales = activations.binary_quantize(x)
+
+            def run(w: Operands, signs=signs, scales=scales) -> None:
+                activations.binary_linear(
+                    signs, scales, w, None, torch.float32, kernel=kernel["index"]
+                )
+        else:
+            given = x.to(DTYPES.get(name, torch.float32))
+
+            def run(w: Operands, given=given) -> None:
+                weights.linear(given, w, None, kernel=kernel["index"])
+
+        run(first)
+        taken: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(taken) < 5 or time.perf_counter() < end:
+            start = time.perf_counter()
+            run(copies[len(taken) % count])
+            taken.append(time.perf_counter() - start)
+        found[m] = statistics.median(taken) * 1e12 / (n * k)
+    return found
+
+
+def fit(times: dict[int, float]) -> Cost:
+    """The model of least relative error: one row is as measured, more are a line over passes."""
+    many = [m for m in times if m > 1]
+    measured = np.array([times[m] for m in many])
+    best, best_error = None, float("inf")
+    for rows in PASSES:
+        passes = np.array([-(-m // rows) for m in many], dtype=float)
+        lines = np.stack([np.ones_like(passes), passes], 1) / measured[:, None]
+        (fixed, slope), *_ = np.linalg.lstsq(lines, np.ones(len(many)), rcond=None)
+        if fixed < 0:  # a line through zero
+            fixed, slope = 0.0, float(np.sum(passes / measured) / np.sum((passes / measured) ** 2))
+        errors = np.abs((fixed + slope * passes) / measured - 1)
+        cost = Cost(
+            times[1],
+            float(fixed),
+            float(slope),
+            rows,
+            float(np.median(errors)),
+            float(errors.max()),
+        )
+        if (error := float(np.mean(errors**2))) < best_error:
+            best, best_error = cost, error
+    if best is None:
+        raise ValueError(f"times must be finite, got {times}")
+    return best
+
+
+def text(name: str, costs: dict[str, Cost], about: dict[str, Any], shape: tuple[int, int]) -> str:
+    """The header."""
+    middle = statistics.median(c.median_error for c in costs.values())
+    worst = max(c.largest_error for c in costs.values())
+    lines = [
+        "// Written by benchmarks/fit_costs.py: picoseconds per weight of "
+        f"{shape[0]} x {shape[1]} on one thread,",
+        f"// {about['cpu']}, commit {about['commit']}. The model is off by {middle:.0%} in the median, at most by",
+        f"// {worst:.0%}; behind each kernel, its median and its largest error.",
+        "#pragma once",
+        "",
+        '#include "core/costs.h"',
+        "",
+        "namespace lowbit {",
+        "",
+        "// clang-format off",
+        f"inline constexpr KernelCost k{name.capitalize()}[] = {{",
+    ]
+    for kernel, c in costs.items():
+        lines.append(
+            f'    {{"{kernel}", {{{c.single:.1f}f, {c.fixed:.1f}f, {c.per_pass:.1f}f, {c.rows_per_pass}}}}},'
+            f"  // {c.median_error:.0%}, {c.largest_error:.0%}"
+        )
+    return "\n".join([*lines, "};", "// clang-format on", "", "}  // namespace lowbit", ""])
+
+
+def main() -> None:
+    """Measures, fits and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help="of the CPU: the file's name and, capitalized, the table's")
+    parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
+    parser.add_argument("--seconds", type=float, default=0.1, help="of each product, at least")
+    parser.add_argument("--out", type=Path, default=TARGET)
+    parser.add_argument("--data", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    if not a.name.isidentifier():
+        parser.error(f"name must be a word such as zen5, got {a.name!r}")
+    torch.set_num_threads(1)
+    n, k = a.shape
+    kernels = [x for x in _C.kernels() if x["op"] == "linear" and not x["name"].startswith("fp8_")]
+    missing = [x["name"] for x in kernels if not x["available"]]
+    if missing:
+        parser.error(f"this CPU cannot run {len(missing)} kernels, such as {missing[0]}")
+    times = {x["name"]: measure(x, n, k, a.seconds) for x in kernels}
+    costs = {name: fit(found) for name, found in times.items()}
+    about = machine(("lowbit", "torch"))
+    (a.out / f"{a.name}.h").write_text(text(a.name, costs, about, (n, k)))
+    data = {"machine": about, "shape": [n, k], "picoseconds": times}
+    (a.data / f"costs_{a.name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    for name, c in costs.items():
+        print(f"{name}: {c.median_error:.0%} {c.largest_error:.0%}")
+
+
+if __name__ == "__main__":
+    main()
