@@ -54,13 +54,13 @@ class Cost:
 
 def format_for(kernel: dict[str, Any]) -> Format:
     """A format that the kernel serves."""
-    bits = kernel["bits"]
+    bits, group = kernel["bits"], max(128, kernel["group_multiple"])
     if kernel["codec"] in ("e4m3", "e5m2"):
         return parse(kernel["codec"])
     if kernel["compute"] == "b1":
         return parse("binary_row")
     if kernel["codec"] == "int":
-        return parse(f"int{bits}_g128" + ("_a8" if kernel["compute"] == "int8" else ""))
+        return parse(f"int{bits}_g{group}" + ("_a8" if kernel["compute"] == "int8" else ""))
     count = 1 << bits
     # Integers up to 127 are exact in int8 and in bf16, and no progression of step 1.
     table = (
@@ -70,7 +70,7 @@ def format_for(kernel: dict[str, Any]) -> Format:
         table = tuple(float(v) for v in range(-128, 128))
     scope = "tensor" if kernel["scope"] == "shared" else "row"
     return Format.lut(
-        name="fitted", bits=bits, group=128, table=None if scope == "row" else table,
+        name="fitted", bits=bits, group=group, table=None if scope == "row" else table,
         table_scope=scope, activation="int8" if kernel["compute"] == "int8" else None,
     )  # fmt: skip
 
