@@ -27,9 +27,11 @@ from lowbit.ops.terms import matrix
 from lowbit.weights.quantized import QuantTensor, tensor_specs
 
 TARGET = Path(__file__).parents[1] / "csrc" / "core" / "costs"
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 128)
 SLOW_ROWS = (1, 2, 4, 16, 64)  # plain C++
-PASSES = (2, 4, 6, 8, 16)  # rows that a kernel may take through the weights at a time
+END_ROWS = (1, 64)  # timed with short groups too
+PASSES = (1, 2, 4, 6, 8, 16)  # rows that a kernel may take through the weights at a time
+GROUP, SHORT_GROUP = 128, 32
 ROTATED_BYTES = 80 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,22 +41,18 @@ class Cost:
     """`Cost` of csrc/core/kernel.h, and the model's relative errors on what it was fitted to."""
 
     single: float
+    single_end: float
     fixed: float
     per_pass: float
+    end: float
     rows_per_pass: int
     median_error: float
     largest_error: float
 
-    def picoseconds(self, m: int) -> float:
-        """Per weight, as the compiled code computes it."""
-        if m == 1:
-            return self.single
-        return self.fixed + self.per_pass * -(-m // self.rows_per_pass)
 
-
-def format_for(kernel: dict[str, Any]) -> Format:
+def format_for(kernel: dict[str, Any], group: int) -> Format:
     """A format that the kernel serves."""
-    bits, group = kernel["bits"], max(128, kernel["group_multiple"])
+    bits = kernel["bits"]
     if kernel["codec"] in ("e4m3", "e5m2"):
         return parse(kernel["codec"])
     if kernel["compute"] == "b1":
@@ -86,14 +84,21 @@ def random_weight(format: Format, n: int, k: int) -> Operands:
     return matrix(QuantTensor(format, (n, k), tensors))
 
 
-def measure(kernel: dict[str, Any], n: int, k: int, seconds: float) -> dict[int, float]:
+def measure(
+    kernel: dict[str, Any],
+    rows: tuple[int, ...],
+    group: int,
+    shape: tuple[int, int],
+    seconds: float,
+) -> dict[int, float]:
     """Picoseconds per weight by rows of x: medians on one thread."""
-    first = random_weight(format_for(kernel), n, k)
+    n, k = shape
+    first = random_weight(format_for(kernel, group), n, k)
     count = max(2, -(-ROTATED_BYTES // (n * k * kernel["bits"] // 8)))
     copies = [first._replace(codes=first.codes.clone()) for _ in range(count)]
     name = kernel["x"][0] if kernel["x"] else "fp32"
     found = {}
-    for m in SLOW_ROWS if kernel["isa"] == "scalar" else ROWS:
+    for m in rows:
         x = torch.randn(m, k, device="cpu", dtype=torch.float32)
         if kernel["compute"] == "b1":
             signs, scales = activations.binary_quantize(x)
@@ -119,8 +124,35 @@ def measure(kernel: dict[str, Any], n: int, k: int, seconds: float) -> dict[int,
     return found
 
 
-def fit(times: dict[int, float]) -> Cost:
-    """The model of least relative error: one row is as measured, more are a line over passes."""
+def times_of(
+    kernel: dict[str, Any], shape: tuple[int, int], seconds: float
+) -> dict[int, dict[int, float]]:
+    """By group and rows of x; of one group alone where the kernel takes no shorter one."""
+    group = max(GROUP, kernel["group_multiple"])
+    rows = SLOW_ROWS if kernel["isa"] == "scalar" else ROWS
+    found = {group: measure(kernel, rows, group, shape, seconds)}
+    whole_rows = kernel["codec"] in ("e4m3", "e5m2") or kernel["compute"] == "b1"
+    if kernel["group_multiple"] <= SHORT_GROUP and not whole_rows:
+        found[SHORT_GROUP] = measure(kernel, END_ROWS, SHORT_GROUP, shape, seconds)
+    return found
+
+
+def fit(times: dict[int, dict[int, float]]) -> Cost:
+    """The model of least relative error: one row is as measured, more are a line over passes; what the ends of groups
+    take is the difference of two groups."""
+    group = max(times)
+    ends = {m: 0.0 for m in END_ROWS}
+    if SHORT_GROUP in times:
+        for m in END_ROWS:
+            more = times[SHORT_GROUP][m] - times[group][m]
+            ends[m] = max(0.0, more / (1 / SHORT_GROUP - 1 / group))
+    single_end, last = ends[END_ROWS[0]], END_ROWS[1]
+    return line(times[group], single_end, ends[last] / last, group)
+
+
+def line(times: dict[int, float], single_end: float, row_end: float, group: int) -> Cost:
+    """Of times without what the ends of groups take: `single_end` of one row, `row_end` of each of many."""
+    times = {m: t - (single_end if m == 1 else row_end * m) / group for m, t in times.items()}
     many = [m for m in times if m > 1]
     measured = np.array([times[m] for m in many])
     best, best_error = None, float("inf")
@@ -133,8 +165,10 @@ def fit(times: dict[int, float]) -> Cost:
         errors = np.abs((fixed + slope * passes) / measured - 1)
         cost = Cost(
             times[1],
+            single_end,
             float(fixed),
             float(slope),
+            row_end * rows,
             rows,
             float(np.median(errors)),
             float(errors.max()),
@@ -166,7 +200,8 @@ def text(name: str, costs: dict[str, Cost], about: dict[str, Any], shape: tuple[
     ]
     for kernel, c in costs.items():
         lines.append(
-            f'    {{"{kernel}", {{{c.single:.1f}f, {c.fixed:.1f}f, {c.per_pass:.1f}f, {c.rows_per_pass}}}}},'
+            f'    {{"{kernel}", {{{c.single:.1f}f, {c.single_end:.0f}f, {c.fixed:.1f}f, {c.per_pass:.1f}f, '
+            f"{c.end:.0f}f, {c.rows_per_pass}}}}},"
             f"  // {c.median_error:.0%}, {c.largest_error:.0%}"
         )
     return "\n".join([*lines, "};", "// clang-format on", "", "}  // namespace lowbit", ""])
@@ -189,11 +224,11 @@ def main() -> None:
     missing = [x["name"] for x in kernels if not x["available"]]
     if missing:
         parser.error(f"this CPU cannot run {len(missing)} kernels, such as {missing[0]}")
-    times = {x["name"]: measure(x, n, k, a.seconds) for x in kernels}
+    times = {x["name"]: times_of(x, (n, k), a.seconds) for x in kernels}
     costs = {name: fit(found) for name, found in times.items()}
     about = machine(("lowbit", "torch"))
     (a.out / f"{a.name}.h").write_text(text(a.name, costs, about, (n, k)))
-    data = {"machine": about, "shape": [n, k], "picoseconds": times}
+    data = {"machine": about, "shape": [n, k], "picoseconds_by_group_and_rows": times}
     (a.data / f"costs_{a.name}.json").write_text(json.dumps(data, indent=1) + "\n")
     for name, c in costs.items():
         print(f"{name}: {c.median_error:.0%} {c.largest_error:.0%}")

@@ -47,9 +47,11 @@ int64_t tasks_of(const Kernel& k, int64_t m, int64_t n) {
 }
 
 // All tasks of a product on one thread, in nanoseconds.
-double work_ns(const Kernel& k, int64_t m, int64_t n, int64_t depth) {
+double work_ns(const Kernel& k, int64_t m, int64_t n, int64_t depth, int64_t group) {
   const double passes = static_cast<double>(ceil_div(m, std::max(1, k.cost.rows_per_pass)));
-  double ps = m <= 1 ? k.cost.single : k.cost.fixed + k.cost.pass * passes;
+  const double ends = 1.0 / static_cast<double>(std::max<int64_t>(1, std::min(group, depth)));  // for each weight
+  double ps =
+      m <= 1 ? k.cost.single + k.cost.single_end * ends : k.cost.fixed + (k.cost.pass + k.cost.end * ends) * passes;
   if (ps <= 0) ps = kUnratedPs;
   return ps * 1e-3 * static_cast<double>(num_blocks(n) * kBlockN) * static_cast<double>(depth);
 }
@@ -237,11 +239,11 @@ const char* rejection(const Kernel& k, const Request& d, uint32_t isa_mask) {
 }
 
 int threads_for(const Kernel& k, const Request& d) {
-  return useful_threads(work_ns(k, d.m, d.n, d.k), tasks_of(k, d.m, d.n), usable_threads(d.threads));
+  return useful_threads(work_ns(k, d.m, d.n, d.k, d.group), tasks_of(k, d.m, d.n), usable_threads(d.threads));
 }
 
 double cost(const Kernel& k, const Request& d) {
-  const double ns = work_ns(k, d.m, d.n, d.k);
+  const double ns = work_ns(k, d.m, d.n, d.k, d.group);
   const int64_t tasks = tasks_of(k, d.m, d.n);
   const int threads = threads_for(k, d);
   if (threads == 1) return ns;
@@ -342,7 +344,7 @@ void run_many(std::span<Call> calls, int threads) {
     for (size_t i = 0; i < part.size(); ++i) {
       const Launch& l = part[i].launch;
       const int64_t own = tasks_of(*part[i].kernel, l.m, l.n);
-      const double ns = work_ns(*part[i].kernel, l.m, l.n, l.k);
+      const double ns = work_ns(*part[i].kernel, l.m, l.n, l.k, l.group);
       shares[i] = {total_ns, ns / static_cast<double>(own), own};
       total_ns += ns;
       tasks += own;

@@ -86,9 +86,10 @@ struct Launch {
   const Epilogue* epilogue = nullptr;  // may be null
 };
 
-// Picoseconds per weight on one thread: `single` for one row, else fixed + pass * ceil(m / rows_per_pass).
+// Picoseconds per weight on one thread: single + single_end / group for one row, else
+// fixed + (pass + end / group) * ceil(m / rows_per_pass). A kernel that was not measured has zeros.
 struct Cost {
-  float single = 0, fixed = 0, pass = 0;
+  float single = 0, single_end = 0, fixed = 0, pass = 0, end = 0;
   int32_t rows_per_pass = 0;
 };
 

@@ -206,60 +206,75 @@ inline void decode_words(const Launch& l, const WordLut<B>& codec, int64_t block
 struct Span {
   int64_t block, first_row, chunk, chunk_end, chunks_per_group;
   bool carries, halves;
+  int64_t group_of(int64_t chunk) const { return halves ? 2 * chunk : chunk / chunks_per_group; }
+};
+
+// Scales and zeros of a panel's groups in fp32: all tiles of rows need them.
+struct PanelTerms {
+  static constexpr int kGroups = 2 * kWordPanelChunks;
+  alignas(64) float scales[kGroups][kBlockN], zeros[kGroups][kBlockN];
+  void read(const Launch& l, const Span& span) {
+    const int64_t first = span.group_of(span.chunk), last = span.group_of(span.chunk_end - 1) + (span.halves ? 1 : 0);
+    for (int64_t g = first; g <= last && g < l.num_groups; ++g) {
+      for (int lane = 0; lane < kBlockN; lane += kUnitLanes) {
+        const GroupTerms terms = group_terms(l, span.block, g, lane);
+        store(scales[g - first] + lane, terms.scale);
+        store(zeros[g - first] + lane, terms.zero);
+      }
+    }
+  }
+  GroupTerms at(int64_t index, int lane) const { return {load(scales[index] + lane), load(zeros[index] + lane)}; }
 };
 
 // Multiplies a panel; wherever a group ends, adds its scaled sums to `y`. The sums of an unfinished group go to
 // `carry`. Both are (rows, 64).
 template <int kRows, int kTerms>
-inline void multiply_words(const Launch& l, const Span& span, const uint16_t* panel, int64_t row, float* carry_row,
-                           float* y_row) {
+inline void multiply_words(const Launch& l, const Span& span, const uint16_t* panel, const PanelTerms& panel_terms,
+                           int64_t row, float* carry_row, float* y_row) {
   using Compute = ComputeBf16<1>;  // the product is the same for all bit widths
   F acc[kRows][kColumnVecs];
   unroll<kRows>([&](auto r) LOWBIT_INLINE { unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = zero(); }); });
   const uint16_t* x = static_cast<const uint16_t*>(l.prepared) + (span.first_row + row) * kChunkK * kTerms;
-  const int64_t chunks = num_chunks(l.k);
-  const int run = span.halves ? kPairsPerChunk / 2 : kPairsPerChunk;
-  int pair = 0;
-  for (int64_t c = span.chunk; c < span.chunk_end;) {
+  const int64_t chunks = num_chunks(l.k), first_group = span.group_of(span.chunk);
+  for (int64_t c = span.chunk; c < span.chunk_end; ++c) {
     const uint16_t* xc = x + c * l.m * kChunkK * kTerms;
     // The rows of the next tile: of many rows, x does not fit in L2.
     unroll<kRows * kTerms>([&](auto i) LOWBIT_INLINE { prefetch(xc + (kRows * kTerms + i) * kChunkK); });
-    for (const int end = pair + run; pair < end; ++pair) {
-      __m512i w[kColumnVecs];
-      unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { w[v] = load_i(panel + v * 2 * kUnitLanes); });
-      unroll<kTerms>([&](auto t) LOWBIT_INLINE {
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < kPairsPerChunk / 2; ++i) {
+        __m512i w[kColumnVecs];
+        unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { w[v] = load_i(panel + v * 2 * kUnitLanes); });
+        unroll<kTerms>([&](auto t) LOWBIT_INLINE {
+          unroll<kRows>([&](auto r) LOWBIT_INLINE {
+            const __m512i xt = Compute::broadcast(xc + r * kChunkK * kTerms + 2 * t);
+            unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = Compute::dot(acc[r][v], xt, w[v]); });
+          });
+        });
+        panel += 2 * kBlockN;
+        xc += 2 * kTerms;
+      }
+      int64_t group = 2 * c + half;
+      if (!span.halves) {
+        if (half == 0 || ((c + 1) % span.chunks_per_group != 0 && c + 1 < chunks)) continue;
+        group = c / span.chunks_per_group;
+      } else if (group == l.num_groups) {
+        break;
+      }
+      unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
+        const GroupTerms terms = panel_terms.at(group - first_group, v * kUnitLanes);
         unroll<kRows>([&](auto r) LOWBIT_INLINE {
-          const __m512i xt = Compute::broadcast(xc + r * kChunkK * kTerms + 2 * (pair * kTerms + t));
-          unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = Compute::dot(acc[r][v], xt, w[v]); });
+          float* y = y_row + r * kBlockN + v * kUnitLanes;
+          float* carry = carry_row + r * kBlockN + v * kUnitLanes;
+          if (span.carries) {
+            acc[r][v] = add(acc[r][v], load(carry));
+            store(carry, zero());
+          }
+          const float x_sum = l.x_sums ? l.x_sums[(span.first_row + row + r) * l.num_groups + group] : 0.0f;
+          store(y, finish_group(l, terms, load(y), acc[r][v], x_sum));
+          acc[r][v] = zero();
         });
       });
-      panel += 2 * kBlockN;
     }
-    int64_t group = 2 * c + pair / kPairsPerChunk;
-    if (pair == kPairsPerChunk) {
-      pair = 0;
-      ++c;
-    }
-    if (!span.halves) {
-      if (c % span.chunks_per_group != 0 && c < chunks) continue;
-      group = (c - 1) / span.chunks_per_group;
-    } else if (group == l.num_groups) {
-      break;
-    }
-    unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
-      const GroupTerms terms = group_terms(l, span.block, group, v * kUnitLanes);
-      unroll<kRows>([&](auto r) LOWBIT_INLINE {
-        float* y = y_row + r * kBlockN + v * kUnitLanes;
-        float* carry = carry_row + r * kBlockN + v * kUnitLanes;
-        if (span.carries) {
-          acc[r][v] = add(acc[r][v], load(carry));
-          store(carry, zero());
-        }
-        const float x_sum = l.x_sums ? l.x_sums[(span.first_row + row + r) * l.num_groups + group] : 0.0f;
-        store(y, finish_group(l, terms, load(y), acc[r][v], x_sum));
-        acc[r][v] = zero();
-      });
-    });
   }
   if (!span.carries) return;
   unroll<kRows>([&](auto r) LOWBIT_INLINE {
@@ -274,6 +289,7 @@ template <int B, int kTerms = 1>
 void gemm_words_run(const Launch& l, int64_t begin, int64_t end) {
   const WordLut<B> codec(l);
   alignas(64) uint16_t panel[kWordPanelChunks * kChunkK * kBlockN];
+  PanelTerms terms;
   alignas(64) float carry[kWordRowsPerTask * kBlockN];
   alignas(64) float y[kWordRowsPerTask * kBlockN];
   const int64_t row_blocks = ceil_div(l.m, kWordRowsPerTask), chunks = num_chunks(l.k);
@@ -293,12 +309,14 @@ void gemm_words_run(const Launch& l, int64_t begin, int64_t end) {
     for (span.chunk = 0; span.chunk < chunks; span.chunk = span.chunk_end) {
       span.chunk_end = span.chunk + panel_chunks < chunks ? span.chunk + panel_chunks : chunks;
       decode_words<B>(l, codec, span.block, span.chunk, span.chunk_end, panel);
+      terms.read(l, span);
+      const auto multiply = [&]<int kRows>(int64_t r) {
+        multiply_words<kRows, kTerms>(l, span, panel, terms, r, carry + r * kBlockN, y + r * kBlockN);
+      };
       int64_t r = 0;
-      for (; r + kWordPanelRows <= rows; r += kWordPanelRows) {
-        multiply_words<kWordPanelRows, kTerms>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
-      }
-      for (; r + 2 <= rows; r += 2) multiply_words<2, kTerms>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
-      for (; r < rows; ++r) multiply_words<1, kTerms>(l, span, panel, r, carry + r * kBlockN, y + r * kBlockN);
+      for (; r + kWordPanelRows <= rows; r += kWordPanelRows) multiply.template operator()<kWordPanelRows>(r);
+      for (; r + 2 <= rows; r += 2) multiply.template operator()<2>(r);
+      for (; r < rows; ++r) multiply.template operator()<1>(r);
     }
     for (int64_t r = 0; r < rows; ++r) {
       store_columns(l, span.first_row + r, span.block * kBlockN, kBlockN, y + r * kBlockN);
