@@ -27,10 +27,10 @@ from lowbit.ops.terms import matrix
 from lowbit.weights.quantized import QuantTensor, tensor_specs
 
 TARGET = Path(__file__).parents[1] / "csrc" / "core" / "costs"
-ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 128)
-SLOW_ROWS = (1, 2, 4, 16, 64)  # plain C++
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)  # the points of `Cost` in csrc/core/kernel.h
+SLOW_ROWS = (1, 2, 4, 16)  # plain C++: beyond them a straight line is taken
+CHECKED_ROWS = (3, 12, 24, 96)  # for the error of the line between points
 END_ROWS = (1, 64)  # timed with short groups too
-PASSES = (1, 2, 4, 6, 8, 16)  # rows that a kernel may take through the weights at a time
 GROUP, SHORT_GROUP = 128, 32
 ROTATED_BYTES = 80 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,16 +38,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """`Cost` of csrc/core/kernel.h, and the model's relative errors on what it was fitted to."""
+    """`Cost` of csrc/core/kernel.h, and its largest relative error at rows between the points."""
 
-    single: float
+    rows: tuple[float, ...]
     single_end: float
-    fixed: float
-    per_pass: float
-    end: float
-    rows_per_pass: int
-    median_error: float
-    largest_error: float
+    row_end: float
+    error: float
 
 
 def format_for(kernel: dict[str, Any], group: int) -> Format:
@@ -129,66 +125,48 @@ def times_of(
 ) -> dict[int, dict[int, float]]:
     """By group and rows of x; of one group alone where the kernel takes no shorter one."""
     group = max(GROUP, kernel["group_multiple"])
-    rows = SLOW_ROWS if kernel["isa"] == "scalar" else ROWS
+    rows = SLOW_ROWS if kernel["isa"] == "scalar" else ROWS + CHECKED_ROWS
     found = {group: measure(kernel, rows, group, shape, seconds)}
     whole_rows = kernel["codec"] in ("e4m3", "e5m2") or kernel["compute"] == "b1"
-    if kernel["group_multiple"] <= SHORT_GROUP and not whole_rows:
+    if kernel["group_multiple"] <= SHORT_GROUP and not whole_rows and kernel["isa"] != "scalar":
         found[SHORT_GROUP] = measure(kernel, END_ROWS, SHORT_GROUP, shape, seconds)
     return found
 
 
 def fit(times: dict[int, dict[int, float]]) -> Cost:
-    """The model of least relative error: one row is as measured, more are a line over passes; what the ends of groups
-    take is the difference of two groups."""
+    """The times at the points less what the ends of groups take, which is the difference of two groups."""
     group = max(times)
     ends = {m: 0.0 for m in END_ROWS}
     if SHORT_GROUP in times:
         for m in END_ROWS:
             more = times[SHORT_GROUP][m] - times[group][m]
-            ends[m] = max(0.0, more / (1 / SHORT_GROUP - 1 / group))
-    single_end, last = ends[END_ROWS[0]], END_ROWS[1]
-    return line(times[group], single_end, ends[last] / last, group)
-
-
-def line(times: dict[int, float], single_end: float, row_end: float, group: int) -> Cost:
-    """Of times without what the ends of groups take: `single_end` of one row, `row_end` of each of many."""
-    times = {m: t - (single_end if m == 1 else row_end * m) / group for m, t in times.items()}
-    many = [m for m in times if m > 1]
-    measured = np.array([times[m] for m in many])
-    best, best_error = None, float("inf")
-    for rows in PASSES:
-        passes = np.array([-(-m // rows) for m in many], dtype=float)
-        lines = np.stack([np.ones_like(passes), passes], 1) / measured[:, None]
-        (fixed, slope), *_ = np.linalg.lstsq(lines, np.ones(len(many)), rcond=None)
-        if fixed < 0:  # a line through zero
-            fixed, slope = 0.0, float(np.sum(passes / measured) / np.sum((passes / measured) ** 2))
-        errors = np.abs((fixed + slope * passes) / measured - 1)
-        cost = Cost(
-            times[1],
-            single_end,
-            float(fixed),
-            float(slope),
-            row_end * rows,
-            rows,
-            float(np.median(errors)),
-            float(errors.max()),
-        )
-        if (error := float(np.mean(errors**2))) < best_error:
-            best, best_error = cost, error
-    if best is None:
-        raise ValueError(f"times must be finite, got {times}")
-    return best
+            ends[m] = max(0.0, more / (1 / SHORT_GROUP - 1 / group)) / m
+    single_end, row_end = (ends[m] for m in END_ROWS)
+    plain = {
+        m: t - (single_end if m == 1 else row_end * m) / group for m, t in times[group].items()
+    }
+    known = sorted(set(ROWS) & set(plain))
+    last, before = known[-1], known[-2]
+    slope = (plain[last] - plain[before]) / (last - before)
+    points = [
+        plain[last] + slope * (m - last)
+        if m > last
+        else np.interp(m, known, [plain[i] for i in known])
+        for m in ROWS
+    ]
+    checked = [m for m in CHECKED_ROWS if m in plain]
+    errors = [abs(float(np.interp(m, ROWS, points)) / plain[m] - 1) for m in checked]
+    return Cost(tuple(map(float, points)), single_end, row_end, max(errors, default=0.0))
 
 
 def text(name: str, costs: dict[str, Cost], about: dict[str, Any], shape: tuple[int, int]) -> str:
     """The header."""
-    middle = statistics.median(c.median_error for c in costs.values())
-    worst = max(c.largest_error for c in costs.values())
+    errors = [c.error for c in costs.values()]
     lines = [
         "// Written by benchmarks/fit_costs.py: picoseconds per weight of "
         f"{shape[0]} x {shape[1]} on one thread,",
-        f"// {about['cpu']}, commit {about['commit']}. The model is off by {middle:.0%} in the median, at most by",
-        f"// {worst:.0%}; behind each kernel, its median and its largest error.",
+        f"// {about['cpu']}, commit {about['commit']}. At rows of x between the points the line is off by",
+        f"// {statistics.median(errors):.0%} in the median, at most by {max(errors):.0%}: behind each kernel, its largest error.",
         "#pragma once",
         "",
         '#include "core/costs.h"',
@@ -199,10 +177,9 @@ def text(name: str, costs: dict[str, Cost], about: dict[str, Any], shape: tuple[
         f"inline constexpr KernelCost k{name.capitalize()}[] = {{",
     ]
     for kernel, c in costs.items():
+        rows = ", ".join(f"{ps:.1f}f" for ps in c.rows)
         lines.append(
-            f'    {{"{kernel}", {{{c.single:.1f}f, {c.single_end:.0f}f, {c.fixed:.1f}f, {c.per_pass:.1f}f, '
-            f"{c.end:.0f}f, {c.rows_per_pass}}}}},"
-            f"  // {c.median_error:.0%}, {c.largest_error:.0%}"
+            f'    {{"{kernel}", {{{{{rows}}}, {c.single_end:.1f}f, {c.row_end:.1f}f}}}},  // {c.error:.0%}'
         )
     return "\n".join([*lines, "};", "// clang-format on", "", "}  // namespace lowbit", ""])
 
@@ -231,7 +208,7 @@ def main() -> None:
     data = {"machine": about, "shape": [n, k], "picoseconds_by_group_and_rows": times}
     (a.data / f"costs_{a.name}.json").write_text(json.dumps(data, indent=1) + "\n")
     for name, c in costs.items():
-        print(f"{name}: {c.median_error:.0%} {c.largest_error:.0%}")
+        print(f"{name}: {c.error:.0%}")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ py::list py_kernels() {
     entry["isa"] = isa_name(k->isa);
     entry["available"] = (detect_isa() & k->isa) != 0;
     entry["group_multiple"] = k->chunk_groups ? k->span : 1;
-    entry["cost"] = py::make_tuple(k->cost.single, k->cost.single_end, k->cost.fixed, k->cost.pass, k->cost.end,
-                                   k->cost.rows_per_pass);
+    entry["cost"] = py::make_tuple(std::vector<float>(std::begin(k->cost.rows), std::end(k->cost.rows)),
+                                   k->cost.single_end, k->cost.row_end);
     entry["half_groups"] = k->half_groups;
     entry["bf16_table"] = k->bf16_table;
     py::list x;

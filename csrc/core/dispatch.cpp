@@ -48,10 +48,7 @@ int64_t tasks_of(const Kernel& k, int64_t m, int64_t n) {
 
 // All tasks of a product on one thread, in nanoseconds.
 double work_ns(const Kernel& k, int64_t m, int64_t n, int64_t depth, int64_t group) {
-  const double passes = static_cast<double>(ceil_div(m, std::max(1, k.cost.rows_per_pass)));
-  const double ends = 1.0 / static_cast<double>(std::max<int64_t>(1, std::min(group, depth)));  // for each weight
-  double ps =
-      m <= 1 ? k.cost.single + k.cost.single_end * ends : k.cost.fixed + (k.cost.pass + k.cost.end * ends) * passes;
+  double ps = k.cost.picoseconds(m, std::min(group, depth));
   if (ps <= 0) ps = kUnratedPs;
   return ps * 1e-3 * static_cast<double>(num_blocks(n) * kBlockN) * static_cast<double>(depth);
 }

@@ -86,11 +86,13 @@ struct Launch {
   const Epilogue* epilogue = nullptr;  // may be null
 };
 
-// Picoseconds per weight on one thread: single + single_end / group for one row, else
-// fixed + (pass + end / group) * ceil(m / rows_per_pass). A kernel that was not measured has zeros.
+// What a kernel takes on one thread, in picoseconds per weight: by the number of rows of x, without the ends of groups,
+// and `end` / group more for each row. A kernel that was not measured has zeros.
 struct Cost {
-  float single = 0, single_end = 0, fixed = 0, pass = 0, end = 0;
-  int32_t rows_per_pass = 0;
+  static constexpr int kPoints = 8;  // 1, 2, 4, ... 128 rows
+  float rows[kPoints] = {};
+  float single_end = 0, row_end = 0;  // of one row, and of each of many
+  double picoseconds(int64_t m, int64_t group) const;
 };
 
 // Types of x, by Dtype.
