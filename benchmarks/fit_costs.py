@@ -166,7 +166,7 @@ def text(name: str, costs: dict[str, Cost], about: dict[str, Any], shape: tuple[
         "// Written by benchmarks/fit_costs.py: picoseconds per weight of "
         f"{shape[0]} x {shape[1]} on one thread,",
         f"// {about['cpu']}, commit {about['commit']}. At rows of x between the points the line is off by",
-        f"// {statistics.median(errors):.0%} in the median, at most by {max(errors):.0%}: behind each kernel, its largest error.",
+        f"// {statistics.median(errors):.0%} in the median, at most by {max(errors):.0%}; behind each, its own.",
         "#pragma once",
         "",
         '#include "core/costs.h"',
