@@ -57,12 +57,12 @@ CPP_TESTS := test_kernels test_activations test_decoder test_fp8 test_fp8_mm tes
 cpp: $(VENV)/.built
 	set -e; for test in $(CPP_TESTS) test_cuda; do $(BUILD)/$$test; done
 
-# The same on CPUs without AVX2 and without AVX-512.
+# The same on CPUs without AVX2 and without AVX-512. Where each product takes long, rows of the identity are a sample.
 emulate: $(VENV)/.built
 	@if command -v qemu-x86_64 >/dev/null; then \
 	  set -e; for cpu in Nehalem Haswell; do for test in $(CPP_TESTS); do \
 	    echo "qemu-x86_64 -cpu $$cpu $$test"; \
-	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu $(BUILD)/$$test 2>$(BUILD)/qemu.log || \
+	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu $(BUILD)/$$test --sample 2>$(BUILD)/qemu.log || \
 	      { cat $(BUILD)/qemu.log; exit 1; }; done; done; \
 	else echo "SKIPPED: qemu-x86_64 not found (Debian package qemu-user): rows not run on emulated CPUs"; fi
 
@@ -71,7 +71,7 @@ sanitize: $(VENV)/.ready
 	CXX=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("CXX").split()[0])') \
 	  $(CMAKE) -S . -B build/sanitize -DLOWBIT_CPP_TESTS=ON -DLOWBIT_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
-	set -e; for test in $(CPP_TESTS) test_cuda; do build/sanitize/$$test; done
+	set -e; for test in $(CPP_TESTS) test_cuda; do build/sanitize/$$test --sample; done
 
 # The peers that the benchmarks compare with, in an environment of their own. llama.cpp is compiled for this CPU with the
 # build tools of requirements.txt.

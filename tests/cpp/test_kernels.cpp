@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -17,6 +18,10 @@
 using namespace lowbit;
 
 namespace {
+
+// With `--sample`, long rows meet this many rows of the identity: where each product takes a hundred times longer.
+constexpr int64_t kSampledRows = 100;
+bool sampled = false;
 
 // Whether got is want, off by `bound` and by one rounding to dtype; infinite where fp16 ends.
 bool rounded_to(Dtype dtype, double got, double want, double bound) {
@@ -32,24 +37,38 @@ std::vector<float> spread(const std::vector<float>& x, int64_t m, int64_t k, int
   return wide;
 }
 
-void check_identity(const Kernel& kernel, Problem& p, Dtype dtype) {
+// Rows of the identity: all of them, or some that differ from kernel to kernel.
+std::vector<int64_t> identity_rows(int64_t k, std::mt19937& rng) {
+  std::vector<int64_t> rows(k);
+  std::iota(rows.begin(), rows.end(), 0);
+  if (sampled && k > kSampledRows) {
+    std::shuffle(rows.begin(), rows.end(), rng);
+    rows.resize(kSampledRows);
+  }
+  return rows;
+}
+
+void check_identity(const Kernel& kernel, Problem& p, Dtype dtype, std::mt19937& rng) {
   const Case& c = p.c;
-  std::vector<float> identity(c.k * c.k, 0.0f);
-  for (int64_t k = 0; k < c.k; ++k) identity[k * c.k + k] = 1.0f;
+  const std::vector<int64_t> rows = identity_rows(c.k, rng);
+  const int64_t count = static_cast<int64_t>(rows.size());
+  std::vector<float> identity(count * c.k, 0.0f);
+  for (int64_t i = 0; i < count; ++i) identity[i * c.k + rows[i]] = 1.0f;
   Numbers x(dtype, identity);
-  Guarded<float> w(c.k * c.n, std::nanf(""));
+  Guarded<float> w(count * c.n, std::nanf(""));
   Launch l = p.launch();
-  l.m = l.x_stride = c.k;
+  l.m = count;
+  l.x_stride = c.k;
   l.x = x.data();
   l.x_dtype = dtype;
   l.out = w.data();
   l.out_dtype = Dtype::kF32;
   l.out_stride = c.n;
   run_twice(kernel, l, 2, w);
-  for (int64_t k = 0; k < c.k; ++k) {
+  for (int64_t i = 0; i < count; ++i) {
     for (int64_t n = 0; n < c.n; ++n) {
-      expect(w[k * c.n + n] == p.value[n * c.k + k], kernel.name, "identity", n * c.k + k, w[k * c.n + n],
-             p.value[n * c.k + k]);
+      const int64_t at = n * c.k + rows[i];
+      expect(w[i * c.n + n] == p.value[at], kernel.name, "identity", at, w[i * c.n + n], p.value[at]);
     }
   }
 }
@@ -111,7 +130,7 @@ void check_linear(const Kernel& kernel, Problem& p, std::mt19937& rng) {
   for (Dtype dtype : {Dtype::kF32, Dtype::kBf16, Dtype::kF16}) {
     if (!kernel.exact_x[dtype]) continue;
     if (first) {
-      check_identity(kernel, p, dtype);
+      check_identity(kernel, p, dtype, rng);
       check_random(kernel, p, dtype, false, rng);
     }
     first = false;
@@ -278,7 +297,8 @@ void check_embedding(Problem& p) {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  sampled = argc > 1 && std::strcmp(argv[1], "--sample") == 0;
   const Case cases[] = {
       {1, 64, 64, 32, ZeroMode::kNone},
       {3, 70, 96, 96, ZeroMode::kSubtract},
