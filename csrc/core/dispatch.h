@@ -1,4 +1,5 @@
-// The merged kernel table and the choice from it: selection a pure function of the request and a mask.
+// The merged kernel table and the choice from it, a pure function of the request and a mask. Request, config, launch,
+// as on the GPU: here a config is an entry of the table.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +21,8 @@ const char* rejection(const Kernel& kernel, const Request& request, uint32_t isa
 int threads_for(const Kernel& kernel, const Request& request);
 // Estimated time in nanoseconds on that many threads: the largest share of a thread, plus the parallel region.
 double cost(const Kernel& kernel, const Request& request);
-// Of the legal kernels of the newest instruction set, the one of least cost; nullptr if there is none.
+// Of the legal kernels of the newest instruction set, the one of least work on one thread, whatever the number of
+// threads; nullptr if there is none.
 const Kernel* select(const Request& request, uint32_t isa_mask);
 
 // The memory in which `prepare` works: x as the kernel reads it, and sums of its groups where they are needed.

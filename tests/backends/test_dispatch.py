@@ -100,6 +100,22 @@ def test_every_request_has_a_row_and_every_other_row_a_reason() -> None:
                         assert all((cost is None) != (why is None) for _, cost, _, why in rows)
 
 
+def test_the_number_of_threads_chooses_no_kernel() -> None:
+    """Kernels add in different orders: a result would depend on the machine's load."""
+    chosen = set()
+    for n, k in ((64, 64), (100, 520), (640, 576), (4096, 4096)):
+        for bits in (2, 4, 8):
+            for group in (16, 32, 128):
+                for codec in ("lut", "int"):
+                    w = _C.Weight(n=n, k=k, bits=bits, group=group, codec=codec)
+                    for x in ("fp32", "bf16", "fp16"):
+                        for m in (1, 3, 8, 30, 64, 200, 1000):
+                            names = {w.select("linear", x, m, threads) for threads in (1, 2, 3, 16)}
+                            assert len(names) == 1, (n, k, bits, group, codec, x, m, names)
+                            chosen |= names
+    assert len(chosen) > 3  # not one for all
+
+
 _INT6 = {"scale_dtype": "int6", "scale2_dtype": "fp16"}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.backends.cpu.requests import CODES, bound, of_bias
+from lowbit.backends.cpu.requests import CODES, bound, of_bias, of_x
 from lowbit.layouts import Operands
 from lowbit.strides import address, address_of_rows
 
@@ -21,17 +21,11 @@ def _linear_quantized(
     kernel: int,
 ) -> Tensor:
     out = torch.empty((x.shape[0], w.n), dtype=dtype, device="cpu")
-    x_address, x_stride = address_of_rows(x)
-    bias_address, bias_dtype = of_bias(bias)
     bound(w).linear_quantized(
-        x=x_address,
-        x_dtype=CODES[x.dtype],
+        **of_x(x),
         x_scales=address(x_scales),
         x_group_scales=x_scales.dim() == 2,
-        m=x.shape[0],
-        x_stride=x_stride,
-        bias=bias_address,
-        bias_dtype=bias_dtype,
+        **of_bias(bias),
         out=address(out),
         out_dtype=CODES[dtype],
         out_scale=1.0 if out_scale is None else out_scale,

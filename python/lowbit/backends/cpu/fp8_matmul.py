@@ -22,15 +22,13 @@ def scaled_mm(
     """`reference.scaled_mm` in fp32, rounded once to `dtype`."""
     (m, k), n = a.q.shape, len(b.q)
     out = torch.empty((m, n), dtype=dtype, device="cpu")
-    bias_address, bias_dtype = of_bias(bias)
     _C.fp8_matmul_ptr(
         m=m,
         n=n,
         k=k,
         a=_operand(a),
         b=_operand(b),
-        bias=bias_address,
-        bias_dtype=bias_dtype,
+        **of_bias(bias),
         out=address(out),
         out_dtype=CODES[dtype],
         threads=torch.get_num_threads(),

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowbit import _C
 from lowbit.formats import Format, parse
 from lowbit.layouts import LAYOUTS, N16, Operands
-from lowbit.strides import address
+from lowbit.strides import address, address_of_rows
 
 # csrc/core/kernel.h Dtype; uint8 holds eight signs.
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
@@ -130,6 +130,14 @@ def bound(w: Operands) -> _C.BoundWeight:
     return made
 
 
-def of_bias(bias: Tensor | None) -> tuple[int, int]:
-    """The address of a contiguous bias and the code of its dtype; zeros for None."""
-    return (0, 0) if bias is None else (address(bias), CODES[bias.dtype])
+def of_x(x: Tensor) -> dict[str, int]:
+    """The arguments of a compiled call for (M, K) with unit stride along K."""
+    x_address, stride = address_of_rows(x)
+    return {"x": x_address, "x_dtype": CODES[x.dtype], "m": x.shape[0], "x_stride": stride}
+
+
+def of_bias(bias: Tensor | None) -> dict[str, int]:
+    """The arguments of a compiled call for a contiguous bias or for none."""
+    if bias is None:
+        return {"bias": 0, "bias_dtype": 0}
+    return {"bias": address(bias), "bias_dtype": CODES[bias.dtype]}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.backends.cpu.requests import ACTIVATIONS, CODES, bound, of_bias
+from lowbit.backends.cpu.requests import ACTIVATIONS, CODES, bound, of_bias, of_x
 from lowbit.formats import Format
 from lowbit.layouts import Operands
 from lowbit.strides import address, address_of_rows, contiguous
@@ -32,18 +32,8 @@ def linear(
     if dtype is not None and dtype != x.dtype:
         return _epilogue(x, w, bias, None, None, None, dtype)
     out = torch.empty((x.shape[0], w.n), dtype=x.dtype, device="cpu")
-    x_address, x_stride = address_of_rows(x)
-    bias_address, bias_dtype = of_bias(bias)
     bound(w).linear(
-        x=x_address,
-        x_dtype=CODES[x.dtype],
-        m=x.shape[0],
-        x_stride=x_stride,
-        bias=bias_address,
-        bias_dtype=bias_dtype,
-        out=address(out),
-        threads=torch.get_num_threads(),
-        kernel=kernel,
+        **of_x(x), **of_bias(bias), out=address(out), threads=torch.get_num_threads(), kernel=kernel
     )
     return out
 
@@ -75,18 +65,12 @@ def _epilogue(
     dtype: torch.dtype,
 ) -> Tensor:
     out = torch.empty((x.shape[0], w.n), dtype=dtype, device="cpu")
-    x_address, x_stride = address_of_rows(x)
-    bias_address, bias_dtype = of_bias(bias)
     gate_address, gate_stride = address_of_rows(gate)
     residual_address, residual_stride = address_of_rows(residual)
     others = next((t.dtype for t in (gate, residual) if t is not None), x.dtype)
     bound(w).linear_epilogue(
-        x=x_address,
-        x_dtype=CODES[x.dtype],
-        m=x.shape[0],
-        x_stride=x_stride,
-        bias=bias_address,
-        bias_dtype=bias_dtype,
+        **of_x(x),
+        **of_bias(bias),
         out=address(out),
         out_dtype=CODES[out.dtype],
         threads=torch.get_num_threads(),
@@ -109,20 +93,9 @@ def linear_many(
     outs, products = [], []
     for w, bias in zip(weights, biases, strict=True):
         out = torch.empty((x.shape[0], w.n), dtype=x.dtype, device="cpu")
-        bias_address, bias_dtype = of_bias(bias)
-        products.append(
-            _C.Product(bound(w), bias=bias_address, bias_dtype=bias_dtype, out=address(out))
-        )
+        products.append(_C.Product(bound(w), **of_bias(bias), out=address(out)))
         outs.append(out)
-    x_address, x_stride = address_of_rows(x)
-    _C.linear_many(
-        products,
-        x=x_address,
-        x_dtype=CODES[x.dtype],
-        m=x.shape[0],
-        x_stride=x_stride,
-        threads=torch.get_num_threads(),
-    )
+    _C.linear_many(products, **of_x(x), threads=torch.get_num_threads())
     return outs
 
 
@@ -133,17 +106,8 @@ def bind_linear(
     out: Tensor,  # (M, N) contiguous, dtype of x
 ) -> Callable[[], None]:
     """`linear` into `out` with its arguments made now, the number of threads too: 0.3 us a call instead of 3."""
-    x_address, x_stride = address_of_rows(x)
-    bias_address, bias_dtype = of_bias(bias)
     launch = bound(w).bind_linear(
-        x=x_address,
-        x_dtype=CODES[x.dtype],
-        m=x.shape[0],
-        x_stride=x_stride,
-        bias=bias_address,
-        bias_dtype=bias_dtype,
-        out=address(out),
-        threads=torch.get_num_threads(),
+        **of_x(x), **of_bias(bias), out=address(out), threads=torch.get_num_threads()
     )
 
     # The default keeps the memory alive for as long as there is a call that may use it.
