@@ -8,6 +8,7 @@
 
 #include "core/n16.h"
 #include "cpu/simd/inline.h"
+#include "cpu/simd/six_bits.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
@@ -65,19 +66,7 @@ inline F load_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 inline I load_u8_lanes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-// Of 6 bits: a dword of four codes takes the three bytes of all four. A vector's bytes are loaded with some of the
-// vector beside it, so that nothing beyond a pair of vectors is read: those of the first of a pair start at byte 0 of
-// what is loaded, those of the second at kVecLanes / 4.
-struct SixBitBytes {
-  int8_t at[2][4 * kVecLanes] = {};
-  constexpr SixBitBytes() {
-    for (int i = 0; i < 8 * kVecLanes; ++i) {
-      const int second = i / (4 * kVecLanes), byte = i % 4, four = i % (4 * kVecLanes) / 16;
-      at[second][i % (4 * kVecLanes)] = static_cast<int8_t>(byte == 3 ? -1 : second * kVecLanes / 4 + 3 * four + byte);
-    }
-  }
-};
-alignas(64) constexpr SixBitBytes kSixBitBytes;
+alignas(64) constexpr SixBitBytes<kVecLanes> kSixBitBytes;
 // kVecLanes integers of a bit stream, B bits each, from number i on, a multiple of kVecLanes.
 template <int B, bool kSigned>
 inline I load_packed(const uint8_t* p, uint64_t i) {

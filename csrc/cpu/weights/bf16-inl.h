@@ -349,19 +349,11 @@ constexpr Kernel gemv_bf16(const char* name) {
 }
 template <int B>
 constexpr Kernel gemm_bf16(const char* name) {
-  return {.name = name,
-          .op = Op::kLinear,
-          .compute = Dtype::kBf16,
-          .codec = Codec::kLut,
-          .bits = B,
-          .scope = Scope::kShared,
-          .isa = kAvx512Bf16,
-          .chunk_groups = true,
-          .exact_x = {.bf16 = true},
-          .prepare = prepare_bf16_chunks,
-          .rows_per_task = kWordRowsPerTask,
-          .run = gemm_words_run<B>,
-          .half_groups = true};
+  Kernel kernel = gemv_bf16<B>(name);
+  kernel.prepare = prepare_bf16_chunks;
+  kernel.rows_per_task = kWordRowsPerTask;
+  kernel.run = gemm_words_run<B>;
+  return kernel;
 }
 
 }  // namespace

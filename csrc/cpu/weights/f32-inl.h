@@ -12,18 +12,11 @@ namespace {
 
 template <class C>
 constexpr Kernel gemv_f32(const char* name) {
-  return {.name = name,
-          .op = Op::kLinear,
-          .compute = Dtype::kF32,
-          .codec = C::kCodec,
-          .bits = C::kBits,
-          .scope = C::kScope,
-          .isa = LOWBIT_ISA_BIT,
-          .chunk_groups = true,
-          .exact_x = kFloatInputs,
-          .prepare = prepare_f32,
-          .run = gemv_run<ComputeF32<C>>,
-          .half_groups = true};
+  Kernel kernel = gemm_f32<C>(name);
+  kernel.chunk_groups = kernel.half_groups = true;
+  kernel.rows_per_task = 0;
+  kernel.run = gemv_run<ComputeF32<C>>;
+  return kernel;
 }
 
 constexpr Kernel kF32Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_KERNELS)

@@ -30,15 +30,12 @@ constexpr Kernel gemm_f32(const char* name) {
 }
 template <class C>
 constexpr Kernel dequantize_f32(const char* name) {
-  return {.name = name,
-          .op = Op::kDequantize,
-          .compute = Dtype::kF32,
-          .codec = C::kCodec,
-          .bits = C::kBits,
-          .scope = C::kScope,
-          .isa = LOWBIT_ISA_BIT,
-          .exact_x = kFloatInputs,
-          .run = dequantize_run<C>};
+  Kernel kernel = gemm_f32<C>(name);
+  kernel.op = Op::kDequantize;
+  kernel.prepare = nullptr;
+  kernel.rows_per_task = 0;
+  kernel.run = dequantize_run<C>;
+  return kernel;
 }
 
 constexpr Kernel kPanelKernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_PANEL_KERNELS_OF) LOWBIT_PANEL_KERNELS(Int8, "int8")};
