@@ -97,6 +97,11 @@ class InputStatistics:
         return (self._abs / self._count()).float()
 
     @property
+    def square_sums(self) -> Tensor:
+        """The sum of x_k^2, (K,) fp64."""
+        return self._square.clone()
+
+    @property
     def diagonal(self) -> Tensor:
         """The mean of x_k^2, (K,) fp32: the diagonal of the Hessian, summed in fp64.
 

@@ -8,6 +8,7 @@ for every chunk of layers whose statistics fit in memory, with the chunks before
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from lowbit.nn import fuse as fuse_siblings
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.names import DEFAULT_SKIP, Rule, Rules, Selection, listed
 from lowbit.ptq.calibration import InputStatistics, as_batches, attach, calibrate
+from lowbit.ptq.importance import as_importance
 from lowbit.ptq.observers import OBSERVERS, Observer
 from lowbit.ptq.plan import Names, plan_layers
 from lowbit.ptq.progress import bar
@@ -47,6 +49,7 @@ def quantize_model(
     options: Mapping[str, Any] | None = None,
     observer: str | None = None,
     sensitivities: Mapping[str, Tensor] | None = None,
+    importance: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
     on_layer: Callable[[str, Tensor, QuantTensor], object] | None = None,
     atomic: bool = True,
 ) -> Report:
@@ -86,6 +89,11 @@ def quantize_model(
         sensitivities: the importance of an error of each weight, (N, K) by the name of a layer, as
             `fisher_diagonal` finds it; for the methods that take `weights`, instead of calibration.
             Layers without one are quantized as without calibration.
+        importance: what each input feature of a layer counts, instead of calibration: an imatrix
+            file, of llama.cpp or of `save_importance`, or (K,) by the name of a linear, as
+            `load_importance` reads it. For the methods that take `weights`, the default one of a
+            format included. A linear without one is quantized as without calibration; its row in
+            the report has a note.
         on_layer: called with the name, the dense weight and its quantization, once for every
             weight that is quantized.
         atomic: whether the model is put back if something raises. If not, the layers before are
@@ -97,14 +105,15 @@ def quantize_model(
 
     Warns:
         UserWarning: more than 5 % of the weights stay dense that nobody asked to leave (`Report`
-            says which count), a pattern matches nothing in the model, or calibration says nothing
-            of a layer.
+            says which count), a pattern matches nothing in the model, calibration or importance says
+            nothing of a layer, or an imatrix has entries that are of no layer.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a weight cannot be quantized (the message
             starts with the layer's name); the method needs calibration, or takes none; no input
             reaches any layer; there is an observer and no format quantizes activations; a layer
-            that `sensitivities` names takes none.
+            that `sensitivities` names takes none; `importance` is of another model, has another
+            length, or holds NaN, inf or zeros alone.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -115,10 +124,19 @@ def quantize_model(
         for names, (rule, weight_id) in plan_layers(model, selection, report).items()
     }
     batches = None if calibration is None else as_batches(calibration)
+    features = as_importance(importance, model)
+    if features is not None:
+        plan = {names: (_with_method(rule), weight_id) for names, (rule, weight_id) in plan.items()}
     rules = [rule for rule, _ in plan.values()] or [Rule(None, method)]
     check_rules(rules, batches is not None)
-    _check_sensitivities(plan, sensitivities or {}, batches is not None)
-    check_layers(model, plan, sensitivities or {})
+    _check_one_of(
+        calibration=calibration, sensitivities=sensitivities or None, importance=importance
+    )
+    _check_sensitivities(plan, sensitivities or {})
+    given = _of_weights(plan, sensitivities or {})
+    if features is not None:
+        given = _of_features(model, plan, features)
+    check_layers(model, plan, given)
     observed = _observers(model, plan, observer, batches is not None)
     methods = dict.fromkeys(rule.method for rule in rules)
     if batches is not None and not observed and not any(map(calibrates, methods)):
@@ -150,7 +168,7 @@ def quantize_model(
                 try:
                     # No name for the statistics: they go when the layer is done.
                     how, note = informed(
-                        rule, statistics.pop(names[0], None) or _given(names, sensitivities)
+                        rule, statistics.pop(names[0], None) or given.get(names[0])
                     )
                     first = made.get(key)
                     module, row = _make(model, names[0], how, first, on_layer)
@@ -163,7 +181,8 @@ def quantize_model(
                 if swap_or_leave(swap, names, module, replace(row, note=note), report):
                     made.setdefault(key, (names[0], module))
                 advance()
-        check_notes(report, calibrated, stacklevel=2)
+        source = "calibration" if features is None else "importance"
+        check_notes(report, calibrated, source, stacklevel=2)
         if fuse:
             fuse_siblings(model)
     return report
@@ -225,7 +244,7 @@ def informed(rule: Rule, inputs: Inputs | None) -> tuple[Method, str | None]:
     """A rule with what calibration says of a layer. If that is nothing, the rule without
     calibration, and a note of it.
     """
-    if not isinstance(inputs, InputStatistics) or inputs.missing is None:
+    if not isinstance(inputs, InputStatistics | Given) or inputs.missing is None:
         return Method(rule, inputs), None
     if rule.method and "hessian" in keywords(rule.method):
         rule = Rule(rule.format)
@@ -243,8 +262,10 @@ def _set_input_scale(module: PackedModule, observer: Observer) -> str | None:
     return None
 
 
-def check_notes(report: Report, calibrated: Collection[str], stacklevel: int = 2) -> None:
-    """Warns of the layers that calibration says nothing of, by their notes.
+def check_notes(
+    report: Report, calibrated: Collection[str], source: str = "calibration", stacklevel: int = 2
+) -> None:
+    """Warns of the layers that calibration, or another source, says nothing of, by their notes.
 
     Raises:
         ValueError: they are all of the calibrated ones.
@@ -254,32 +275,76 @@ def check_notes(report: Report, calibrated: Collection[str], stacklevel: int = 2
         return
     if not set(calibrated) - {row.name for row in noted}:
         raise ValueError(
-            f"calibration is empty or 0, for every layer: {noted[0].name}: {noted[0].note}"
+            f"{source} is empty or 0, for every layer: {noted[0].name}: {noted[0].note}"
         )
     warnings.warn(
-        f"calibration says nothing of {listed(row.name for row in noted)}: the rows of the report "
+        f"{source} says nothing of {listed(row.name for row in noted)}: the rows of the report "
         "have notes of what was done",
         stacklevel=stacklevel + 1,
     )
 
 
 @dataclass(frozen=True)
-class _Given:
-    """A sensitivity in the place of what calibration finds."""
+class Given:
+    """A sensitivity in the place of what calibration finds, or why there is none."""
 
-    relative_diagonal: Tensor  # (N, K)
+    value: Tensor | None  # (N, K) or (K,)
+    missing: str | None = None
+
+    @property
+    def relative_diagonal(self) -> Tensor:
+        """The sensitivity."""
+        assert self.value is not None
+        return self.value
 
     @property
     def relative_hessian(self) -> Tensor:
+        """None is there."""
         raise ValueError("a sensitivity of each weight is no Hessian")
 
 
-def _given(names: Names, sensitivities: Mapping[str, Tensor] | None) -> _Given | None:
-    found = [t for name, t in (sensitivities or {}).items() if name in names]
-    return _Given(found[0]) if found else None
+def _of_weights(plan: Plan, sensitivities: Mapping[str, Tensor]) -> dict[str, Given]:
+    """The sensitivity of each weight, by the first name of the layer."""
+    found = {names[0]: [t for name, t in sensitivities.items() if name in names] for names in plan}
+    return {name: Given(values[0]) for name, values in found.items() if values}
 
 
-def check_layers(model: nn.Module, plan: Plan, sensitivities: Mapping[str, Tensor]) -> None:
+def _of_features(
+    model: nn.Module, plan: Plan, importance: Mapping[str, Tensor]
+) -> dict[str, Given]:
+    """The importance of input features, for every linear whose method takes it, by its first name."""
+    found: dict[str, Given] = {}
+    methods = set()
+    for names, (rule, _) in plan.items():
+        linear = model.get_submodule(names[0])
+        if not isinstance(linear, nn.Linear) or rule.method is None:
+            continue
+        methods.add(rule.method)
+        if "weights" in keywords(rule.method):
+            values = [importance[name] for name in names if name in importance]
+            found[names[0]] = (
+                Given(values[0].to(linear.weight.device))
+                if values
+                else Given(None, "importance has no entry of it")
+            )
+    if methods and not found:
+        listing = " and ".join(map(repr, sorted(methods)))
+        raise ValueError(f"method {listing} takes no importance: use 'kmeans'")
+    if found and all(given.missing for given in found.values()):
+        raise ValueError(
+            f"importance has no entry of a layer to quantize, such as {next(iter(found))!r}: it has "
+            f"{listed(importance) or 'none'}"
+        )
+    return found
+
+
+def _with_method(rule: Rule) -> Rule:
+    """With the default method of the format, if it has none."""
+    assert rule.format is not None
+    return rule.completed(default_method(rule.format), {})
+
+
+def check_layers(model: nn.Module, plan: Plan, given: Mapping[str, Given]) -> None:
     """Raises what `lowbit.quantize` would of the weight of a layer and its sensitivity, with the
     layer's name, before anything is quantized.
     """
@@ -288,15 +353,19 @@ def check_layers(model: nn.Module, plan: Plan, sensitivities: Mapping[str, Tenso
         assert rule.format is not None
         try:
             check_weight(weight, rule.format.without_outliers)
-            if (given := _given(names, sensitivities)) is not None:
-                check_importance(given.relative_diagonal, weight)
+            if names[0] in given:
+                check_importance(given[names[0]].value, weight)
         except (TypeError, ValueError) as e:
             raise type(e)(f"{names[0]}: {e}") from e
 
 
-def _check_sensitivities(plan: Plan, sensitivities: Mapping[str, Tensor], calibrated: bool) -> None:
-    if sensitivities and calibrated:
-        raise ValueError("give calibration or sensitivities, not both")
+def _check_one_of(**sources: object) -> None:
+    there = [name for name, value in sources.items() if value is not None]
+    if len(there) > 1:
+        raise ValueError(f"give {' or '.join(there)}, not {'both' if len(there) == 2 else 'all'}")
+
+
+def _check_sensitivities(plan: Plan, sensitivities: Mapping[str, Tensor]) -> None:
     methods = {name: rule.method for names, (rule, _) in plan.items() for name in names}
     for name in sensitivities:
         if name not in methods:
