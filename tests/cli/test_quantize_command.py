@@ -206,6 +206,20 @@ def test_imatrix_is_saved_and_used(capsys, folder, text, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_awq_changes_norms_too(capsys, folder, text, tmp_path):
+    run(
+        capsys, "quantize", folder, tmp_path / "out", "-f", "int4_g32", "--method", "awq",
+        "--option", "grid=4", "--calibrate", text, "--length", 20, "--per-line",
+    )  # fmt: skip
+    model = load_dense(folder)
+    before = model.model.layers[0].input_layernorm.weight.detach().clone()
+    batches = calibration_tokens(text, folder, length=20, per_line=True)
+    quantize_model(model, "int4_g32", method="awq", options={"grid": 4}, calibration=batches)
+    loaded = load_folder(tmp_path / "out")
+    assert not torch.equal(loaded.model.layers[0].input_layernorm.weight, before)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def gguf_model(tmp_path: Path) -> Path:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_type("model")
@@ -307,6 +321,15 @@ def test_bad_combinations_are_one_line(capsys, folder, text, tmp_path):
         (("-f", "nf4", "--method", "rtn", "--calibrate", text), "that learns, not rtn"),
         (("-f", "nf4", "--length", 32), "--length is for --calibrate, which is not given"),
         (("-f", "nf4", "--per-line"), "--per-line is for --calibrate"),
+        (("-f", "nf4", "--method", "awq"), "method 'awq' needs --calibrate FILE"),
+        (
+            (*two, "--budget", 3, "--method", "awq", "--calibrate", text),
+            "method 'awq' takes no --budget",
+        ),
+        (
+            ("-f", "nf4", "--method", "smoothquant", "--calibrate", text, "--option", "grid=3"),
+            "method 'smoothquant' takes no grid",
+        ),
         (("-f", "nf4", "--save-imatrix", "m"), "--save-imatrix is for --calibrate"),
         (("-f", "nf4", "--imatrix", "m", "--calibrate", text), "give it without --calibrate"),
         ((*two, "--imatrix", "m", "--budget", 3), "give it without --budget"),

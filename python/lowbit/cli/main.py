@@ -145,7 +145,8 @@ def quantize(
                                "model's outputs) or output (squared error of the layers').")
     ] = "kl",
     method: Annotated[
-        str | None, typer.Option(help="rtn, kmeans, lloyd, kde, distq, hqq, or, with --calibrate, gptq.")
+        str | None, typer.Option(help="rtn, kmeans, lloyd, kde, distq, hqq, or, with --calibrate, gptq, awq, "
+                                    "smoothquant.")
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE for the method. May be repeated.")

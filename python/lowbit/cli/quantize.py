@@ -22,7 +22,7 @@ from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.readers.registry import open_checkpoint
 from lowbit.methods.registry import calibrates, check_options, keywords
-from lowbit.nn.names import Rules, Selection
+from lowbit.nn.names import Rule, Rules, Selection
 from lowbit.ptq import (
     Allocation,
     Recipe,
@@ -34,6 +34,7 @@ from lowbit.ptq import (
 )
 from lowbit.ptq.allocate import OBJECTIVES
 from lowbit.ptq.file import FILE_SKIP, DenseWeights, check_any, ignored_files, quantize_file
+from lowbit.ptq.scaling import SCALINGS, check_scaling
 from lowbit.weights.quantized import QuantTensor
 
 QUANTIZED = ("refuse", "keep", "requantize")
@@ -113,7 +114,12 @@ class QuantizeOptions:
                 )
         if self.budget is None and self.objective != defaults["objective"]:
             raise ValueError("--objective is for --budget, which is not given")
-        if self.method is not None:
+        if self.method in SCALINGS:
+            check_scaling(Rule(None, self.method, dict(self.options)))
+            if self.calibrate is None or self.budget is not None:
+                how = "needs --calibrate FILE" if self.calibrate is None else "takes no --budget"
+                raise ValueError(f"method {self.method!r} {how}")
+        elif self.method is not None:
             check_options(self.method, dict(self.options))
             if "hessian" in keywords(self.method) and self.calibrate is None:
                 raise ValueError(f"method {self.method!r} needs --calibrate FILE")
@@ -126,11 +132,16 @@ class QuantizeOptions:
             )
         if self.save_imatrix is not None and self.calibrate is None:
             raise ValueError("--save-imatrix is for --calibrate, which is not given")
-        learns = self.budget is not None or self.recipe is not None or calibrates(self.method)
+        learns = self.budget is not None or self.learns
         if self.calibrate is not None and not learns and self.save_imatrix is None:
             raise ValueError(
                 f"--calibrate is for --budget, or a method that learns, not {self.method}"
             )
+
+    @property
+    def learns(self) -> bool:
+        """Whether quantizing the model may take calibration."""
+        return self.recipe is not None or self.method in SCALINGS or calibrates(self.method)
 
     def _check_kept(self) -> None:
         for name in (
@@ -365,8 +376,7 @@ def _quantize_model(
                 **how,
             )
             rules = allocation.recipe
-        learns = options.recipe is not None or calibrates(options.method)
-        inputs = batches if learns else None
+        inputs = batches if options.learns else None
         # An error ends the command, and the model with it.
         report = quantize_model(
             model,

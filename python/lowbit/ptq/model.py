@@ -24,17 +24,26 @@ from lowbit.nn import fuse as fuse_siblings
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.names import DEFAULT_SKIP, Rule, Rules, Selection, listed
 from lowbit.ptq.calibration import InputStatistics, as_batches, attach, calibrate
+from lowbit.ptq.given import (
+    Given,
+    Plan,
+    check_one_of,
+    check_sensitivities,
+    of_features,
+    of_weights,
+    with_method,
+)
 from lowbit.ptq.importance import as_importance
 from lowbit.ptq.observers import OBSERVERS, Observer
 from lowbit.ptq.plan import Names, plan_layers
 from lowbit.ptq.progress import bar
 from lowbit.ptq.report import LayerReport, Report, measure
+from lowbit.ptq.scaling import SCALINGS, base_rule, check_scaling, note_unscaled, scaled
 from lowbit.ptq.swap import Swap, swapping
 from lowbit.weights.quantized import QuantTensor
 
 # The Hessians of one chunk of layers take at most this, or are one.
 _HESSIAN_BYTES = 1 << 31
-Plan = Mapping[Names, tuple[Rule, int]]  # with the identity of the weight
 
 
 def quantize_model(
@@ -72,7 +81,12 @@ def quantize_model(
             name counts, and no match means None, "leave it". How a pattern matches:
             `lowbit.ptq.Selection`.
         skip: patterns of modules to leave as they are.
-        method: as in `lowbit.quantize`, for every layer whose rule has none.
+        method: as in `lowbit.quantize`, for every layer whose rule has none; or "awq" (option
+            `grid`) or "smoothquant" (`alpha`), which need calibration: scales are folded into the
+            layers before, where the model stays the same function, and the weights then quantized
+            by the default method of their format. A layer that no other takes the scales of is
+            quantized without, with a note in the report. With `atomic` the dense weights are in
+            memory twice.
         progress: show a bar on stderr, if rich or tqdm is installed.
         fuse: let q/k/v and gate/up projections compute their products together, bit for bit as
             before: `lowbit.nn.fuse`. State dicts stay per layer.
@@ -126,20 +140,23 @@ def quantize_model(
     batches = None if calibration is None else as_batches(calibration)
     features = as_importance(importance, model)
     if features is not None:
-        plan = {names: (_with_method(rule), weight_id) for names, (rule, weight_id) in plan.items()}
+        plan = {names: (with_method(rule), weight_id) for names, (rule, weight_id) in plan.items()}
+    scalings = _scalings(model, plan, batches is not None)
+    plan = {names: (base_rule(rule), weight_id) for names, (rule, weight_id) in plan.items()}
     rules = [rule for rule, _ in plan.values()] or [Rule(None, method)]
     check_rules(rules, batches is not None)
-    _check_one_of(
+    check_one_of(
         calibration=calibration, sensitivities=sensitivities or None, importance=importance
     )
-    _check_sensitivities(plan, sensitivities or {})
-    given = _of_weights(plan, sensitivities or {})
+    check_sensitivities(plan, sensitivities or {})
+    given = of_weights(plan, sensitivities or {})
     if features is not None:
-        given = _of_features(model, plan, features)
+        given = of_features(model, plan, features)
     check_layers(model, plan, given)
     observed = _observers(model, plan, observer, batches is not None)
     methods = dict.fromkeys(rule.method for rule in rules)
-    if batches is not None and not observed and not any(map(calibrates, methods)):
+    learns = bool(observed or scalings) or any(map(calibrates, methods))
+    if batches is not None and not learns:
         listing = " and ".join(map(repr, methods))
         raise ValueError(f"method {listing} takes no calibration: use 'gptq' or 'kmeans'")
     # Linears that learn from calibration, and whether a Hessian.
@@ -153,7 +170,11 @@ def quantize_model(
     steps = len(plan) + len(parts) * len(batches or ())
     made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
     calibrated = {*learning, *observed}
-    with swapping(model, keep=atomic) as swap, bar(steps, "quantizing", progress) as advance:
+    with (
+        swapping(model, keep=atomic) as swap,
+        scaled(model, scalings, batches or (), atomic) as folded,
+        bar(steps, "quantizing", progress) as advance,
+    ):
         for chunk in parts:
             statistics: dict[str, InputStatistics] = {}
             if batches is not None:
@@ -183,6 +204,7 @@ def quantize_model(
                 advance()
         source = "calibration" if features is None else "importance"
         check_notes(report, calibrated, source, stacklevel=2)
+        note_unscaled(report, scalings, folded)
         if fuse:
             fuse_siblings(model)
     return report
@@ -284,66 +306,6 @@ def check_notes(
     )
 
 
-@dataclass(frozen=True)
-class Given:
-    """A sensitivity in the place of what calibration finds, or why there is none."""
-
-    value: Tensor | None  # (N, K) or (K,)
-    missing: str | None = None
-
-    @property
-    def relative_diagonal(self) -> Tensor:
-        """The sensitivity."""
-        assert self.value is not None
-        return self.value
-
-    @property
-    def relative_hessian(self) -> Tensor:
-        """None is there."""
-        raise ValueError("a sensitivity of each weight is no Hessian")
-
-
-def _of_weights(plan: Plan, sensitivities: Mapping[str, Tensor]) -> dict[str, Given]:
-    """The sensitivity of each weight, by the first name of the layer."""
-    found = {names[0]: [t for name, t in sensitivities.items() if name in names] for names in plan}
-    return {name: Given(values[0]) for name, values in found.items() if values}
-
-
-def _of_features(
-    model: nn.Module, plan: Plan, importance: Mapping[str, Tensor]
-) -> dict[str, Given]:
-    """The importance of input features, for every linear whose method takes it, by its first name."""
-    found: dict[str, Given] = {}
-    methods = set()
-    for names, (rule, _) in plan.items():
-        linear = model.get_submodule(names[0])
-        if not isinstance(linear, nn.Linear) or rule.method is None:
-            continue
-        methods.add(rule.method)
-        if "weights" in keywords(rule.method):
-            values = [importance[name] for name in names if name in importance]
-            found[names[0]] = (
-                Given(values[0].to(linear.weight.device))
-                if values
-                else Given(None, "importance has no entry of it")
-            )
-    if methods and not found:
-        listing = " and ".join(map(repr, sorted(methods)))
-        raise ValueError(f"method {listing} takes no importance: use 'kmeans'")
-    if found and all(given.missing for given in found.values()):
-        raise ValueError(
-            f"importance has no entry of a layer to quantize, such as {next(iter(found))!r}: it has "
-            f"{listed(importance) or 'none'}"
-        )
-    return found
-
-
-def _with_method(rule: Rule) -> Rule:
-    """With the default method of the format, if it has none."""
-    assert rule.format is not None
-    return rule.completed(default_method(rule.format), {})
-
-
 def check_layers(model: nn.Module, plan: Plan, given: Mapping[str, Given]) -> None:
     """Raises what `lowbit.quantize` would of the weight of a layer and its sensitivity, with the
     layer's name, before anything is quantized.
@@ -357,22 +319,6 @@ def check_layers(model: nn.Module, plan: Plan, given: Mapping[str, Given]) -> No
                 check_importance(given[names[0]].value, weight)
         except (TypeError, ValueError) as e:
             raise type(e)(f"{names[0]}: {e}") from e
-
-
-def _check_one_of(**sources: object) -> None:
-    there = [name for name, value in sources.items() if value is not None]
-    if len(there) > 1:
-        raise ValueError(f"give {' or '.join(there)}, not {'both' if len(there) == 2 else 'all'}")
-
-
-def _check_sensitivities(plan: Plan, sensitivities: Mapping[str, Tensor]) -> None:
-    methods = {name: rule.method for names, (rule, _) in plan.items() for name in names}
-    for name in sensitivities:
-        if name not in methods:
-            raise ValueError(f"sensitivities names {name!r}, which is not a layer to quantize")
-        method = methods[name]
-        if method is None or "weights" not in keywords(method):
-            raise ValueError(f"{name}: method {method!r} takes no sensitivities: use 'kmeans'")
 
 
 def _observers(
@@ -410,6 +356,11 @@ def check_rules(rules: Iterable[Rule], calibrated: bool) -> None:
         TypeError, ValueError: as `check_options`; a method needs calibration and there is none.
     """
     for rule in rules:
+        if rule.method in SCALINGS:
+            raise ValueError(
+                f"method {rule.method!r} changes layers before it quantizes them: it is for "
+                "quantize_model with calibration"
+            )
         name = rule.method or (default_method(rule.format) if rule.format else None)
         if name is not None:
             check_options(name, rule.options)
@@ -435,6 +386,20 @@ def chunks(
         used += size
     if chunk:
         yield chunk
+
+
+def _scalings(model: nn.Module, plan: Plan, calibrated: bool) -> dict[str, Rule]:
+    """The rules of linears that have scales folded before they are quantized."""
+    for rule, _ in plan.values():
+        if rule.method in SCALINGS:
+            check_scaling(rule)
+            if not calibrated:
+                raise ValueError(f"method {rule.method!r} needs calibration: inputs of the model")
+    return {
+        names[0]: rule
+        for names, (rule, _) in plan.items()
+        if rule.method in SCALINGS and isinstance(model.get_submodule(names[0]), nn.Linear)
+    }
 
 
 def _make(
