@@ -23,7 +23,7 @@ from lowbit.nn import PackedModule, QuantLinear
 from lowbit.nn import fuse as fuse_siblings
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.names import DEFAULT_SKIP, Rule, Rules, Selection, listed
-from lowbit.ptq.calibration import InputStatistics, as_batches, attach, calibrate
+from lowbit.ptq.calibration import InputStatistics, SplitStatistics, as_batches, attach, calibrate
 from lowbit.ptq.given import (
     Given,
     Plan,
@@ -96,7 +96,8 @@ def quantize_model(
             an `attention_mask` (batch, tokens) hides do not count. Layers are calibrated in the order
             of `named_modules`, with those before them quantized. Embeddings take no part: they get
             the default method of their format, and so does a linear that shares the weight of one.
-        options: further keywords of the method, as `{"act_order": True}`.
+        options: further keywords of the method, as `{"act_order": True}`; with `{"damping": "auto"}`
+            "gptq" holds out a quarter of the tokens.
         observer: one of `OBSERVERS`, "minmax", "ema", "percentile", "mse" or "kl": layers whose format
             quantizes activations (suffix _a8 or _a8t) then do so by one scale that it finds (static
             quantization), not by one per row of x.
@@ -166,7 +167,13 @@ def quantize_model(
         if calibrates(rule.method) and isinstance(model.get_submodule(names[0]), nn.Linear)
     }
     hessians = {name for name, wanted in learning.items() if wanted}
-    parts = list(chunks(model, plan, hessians)) if batches is not None else [list(plan)]
+    split = {
+        names[0]
+        for names, (rule, _) in plan.items()
+        if names[0] in hessians and rule.options.get("damping") == "auto"
+    }
+    copies = 2 if split else 1
+    parts = list(chunks(model, plan, hessians, copies)) if batches is not None else [list(plan)]
     steps = len(plan) + len(parts) * len(batches or ())
     made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
     calibrated = {*learning, *observed}
@@ -176,12 +183,16 @@ def quantize_model(
         bar(steps, "quantizing", progress) as advance,
     ):
         for chunk in parts:
-            statistics: dict[str, InputStatistics] = {}
+            statistics: dict[str, InputStatistics | SplitStatistics] = {}
             if batches is not None:
                 firsts = [names[0] for names in chunk]
-                wanted = [name for name in firsts if name in learning]
-                with attach(model, {name: observed[name] for name in firsts if name in observed}):
-                    statistics = calibrate(model, wanted, hessians, batches, advance)
+                statistics = {
+                    name: SplitStatistics.of(model, name) for name in firsts if name in split
+                }
+                rest = [name for name in firsts if name in learning and name not in split]
+                watched = {name: observed[name] for name in firsts if name in observed}
+                with attach(model, watched), attach(model, statistics):
+                    statistics |= calibrate(model, rest, hessians, batches, advance)
             for names in chunk:
                 rule, weight_id = plan[names]
                 assert rule.format is not None
@@ -255,6 +266,8 @@ class Method:
         if self.inputs is not None and calibrates(method):
             if "hessian" in keywords(method or ""):
                 given = {"hessian": self.inputs.relative_hessian}
+                if isinstance(self.inputs, SplitStatistics):
+                    given["held_out"] = self.inputs.relative_held_out
             else:
                 given = {"weights": self.inputs.relative_diagonal}
         elif isinstance(dense, nn.Embedding) and method and "hessian" in keywords(method):
@@ -266,7 +279,7 @@ def informed(rule: Rule, inputs: Inputs | None) -> tuple[Method, str | None]:
     """A rule with what calibration says of a layer. If that is nothing, the rule without
     calibration, and a note of it.
     """
-    if not isinstance(inputs, InputStatistics | Given) or inputs.missing is None:
+    if not isinstance(inputs, InputStatistics | SplitStatistics | Given) or inputs.missing is None:
         return Method(rule, inputs), None
     if rule.method and "hessian" in keywords(rule.method):
         rule = Rule(rule.format)
