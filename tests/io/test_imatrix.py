@@ -74,6 +74,7 @@ def test_legacy_by_hand(tmp_path, tail):
     found = read(stored(tmp_path, legacy_bytes(entries, tail)))
     assert found.entries[NAME].means.tolist() == [[2.0, 0.0, 0.5]]
     assert found.entries["output.weight"].means.tolist() == [[3.0]]
+    assert found.entries["output.weight"].counts.tolist() == [1.0]
     assert found.chunk_count == (7 if tail else 0)
     assert found.datasets == (("wiki.txt",) if tail == TAIL else ())
 
@@ -206,4 +207,5 @@ def test_names():
         "lm_head": "output.weight",
     }
     assert tensor_names("llama", 1, names[:1]) == {}  # no second layer
+    assert tensor_names("qwen3_moe", 1, ["lm_head"]) == {"lm_head": "output.weight"}
     assert tensor_names("unheard of", 2, names) == tensor_names(None, 2, names) == {}

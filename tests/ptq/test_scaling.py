@@ -90,6 +90,42 @@ def test_shared_and_shifted_weights_take_no_scales(model):
     assert find_groups(model, batches()[0]) == [g for g in GROUPS if "down_proj" in g.linears[0]]
 
 
+def test_a_weight_that_another_module_has_takes_no_scales(model):
+    """Though that one is not called."""
+    model[0].spare = nn.Linear(WIDTH, 96, bias=False)
+    model[0].spare.weight = model[0].gate_proj.weight
+    expected = [g for g in GROUPS if g.previous != "0.norm"]
+    assert sorted(find_groups(model, batches()[0]), key=str) == sorted(expected, key=str)
+
+
+class Crossed(nn.Module):
+    """Linears that read two norms, a part of one, and the same one twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.LayerNorm(WIDTH) for _ in range(3))
+        self.both, self.part, self.twice = (
+            nn.Linear(WIDTH, 8),
+            nn.Linear(WIDTH, 8),
+            nn.Linear(WIDTH, 8),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, two, three = self.one(x), self.two(x), self.three(x)
+        return (
+            self.both(one)
+            + self.both(two)
+            + self.twice(three)
+            + self.twice(three)
+            + self.part(two[:1])
+        )
+
+
+def test_linears_that_read_more_or_less_than_one_norm():
+    model = Crossed().eval()
+    assert find_groups(model, batches()[0]) == [Group("three", ("twice",))]
+
+
 def test_attention_of_transformers():
     """v_proj takes the scales of o_proj with as many heads of values as of queries alone."""
     transformers = pytest.importorskip("transformers")

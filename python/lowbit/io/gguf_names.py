@@ -30,10 +30,16 @@ def tensor_names(model_type: str | None, layers: int, names: Iterable[str]) -> d
         >>> tensor_names("llama", 2, ["model.layers.1.self_attn.q_proj", "other"])
         {'model.layers.1.self_attn.q_proj': 'blk.1.attn_q.weight'}
     """
-    arch = ARCHITECTURES.get(model_type or "", model_type)
-    number = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
+    arch = _plain(ARCHITECTURES.get(model_type or "", model_type or ""))
+    known_names = gguf.MODEL_ARCH_NAMES.items()
+    number = next((number for number, name in known_names if _plain(name) == arch), None)
     if number is None:
         return {}
     known = gguf.get_tensor_name_map(number, layers)
     found = {name: known.get_name(name) or known.get_name(f"model.{name}") for name in names}
     return {name: f"{stored}.weight" for name, stored in found.items() if stored is not None}
+
+
+def _plain(name: str) -> str:
+    """Without the marks that the two write differently, as in qwen3_moe and qwen3moe."""
+    return name.replace("_", "").replace("-", "")

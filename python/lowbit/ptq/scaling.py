@@ -161,13 +161,11 @@ def _fold(
 def _readers(model: nn.Module, batch: Any) -> list[Group]:
     """Norms with the linears whose input is their output."""
     made: dict[int, tuple[str, Tensor]] = {}
-    calls: dict[str, int] = {}
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = {}
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                calls[name] = calls.get(name, 0) + 1
                 # As long as it is held nothing else lies there.
                 made[output.data_ptr()] = (name, output)
 
@@ -175,10 +173,9 @@ def _readers(model: nn.Module, batch: Any) -> list[Group]:
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
             source = made.get(args[0].data_ptr()) if args and isinstance(args[0], Tensor) else None
-            if source is not None and source[1].numel() == args[0].numel():
-                found.setdefault(source[0], []).append(name)
+            if source is not None:
+                found.setdefault(source[0], {})[name] = None
 
         return hook
 
@@ -191,11 +188,7 @@ def _readers(model: nn.Module, batch: Any) -> list[Group]:
                 stack.callback(module.register_forward_hook(after(name)).remove)
         stack.enter_context(evaluating(model))
         forward(model, batch)
-    return [
-        Group(previous, tuple(linears))
-        for previous, linears in found.items()
-        if all(calls[name] == 1 for name in (previous, *linears))
-    ]
+    return [Group(previous, tuple(linears)) for previous, linears in found.items()]
 
 
 def _pairs(model: nn.Module) -> Iterator[Group]:
