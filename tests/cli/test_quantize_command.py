@@ -206,6 +206,18 @@ def test_imatrix_is_saved_and_used(capsys, folder, text, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_an_imatrix_is_for_models(capsys, tmp_path):
+    source = tmp_path / "dense.safetensors"
+    save_file({"a.weight": torch.randn(64, 64)}, source)
+    for options, message in (
+        (("-f", "kmeans3"), f"--imatrix is for folders of transformers, got {source}"),
+        (("--quantized", "keep"), "give it without --imatrix"),
+    ):
+        arguments = ("quantize", source, tmp_path / "out.safetensors", "--imatrix", "m", *options)
+        assert message in fail(capsys, *arguments)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_awq_changes_norms_too(capsys, folder, text, tmp_path):
     run(
         capsys, "quantize", folder, tmp_path / "out", "-f", "int4_g32", "--method", "awq",
