@@ -70,6 +70,7 @@ COMPILED_EXCEPTIONS: set[str] = set()
 OPTIONAL_IMPORTS = {
     ("python/lowbit/io/readers/gguf_reader.py", "lowbit.io.readers.gguf"),
     ("python/lowbit/integrations/load.py", "lowbit.integrations.transformers"),
+    ("python/lowbit/ptq/importance.py", "lowbit.io.imatrix"),
 }
 COMPILED = {"_C", "_cuda", "triton_kernels"}
 COMPILED_HOMES = {"backends", "decoder"}

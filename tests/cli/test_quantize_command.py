@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 transformers = pytest.importorskip("transformers")
+gguf = pytest.importorskip("gguf")
 
 from test_cli import fail, run, run_json  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
@@ -24,7 +25,13 @@ from lowbit.integrations.pretrained import (  # noqa: E402
     load_folder,
     save_folder,
 )
-from lowbit.ptq import Recipe, Rule, quantize_model  # noqa: E402
+from lowbit.ptq import (  # noqa: E402
+    Recipe,
+    Rule,
+    collect_importance,
+    load_importance,
+    quantize_model,
+)
 
 WORDS = [f"w{i}" for i in range(60)]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -165,6 +172,75 @@ def test_recipe_with_calibration(capsys, folder, text, tmp_path):
     assert "method 'gptq' needs calibration" in fail(capsys, *arguments)
 
 
+def test_imatrix_is_saved_and_used(capsys, folder, text, tmp_path):
+    """Saved beside a format that learns nothing; then instead of text."""
+    file, target = tmp_path / "m.gguf", tmp_path / "out"
+    run(
+        capsys, "quantize", folder, tmp_path / "first", "-f", "int8", "--calibrate", text,
+        "--length", 20, "--per-line", "--save-imatrix", file,
+    )  # fmt: skip
+    model = load_dense(folder)
+    statistics = collect_importance(
+        model, calibration_tokens(text, folder, length=20, per_line=True)
+    )
+    found = load_importance(file, model)
+    assert found.keys() == statistics.keys()
+    for name, values in found.items():
+        torch.testing.assert_close(values, statistics[name].diagonal, rtol=3e-7, atol=0)
+    report = run_json(capsys, "quantize", folder, target, "-f", "kmeans3_g32", "--imatrix", file)
+    skip = ("lm_head", r"\w*embed\w*")
+    wanted = quantize_model(model, "kmeans3_g32", skip=skip, importance=file)
+    assert only_report(report) == json.loads(json.dumps(wanted.to_dict()))
+    assert len(report["layers"]) == 14
+    assert torch.equal(logits(load_folder(target)), logits(model))
+    assert "general.type is 'model'; expected 'imatrix'" in fail(
+        capsys,
+        "quantize",
+        folder,
+        tmp_path / "no",
+        "-f",
+        "kmeans3",
+        "--imatrix",
+        gguf_model(tmp_path),
+    )
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_imatrix_is_for_models(capsys, tmp_path):
+    source = tmp_path / "dense.safetensors"
+    save_file({"a.weight": torch.randn(64, 64)}, source)
+    for options, message in (
+        (("-f", "kmeans3"), f"--imatrix is for folders of transformers, got {source}"),
+        (("--quantized", "keep"), "give it without --imatrix"),
+    ):
+        arguments = ("quantize", source, tmp_path / "out.safetensors", "--imatrix", "m", *options)
+        assert message in fail(capsys, *arguments)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_awq_changes_norms_too(capsys, folder, text, tmp_path):
+    run(
+        capsys, "quantize", folder, tmp_path / "out", "-f", "int4_g32", "--method", "awq",
+        "--option", "grid=4", "--calibrate", text, "--length", 20, "--per-line",
+    )  # fmt: skip
+    model = load_dense(folder)
+    before = model.model.layers[0].input_layernorm.weight.detach().clone()
+    batches = calibration_tokens(text, folder, length=20, per_line=True)
+    quantize_model(model, "int4_g32", method="awq", options={"grid": 4}, calibration=batches)
+    loaded = load_folder(tmp_path / "out")
+    assert not torch.equal(loaded.model.layers[0].input_layernorm.weight, before)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def gguf_model(tmp_path: Path) -> Path:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_type("model")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return tmp_path / "model.gguf"
+
+
 def test_calibration_tokens(folder, text, tmp_path):
     ids = np.arange(100, dtype=np.int32) % 64
     np.save(tmp_path / "stream.npy", ids)
@@ -257,6 +333,19 @@ def test_bad_combinations_are_one_line(capsys, folder, text, tmp_path):
         (("-f", "nf4", "--method", "rtn", "--calibrate", text), "that learns, not rtn"),
         (("-f", "nf4", "--length", 32), "--length is for --calibrate, which is not given"),
         (("-f", "nf4", "--per-line"), "--per-line is for --calibrate"),
+        (("-f", "nf4", "--method", "awq"), "method 'awq' needs --calibrate FILE"),
+        (
+            (*two, "--budget", 3, "--method", "awq", "--calibrate", text),
+            "method 'awq' takes no --budget",
+        ),
+        (
+            ("-f", "nf4", "--method", "smoothquant", "--calibrate", text, "--option", "grid=3"),
+            "method 'smoothquant' takes no grid",
+        ),
+        (("-f", "nf4", "--save-imatrix", "m"), "--save-imatrix is for --calibrate"),
+        (("-f", "nf4", "--imatrix", "m", "--calibrate", text), "give it without --calibrate"),
+        ((*two, "--imatrix", "m", "--budget", 3), "give it without --budget"),
+        (("-f", "kmeans3", "--imatrix", tmp_path / "m"), f"no file {tmp_path / 'm'}"),
         ((*two, "--budget", 3, "--objective", "loss"), "--objective must be one of"),
         ((*two, "--budget", 3, "--objective", "output"), "--objective is for --calibrate"),
         (

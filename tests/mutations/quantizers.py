@@ -31,6 +31,34 @@ MUTANTS = [
         ("by_column[self.order] = square.min() / square", "by_column[self.order] = square / square.max()"),
         ("damping * float(h.diagonal().mean())", "damping * float(h.diagonal().max())"),
     ),
+    *python("methods/gptq.py", "damping")(
+        ("rest = hessian.double() - h", "rest = hessian.double()"),
+        ("DAMPINGS[losses.index(min(losses))]", "DAMPINGS[losses.index(max(losses))]"),
+    ),
+    *python("ptq/calibration.py", "damping")(
+        ("cut = len(rows) - len(rows) // _HELD_OUT_OF", "cut = len(rows) // _HELD_OUT_OF"),
+        ("* (part.samples / samples) * ratio * ratio", "* (part.samples / samples) * ratio"),
+        ("behind = (_HELD_OUT_OF - 1) * self._held.samples <", "behind = _HELD_OUT_OF * self._held.samples >"),
+    ),
+    *python("ptq/scaling.py", "scaling")(
+        ("return all(owners[id(p)] == 1 for p in _parameters(model, group))", "return True"),
+        ("return holding(groups[:half]) + holding(groups[half:])", "return holding(groups[:half])"),
+        ("if row.name in rules and why is not None and row.note is None", "if why is not None and row.note is None"),
+        ("if always:\n        restore()", "if not always:\n        restore()"),
+    ),
+    *python("ptq/importance.py", "importance")(
+        ("if not float(entry.counts):", "if float(entry.counts):"),
+        ("entries.get(stored[name]) or entries.get", "entries.get"),
+        ("found.samples for found in statistics.values()) / chunk_size", "found.samples for found in statistics.values()) * chunk_size"),
+    ),
+    *python("ptq/given.py", "importance")(
+        ("values = [importance[name] for name in names if name in importance]", "values = []"),
+    ),
+    *python("io/imatrix.py", "imatrix")(
+        ("return self.sums / self.counts.clamp(min=1)[:, None]", "return self.sums"),
+        ("if len(sums) == 1:  # ggml has", "if False:  # ggml has"),
+        ("torch.tensor([max(calls, 1)]", "torch.tensor([calls]"),
+    ),
     *python("methods/hqq.py", "gptq", "quantize")(
         ("self._step(beta * kappa**i, fit_scale, dtype)", "self._step(beta / kappa**i, fit_scale, dtype)"),
     ),

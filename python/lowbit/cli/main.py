@@ -145,7 +145,8 @@ def quantize(
                                "model's outputs) or output (squared error of the layers').")
     ] = "kl",
     method: Annotated[
-        str | None, typer.Option(help="rtn, kmeans, lloyd, kde, distq, hqq, or, with --calibrate, gptq.")
+        str | None, typer.Option(help="rtn, kmeans, lloyd, kde, distq, hqq, or, with --calibrate, gptq, awq, "
+                                    "smoothquant.")
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE for the method. May be repeated.")
@@ -170,6 +171,14 @@ def quantize(
         bool, typer.Option("--per-line", help="Each line of --calibrate is a document.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(help="An importance matrix, as llama.cpp or --save-imatrix writes it, instead of --calibrate."),
+    ] = None,
+    save_imatrix: Annotated[
+        Path | None,
+        typer.Option(help="A file to write the importance matrix of --calibrate to, for llama.cpp or --imatrix."),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="A folder for tables and plots of the errors.")
     ] = None,
@@ -205,6 +214,8 @@ def quantize(
             samples=samples,
             per_line=per_line,
             seed=seed,
+            imatrix=imatrix,
+            save_imatrix=save_imatrix,
             report=report,
             quantized=quantized,
             max_shard_size=max_shard_size,

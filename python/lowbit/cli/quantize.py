@@ -22,10 +22,19 @@ from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.readers.registry import open_checkpoint
 from lowbit.methods.registry import calibrates, check_options, keywords
-from lowbit.nn.names import Rules, Selection
-from lowbit.ptq import Allocation, Recipe, Report, allocate, quantize_model
+from lowbit.nn.names import Rule, Rules, Selection
+from lowbit.ptq import (
+    Allocation,
+    Recipe,
+    Report,
+    allocate,
+    collect_importance,
+    quantize_model,
+    save_importance,
+)
 from lowbit.ptq.allocate import OBJECTIVES
 from lowbit.ptq.file import FILE_SKIP, DenseWeights, check_any, ignored_files, quantize_file
+from lowbit.ptq.scaling import SCALINGS, check_scaling
 from lowbit.weights.quantized import QuantTensor
 
 QUANTIZED = ("refuse", "keep", "requantize")
@@ -51,6 +60,8 @@ class QuantizeOptions:
             of config.json, or what each tensor has.
         calibrate: text or tokens, `lowbit.integrations.pretrained.calibration_tokens`.
         length, samples, per_line, seed: as there.
+        imatrix: the importance of input features, a file, as in `lowbit.quantize_model`.
+        save_imatrix: the file to write it to, as `calibrate` finds it in the dense model.
         report: a folder for tables and plots.
         quantized: what becomes of a folder that is quantized already: "refuse", "keep" (packed as
             it is, without a format) or "requantize" (decoded, and quantized like a dense one).
@@ -71,6 +82,8 @@ class QuantizeOptions:
     samples: int = 128
     per_line: bool = False
     seed: int = 0
+    imatrix: Path | None = None
+    save_imatrix: Path | None = None
     report: Path | None = None
     quantized: str = "refuse"
     max_shard_size: str | None = None
@@ -101,17 +114,34 @@ class QuantizeOptions:
                 )
         if self.budget is None and self.objective != defaults["objective"]:
             raise ValueError("--objective is for --budget, which is not given")
-        if self.method is not None:
+        if self.method in SCALINGS:
+            check_scaling(Rule(None, self.method, dict(self.options)))
+            if self.calibrate is None or self.budget is not None:
+                how = "needs --calibrate FILE" if self.calibrate is None else "takes no --budget"
+                raise ValueError(f"method {self.method!r} {how}")
+        elif self.method is not None:
             check_options(self.method, dict(self.options))
             if "hessian" in keywords(self.method) and self.calibrate is None:
                 raise ValueError(f"method {self.method!r} needs --calibrate FILE")
         elif self.options:
             raise ValueError("--option is for a method: give --method")
-        learns = self.budget is not None or self.recipe is not None or calibrates(self.method)
-        if self.calibrate is not None and not learns:
+        if self.imatrix is not None and (self.calibrate is not None or self.budget is not None):
+            given = "--calibrate" if self.calibrate is not None else "--budget"
+            raise ValueError(
+                f"--imatrix is for methods that learn from it: give it without {given}"
+            )
+        if self.save_imatrix is not None and self.calibrate is None:
+            raise ValueError("--save-imatrix is for --calibrate, which is not given")
+        learns = self.budget is not None or self.learns
+        if self.calibrate is not None and not learns and self.save_imatrix is None:
             raise ValueError(
                 f"--calibrate is for --budget, or a method that learns, not {self.method}"
             )
+
+    @property
+    def learns(self) -> bool:
+        """Whether quantizing the model may take calibration."""
+        return self.recipe is not None or self.method in SCALINGS or calibrates(self.method)
 
     def _check_kept(self) -> None:
         for name in (
@@ -122,10 +152,12 @@ class QuantizeOptions:
             "options",
             "skip",
             "calibrate",
+            "imatrix",
+            "save_imatrix",
             "report",
         ):
             if getattr(self, name):
-                option = "format" if name == "formats" else name.rstrip("s")
+                option = "format" if name == "formats" else name.rstrip("s").replace("_", "-")
                 raise ValueError(f"--quantized keep quantizes nothing: give it without --{option}")
 
 
@@ -218,6 +250,8 @@ def _written(target: Path) -> dict[str, Any]:
 def _quantize(
     options: QuantizeOptions, rules: Rules | None, on_layer: OnLayer | None
 ) -> tuple[Report, Allocation | None]:
+    if options.imatrix is not None and not _is_transformers_folder(options.source):
+        raise ValueError(f"--imatrix is for folders of transformers, got {options.source}")
     if options.calibrate is None and not _is_transformers_folder(options.source):
         if options.max_shard_size is not None:
             raise ValueError(
@@ -232,7 +266,8 @@ def _quantize(
         refuse_quantized(options.source)
     obstacles = None
     # Tensor by tensor a folder keeps the files that it has.
-    if options.calibrate is None and not again and options.max_shard_size is None:
+    runs = options.calibrate is not None or options.imatrix is not None
+    if not runs and not again and options.max_shard_size is None:
         dtype = options.dtype or read_config(options.source).dtype
         selection = Selection(rules or options.formats[0], _skip(options))
         obstacles = pretrained.obstacles(options.source, selection, dtype)
@@ -325,6 +360,11 @@ def _quantize_model(
     how: dict[str, Any] = {"method": options.method, "options": dict(options.options)}
     allocation = None
     with pretrained.plain_linears(model):
+        if options.save_imatrix is not None:
+            assert batches is not None
+            statistics = collect_importance(model, batches)
+            name, size = str(options.calibrate), options.length
+            save_importance(options.save_imatrix, model, statistics, dataset=name, chunk_size=size)
         if rules is None:
             allocation = allocate(
                 model,
@@ -336,17 +376,23 @@ def _quantize_model(
                 **how,
             )
             rules = allocation.recipe
-        learns = options.recipe is not None or calibrates(options.method)
-        inputs = batches if learns else None
+        inputs = batches if options.learns else None
         # An error ends the command, and the model with it.
         report = quantize_model(
-            model, rules, skip=skip, calibration=inputs, on_layer=on_layer, atomic=False, **how
+            model,
+            rules,
+            skip=skip,
+            calibration=inputs,
+            importance=options.imatrix,
+            on_layer=on_layer,
+            atomic=False,
+            **how,
         )
     for name in rest:
         report.leave(name, f"not part of a {type(model).__name__}, and not written")
     check_any(options.source, report, len(report.layers))
-    size = options.max_shard_size
-    pretrained.save_folder(model, options.source, options.target, finish, max_shard_size=size)
+    shards = options.max_shard_size
+    pretrained.save_folder(model, options.source, options.target, finish, max_shard_size=shards)
     return report, allocation
 
 

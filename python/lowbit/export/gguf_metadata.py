@@ -10,16 +10,8 @@ from gguf import GGUFWriter, RopeScalingType, SpecialVocab, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from lowbit.files import shown
+from lowbit.io.gguf_names import ARCHITECTURES
 
-# llama.cpp's name of an architecture, by transformers' model_type.
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-}
 # Of how many layers the last one looks at all tokens, the others at a window.
 _PATTERNS = {"gemma2": 2, "gemma3": 6}
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

@@ -9,6 +9,7 @@ rounded, w_j being the updated weight (QuIP, arXiv 2307.13304, calls the same me
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,12 +17,15 @@ from torch import Tensor
 from lowbit import ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
 from lowbit.formats import INTEGER_SCALES, Format, as_format
 from lowbit.methods import grid, kmeans, nearest
+from lowbit.methods.errors import errors
 from lowbit.weights.quantized import QuantTensor
 
 # Rows that are swept together hold about this many weights in fp64: 128 MiB.
 _SLICE_WEIGHTS = 1 << 24
 # Scales whose second level other groups share: they cannot follow the updates of a group.
 _SHARED_SCALES = ("e4m3", "dq8", *INTEGER_SCALES)
+# What damping "auto" chooses from.
+DAMPINGS = (0.01, 0.05, 0.1, 0.3)
 
 
 @torch.no_grad()
@@ -30,10 +34,11 @@ def quantize(
     format: Format | str,
     *,
     hessian: Tensor,
-    damping: float = 0.01,
+    damping: float | Literal["auto"] = 0.01,
     act_order: bool = False,
     block: int = 128,
     table: Tensor | None = None,
+    held_out: Tensor | None = None,
 ) -> QuantTensor:
     """Rounds `weight` so that ||(W - W^) X^T|| is small, by the second moment of the inputs X.
 
@@ -53,18 +58,27 @@ def quantize(
         format: any Format or its name.
         hessian: (K, K) floating, X^T X / samples up to a factor: symmetric, positive
             semi-definite, on the device of `weight`.
-        damping: at least 0; 0 needs a Hessian of full rank.
+        damping: at least 0; 0 needs a Hessian of full rank. "auto": of `DAMPINGS` the one whose
+            weight, made by the moment of the other inputs, has the least error of outputs on the
+            inputs held out, the smallest of equal ones; the result is then made by all inputs.
         act_order: whether columns with larger inputs go first.
         block: columns whose updates of all later columns are done in one product.
         table: values of a fitted format, as in `rtn.quantize`, instead of fitting them.
+        held_out: the part of `hessian`, which is a sum, that comes of inputs held out, (K, K); for
+            damping "auto", which needs it.
 
     Raises:
-        TypeError, ValueError: as `rtn.quantize`; `hessian` is not as said above, is zero, or is
+        TypeError, ValueError: as `rtn.quantize`; `hessian` or `held_out` is not as said above, is zero, or is
             singular with this damping; `damping` or `block` is out of range.
     """
     format = as_format(format)
     grid.check_weight(weight, format)
     _check_hessian(hessian, weight)
+    if isinstance(damping, str):
+        how = {"act_order": act_order, "block": block, "table": table}
+        damping = _chosen_damping(weight, format, hessian, damping, held_out, how)
+    elif held_out is not None:
+        raise ValueError(f"held_out is for damping 'auto', got damping {damping}")
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping must be finite and at least 0, got {damping}")
     if block < 1:
@@ -88,31 +102,56 @@ def quantize(
     return qt
 
 
-def _check_hessian(hessian: Tensor, weight: Tensor) -> None:
+def _chosen_damping(
+    weight: Tensor,
+    format: Format,
+    hessian: Tensor,
+    damping: str,
+    held_out: Tensor | None,
+    how: dict[str, Any],
+) -> float:
+    if damping != "auto":
+        raise ValueError(f"damping must be a number or 'auto', got {damping!r}")
+    if held_out is None:
+        raise ValueError(
+            "damping 'auto' needs held_out, the second moment of inputs held out: use quantize_model"
+        )
+    _check_hessian(held_out, weight, "held_out")
+    h = held_out.double()
+    rest = hessian.double() - h
+    _check_hessian(rest, weight, "hessian without held_out")
+    losses = []
+    for value in DAMPINGS:
+        made = quantize(weight, format, hessian=rest, damping=value, **how)
+        losses.append(sum(float(((e @ h) * e).sum()) for _, e in errors(weight, made)))
+    return DAMPINGS[losses.index(min(losses))]
+
+
+def _check_hessian(hessian: Tensor, weight: Tensor, name: str = "hessian") -> None:
     if not isinstance(hessian, Tensor) or hessian.dtype not in grid.WEIGHT_DTYPES:
         got = hessian.dtype if isinstance(hessian, Tensor) else type(hessian).__name__
-        raise TypeError(f"hessian must be a floating tensor, got {got}")
+        raise TypeError(f"{name} must be a floating tensor, got {got}")
     k = weight.shape[1]
     if tuple(hessian.shape) != (k, k) or hessian.device != weight.device:
         raise ValueError(
-            f"hessian of a weight of shape {tuple(weight.shape)} on {weight.device} must be "
+            f"{name} of a weight of shape {tuple(weight.shape)} on {weight.device} must be "
             f"({k}, {k}) there, got {tuple(hessian.shape)} on {hessian.device}"
         )
     if not bool(torch.isfinite(hessian).all()):
-        raise ValueError("hessian must be finite, it holds NaN or inf")
+        raise ValueError(f"{name} must be finite, it holds NaN or inf")
     diagonal = hessian.diagonal()
     if bool((diagonal < 0).any()):
         j = int(diagonal.argmin())
         raise ValueError(
-            f"hessian must be positive semi-definite, got hessian[{j}, {j}] = {float(diagonal[j])}"
+            f"{name} must be positive semi-definite, got {name}[{j}, {j}] = {float(diagonal[j])}"
         )
     top = float(diagonal.max())
     if top == 0:
-        raise ValueError("hessian is zero on its diagonal: it is that of no input at all")
+        raise ValueError(f"{name} is zero on its diagonal: it is that of no input at all")
     # Sums in fp32 or less, in different orders on the two sides.
     skew = float((hessian - hessian.T).abs().max())
     if skew > 1e-2 * top:
-        raise ValueError(f"hessian must be symmetric, |H - H^T| reaches {skew:g}")
+        raise ValueError(f"{name} must be symmetric, |H - H^T| reaches {skew:g}")
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:  # (K, K) fp64, upper triangular

@@ -131,7 +131,8 @@ def check_options(method: str, options: Mapping[str, object]) -> None:
 
     Raises:
         ValueError: there is no such method, or it takes no such keyword.
-        TypeError: a value is not of the kind of the keyword's default: a bool or a number.
+        TypeError: a value is not of the kind of the keyword's default, a bool or a number, nor a
+            word that its annotation allows.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
@@ -140,6 +141,8 @@ def check_options(method: str, options: Mapping[str, object]) -> None:
         if key not in known:
             raise ValueError(f"method {method!r} takes no {key}")
         if value is None and "None" in str(known[key].annotation):
+            continue
+        if isinstance(value, str) and repr(value) in str(known[key].annotation):
             continue
         default = known[key].default
         kinds: dict[type, type] = {bool: bool, int: numbers.Integral, float: numbers.Real}

@@ -19,6 +19,8 @@ from lowbit.ptq.padding import Padding
 
 # Rows of an input that are converted to fp32 at a time hold about this many values.
 _SLICE_VALUES = 1 << 22
+# Of so many rows one is held out.
+_HELD_OUT_OF = 4
 # Inputs up to magnitudes beyond these are divided by a power of two: sums of squares fit fp32 then.
 _PLAIN = 2.0**-40, 2.0**40
 
@@ -97,6 +99,16 @@ class InputStatistics:
         return (self._abs / self._count()).float()
 
     @property
+    def unit(self) -> float:
+        """What inputs are divided by in the relative Hessian, a power of two."""
+        return self._unit
+
+    @property
+    def square_sums(self) -> Tensor:
+        """The sum of x_k^2, (K,) fp64."""
+        return self._square.clone()
+
+    @property
     def diagonal(self) -> Tensor:
         """The mean of x_k^2, (K,) fp32: the diagonal of the Hessian, summed in fp64.
 
@@ -137,6 +149,64 @@ class InputStatistics:
         if not self.samples:
             raise ValueError("calibration is empty: no input has reached this layer")
         return self.samples
+
+
+class SplitStatistics:
+    """The Hessian of the inputs of one linear, and the part of it that comes of rows held out: the
+    last quarter of the rows of every call, and a call of less than four rows now and then.
+    """
+
+    def __init__(self, features: int, device: torch.device | str | None = None) -> None:
+        self._rest, self._held = (InputStatistics(features, device=device) for _ in range(2))
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str) -> SplitStatistics:
+        """For an `nn.Linear` of a model."""
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return cls(linear.in_features, linear.weight.device)
+
+    def update(self, x: Tensor) -> None:
+        """Adds x (..., K); errors as `InputStatistics.update`."""
+        checks.check_tensors(x=x)
+        rows = x.detach().flatten(0, -2) if x.dim() > 1 else x.detach()[None]
+        if len(rows) >= _HELD_OUT_OF:
+            cut = len(rows) - len(rows) // _HELD_OUT_OF
+            self._rest.update(rows[:cut])
+            self._held.update(rows[cut:])
+            return
+        behind = (_HELD_OUT_OF - 1) * self._held.samples < self._rest.samples
+        (self._held if behind else self._rest).update(rows)
+
+    @property
+    def missing(self) -> str | None:
+        """Why one of the parts says nothing; None if both do."""
+        if self._rest.missing or not self._held.missing:
+            return self._rest.missing
+        return f"of the rows held out {self._held.missing}"
+
+    @property
+    def relative_hessian(self) -> Tensor:
+        """That of all rows, (K, K) fp32, up to a factor."""
+        return self._scaled(self._rest) + self._scaled(self._held)
+
+    @property
+    def relative_held_out(self) -> Tensor:
+        """The part of the rows held out, up to the same factor."""
+        return self._scaled(self._held)
+
+    @property
+    def relative_diagonal(self) -> Tensor:
+        """That of the Hessian of all rows."""
+        return self.relative_hessian.diagonal()
+
+    def _scaled(self, part: InputStatistics) -> Tensor:
+        """A sum over rows in the larger unit of the two, over the number of all rows."""
+        units = self._rest.unit, self._held.unit
+        ratio = part.unit / max(units)
+        samples = self._rest.samples + self._held.samples
+        # Twice: the square of the ratio might be no fp32 number.
+        return part.relative_hessian * (part.samples / samples) * ratio * ratio
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ for every chunk of layers whose statistics fit in memory, with the chunks before
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,17 +23,27 @@ from lowbit.nn import PackedModule, QuantLinear
 from lowbit.nn import fuse as fuse_siblings
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.names import DEFAULT_SKIP, Rule, Rules, Selection, listed
-from lowbit.ptq.calibration import InputStatistics, as_batches, attach, calibrate
+from lowbit.ptq.calibration import InputStatistics, SplitStatistics, as_batches, attach, calibrate
+from lowbit.ptq.given import (
+    Given,
+    Plan,
+    check_one_of,
+    check_sensitivities,
+    of_features,
+    of_weights,
+    with_method,
+)
+from lowbit.ptq.importance import as_importance
 from lowbit.ptq.observers import OBSERVERS, Observer
 from lowbit.ptq.plan import Names, plan_layers
 from lowbit.ptq.progress import bar
 from lowbit.ptq.report import LayerReport, Report, measure
+from lowbit.ptq.scaling import SCALINGS, base_rule, check_scaling, note_unscaled, scaled
 from lowbit.ptq.swap import Swap, swapping
 from lowbit.weights.quantized import QuantTensor
 
 # The Hessians of one chunk of layers take at most this, or are one.
 _HESSIAN_BYTES = 1 << 31
-Plan = Mapping[Names, tuple[Rule, int]]  # with the identity of the weight
 
 
 def quantize_model(
@@ -47,6 +58,7 @@ def quantize_model(
     options: Mapping[str, Any] | None = None,
     observer: str | None = None,
     sensitivities: Mapping[str, Tensor] | None = None,
+    importance: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
     on_layer: Callable[[str, Tensor, QuantTensor], object] | None = None,
     atomic: bool = True,
 ) -> Report:
@@ -69,7 +81,12 @@ def quantize_model(
             name counts, and no match means None, "leave it". How a pattern matches:
             `lowbit.ptq.Selection`.
         skip: patterns of modules to leave as they are.
-        method: as in `lowbit.quantize`, for every layer whose rule has none.
+        method: as in `lowbit.quantize`, for every layer whose rule has none; or "awq" (option
+            `grid`) or "smoothquant" (`alpha`), which need calibration: scales are folded into the
+            layers before, where the model stays the same function, and the weights then quantized
+            by the default method of their format. A layer that no other takes the scales of is
+            quantized without, with a note in the report. With `atomic` the dense weights are in
+            memory twice.
         progress: show a bar on stderr, if rich or tqdm is installed.
         fuse: let q/k/v and gate/up projections compute their products together, bit for bit as
             before: `lowbit.nn.fuse`. State dicts stay per layer.
@@ -79,13 +96,19 @@ def quantize_model(
             an `attention_mask` (batch, tokens) hides do not count. Layers are calibrated in the order
             of `named_modules`, with those before them quantized. Embeddings take no part: they get
             the default method of their format, and so does a linear that shares the weight of one.
-        options: further keywords of the method, as `{"act_order": True}`.
+        options: further keywords of the method, as `{"act_order": True}`; with `{"damping": "auto"}`
+            "gptq" holds out a quarter of the tokens.
         observer: one of `OBSERVERS`, "minmax", "ema", "percentile", "mse" or "kl": layers whose format
             quantizes activations (suffix _a8 or _a8t) then do so by one scale that it finds (static
             quantization), not by one per row of x.
         sensitivities: the importance of an error of each weight, (N, K) by the name of a layer, as
             `fisher_diagonal` finds it; for the methods that take `weights`, instead of calibration.
             Layers without one are quantized as without calibration.
+        importance: what each input feature of a layer counts, instead of calibration: an imatrix
+            file, of llama.cpp or of `save_importance`, or (K,) by the name of a linear, as
+            `load_importance` reads it. For the methods that take `weights`, the default one of a
+            format included. A linear without one is quantized as without calibration; its row in
+            the report has a note.
         on_layer: called with the name, the dense weight and its quantization, once for every
             weight that is quantized.
         atomic: whether the model is put back if something raises. If not, the layers before are
@@ -97,14 +120,15 @@ def quantize_model(
 
     Warns:
         UserWarning: more than 5 % of the weights stay dense that nobody asked to leave (`Report`
-            says which count), a pattern matches nothing in the model, or calibration says nothing
-            of a layer.
+            says which count), a pattern matches nothing in the model, calibration or importance says
+            nothing of a layer, or an imatrix has entries that are of no layer.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a weight cannot be quantized (the message
             starts with the layer's name); the method needs calibration, or takes none; no input
             reaches any layer; there is an observer and no format quantizes activations; a layer
-            that `sensitivities` names takes none.
+            that `sensitivities` names takes none; `importance` is of another model, has another
+            length, or holds NaN, inf or zeros alone.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -115,13 +139,25 @@ def quantize_model(
         for names, (rule, weight_id) in plan_layers(model, selection, report).items()
     }
     batches = None if calibration is None else as_batches(calibration)
+    features = as_importance(importance, model)
+    if features is not None:
+        plan = {names: (with_method(rule), weight_id) for names, (rule, weight_id) in plan.items()}
+    scalings = _scalings(model, plan, batches is not None)
+    plan = {names: (base_rule(rule), weight_id) for names, (rule, weight_id) in plan.items()}
     rules = [rule for rule, _ in plan.values()] or [Rule(None, method)]
     check_rules(rules, batches is not None)
-    _check_sensitivities(plan, sensitivities or {}, batches is not None)
-    check_layers(model, plan, sensitivities or {})
+    check_one_of(
+        calibration=calibration, sensitivities=sensitivities or None, importance=importance
+    )
+    check_sensitivities(plan, sensitivities or {})
+    given = of_weights(plan, sensitivities or {})
+    if features is not None:
+        given = of_features(model, plan, features)
+    check_layers(model, plan, given)
     observed = _observers(model, plan, observer, batches is not None)
     methods = dict.fromkeys(rule.method for rule in rules)
-    if batches is not None and not observed and not any(map(calibrates, methods)):
+    learns = bool(observed or scalings) or any(map(calibrates, methods))
+    if batches is not None and not learns:
         listing = " and ".join(map(repr, methods))
         raise ValueError(f"method {listing} takes no calibration: use 'gptq' or 'kmeans'")
     # Linears that learn from calibration, and whether a Hessian.
@@ -131,18 +167,32 @@ def quantize_model(
         if calibrates(rule.method) and isinstance(model.get_submodule(names[0]), nn.Linear)
     }
     hessians = {name for name, wanted in learning.items() if wanted}
-    parts = list(chunks(model, plan, hessians)) if batches is not None else [list(plan)]
+    split = {
+        names[0]
+        for names, (rule, _) in plan.items()
+        if names[0] in hessians and rule.options.get("damping") == "auto"
+    }
+    copies = 2 if split else 1
+    parts = list(chunks(model, plan, hessians, copies)) if batches is not None else [list(plan)]
     steps = len(plan) + len(parts) * len(batches or ())
     made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
     calibrated = {*learning, *observed}
-    with swapping(model, keep=atomic) as swap, bar(steps, "quantizing", progress) as advance:
+    with (
+        swapping(model, keep=atomic) as swap,
+        scaled(model, scalings, batches or (), atomic) as folded,
+        bar(steps, "quantizing", progress) as advance,
+    ):
         for chunk in parts:
-            statistics: dict[str, InputStatistics] = {}
+            statistics: dict[str, InputStatistics | SplitStatistics] = {}
             if batches is not None:
                 firsts = [names[0] for names in chunk]
-                wanted = [name for name in firsts if name in learning]
-                with attach(model, {name: observed[name] for name in firsts if name in observed}):
-                    statistics = calibrate(model, wanted, hessians, batches, advance)
+                statistics = {
+                    name: SplitStatistics.of(model, name) for name in firsts if name in split
+                }
+                rest = [name for name in firsts if name in learning and name not in split]
+                watched = {name: observed[name] for name in firsts if name in observed}
+                with attach(model, watched), attach(model, statistics):
+                    statistics |= calibrate(model, rest, hessians, batches, advance)
             for names in chunk:
                 rule, weight_id = plan[names]
                 assert rule.format is not None
@@ -150,7 +200,7 @@ def quantize_model(
                 try:
                     # No name for the statistics: they go when the layer is done.
                     how, note = informed(
-                        rule, statistics.pop(names[0], None) or _given(names, sensitivities)
+                        rule, statistics.pop(names[0], None) or given.get(names[0])
                     )
                     first = made.get(key)
                     module, row = _make(model, names[0], how, first, on_layer)
@@ -163,7 +213,9 @@ def quantize_model(
                 if swap_or_leave(swap, names, module, replace(row, note=note), report):
                     made.setdefault(key, (names[0], module))
                 advance()
-        check_notes(report, calibrated, stacklevel=2)
+        source = "calibration" if features is None else "importance"
+        check_notes(report, calibrated, source, stacklevel=2)
+        note_unscaled(report, scalings, folded)
         if fuse:
             fuse_siblings(model)
     return report
@@ -214,6 +266,8 @@ class Method:
         if self.inputs is not None and calibrates(method):
             if "hessian" in keywords(method or ""):
                 given = {"hessian": self.inputs.relative_hessian}
+                if isinstance(self.inputs, SplitStatistics):
+                    given["held_out"] = self.inputs.relative_held_out
             else:
                 given = {"weights": self.inputs.relative_diagonal}
         elif isinstance(dense, nn.Embedding) and method and "hessian" in keywords(method):
@@ -225,7 +279,7 @@ def informed(rule: Rule, inputs: Inputs | None) -> tuple[Method, str | None]:
     """A rule with what calibration says of a layer. If that is nothing, the rule without
     calibration, and a note of it.
     """
-    if not isinstance(inputs, InputStatistics) or inputs.missing is None:
+    if not isinstance(inputs, InputStatistics | SplitStatistics | Given) or inputs.missing is None:
         return Method(rule, inputs), None
     if rule.method and "hessian" in keywords(rule.method):
         rule = Rule(rule.format)
@@ -243,8 +297,10 @@ def _set_input_scale(module: PackedModule, observer: Observer) -> str | None:
     return None
 
 
-def check_notes(report: Report, calibrated: Collection[str], stacklevel: int = 2) -> None:
-    """Warns of the layers that calibration says nothing of, by their notes.
+def check_notes(
+    report: Report, calibrated: Collection[str], source: str = "calibration", stacklevel: int = 2
+) -> None:
+    """Warns of the layers that calibration, or another source, says nothing of, by their notes.
 
     Raises:
         ValueError: they are all of the calibrated ones.
@@ -254,32 +310,16 @@ def check_notes(report: Report, calibrated: Collection[str], stacklevel: int = 2
         return
     if not set(calibrated) - {row.name for row in noted}:
         raise ValueError(
-            f"calibration is empty or 0, for every layer: {noted[0].name}: {noted[0].note}"
+            f"{source} is empty or 0, for every layer: {noted[0].name}: {noted[0].note}"
         )
     warnings.warn(
-        f"calibration says nothing of {listed(row.name for row in noted)}: the rows of the report "
+        f"{source} says nothing of {listed(row.name for row in noted)}: the rows of the report "
         "have notes of what was done",
         stacklevel=stacklevel + 1,
     )
 
 
-@dataclass(frozen=True)
-class _Given:
-    """A sensitivity in the place of what calibration finds."""
-
-    relative_diagonal: Tensor  # (N, K)
-
-    @property
-    def relative_hessian(self) -> Tensor:
-        raise ValueError("a sensitivity of each weight is no Hessian")
-
-
-def _given(names: Names, sensitivities: Mapping[str, Tensor] | None) -> _Given | None:
-    found = [t for name, t in (sensitivities or {}).items() if name in names]
-    return _Given(found[0]) if found else None
-
-
-def check_layers(model: nn.Module, plan: Plan, sensitivities: Mapping[str, Tensor]) -> None:
+def check_layers(model: nn.Module, plan: Plan, given: Mapping[str, Given]) -> None:
     """Raises what `lowbit.quantize` would of the weight of a layer and its sensitivity, with the
     layer's name, before anything is quantized.
     """
@@ -288,22 +328,10 @@ def check_layers(model: nn.Module, plan: Plan, sensitivities: Mapping[str, Tenso
         assert rule.format is not None
         try:
             check_weight(weight, rule.format.without_outliers)
-            if (given := _given(names, sensitivities)) is not None:
-                check_importance(given.relative_diagonal, weight)
+            if names[0] in given:
+                check_importance(given[names[0]].value, weight)
         except (TypeError, ValueError) as e:
             raise type(e)(f"{names[0]}: {e}") from e
-
-
-def _check_sensitivities(plan: Plan, sensitivities: Mapping[str, Tensor], calibrated: bool) -> None:
-    if sensitivities and calibrated:
-        raise ValueError("give calibration or sensitivities, not both")
-    methods = {name: rule.method for names, (rule, _) in plan.items() for name in names}
-    for name in sensitivities:
-        if name not in methods:
-            raise ValueError(f"sensitivities names {name!r}, which is not a layer to quantize")
-        method = methods[name]
-        if method is None or "weights" not in keywords(method):
-            raise ValueError(f"{name}: method {method!r} takes no sensitivities: use 'kmeans'")
 
 
 def _observers(
@@ -341,6 +369,11 @@ def check_rules(rules: Iterable[Rule], calibrated: bool) -> None:
         TypeError, ValueError: as `check_options`; a method needs calibration and there is none.
     """
     for rule in rules:
+        if rule.method in SCALINGS:
+            raise ValueError(
+                f"method {rule.method!r} changes layers before it quantizes them: it is for "
+                "quantize_model with calibration"
+            )
         name = rule.method or (default_method(rule.format) if rule.format else None)
         if name is not None:
             check_options(name, rule.options)
@@ -366,6 +399,20 @@ def chunks(
         used += size
     if chunk:
         yield chunk
+
+
+def _scalings(model: nn.Module, plan: Plan, calibrated: bool) -> dict[str, Rule]:
+    """The rules of linears that have scales folded before they are quantized."""
+    for rule, _ in plan.values():
+        if rule.method in SCALINGS:
+            check_scaling(rule)
+            if not calibrated:
+                raise ValueError(f"method {rule.method!r} needs calibration: inputs of the model")
+    return {
+        names[0]: rule
+        for names, (rule, _) in plan.items()
+        if rule.method in SCALINGS and isinstance(model.get_submodule(names[0]), nn.Linear)
+    }
 
 
 def _make(
