@@ -274,6 +274,28 @@ void check_attention(const DecoderOps& ops, Dtype dtype, Dtype cache_dtype, cons
   }
 }
 
+// A number that is none, or infinite, at any place spoils the scale of its codes: they cannot hold it.
+void check_nonfinite(const DecoderOps& ops, Dtype cache_dtype) {
+  const int64_t dim = 72, wide = padded(dim), groups = ceil_div(dim, kKeyGroup);
+  Guarded<char> keys(static_cast<size_t>(kKeyBlock * dim)), values(static_cast<size_t>(kKeyBlock * wide));
+  Guarded<float> key_scales(groups * kKeyBlock), value_scales(kKeyBlock), scratch(2 * wide), zeros(wide, 0.0f);
+  const HeadCache cache{keys.data(), values.data(), key_scales.data(), value_scales.data(), kKeyBlock, cache_dtype,
+                        dim,         wide};
+  for (const float bad : {NAN, INFINITY, -INFINITY}) {
+    for (int64_t d = 0; d < dim; ++d) {
+      Guarded<float> x(wide, 0.0f);
+      x[d] = bad;
+      ops.store_position(cache, 0, true, x.data(), Dtype::kF32, zeros.data(), scratch.data());
+      const int64_t group = cache_dtype == Dtype::kI8 ? d / kKeyGroup : 0;
+      expect_near("scale of a key", d, std::isnan(key_scales[group * kKeyBlock]), 1, 0);
+      expect_near("scale of a value", d, value_scales[0], 0, 0);
+      ops.store_position(cache, 0, true, zeros.data(), Dtype::kF32, x.data(), scratch.data());
+      expect_near("scale of a value", d, std::isnan(value_scales[0]), 1, 0);
+      expect_near("scale of a key", d, key_scales[group * kKeyBlock], 0, 0);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -284,6 +306,7 @@ int main() {
     ++ran;
     count_for(std::string("decoder, ") + isa_name(isa));
     Random random;
+    for (const Dtype cache : {Dtype::kI8, Dtype::kE4m3}) check_nonfinite(ops, cache);
     for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16, Dtype::kF16}) {
       for (const int64_t n : {1, 7, 8, 16, 17, 65, 100}) {
         for (const bool normed : {false, true}) check_norms(ops, dtype, n, normed, random);
