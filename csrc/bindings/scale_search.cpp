@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 
 #include "bindings/bindings.h"
 
@@ -13,7 +14,8 @@ namespace {
 
 py::tuple py_search_scales(const Array<float>& weights, const std::optional<Array<float>>& importance, int64_t group,
                            const Array<float>& scales, const std::optional<Array<float>>& steps, int top,
-                           const Array<float>& table, const Array<float>& ratios, int threads) {
+                           const std::tuple<int, int, float>& floats, const Array<float>& table,
+                           const Array<float>& ratios, int threads) {
   if (weights.ndim() != 2 || weights.size() == 0) {
     fail("weights must be 2-D and not empty, got shape " + shape_string(weights));
   }
@@ -38,6 +40,7 @@ py::tuple py_search_scales(const Array<float>& weights, const std::optional<Arra
   search.group = group;
   search.steps = steps ? steps->data() : nullptr;
   search.top = top;
+  std::tie(search.digits, search.least, search.most) = floats;
   search.table = table.data();
   search.entries = static_cast<int>(table.size());
   search.ratios = ratios.data();
@@ -52,7 +55,7 @@ py::tuple py_search_scales(const Array<float>& weights, const std::optional<Arra
 
 void bind_scale_search(py::module_& m) {
   m.def("search_scales", &py_search_scales, py::arg("weights"), py::arg("importance"), py::arg("group"),
-        py::arg("scales"), py::arg("steps"), py::arg("top"), py::arg("table"), py::arg("ratios"),
+        py::arg("scales"), py::arg("steps"), py::arg("top"), py::arg("floats"), py::arg("table"), py::arg("ratios"),
         py::arg("threads") = 1);
 }
 

@@ -67,6 +67,7 @@ def search_scales(
     scales: NDArray[np.float32],
     steps: NDArray[np.float32] | None,
     top: int,
+    floats: tuple[int, int, float],
     table: NDArray[np.float32],
     ratios: NDArray[np.float32],
     threads: int = 1,

@@ -87,15 +87,32 @@ class Searcher {
   }
 
   float snapped(float scale) const {
-    if (!step_) return scale;
+    if (scale == 0) return 0;
+    if (!step_) return rounded(scale);
     if (*step_ == 0) return 0;
     const float top = static_cast<float>(s_.top), code = std::clamp(std::nearbyint(scale / *step_), -top, top);
     return *step_ * (code != 0 ? code : std::copysign(1.0f, scale));
   }
 
+  float rounded(float scale) const {
+    int exponent;
+    std::frexp(scale, &exponent);
+    const int unit = std::max(exponent - s_.digits, s_.least);
+    const double units = std::nearbyint(std::ldexp(double{scale}, -unit));
+    const double value = std::ldexp(units != 0 ? units : std::copysign(1.0, units), unit);
+    return static_cast<float>(std::clamp(value, -double{s_.most}, double{s_.most}));
+  }
+
   void find_values(const float* ratio) {
+    constexpr int kCompared = 32;
     const size_t size = x_.size();
     float* value = value_.data();
+    if (s_.entries > kCompared) {
+      for (size_t i = 0; i < size; ++i) {
+        value[i] = s_.table[std::lower_bound(middle_.begin(), middle_.end(), ratio[i]) - middle_.begin()];
+      }
+      return;
+    }
     std::fill(value, value + size, s_.table[0]);
     for (size_t e = 0; e < middle_.size(); ++e) {
       const float middle = middle_[e], entry = s_.table[e + 1];

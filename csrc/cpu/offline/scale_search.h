@@ -14,8 +14,13 @@ struct ScaleSearch {
   const float* weights;     // (rows, k)
   const float* importance;  // (rows, k), or null for 1
   int64_t rows, k, group;
-  const float* steps;  // (rows, groups), or null: a scale is a step times an integer, at most `top`
+  // What scales there are: `steps` (rows, groups) times integers up to `top` of either sign; or, where it is null,
+  // floats of so many binary digits that are multiples of 2^least and at most `most`. None but that of 0 is rounded to
+  // 0.
+  const float* steps;
   int top;
+  int digits, least;
+  float most;
   const float* table;  // (entries), ascending
   int entries;
   const float* ratios;  // (num_ratios): candidates of a scale over the largest weight of importance, of any sign

@@ -66,11 +66,12 @@ def quantize(
             result is too.
         format: a Format, or a name that `lowbit.formats.parse` reads.
         method: "rtn" (round to nearest), "gptq" (least error of outputs), "hqq" (fits float zeros),
-            "twn" (ternary with a threshold), "bitnet" (binary and ternary by mean|w|), or, for the
-            tables of a format without values of its own, "kmeans" (the best ones), "search" (and
-            the best signed integer scales), "lloyd" (Lloyd's algorithm), "kde" (from a sample),
-            "distq" (quantiles), "multibit" (sums of signs) or "nuuq" (integers; the result has
-            another format); by default "rtn", "kmeans" or, where it fits, "search".
+            "search" (the best scales, of either sign, and tables), "twn" (ternary with a
+            threshold), "bitnet" (binary and ternary by mean|w|), or, for the tables of a format
+            without values of its own, "kmeans" (the best ones), "lloyd" (Lloyd's algorithm), "kde"
+            (from a sample), "distq" (quantiles), "multibit" (sums of signs) or "nuuq" (integers;
+            the result has another format); by default "rtn", for such tables "kmeans", or "search"
+            where their scales are signed integers.
         weights: (N, K) or (K,), the importance of each weight; only for "kmeans", "lloyd",
             "multibit", "search" and the choice of outliers.
         table: the values of a fitted format, fp32 in the shape that its `table_scope` asks for;
@@ -127,7 +128,7 @@ def default_method(format: Format) -> str:
     """The method of a format where none is asked for."""
     if not format.fitted:
         return "rtn"
-    return "search" if search.fits(format) else "kmeans"
+    return "search" if search.by_default(format) else "kmeans"
 
 
 def check_options(method: str, options: Mapping[str, object]) -> None:

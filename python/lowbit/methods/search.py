@@ -2,12 +2,13 @@
 
 A signed scale lets one table of the whole weight be asymmetric: the largest weight of every group is then at the same
 end of it. For a given table the scales of all groups are independent: candidates around the largest weight are tried,
-refitted by least squares to their codes, and rounded to the integers of the format (csrc/cpu/offline/scale_search.h).
-For given scales the table is that of `kmeans`.
+refitted by least squares to their codes, and rounded as the format stores them (csrc/cpu/offline/scale_search.h). For
+given scales a fitted table is that of `kmeans`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -15,21 +16,30 @@ from torch import Tensor
 
 from lowbit import reference
 from lowbit.backends.cpu.scale_search import search_scales
-from lowbit.formats import INTEGER_SCALES, Format, as_format
-from lowbit.methods import fitting, grid, kmeans, scales
-from lowbit.weights.quantized import QuantTensor
+from lowbit.formats import INTEGER_SCALES, SECOND_LEVELS, Format, as_format
+from lowbit.methods import fitting, grid, kmeans, rtn, scales
+from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
 
-# Candidates of a scale over the largest weight of its group, for a table fitted to scales of ratio 1.
-RATIOS = tuple(0.7 + 0.05 * i for i in range(10))
+# Candidates of a scale over that which takes the largest weight of its group to the largest value: for tables that are
+# fitted to such scales, and for others.
+FITTED_RATIOS = tuple(0.75 + 0.05 * i for i in range(13))
+FIXED_RATIOS = tuple(0.3 + 0.05 * i for i in range(20))
 
 
-def fits(format: Format) -> bool:
-    """Whether "search" takes the format: a table fitted to the weight, scales that are integers of either sign."""
+def by_default(format: Format) -> bool:
+    """Whether "search" is the method of a format where none is asked for: the scales of a fitted table are integers
+    of either sign.
+    """
+    return format.fitted and format.integer_scales and _takes(format)
+
+
+def _takes(format: Format) -> bool:
+    signed = format.integer_scales and INTEGER_SCALES[format.scale or ""][0] < 0
     return (
-        format.fitted
+        format.codec in ("affine", "lut")
+        and format.zero is None
         and format.table_scope == "tensor"
-        and format.integer_scales
-        and INTEGER_SCALES[format.scale or ""][0] < 0
+        and (signed or format.scale in SECOND_LEVELS)
     )
 
 
@@ -41,30 +51,32 @@ def quantize(
     weights: Tensor | None = None,
     iterations: int = 6,
 ) -> QuantTensor:
-    """Fits table and scales of a format to `weight` and chooses the nearest code of every weight.
+    """Searches the scales of a format for `weight`, fits its table if it has none, and chooses the nearest code of
+    every weight.
 
     The sum of importance * (W - W^)^2 never rises from one iteration to the next, and is never above that of
-    `kmeans` with the same format.
+    `kmeans`, or of `rtn` for a format with values of its own.
 
     Args:
         weight: (N, K) in fp32, bf16, fp16 or fp64, finite, not empty; computed in fp32.
-        format: a format with a table of the weight and signed integer scales, or its name: "km4", "km3_g16",
-            "kmeans4_g64_int8".
+        format: a format, or its name, of integers without a zero or of one table, with scales in fp32, fp16, bf16 or
+            signed integers: "km4", "kmeans3_g32", "nf4", "q4_0", "iq4_nl", "q6_k".
         weights: the importance of each weight, (N, K) or (K,), finite and not negative; where all are 0 each counts
             1. A weight of importance 0 has no part in the fit.
-        iterations: how often table and scales are fitted, 1 or more; fewer if nothing changes any more.
+        iterations: how often scales, and a fitted table, are improved, 1 or more; fewer if nothing changes any more.
 
     Raises:
-        TypeError, ValueError: as `kmeans.quantize`; the format has other tables or scales.
+        TypeError, ValueError: as `rtn.quantize` and `kmeans.quantize`; the format has a zero, other tables or other
+            scales.
 
     Example:
-        >>> qt = lowbit.quantize(torch.randn(64, 256), "km4", weights=second_moment)
+        >>> qt = lowbit.quantize(torch.randn(64, 256), "nf4", "search", weights=second_moment)
     """
     format = as_format(format)
-    if not fits(format):
+    if not _takes(format):
         raise ValueError(
-            f"method 'search' needs a table fitted to the whole weight and scales 'int8' or 'int6', "
-            f"format {format.name!r} has others"
+            "method 'search' needs integers without a zero or one table, and scales in fp32, fp16, bf16 or signed "
+            f"integers, format {format.name!r} has others"
         )
     if iterations < 1:
         raise ValueError(f"iterations must be 1 or more, got {iterations}")
@@ -76,30 +88,52 @@ def quantize(
             counted = torch.where(weights > 0, weight, 0.0)
         else:
             weights = None
-    best = kmeans.quantize(counted, format, weights=weights)
-    least = _search(best, counted, weights, ())
-    qt = _start(counted, format)
-    previous = float("inf")
+    if format.fitted:
+        qt = _fit(counted, format, weights, iterations)
+    else:
+        qt = rtn.quantize(counted, format)
+        _improve(qt, counted, weights, iterations)
+    grid.fill_codes(qt, weight)
+    return qt
+
+
+def _improve(qt: QuantTensor, weight: Tensor, weights: Tensor | None, iterations: int) -> None:
+    """Improves the scales of a format with values of its own."""
+    error = _search(qt, weight, weights, FIXED_RATIOS)
+    for _ in range(iterations - 1):
+        previous, error = error, _search(qt, weight, weights, ())
+        if not error < previous:
+            break
+
+
+def _fit(weight: Tensor, format: Format, weights: Tensor | None, iterations: int) -> QuantTensor:
+    best = kmeans.quantize(weight, format, weights=weights)
+    least = _search(best, weight, weights, ())
+    qt = _start(weight, format)
+    previous = math.inf
     for _ in range(iterations):
-        fitting.fit_tables(qt, counted, weights, kmeans.solve)
-        error = _search(qt, counted, weights, RATIOS)
+        fitting.fit_tables(qt, weight, weights, kmeans.solve)
+        error = _search(qt, weight, weights, FITTED_RATIOS)
         if error < least:
             least, best = error, qt.map(torch.clone)
         if not error < previous:
             break
         previous = error
-    grid.fill_codes(best, weight)
     return best
 
 
 def _start(weight: Tensor, format: Format) -> QuantTensor:
-    """Scales that divide the largest weight of every group to 1, with room above them."""
+    """Scales that divide the largest weight of every group to 1, with room above them for other integers."""
     low = grid.reduce(weight, format, lambda g: g.amin(-1).double())
     high = grid.reduce(weight, format, lambda g: g.amax(-1).double())
     largest = torch.where(-low > high, low, high)
     qt = grid.empty(weight, format)
-    scales.store_scales(qt, largest.abs() * RATIOS[-1])
-    _set_scales(qt, slice(None), largest.float(), _steps(qt))
+    room = FITTED_RATIOS[-1] if format.integer_scales else 1.0
+    scales.store_scales(qt, largest.abs() * room)
+    if format.integer_scales:
+        _set_scales(qt, slice(None), largest.float(), _steps(qt))
+    else:
+        qt.tensors["scales"].mul_(largest.sign())
     return qt
 
 
@@ -108,16 +142,19 @@ def _search(
 ) -> float:
     """Replaces the scales of `qt` by better ones for its table, and returns the error that is left."""
     steps, at_hand = _steps(qt), reference.effective_scales(qt)
-    table = qt.tensors["table"].cpu().sort().values
-    both = torch.tensor([*ratios, *(-r for r in ratios)], dtype=torch.float32, device="cpu")
-    group = qt.format.group or weight.shape[1]
-    top = INTEGER_SCALES[qt.format.scale or ""][1]
     assert at_hand is not None
+    table = qt.tensors["table"] if qt.format.fitted else grid.fixed_table(qt.format, qt.device)
+    table = table.cpu().sort().values
+    unit = 1.0 if qt.format.fitted else float(table.abs().max())
+    both = [sign * ratio / unit for sign in (1, -1) for ratio in ratios]
+    candidates = torch.tensor(both, dtype=torch.float32, device="cpu")
+    kinds = _top(qt.format), _floats(qt.format)
+    group = qt.format.group or weight.shape[1]
     every = []
     for rows, w, importance in _slices(weight, weights):
-        mine = steps[rows].cpu()
+        mine = None if steps is None else steps[rows].cpu()
         found, errors = search_scales(
-            w, importance, group, at_hand[rows].cpu(), mine, top, table, both
+            w, importance, group, at_hand[rows].cpu(), mine, *kinds, table, candidates
         )
         _set_scales(qt, rows, found, mine)
         every.append(errors)
@@ -132,14 +169,28 @@ def _slices(
         yield rows, w.contiguous().cpu(), importance
 
 
-def _steps(qt: QuantTensor) -> Tensor:  # (N, groups) fp32
-    """What a scale of 1 stands for."""
-    codes = qt.tensors["scales"]
-    return reference.of_two_levels(torch.ones_like(codes), qt.tensors["scales2"], qt.format)
+def _steps(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
+    """What an integer scale of 1 stands for."""
+    if not qt.format.integer_scales:
+        return None
+    ones = torch.ones_like(qt.tensors["scales"])
+    return reference.of_two_levels(ones, qt.tensors["scales2"], qt.format)
 
 
-def _set_scales(qt: QuantTensor, rows: slice, values: Tensor, steps: Tensor) -> None:
-    top = INTEGER_SCALES[qt.format.scale or ""][1]
-    codes = torch.where(steps != 0, values / steps, 0.0).round().clamp(-top, top)
-    codes = torch.where((codes == 0) & (steps != 0), values.sign(), codes)
-    qt.tensors["scales"][rows] = codes.to(torch.int8)
+def _top(format: Format) -> int:
+    return INTEGER_SCALES.get(format.scale or "", (0, 0))[1]
+
+
+def _floats(format: Format) -> tuple[int, int, float]:
+    """Of the dtype of float scales: binary digits, the exponent of the least one, and the largest one."""
+    info = torch.finfo(torch.float32 if format.integer_scales else SCALE_DTYPES[format.scale or ""])
+    digits = 1 - round(math.log2(info.eps))
+    return digits, round(math.log2(info.smallest_normal)) + 1 - digits, info.max
+
+
+def _set_scales(qt: QuantTensor, rows: slice, values: Tensor, steps: Tensor | None) -> None:
+    if steps is not None:
+        top = _top(qt.format)
+        codes = torch.where(steps != 0, values / steps, 0.0).round().clamp(-top, top)
+        values = torch.where((codes == 0) & (steps != 0), values.sign(), codes)
+    qt.tensors["scales"][rows] = values.to(qt.tensors["scales"])

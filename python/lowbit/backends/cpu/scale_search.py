@@ -15,6 +15,7 @@ def search_scales(
     scales: Tensor,  # (R, groups) fp32
     steps: Tensor | None,  # (R, groups) fp32
     top: int,
+    floats: tuple[int, int, float],  # digits, the exponent of the least one, the largest one
     table: Tensor,  # (E,) fp32, ascending
     ratios: Tensor,  # (C,) fp32
 ) -> tuple[Tensor, Tensor]:  # (R, groups) fp32, (R,) fp64
@@ -26,6 +27,7 @@ def search_scales(
         scales.numpy(),
         None if steps is None else steps.numpy(),
         top,
+        floats,
         table.numpy(),
         ratios.numpy(),
         torch.get_num_threads(),
