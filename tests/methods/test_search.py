@@ -13,7 +13,7 @@ from oracle import assert_codes_are_best, normal
 
 from lowbit import _C
 from lowbit.formats import FORMATS, parse
-from lowbit.methods import quantize
+from lowbit.methods import quantize, search
 from lowbit.methods.registry import default_method
 from lowbit.weights.quantized import QuantTensor
 
@@ -157,9 +157,14 @@ def test_error_of_a_normal_weight(name: str, most: float):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_sign_of_a_weight_does_not_matter(name: str):
-    weight = normal(8, 100)
-    assert torch.equal(quantize(-weight, name).dequantize(), -quantize(weight, name).dequantize())
+def test_the_sign_of_a_group_does_not_matter(name: str):
+    """Groups that change their sign change that of their scale, and nothing else moves."""
+    weight, group = normal(16, 160), FORMATS[name].group
+    signs = normal(16, 160 // group, seed=1).sign().repeat_interleave(group, 1)
+    expected = quantize(weight, name)
+    qt = quantize(weight * signs, name)
+    assert torch.equal(qt.dequantize(), expected.dequantize() * signs)
+    assert torch.equal(qt.tensors["codes"], expected.tensors["codes"])
 
 
 @pytest.mark.parametrize("name", ["km4", "km2_g16"])
@@ -258,6 +263,13 @@ def test_importance_of_given_values_is_followed():
     other[:, 7] = 1000
     a, b = (quantize(w, "nf4", "search", weights=importance) for w in (weight, other))
     assert torch.equal(a.scales, b.scales)
+
+
+def test_floats_of_scales():
+    """Binary digits, the exponent of the least number and the largest number of IEEE 754 and of bf16."""
+    wanted = {"fp16": (11, -24, 65504.0), "bf16": (8, -133, 3.3895313892515355e38), "fp32": FP32}
+    for dtype, floats in wanted.items():
+        assert search._floats(parse(f"nf4_{dtype}")) == floats
 
 
 def test_scales_that_fp16_only_just_holds():

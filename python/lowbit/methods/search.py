@@ -191,6 +191,5 @@ def _floats(format: Format) -> tuple[int, int, float]:
 def _set_scales(qt: QuantTensor, rows: slice, values: Tensor, steps: Tensor | None) -> None:
     if steps is not None:
         top = _top(qt.format)
-        codes = torch.where(steps != 0, values / steps, 0.0).round().clamp(-top, top)
-        values = torch.where((codes == 0) & (steps != 0), values.sign(), codes)
+        values = torch.where(steps != 0, values / steps, 0.0).round().clamp(-top, top)
     qt.tensors["scales"][rows] = values.to(qt.tensors["scales"])
