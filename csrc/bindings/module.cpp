@@ -17,6 +17,7 @@ void bind_decoder(py::module_& m);                  // decoder.cpp
 void bind_fp8(py::module_& m);                      // fp8.cpp
 void bind_fp8_matmul(py::module_& m);               // fp8_matmul.cpp
 void bind_kmeans(py::module_& m);                   // kmeans.cpp
+void bind_scale_search(py::module_& m);             // scale_search.cpp
 void bind_optim(py::module_& m);                    // optim.cpp
 void bind_outliers(py::module_& m);                 // sparse.cpp
 void bind_pack(py::module_& m);                     // pack.cpp
@@ -101,6 +102,7 @@ PYBIND11_MODULE(_C, m) {
   bind_fp8(m);
   bind_fp8_matmul(m);
   bind_kmeans(m);
+  bind_scale_search(m);
   bind_optim(m);
   bind_outliers(m);
   bind_pack(m);

@@ -60,6 +60,18 @@ def kmeans_1d(
 def kmeans_rows(
     values: NDArray[np.float32], weights: NDArray[np.float64] | None, k: int, threads: int = 1
 ) -> NDArray[np.float32]: ...
+def search_scales(
+    weights: NDArray[np.float32],
+    importance: NDArray[np.float32] | None,
+    group: int,
+    scales: NDArray[np.float32],
+    steps: NDArray[np.float32] | None,
+    top: int,
+    floats: tuple[int, int, float],
+    table: NDArray[np.float32],
+    ratios: NDArray[np.float32],
+    threads: int = 1,
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]: ...
 def quantize_int8_ptr(
     *,
     x: int,

@@ -392,15 +392,14 @@ def _builtin() -> dict[str, Format]:
         formats.append(lut(name=f"kmeans{b}", bits=b, group=64))
         # SqueezeLLM's form: the table of a row holds its scale.
         formats.append(lut(name=f"kmeans{b}_pr", bits=b, group=None, scale=None, table_scope="row"))
+    # A table of the weight, a signed integer of a byte per group, found by search, and a factor per row.
+    for b in (2, 3, 4):
+        km = functools.partial(lut, bits=b, scale="int8", scale2="bf16")
+        formats += [km(name=f"km{b}", group=32), km(name=f"km{b}_g16", group=16)]
     # GGUF block types (ggml-common.h), as stored.
-    for b in (4, 5, 8):
-        formats.append(Format(name=f"q{b}_0", codec="affine", bits=b, group=32))
-    for b in (4, 5):
-        formats.append(
-            Format(
-                name=f"q{b}_1", codec="affine", bits=b, group=32, zero="min", scale_rule="minmax"
-            )
-        )
+    formats += [affine(name=f"q{b}_0", bits=b, group=32) for b in (4, 5, 8)]
+    q_1 = functools.partial(affine, group=32, zero="min", scale_rule="minmax")
+    formats += [q_1(name="q4_1", bits=4), q_1(name="q5_1", bits=5)]
     formats.append(lut(name="iq4_nl", bits=4, group=32, table=IQ4_NL_TABLE))
     ternary = functools.partial(lut, bits=2, group=256, table=(-1.0, 0.0, 1.0))
     formats += [ternary(name="tq2_0"), ternary(name="tq1_0", packing="trits")]

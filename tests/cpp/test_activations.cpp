@@ -1,5 +1,5 @@
-// Activations as int8 and as signs, and k-means, against plain loops, without Python: for sanitizers and for emulated
-// CPUs. Operands end at pages that nobody may touch (guarded.h).
+// Activations as int8 and as signs, k-means, and the search of scales, against plain loops, without Python: for
+// sanitizers and for emulated CPUs. Operands end at pages that nobody may touch (guarded.h).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -11,6 +11,7 @@
 #include "core/int8_table.h"
 #include "cpu/activations/quantize.h"
 #include "cpu/offline/kmeans.h"
+#include "cpu/offline/scale_search.h"
 #include "guarded.h"
 
 using namespace lowbit;
@@ -127,6 +128,50 @@ void check_kmeans() {
   }
 }
 
+// Weights that are the table's entries times a scale: that scale is found, in short groups too, and nothing else is
+// read or written.
+void check_scale_search() {
+  Stop never([] { return false; });
+  const int entries = 4;
+  for (int64_t k : {1, 7, 8, 33, 50}) {
+    for (int64_t group : {1, 8, 16, 40}) {
+      const int64_t rows = 3, groups = (k + group - 1) / group;
+      Guarded<float> weights(rows * k), importance(rows * k, 0.5f), table(entries), ratios(2), scales(rows * groups);
+      Guarded<double> errors(rows);
+      for (int e = 0; e < entries; ++e) table[e] = static_cast<float>(e - 1) / 2;
+      for (int64_t i = 0; i < rows * k; ++i) weights[i] = table[entries - 1 - i % k % group % entries] * -3;
+      ratios[0] = 1;
+      ratios[1] = -1;
+      for (bool weighted : {false, true}) {
+        const ScaleSearch search{.weights = weights.data(),
+                                 .importance = weighted ? importance.data() : nullptr,
+                                 .rows = rows,
+                                 .k = k,
+                                 .group = group,
+                                 .steps = nullptr,
+                                 .top = 0,
+                                 .digits = 24,
+                                 .least = -149,
+                                 .most = 1e38f,
+                                 .table = table.data(),
+                                 .entries = entries,
+                                 .ratios = ratios.data(),
+                                 .num_ratios = 2,
+                                 .scales = scales.data(),
+                                 .errors = errors.data()};
+        for (int64_t i = 0; i < rows * groups; ++i) scales[i] = 0;
+        search_scales(search, weighted ? 2 : 1, &never);
+        for (int64_t i = 0; i < rows * groups; ++i) {
+          // Groups without all of the entries may have another scale that leaves no error.
+          const int64_t size = std::min(group, k - i % groups * group);
+          expect(size < entries || scales[i] == -3, "scale", i, scales[i], -3);
+        }
+        for (int64_t r = 0; r < rows; ++r) expect(errors[r] == 0, "error", r, errors[r], 0);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -152,6 +197,7 @@ int main() {
   }
   count_for("k-means");
   check_kmeans();
+  check_scale_search();
   std::printf("isa mask %u: activations of %d instruction sets ran, %d checks, %d failures\n", active_isa(), ran,
               checks, failures);
   print_memory_checks();

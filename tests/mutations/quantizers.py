@@ -24,6 +24,13 @@ MUTANTS = [
     *python("methods/nearest.py", "quantize", "kmeans")(
         ("torch.searchsorted(self._middle, values.contiguous())", "torch.searchsorted(self._middle, values.contiguous(), right=True)"),
     ),
+    *python("methods/search.py", "search")(
+        ("counted = torch.where(weights > 0, weight, 0.0)", "counted = weight"),
+        ("largest = torch.where(-low > high, low, high)", "largest = torch.maximum(-low, high)"),
+        ("for sign in (1, -1) for ratio in ratios]", "for sign in (1,) for ratio in ratios]"),
+        ("unit = 1.0 if qt.format.fitted else float(table.abs().max())", "unit = 1.0"),
+        ("digits = 1 - round(math.log2(info.eps))", "digits = 2 - round(math.log2(info.eps))"),
+    ),
     *python("methods/gptq.py", "gptq")(
         ("lost[j - begin] = (w - q) / self.factor[j, j]", "lost[j - begin] = w - q"),
         ("hessian = hessian[order][:, order]", "hessian = hessian[order]"),

@@ -26,6 +26,7 @@ from lowbit.methods import (
     nuuq,
     rtn,
     scales,
+    search,
     sparse,
     twn,
 )
@@ -42,6 +43,7 @@ METHODS: dict[str, Callable[..., QuantTensor]] = {
     "multibit": multibit.quantize,
     "nuuq": nuuq.quantize,
     "rtn": rtn.quantize,
+    "search": search.quantize,
     "twn": twn.quantize,
 }
 
@@ -64,13 +66,14 @@ def quantize(
             result is too.
         format: a Format, or a name that `lowbit.formats.parse` reads.
         method: "rtn" (round to nearest), "gptq" (least error of outputs), "hqq" (fits float zeros),
-            "twn" (ternary with a threshold), "bitnet" (binary and ternary by mean|w|), or, for the
-            tables of a format without values of its own, "kmeans" (the best ones), "lloyd" (Lloyd's
-            algorithm), "kde" (from a sample), "distq" (quantiles), "multibit" (sums of signs) or
-            "nuuq" (integers; the result has another format); by default "rtn" or "kmeans", as the
-            format wants.
+            "search" (the best scales, of either sign, and tables), "twn" (ternary with a
+            threshold), "bitnet" (binary and ternary by mean|w|), or, for the tables of a format
+            without values of its own, "kmeans" (the best ones), "lloyd" (Lloyd's algorithm), "kde"
+            (from a sample), "distq" (quantiles), "multibit" (sums of signs) or "nuuq" (integers;
+            the result has another format); by default "rtn", for such tables "kmeans", or "search"
+            where their scales are signed integers.
         weights: (N, K) or (K,), the importance of each weight; only for "kmeans", "lloyd",
-            "multibit" and the choice of outliers.
+            "multibit", "search" and the choice of outliers.
         table: the values of a fitted format, fp32 in the shape that its `table_scope` asks for;
             only for "rtn" and "gptq".
         hessian: (K, K), the second moment of the inputs; only for "gptq", which needs it.
@@ -123,7 +126,9 @@ def _with_outliers(
 
 def default_method(format: Format) -> str:
     """The method of a format where none is asked for."""
-    return "kmeans" if format.fitted else "rtn"
+    if not format.fitted:
+        return "rtn"
+    return "search" if search.by_default(format) else "kmeans"
 
 
 def check_options(method: str, options: Mapping[str, object]) -> None:

@@ -91,8 +91,8 @@ def quantize_model(
         fuse: let q/k/v and gate/up projections compute their products together, bit for bit as
             before: `lowbit.nn.fuse`. State dicts stay per layer.
         calibration: inputs of the model, each a tensor, a tuple of arguments or a mapping of
-            keywords; for "gptq", which needs it, for "kmeans", "lloyd" and "multibit", where a weight
-            then counts the mean square of its input, and for `observer`, which needs it. Tokens that
+            keywords; for "gptq", which needs it, for "kmeans", "lloyd", "multibit" and "search", where a
+            weight then counts the mean square of its input, and for `observer`, which needs it. Tokens that
             an `attention_mask` (batch, tokens) hides do not count. Layers are calibrated in the order
             of `named_modules`, with those before them quantized. Embeddings take no part: they get
             the default method of their format, and so does a linear that shares the weight of one.

@@ -1,0 +1,35 @@
+// The scale of every group of weights that leaves the least squared error with a given table: candidates of the scale
+// are tried, each is refitted by least squares to the codes that it gives, and the best one is kept if it is better
+// than the scale that the group has. All values are finite, importance is not negative; the caller checks.
+#pragma once
+
+#include <cstdint>
+
+#include "core/stop.h"
+
+namespace lowbit {
+
+// A group is the next `group` weights of a row, the last one may be short.
+struct ScaleSearch {
+  const float* weights;     // (rows, k)
+  const float* importance;  // (rows, k), or null for 1
+  int64_t rows, k, group;
+  // What scales there are: `steps` (rows, groups) times integers up to `top` of either sign; or, where it is null,
+  // floats of so many binary digits that are multiples of 2^least and at most `most`. None but that of 0 is rounded to
+  // 0.
+  const float* steps;
+  int top;
+  int digits, least;
+  float most;
+  const float* table;  // (entries), ascending
+  int entries;
+  const float* ratios;  // (num_ratios): candidates of a scale over the largest weight of importance, of any sign
+  int num_ratios;
+  float* scales;   // (rows, groups): those at hand, then the best ones
+  double* errors;  // (rows): importance * (weight - scale * nearest entry)^2, summed
+};
+
+// `scales` and `errors` are not to be used if it was stopped.
+void search_scales(const ScaleSearch& search, int threads, Stop* stop);
+
+}  // namespace lowbit

@@ -1,0 +1,35 @@
+"""The search of scales on the CPU (csrc/cpu/offline/scale_search.h). No checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit import _C
+
+
+def search_scales(
+    weights: Tensor,  # (R, K) fp32
+    importance: Tensor | None,  # (R, K) fp32
+    group: int,
+    scales: Tensor,  # (R, groups) fp32
+    steps: Tensor | None,  # (R, groups) fp32
+    top: int,
+    floats: tuple[int, int, float],  # digits, the exponent of the least one, the largest one
+    table: Tensor,  # (E,) fp32, ascending
+    ratios: Tensor,  # (C,) fp32
+) -> tuple[Tensor, Tensor]:  # (R, groups) fp32, (R,) fp64
+    """The best scales, never worse than those given, and the errors of the rows; all on the CPU."""
+    found, errors = _C.search_scales(
+        weights.numpy(),
+        None if importance is None else importance.numpy(),
+        group,
+        scales.numpy(),
+        None if steps is None else steps.numpy(),
+        top,
+        floats,
+        table.numpy(),
+        ratios.numpy(),
+        torch.get_num_threads(),
+    )
+    return torch.from_numpy(found), torch.from_numpy(errors)
