@@ -25,7 +25,7 @@ KINDS = [
     Format(name="i3", codec="affine", bits=3, group=200),
     Format(name="z3", codec="affine", bits=3, group=20, zero="float", scale_rule="minmax"),
     *(f for f in ALL_FORMATS if f.name in ("nf4", "mxfp4", "nvfp4", "e5m2", "ternary_trits")),
-    *(f for f in ALL_FORMATS if f.name in ("kmeans3", "kmeans4_pr", "row_tables_g32")),
+    *(f for f in ALL_FORMATS if f.name in ("kmeans3", "kmeans4_pr", "row_tables_g32", "km3")),
     *(f for f in ALL_FORMATS if f.name in ("group_tables_g32", "affine3_int_dq8_g7", "q4_1")),
 ]
 
@@ -60,13 +60,15 @@ def test_outputs_are_nearer_than_with_round_to_nearest(format: Format):
 @pytest.mark.parametrize("act_order", (False, True))
 @pytest.mark.parametrize("format", [f for f in ALL_FORMATS if f.fitted], **ids)
 def test_tables_weigh_columns_by_their_inputs(format: Format, act_order: bool):
-    """Of independent inputs the mean square is what an error in a column counts: k-means with that importance."""
+    """Of independent inputs the mean square is what an error in a column counts: the format's own method with that
+    importance.
+    """
     square = torch.logspace(-3, 3, 200)[torch.randperm(200)]
     weight = normal(12, 200) * 0.02
     hessian = torch.diag(square)
     options = {"hessian": hessian, "damping": 0.0, "act_order": act_order}
     made = quantize(weight, format, "gptq", **options)
-    expected = quantize(weight, format, "kmeans", weights=square)
+    expected = quantize(weight, format, weights=square)
     torch.testing.assert_close(made.table, expected.table, rtol=1e-4, atol=1e-6)
     error = [
         (weight - qt.dequantize()).double().square() @ square.double() for qt in (made, expected)
@@ -89,8 +91,7 @@ def test_importance_points_the_right_way(name: str, monkeypatch: pytest.MonkeyPa
 def test_independent_inputs_give_round_to_nearest(format: Format):
     """Codes, scales and tables, bit for bit."""
     weight = normal(5, 70)
-    nearest = quantize(weight, format, "kmeans" if format.fitted else "rtn")
-    assert same(quantize(weight, format, "gptq", hessian=torch.eye(70)), nearest)
+    assert same(quantize(weight, format, "gptq", hessian=torch.eye(70)), quantize(weight, format))
 
 
 @pytest.mark.parametrize("format", KINDS, **ids)
@@ -117,7 +118,7 @@ def column_by_column(
     w = weight.double().clone()
     scales, result = reference.effective_scales(qt), torch.zeros_like(w)
     group = format.group or k
-    follows = format.group is not None and format.scale not in ("e4m3", "dq8")
+    follows = format.group is not None and format.scale not in ("e4m3", "dq8", "int8")
     for j in range(k):
         if follows and j % group == 0:
             part = w[:, j : j + group].float()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbit import ops, reference  # noqa: F401  (ops registers torch.ops.lowbit)
 from lowbit.formats import INTEGER_SCALES, Format, as_format
-from lowbit.methods import grid, kmeans, nearest
+from lowbit.methods import grid, kmeans, nearest, search
 from lowbit.methods.errors import errors
 from lowbit.weights.quantized import QuantTensor
 
@@ -88,7 +88,8 @@ def quantize(
     fits = format.fitted and table is None and not (follows and format.table_scope == "group")
     if fits:
         importance = sweep.importance().expand(weight.shape)
-        qt = kmeans.quantize(weight, format, weights=importance)
+        start = search if search.by_default(format) else kmeans
+        qt = start.quantize(weight, format, weights=importance)
     else:
         qt = grid.start(weight, format)
     if table is not None:
