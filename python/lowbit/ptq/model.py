@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lowbit import late
 from lowbit.methods.fitting import check_importance
 from lowbit.methods.grid import check_weight
 from lowbit.methods.registry import calibrates, check_options, default_method, keywords, quantize
@@ -166,6 +167,7 @@ def quantize_model(
         check_notes(report, calibrated, stacklevel=2)
         if fuse:
             fuse_siblings(model)
+    late.quantized(model)
     return report
 
 
