@@ -19,9 +19,7 @@ class Kernel(TypedDict):
     isa: str
     available: bool
     group_multiple: int
-    cost: (
-        tuple[list[float], float, float] | None
-    )  # `Cost` of csrc/core/kernel.h; None of FP8 products
+    cost: tuple[list[float], float, float] | None  # `Cost` of csrc/core/kernel.h; None of FP8 products
     half_groups: bool
     bf16_table: bool
     x: list[str]
