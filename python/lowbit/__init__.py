@@ -90,8 +90,13 @@ def _register(auto: Any) -> None:
         importlib.import_module("lowbit.integrations.quantizer")
 
 
+def _add_adapters(lora: Any) -> None:
+    importlib.import_module("lowbit.integrations.adapters")
+
+
 if "torch" in sys.modules:
     importing.when_imported("transformers.quantizers.auto", _register)
+    importing.when_imported("peft.tuners.lora", _add_adapters)
 
 
 def formats() -> dict[str, Format]:
