@@ -26,7 +26,7 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
 
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
-    ("codebooks", "files", "float8", "late", "modes", "strides", "text"),
+    ("codebooks", "files", "float8", "importing", "late", "modes", "strides", "text"),
     ("formats", "_C", "_cuda"),
     ("forking", "packing"),
     ("weights",),
@@ -71,6 +71,8 @@ OPTIONAL_IMPORTS = {
     ("python/lowbit/io/readers/gguf_reader.py", "lowbit.io.readers.gguf"),
     ("python/lowbit/integrations/load.py", "lowbit.integrations.transformers"),
     ("python/lowbit/ptq/importance.py", "lowbit.io.imatrix"),
+    # Runs while transformers is imported, whose models are not there yet.
+    ("python/lowbit/integrations/quantizer.py", "lowbit.integrations.quantizing"),
 }
 COMPILED = {"_C", "_cuda", "triton_kernels"}
 COMPILED_HOMES = {"backends", "decoder"}

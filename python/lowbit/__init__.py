@@ -16,7 +16,7 @@ if importlib.util.find_spec("torch") is not None:
     import torch  # noqa: F401
 
 # Now, not when it is first used: it must know of a fork that happens in between.
-from lowbit import _C, late
+from lowbit import _C, importing, late
 from lowbit.formats import FORMATS, Format
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lowbit._C import kernels
     from lowbit.explanation import explain
     from lowbit.integrations.load import load_model
+    from lowbit.integrations.quantizer import LowbitConfig
     from lowbit.io.save_load import load, save
     from lowbit.methods import quantize
     from lowbit.ops.linear import linear
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 # Where each name lives; None for a module.
 _HOMES = {
+    "LowbitConfig": "lowbit.integrations.quantizer",
     "QuantTensor": "lowbit.weights.quantized", "binary": None, "codebooks": None, "dequantize": "lowbit.ops.weights",
     "explain": "lowbit.explanation",
     "fp8": None, "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops.linear",
@@ -43,9 +45,9 @@ _HOMES = {
     "quantize_model": "lowbit.ptq", "save": "lowbit.io.save_load",
 }  # fmt: skip
 __all__ = [
-    "Format", "QuantTensor", "__version__", "binary", "codebooks", "dequantize", "explain", "formats", "fp8", "int8",
-    "integrations", "kernels", "linear", "linear_many", "load", "load_model", "nn", "optim", "qat", "quantize",
-    "quantize_llm_int8", "quantize_model", "save",
+    "Format", "LowbitConfig", "QuantTensor", "__version__", "binary", "codebooks", "dequantize", "explain", "formats",
+    "fp8", "int8", "integrations", "kernels", "linear", "linear_many", "load", "load_model", "nn", "optim", "qat",
+    "quantize", "quantize_llm_int8", "quantize_model", "save",
 ]  # fmt: skip
 
 
@@ -69,6 +71,32 @@ if sys.modules.get("torch") is not None:
     # torch.load(weights_only=True) looks a pickled QuantTensor up by this name; it need not be imported for that.
     _rebuild.__module__ = "lowbit.weights.quantized"
     sys.modules["torch"].serialization.add_safe_globals([_rebuild])
+
+
+def _quantized(model: Any) -> None:
+    # A model of transformers cannot be without this module.
+    if "transformers.modeling_utils" in sys.modules:
+        from lowbit.integrations.quantizer import mark
+
+        mark(model, in_config=True)
+
+
+late.quantized = _quantized
+
+
+def _register(auto: Any) -> None:
+    # transformers before 5 has no such table.
+    if hasattr(auto, "register_quantizer"):
+        importlib.import_module("lowbit.integrations.quantizer")
+
+
+def _add_adapters(lora: Any) -> None:
+    importlib.import_module("lowbit.integrations.adapters")
+
+
+if "torch" in sys.modules:
+    importing.when_imported("transformers.quantizers.auto", _register)
+    importing.when_imported("peft.tuners.lora", _add_adapters)
 
 
 def formats() -> dict[str, Format]:

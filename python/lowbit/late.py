@@ -11,3 +11,4 @@ dequantize: Callable[..., Any]  # (QuantTensor, torch.dtype) -> Tensor: `lowbit.
 usable_threads: Callable[[int], int]  # of so many that are wanted; 1 in the child of a fork
 prepack: Callable[..., Any]  # canonical codes to those of the layout n16, as numpy arrays, and back
 unprepack: Callable[..., Any]
+quantized: Callable[[Any], object]  # what shall follow when a model has been quantized

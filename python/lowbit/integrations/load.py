@@ -13,16 +13,17 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import LOADS_HERE, errors_of, quiet
+from lowbit.integrations.dense import dense_of, values_of
 from lowbit.integrations.filling import Found, fill
 from lowbit.integrations.inexact import Inexact, as_inexact
 from lowbit.integrations.pretrained import load_dense, load_folder, put, read_generation
+from lowbit.integrations.quantizer import mark
 from lowbit.io.foreign import CONFIG_NAME
 from lowbit.io.readers.folder import FolderReader
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.readers.registry import open_checkpoint
 from lowbit.methods import quantize
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
-from lowbit.nn.embedding import ScaledEmbedding, ScaledQuantEmbedding
+from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.ptq import quantize_model
 
 _logger = logging.getLogger("lowbit")
@@ -67,8 +68,19 @@ def load_model(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     target = None if format is None else as_format(format)
-    nearest = as_inexact(inexact)
-    where = Path(path)
+    model = _load(Path(path), dtype, device, target, as_inexact(inexact))
+    if any(isinstance(module, PackedModule) for module in model.modules()):
+        mark(model)
+    return model
+
+
+def _load(
+    where: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    target: Format | None,
+    nearest: Inexact,
+) -> PreTrainedModel:
     if where.is_dir() and not any(where.glob("*.safetensors")):
         return _load_dense(where, dtype, device, target)  # what transformers alone reads
     reader = open_checkpoint(where, mmap=False)
@@ -163,7 +175,7 @@ def load_decoded(path: str | os.PathLike[str], dtype: torch.dtype | None = None)
     model = load_folder(path)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear | QuantEmbedding):
-            put(model, name, _dense_of(module))
+            put(model, name, dense_of(module))
         elif isinstance(module, PackedModule):
             raise NotImplementedError(
                 f"{path}: {name} is a {type(module).__name__}; expected a linear or an embedding"
@@ -171,28 +183,6 @@ def load_decoded(path: str | os.PathLike[str], dtype: torch.dtype | None = None)
     if dtype is not None:
         _cast(model, dtype)
     return model
-
-
-def _dense_of(module: QuantLinear | QuantEmbedding) -> nn.Module:
-    weight = nn.Parameter(_values(module).to(module.dtype))
-    n, k = weight.shape
-    made: nn.Linear | nn.Embedding
-    if isinstance(module, ScaledQuantEmbedding):
-        made = ScaledEmbedding(weight, module.padding_idx, module.embed_scale)
-    elif isinstance(module, QuantEmbedding):
-        made = nn.Embedding(n, k, module.padding_idx, device="meta", dtype=weight.dtype)
-    else:
-        made = nn.Linear(k, n, device="meta", dtype=weight.dtype)
-        made.register_parameter("bias", module._parameters["bias"])
-    made.weight = weight
-    return made
-
-
-def _values(module: PackedModule) -> torch.Tensor:  # (N, K) fp32, in the order of x
-    values = module.quant_tensor().dequantize()
-    if isinstance(module, ReorderedLinear):
-        values = values.index_select(1, torch.argsort(module.input_order.detach()))
-    return values
 
 
 def _load_dense(
@@ -213,7 +203,7 @@ def _load_native(
         head = model.get_output_embeddings()
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear) and module is not head:
-                weight = quantize(_values(module), format)
+                weight = quantize(values_of(module), format)
                 made = QuantLinear.from_quant_tensor(weight, module._parameters["bias"])
                 put(model, name, made)
     if dtype is not None:

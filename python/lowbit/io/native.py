@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.files import shown
@@ -69,9 +70,15 @@ def dense_source(name: str, t: Tensor) -> Source:
 
 
 def write_checkpoint(
-    path: Path, sources: list[Source], header: Header, metadata: Mapping[str, str] | None = None
+    path: Path,
+    sources: list[Source],
+    header: Header,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    marked: bool = False,
 ) -> None:
-    """Writes one file of a checkpoint; `metadata` are entries besides the header's.
+    """Writes one file of a checkpoint; `metadata` are entries besides the header's, and a file that
+    transformers may come across is `marked` (`marker_of`).
 
     Raises:
         TypeError, ValueError: as `safetensors_file.write`; or a dense tensor has the name of a layer or of
@@ -79,7 +86,19 @@ def write_checkpoint(
             Nothing is written then.
     """
     check_names(sources, header)
-    write(path, sources, {**(metadata or {}), **header.metadata()})
+    marker = [dense_source(name, t) for name, t in marker_of(header).items() if marked]
+    write(path, [*sources, *marker], {**(metadata or {}), **header.metadata()})
+
+
+def marker_of(header: Header) -> dict[str, Tensor]:
+    """An empty tensor m.weight, uint8 (0,), of the layer m that sorts first, by its name; none without layers.
+
+    transformers without lowbit takes a file for a dense one and would make up the weights; it
+    refuses one of another shape.
+    """
+    first = min(header.layers, default=None)
+    empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+    return {} if first is None else {f"{prefix_of(first)}weight": empty}
 
 
 def check_names(sources: list[Source], header: Header) -> None:

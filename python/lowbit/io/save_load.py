@@ -55,7 +55,8 @@ def save(
 
     The extra state of a module (`get_extra_state`) is written too: a dict with strings as keys, a list,
     str, int, float, bool, None, a tensor, or these within each other. Hooks of state dicts are not
-    called: what they add is not written.
+    called: what they add is not written. Files of a model of transformers also hold what makes it refuse them
+    where lowbit is not imported (`lowbit.io.native.marker_of`).
 
     Args:
         model_or_state: a module, or names with Tensors, QuantTensors and extra states.
@@ -81,7 +82,7 @@ def save(
     if limit is not None and Path(path).suffix == SUFFIX:
         raise ValueError(f"path must be a folder with max_shard_size, got {path}")
     if isinstance(model_or_state, nn.Module):
-        sources, header = _module_sources(model_or_state)
+        sources, header = module_sources(model_or_state)
     elif isinstance(model_or_state, Mapping):
         sources, header = _state_sources(model_or_state)
     else:
@@ -89,11 +90,12 @@ def save(
             f"model_or_state must be an nn.Module or a mapping, got {type(model_or_state).__name__}"
         )
     file = Path(path)
+    marked = hasattr(model_or_state, "save_pretrained")  # a model of transformers
     if limit is not None:
-        return write_shards(file, sources, header, limit)
+        return write_shards(file, sources, header, limit, marked=marked)
     if file.suffix != SUFFIX:
         file = file / FILE_NAME
-    write_checkpoint(file, sources, header)
+    write_checkpoint(file, sources, header, marked=marked)
     return file
 
 
@@ -162,7 +164,12 @@ class _Collector:
         self.sources.append(layer_source(name, format, shape, make))
 
 
-def _module_sources(model: nn.Module) -> tuple[list[Source], Header]:
+def module_sources(model: nn.Module) -> tuple[list[Source], Header]:
+    """What `save` writes of a model: tensors to be made, and their meaning.
+
+    Raises:
+        TypeError, ValueError: as `save`.
+    """
     found = _Collector()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedModule):

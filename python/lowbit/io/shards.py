@@ -34,7 +34,9 @@ def parse_size(size: int | str) -> int:
     return found
 
 
-def write_shards(folder: Path, sources: list[Source], header: Header, limit: int) -> Path:
+def write_shards(
+    folder: Path, sources: list[Source], header: Header, limit: int, *, marked: bool = False
+) -> Path:
     """Writes a checkpoint to a folder, in files of at most `limit` bytes of tensors; the tensors of one layer stay
     together, whatever they take. If they fit one file, it has no index.
 
@@ -48,7 +50,7 @@ def write_shards(folder: Path, sources: list[Source], header: Header, limit: int
     check_names(sources, header)
     parts = _split(sources, limit)
     if len(parts) == 1:
-        write_checkpoint(folder / FILE_NAME, sources, header)
+        write_checkpoint(folder / FILE_NAME, sources, header, marked=marked)
         return folder / FILE_NAME
     if (folder / FILE_NAME).exists():
         raise ValueError(f"path must hold no other checkpoint, got {folder / FILE_NAME}")
@@ -64,7 +66,7 @@ def write_shards(folder: Path, sources: list[Source], header: Header, limit: int
                 for name, how in header.layers.items()
                 if f"{prefix_of(name)}codes" in names
             }
-            write_checkpoint(place / file, part, Header(layers, tied, extra))
+            write_checkpoint(place / file, part, Header(layers, tied, extra), marked=marked)
             weight_map.update(dict.fromkeys(names, file))
         total = sum(map(_size, sources))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lowbit.files import staged, write_atomically
 from lowbit.formats import Format
+from lowbit.io.foreign import CONFIG_NAME
 from lowbit.io.native import Header, layer_source, write_checkpoint
 from lowbit.io.readers.dense import WEIGHT_DTYPES, DenseFile, DenseReader
 from lowbit.io.safetensors_file import FILE_NAME, INDEX_NAME, Source, tensor_files
@@ -117,7 +118,8 @@ def quantize_file(
             path = place / (reader.path.name if source.is_dir() else target.name)
             sources = _sources(reader, plan, report, advance, on_layer)
             layers = {name: (_format(rule), _shape(reader, name)) for name, rule in plan.items()}
-            write_checkpoint(path, sources, Header(layers, {}), reader.metadata)
+            marked = (source / CONFIG_NAME).is_file()
+            write_checkpoint(path, sources, Header(layers, {}), reader.metadata, marked=marked)
             for specs in (s.specs for s in sources):
                 weight_map.update(dict.fromkeys(specs, path.name))
                 size += sum(torch.Size(s).numel() * d.itemsize for s, d in specs.values())

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lowbit import late
 from lowbit.methods.fitting import check_importance
 from lowbit.methods.grid import check_weight
 from lowbit.methods.registry import calibrates, check_options, default_method, keywords, quantize
@@ -218,6 +219,7 @@ def quantize_model(
         note_unscaled(report, scalings, folded)
         if fuse:
             fuse_siblings(model)
+    late.quantized(model)
     return report
 
 

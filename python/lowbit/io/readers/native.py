@@ -18,6 +18,8 @@ from lowbit.io.readers.base import Reader, TensorInfo, dense_info
 from lowbit.io.safetensors_file import SafetensorsFile, Specs, tensor_files
 from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, stored_bytes, tensor_specs
 
+_MARKER = ((0,), torch.uint8)  # `lowbit.io.native.marker_of`
+
 
 class NativeReader(Reader):
     """An open checkpoint of one or more files whose header agrees with its tensors.
@@ -30,6 +32,7 @@ class NativeReader(Reader):
         path: as given.
         header: the headers of all files together.
         dense: shape and dtype of every stored tensor that belongs to no layer.
+        markers: the names of the tensors that keep transformers without lowbit away.
         inner: the names of the tensors, stored or tied, that belong to an extra state in the header.
     """
 
@@ -38,17 +41,25 @@ class NativeReader(Reader):
     def __init__(self, path: str | os.PathLike[str], mmap: bool = True) -> None:
         self.path = Path(path)
         self.header = Header({}, {})
+        self.markers: set[str] = set()
         self._files: dict[str, SafetensorsFile] = {}
         specs: Specs = {}
         for file in tensor_files(self.path):
             opened = SafetensorsFile(file, mmap)
             header = parse_header(file, opened.metadata)
-            for name in (
-                (set(opened.specs) & set(specs))
-                | (set(header.layers) & set(self.header.layers))
-                | (set(header.extra) & set(self.header.extra))
-            ):
+            for name in set(opened.specs) & set(specs):
                 raise ValueError(f"{file}: {shown(name)} is in another file of the checkpoint too")
+            # Each file of transformers has the whole header.
+            own: tuple[tuple[Mapping[str, object], Mapping[str, object]], ...] = (
+                (header.layers, self.header.layers),
+                (header.extra, self.header.extra),
+            )
+            for new, old in own:
+                for name in new.keys() & old.keys():
+                    if new[name] != old[name]:
+                        raise ValueError(
+                            f"{file}: {shown(name)} is in another file of the checkpoint too"
+                        )
             self.header.layers.update(header.layers)
             self.header.tied.update(header.tied)
             self.header.extra.update(header.extra)
@@ -99,6 +110,9 @@ class NativeReader(Reader):
         """Compares the tensors of a layer with its format and takes them out of `specs`."""
         prefix = prefix_of(name)
         expected = tensor_specs(format, *shape)
+        if specs.get(f"{prefix}weight") == _MARKER:
+            del specs[f"{prefix}weight"]
+            self.markers.add(f"{prefix}weight")
         for key in TENSOR_NAMES:
             full = prefix + key
             found = specs.pop(full, None)

@@ -1,0 +1,71 @@
+"""Adapters of PEFT on packed linears: LoRA and "all-linear".
+
+PEFT has no registry, so `import lowbit` adds these to its LoRA when that is imported; nothing is to be registered, and
+an adapter loads as one of a dense model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners import tuners_utils
+from peft.tuners.lora import layer, model
+from torch import nn
+
+from lowbit.integrations.dense import dense_of
+from lowbit.nn import QuantLinear
+
+
+class QuantLoraLinear(layer.Linear):  # type: ignore[misc]
+    """LoRA on a `QuantLinear`; only the adapter is trained.
+
+    Merging makes the layer dense, which holds the sum exactly; `lowbit.quantize_model` packs it
+    again. Unmerging gives the packed layer back, bit for bit.
+    """
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to a dense copy of the weight, which takes the place of the packed layer."""
+        base: Any = self.get_base_layer()
+        if tuners_utils.check_adapters_to_merge(self, adapter_names) and isinstance(
+            base, QuantLinear
+        ):
+            self._packed = (base,)  # a tuple: no child
+            dense: Any = dense_of(base)
+            dense.requires_grad_(False)
+            if dense.bias is not None:
+                dense.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
+            self.base_layer = dense
+        super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Puts the packed layer back."""
+        super().unmerge()
+        if packed := self.__dict__.pop("_packed", None):
+            (self.base_layer,) = packed
+
+
+def _dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
+    wrapped = isinstance(target, tuners_utils.BaseTunerLayer)
+    base: Any = target.get_base_layer() if wrapped else target  # type: ignore[operator]
+    if isinstance(base, QuantLinear) and kwargs.get("parameter_name") is None:
+        kwargs.pop("parameter_name", None)
+        return QuantLoraLinear(target, adapter_name, config=config, **kwargs)
+    return _default(target, adapter_name, config=config, **kwargs)
+
+
+def _all_linear(config: Any, module: nn.Module) -> Any:
+    targets = getattr(config, "target_modules", None)
+    every = isinstance(targets, str) and targets.lower() == "all-linear"
+    made = _dense_linear(config, module)
+    if every:
+        get_head: Any = getattr(module, "get_output_embeddings", None)
+        head = None if get_head is None else get_head()
+        made.target_modules = {
+            *made.target_modules,
+            *(n for n, m in module.named_modules() if isinstance(m, QuantLinear) and m is not head),
+        }
+    return made
+
+
+_default, _dense_linear = model.dispatch_default, tuners_utils._maybe_include_all_linear_layers
+model.dispatch_default, tuners_utils._maybe_include_all_linear_layers = _dispatch, _all_linear

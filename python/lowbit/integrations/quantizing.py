@@ -1,0 +1,450 @@
+"""What happens to a model of transformers in a quantized `from_pretrained`, and what `save_pretrained` writes."""
+
+from __future__ import annotations
+
+import copy
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+
+from lowbit.files import cut, shown
+from lowbit.formats import Format
+from lowbit.integrations.dense import dense_of
+from lowbit.integrations.pretrained import conv1d_again, linears_for, plain_linears, put
+from lowbit.io.native import marker_of, prefix_of
+from lowbit.io.readers.native import NativeReader
+from lowbit.io.save_load import module_sources
+from lowbit.methods.grid import check_weight
+from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
+from lowbit.nn.embedding import packed_embedding
+from lowbit.nn.names import Rule, Selection
+from lowbit.nn.surgery import replace
+from lowbit.nn.weight import HasPackedWeight
+from lowbit.ptq.model import Method, check_rules
+from lowbit.ptq.plan import plan_layers
+from lowbit.ptq.report import Report
+from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, tensor_specs
+
+_SHOWN = 8
+
+
+class Job(ABC):
+    """One call of `from_pretrained`, from the empty model to the loaded one."""
+
+    def quantizes(self, name: str) -> bool:
+        """Whether this tensor of a dense checkpoint is quantized as it is read."""
+        return False
+
+    def operation(self) -> ConversionOps:
+        """What quantizes it."""
+        raise NotImplementedError("nothing is quantized on load")
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Puts the packed modules in their places, when all tensors are read."""
+
+
+class OnLoad(Job):
+    """Quantizes a dense checkpoint, a tensor at a time, as `lowbit.quantize_model` does a model.
+
+    What transformers makes up because the checkpoint lacks it (a new head) stays dense.
+
+    Raises:
+        TypeError, ValueError: as `quantize_model`; the first of weights that cannot be quantized is
+            named by `finish`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        selection: Selection,
+        method: str | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._model = model
+        # `model.tie_weights` does nothing while transformers makes a model.
+        for name, first in model.all_tied_weights_keys.items():
+            module, key = model.get_submodule(_owner(name)), name.rpartition(".")[2]
+            setattr(module, key, model.get_parameter(first))
+        with plain_linears(model) as transposed:
+            found = plan_layers(model, selection, Report(), stacklevel=5)
+        self._plan = {
+            names: (rule.completed(method, options), weight)
+            for names, (rule, weight) in found.items()
+        }
+        check_rules([rule for rule, _ in self._plan.values()], False)
+        self._transposed = transposed
+        planned = {name for names in self._plan for name in names}
+        # A weight that something else has too must be there when that is tied to it.
+        dense = {
+            id(p)
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if name.rpartition(".")[0] not in planned
+        }
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._taken: dict[str, tuple[Rule, Any]] = {
+            f"{name}.weight": (rule, (weight, rule.format))
+            for names, (rule, weight) in self._plan.items()
+            if id(parameters[f"{names[0]}.weight"]) not in dense
+            for name in names
+        }
+        self._made: dict[Any, tuple[QuantTensor, torch.dtype]] = {}
+        self._errors: list[Exception] = []
+
+    def quantizes(self, name: str) -> bool:
+        """By the plan."""
+        return name in self._taken
+
+    def operation(self) -> ConversionOps:
+        """One for every tensor."""
+        return _Take(self)
+
+    def take(self, name: str, weight: Tensor) -> None:
+        """Quantizes a weight, as it is stored; the dense one is not kept."""
+        rule, key = self._taken[name]
+        if key not in self._made:
+            try:
+                self._quantize(name.removesuffix(".weight"), rule, key, weight)
+            except (TypeError, ValueError) as e:
+                self._errors.append(type(e)(f"{name.removesuffix('.weight')}: {e}"))
+
+    def _quantize(self, name: str, rule: Rule, key: Any, weight: Tensor) -> None:
+        values = weight.detach()
+        values = values.t() if name in self._transposed else values
+        check_weight(values, rule.format.without_outliers)  # type: ignore[union-attr]
+        made = Method(rule, None)(self._model.get_submodule(name), values.contiguous())
+        self._made[key] = made, weight.dtype
+
+    def finish(self) -> None:
+        """Raises what the first weight that cannot be quantized raised."""
+        if self._errors:
+            raise self._errors[0]
+        packed: dict[Any, PackedModule] = {}
+        for names, (rule, identity) in self._plan.items():
+            key = identity, rule.format
+            dense: Any = self._model.get_submodule(names[0])
+            if key not in self._made:
+                if not getattr(dense.weight, "_is_hf_initialized", False):
+                    continue
+                self._quantize(names[0], rule, key, dense.weight)
+            linears_for(self._model, names)
+            dense = self._model.get_submodule(names[0])
+            weight, dtype = self._made[key]
+            made = _packed(dense, weight, packed.get(key), dense._parameters.get("bias"))
+            packed.setdefault(key, made)
+            replace(self._model, names, made)
+            made.set_weight_dtype(dtype)  # after `replace`, which takes that of the empty module
+        self._made.clear()
+        if meta := [name for name, p in self._model.named_parameters() if p.is_meta]:
+            raise ValueError(f"the checkpoint lacks {_list(meta)}")
+
+
+class _Take(ConversionOps):  # type: ignore[misc]
+    """Hands tensors of a dense checkpoint to the job that quantizes them."""
+
+    def __init__(self, job: OnLoad) -> None:
+        self._job = job
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: Any = None,
+        target_patterns: Any = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The tensors that are not quantized."""
+        left = {}
+        for name, value in input_dict.items():
+            if self._job.quantizes(name):
+                self._job.take(name, value[0] if isinstance(value, list) else value)
+                if missing_keys is not None:
+                    missing_keys.discard(name)
+            else:
+                left[name] = value
+        return left
+
+
+class _Slot(HasPackedWeight):
+    """Where a packed module will be: its canonical tensors while transformers reads them, or none if
+    it shares those of another one.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, int]
+
+    def __init__(self, dense: nn.Linear | nn.Embedding, format: Format | None) -> None:
+        super().__init__()
+        self.dense, self.format = (dense,), format  # a tuple: no child
+        self.dtype, self.shape = dense.weight.dtype, tuple(dense.weight.shape)  # type: ignore[assignment]
+        specs = {} if format is None else tensor_specs(format, *self.shape)
+        for name, (shape, dtype) in specs.items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+        self.register_parameter("bias", dense._parameters.get("bias"))
+
+    def weight_spec(self) -> tuple[Sequence[int], torch.dtype, torch.device]:
+        """Of a weight without values."""
+        return self.shape, self.dtype, torch.device("meta")
+
+    def set_weight_dtype(self, dtype: torch.dtype) -> None:
+        """Sets the dtype of `weight`."""
+        self.dtype = dtype
+
+    def learnable_parts(self) -> list[str]:
+        """None."""
+        return []
+
+    def packed(self, first: PackedModule | None) -> PackedModule:
+        """The module, of the tensors that were read or of those of `first`."""
+        if first is not None:
+            return _packed(self.dense[0], None, first, self._parameters["bias"])
+        assert self.format is not None
+        specs = tensor_specs(self.format, *self.shape)
+        # Models keep some layers in fp32, by their names: their scales come back to their own dtype.
+        tensors = {name: self._buffers[name].to(dtype) for name, (_, dtype) in specs.items()}  # type: ignore[union-attr]
+        weight = QuantTensor(self.format, self.shape, tensors).validate()
+        order = self._parameters.get("input_order")
+        made = _packed(self.dense[0], weight, None, self._parameters["bias"], order)
+        if (scale := self._parameters.get("input_scale")) is not None:
+            assert isinstance(made, QuantLinear)
+            made.set_input_scale(scale)
+        return made
+
+    @property
+    def own(self) -> list[str]:
+        """What does not move on to the packed module."""
+        return ["dense", "format", "dtype", "shape", "input_order", "input_scale", *TENSOR_NAMES]
+
+
+class Stored(Job):
+    """Loads a checkpoint of lowbit: transformers reads the canonical tensors by their names.
+
+    Layers that the model lacks, and tensors that the checkpoint lacks, are errors if the model is of
+    the class that was saved; else they are what transformers makes of them: a head that is not
+    used, or one that is made up.
+
+    Args:
+        model: empty, on the meta device.
+        dtype: of what is dense.
+        files: those of the checkpoint.
+
+    Raises:
+        ValueError: as `lowbit.load`.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, files: list[str] | None) -> None:
+        if not files or not all(str(file).endswith(".safetensors") for file in files):
+            raise ValueError(
+                f"a checkpoint of lowbit must be .safetensors files, got {files or 'a state dict'}"
+            )
+        self._model = model
+        self._path = Path(files[0] if len(files) == 1 else Path(files[0]).parent)
+        self._reader = NativeReader(self._path)
+        header, self._dense = self._reader.header, self._reader.dense
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        layers = {self._name(name): how for name, how in header.layers.items()}
+        stored = {self._name(name): name for name in header.layers}
+        tied = {
+            self._name(name): self._name(first)
+            for name, first in header.tied.items()
+            if first in header.layers
+        }
+        self._tied = {**tied, **self._tied_by_model(layers)}
+        saved = type(model).__name__ in (model.config.architectures or ())
+        if saved and (lost := [stored[n] for n in layers if n not in self._modules]):
+            raise ValueError(f"{self._path}: the model has no layers {_list(lost)}")
+        linears_for(model, [*layers, *self._tied])
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._slots: dict[str, _Slot] = {}
+        self._dtypes = model._get_dtype_plan(dtype)
+        for name, (format, shape) in layers.items():
+            self._put(name, format, shape, stored[name])
+        for name, first in self._tied.items():
+            self._put(name, None, layers[first][1], name)
+        self._all_ties = dict(model.all_tied_weights_keys)
+        ties = {
+            n: f for n, f in self._all_ties.items() if not {_owner(n), _owner(f)} & {*self._slots}
+        }
+        model.all_tied_weights_keys = ties
+        self._unexpected = model._keys_to_ignore_on_load_unexpected
+        if markers := self._reader.markers:
+            known = {rf"(^|\.){re.escape(self._tensor(name))}$" for name in markers}
+            model._keys_to_ignore_on_load_unexpected = {*(self._unexpected or ()), *known}
+        if saved:
+            self._check_dense()
+
+    def _name(self, name: str) -> str:
+        """The model's name of what the checkpoint calls `name`, with or without the prefix of a head's base."""
+        prefix = f"{self._model.base_model_prefix}."
+        every = (name, name.removeprefix(prefix), prefix + name)
+        return next((n for n in every if n in self._modules), name)
+
+    def _tied_by_model(self, layers: Iterable[str]) -> dict[str, str]:
+        """Modules that the model ties to a layer and that the checkpoint does not mention."""
+        found = {}
+        for pair in self._model.all_tied_weights_keys.items():
+            for name, first in (pair, pair[::-1]):
+                if (
+                    _owner(first) in layers
+                    and _owner(name) not in layers
+                    and name not in self._dense
+                ):
+                    found[_owner(name)] = _owner(first)
+        return found
+
+    def _put(self, name: str, format: Format | None, shape: tuple[int, int], stored: str) -> None:
+        dense = self._modules.get(name)
+        if dense is None:
+            return
+        if not isinstance(dense, nn.Linear | nn.Embedding):
+            kind = type(dense).__name__
+            raise ValueError(
+                f"{self._path}: layer {shown(name)} is a {kind}, not an nn.Linear or nn.Embedding"
+            )
+        if tuple(dense.weight.shape) != shape:
+            raise ValueError(
+                f"{self._path}: layer {shown(name)} has shape {tuple(dense.weight.shape)} in the model, {shape} in "
+                "the file"
+            )
+        slot = _Slot(dense, format)
+        for own in ("input_scale", "input_order"):
+            if (spec := self._dense.get(f"{prefix_of(stored)}{own}")) is not None:
+                empty = torch.empty(spec[0], dtype=spec[1], device="meta")
+                slot.register_parameter(own, nn.Parameter(empty, requires_grad=False))
+        names = [n for n, module in self._modules.items() if module is dense]
+        replace(self._model, names, slot)
+        for pattern, dtype in self._dtypes.items():
+            if re.search(rf"(^|\.){pattern}($|\.)", name):
+                slot.set_weight_dtype(dtype)
+        self._slots.update(dict.fromkeys(names, slot))
+
+    def _check_dense(self) -> None:
+        """Transformers makes up what a checkpoint lacks: here it is damaged."""
+        model = self._model
+        names = {*model.state_dict(keep_vars=True)}
+        has = {self._tensor(n) for n in (*self._dense, *self._reader.header.extra)}
+        has |= {f"{n}.{key}" for n, slot in self._slots.items() for key in slot._buffers}
+        pairs = [*model.all_tied_weights_keys.items()]
+        for _ in range(2):  # a tie may go through another one
+            has |= {n for a, b in pairs for n in (a, b) if a in has or b in has}
+        may = model._keys_to_ignore_on_load_missing or ()
+        lost = [n for n in names - has if not any(re.search(p, n) for p in may)]
+        if lost:
+            raise ValueError(f"{self._path} does not fit the model: it lacks {_list(sorted(lost))}")
+
+    def _tensor(self, name: str) -> str:
+        module, _, key = name.rpartition(".")
+        return prefix_of(self._name(module)) + key
+
+    def finish(self) -> None:
+        """Checks the values that were read."""
+        model = self._model
+        done: dict[str, PackedModule] = {}
+        for slot in dict.fromkeys(self._slots.values()):
+            names = [name for name, other in self._slots.items() if other is slot]
+            first = self._tied.get(names[0])
+            try:
+                made = slot.packed(None if first is None else done[first])
+            except (TypeError, ValueError) as e:
+                raise type(e)(f"{self._path}: layer {shown(names[0])}: {e}") from e
+            replace(model, names, made, own=slot.own)
+            made.set_weight_dtype(slot.dtype)
+            done.update(dict.fromkeys(names, made))
+        for name in self._reader.header.extra:
+            module = self._modules.get(self._name(_owner(name)))
+            if module is not None:
+                module.set_extra_state(self._reader.extra(name))
+        model.all_tied_weights_keys = self._all_ties
+        model._keys_to_ignore_on_load_unexpected = self._unexpected
+        self._modules.clear()
+
+
+def _packed(
+    dense: nn.Module,
+    weight: QuantTensor | None,
+    first: PackedModule | None,
+    bias: Tensor | None,
+    order: Tensor | None = None,
+) -> PackedModule:
+    """What takes the place of a dense module: of a weight, or sharing that of `first`."""
+    made: PackedModule
+    if isinstance(dense, nn.Embedding):
+        weight = first.quant_tensor() if weight is None else weight  # type: ignore[union-attr]
+        made = packed_embedding(dense, weight, dense.weight.dtype)
+        if first is not None:
+            made.share_weight(first)
+    elif first is not None:
+        made = QuantLinear.tied_to(first, bias)
+    elif order is not None:
+        made = ReorderedLinear.from_ordered(weight, order, bias)  # type: ignore[arg-type]
+    else:
+        made = QuantLinear.from_quant_tensor(weight, bias)  # type: ignore[arg-type]
+    return made.train(dense.training)
+
+
+def state_to_save(
+    model: PreTrainedModel, config: object
+) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+    """The tensors and the metadata of a checkpoint of lowbit; names are those of the model, whatever
+    transformers calls them in dense checkpoints. Nothing if adapters alone are saved, or no
+    module is packed any more, and then config.json does not say so either.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return None, {}
+    if not any(isinstance(module, PackedModule) for module in model.modules()):
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        return None, {}
+    model.config.quantization_config = config
+    model._weight_conversions = []  # type: ignore[assignment]
+    sources, header = module_sources(model)
+    state = {name: t for source in sources for name, t in source.make().items()}
+    state.update(marker_of(header))
+    return state, header.metadata()
+
+
+def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Puts dense modules of the same values in the place of packed ones, in `dtype`; what shares a weight
+    still does.
+
+    Raises:
+        NotImplementedError: a packed module is neither a linear nor an embedding. Nothing is changed then.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    packed = {name: m for name, m in modules.items() if isinstance(m, PackedModule)}
+    for name, module in packed.items():
+        if not isinstance(module, QuantLinear | QuantEmbedding):
+            raise NotImplementedError(
+                f"{name} is a {type(module).__name__}; expected a linear or an embedding"
+            )
+    with torch.device("meta"):
+        empty = type(model)(copy.deepcopy(model.config))
+    kinds = dict(empty.named_modules())
+    weights: dict[int, nn.Parameter] = {}
+    made: dict[int, nn.Module] = {}
+    for name, module in packed.items():
+        if id(module) not in made:
+            dense: Any = dense_of(module, dtype)  # type: ignore[arg-type]
+            dense.weight = weights.setdefault(id(module._buffers), dense.weight)
+            made[id(module)] = dense.train(module.training)
+        put(model, name, made[id(module)])
+    conv1d_again(model, [n for n in packed if isinstance(kinds.get(n), Conv1D)])
+    if "_weight_conversions" in vars(model):
+        del model._weight_conversions
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(cut(name) for name in names[:_SHOWN]) + more
