@@ -265,3 +265,13 @@ def test_what_left_the_window_is_not_read():
         assert (got - expected[i]).abs().max() < bound(oracle, expected)
     # The window of position 128 begins at 59.
     assert decoder.forward(IDS[128:129], 128).isnan().all()
+
+
+def test_a_prompt_of_several_parts():
+    """A call takes so many tokens apart; keys and values of all positions must be there, in the last layer too."""
+    packed, oracle = tiny("llama3", max_position_embeddings=1100)
+    ids = torch.randint(VOCAB, (1060,), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected = oracle(ids[None]).logits[0]
+    got = CompiledDecoder(packed, 1060).forward(ids, 0)
+    assert (got - expected[-1]).abs().max() < bound(oracle, expected)
