@@ -411,11 +411,18 @@ def test_damaged_states(extra: Any, message: str, tmp_path: Path):
 
 
 def test_a_state_in_two_files(tmp_path: Path):
-    header = {"lowbit": json.dumps({"version": 1, "layers": {}, "extra": {"a._extra_state": 1}})}
-    for name in "ab":
-        save_file({name: torch.ones(1)}, tmp_path / name, header)
+    """The same one is in each file that transformers writes; two that differ contradict each other."""
+
+    def write(name: str, state: int) -> None:
+        extra = {"version": 1, "layers": {}, "extra": {"a._extra_state": state}}
+        save_file({name: torch.ones(1)}, tmp_path / name, {"lowbit": json.dumps(extra)})
+
+    write("a", 1)
+    write("b", 1)
     index = {"weight_map": {"a": "a", "b": "b"}}
     (tmp_path / safetensors_file.INDEX_NAME).write_text(json.dumps(index))
+    assert load_tensors(tmp_path).keys() == {"a", "b", "a._extra_state"}
+    write("b", 2)
     with pytest.raises(ValueError, match=r"'a\._extra_state' is in another file of the checkpoint"):
         load_tensors(tmp_path)
 
