@@ -56,7 +56,7 @@ def _dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) 
 def _all_linear(config: Any, module: nn.Module) -> Any:
     targets = getattr(config, "target_modules", None)
     every = isinstance(targets, str) and targets.lower() == "all-linear"
-    made = _dense_linear(config, module)
+    made: Any = _dense_linear(config, module)
     if every:
         get_head: Any = getattr(module, "get_output_embeddings", None)
         head = None if get_head is None else get_head()
@@ -67,5 +67,7 @@ def _all_linear(config: Any, module: nn.Module) -> Any:
     return made
 
 
-_default, _dense_linear = model.dispatch_default, tuners_utils._maybe_include_all_linear_layers
-model.dispatch_default, tuners_utils._maybe_include_all_linear_layers = _dispatch, _all_linear
+_lora: Any = model
+_tuners: Any = tuners_utils
+_default, _dense_linear = _lora.dispatch_default, _tuners._maybe_include_all_linear_layers
+_lora.dispatch_default, _tuners._maybe_include_all_linear_layers = _dispatch, _all_linear
