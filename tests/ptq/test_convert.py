@@ -132,7 +132,9 @@ def test_a_folder_of_transformers(shards: str, tmp_path: Path):
         }
         assert len(files) > 2
         assert all(name in files[file] for name, file in index["weight_map"].items())
-        assert sum(map(len, files.values())) == len(index["weight_map"])
+        # Besides the empty tensor that keeps transformers without lowbit away from a file.
+        stored = [name for file in files.values() for name, t in file.items() if t.numel()]
+        assert sorted(stored) == sorted(index["weight_map"])
         size = sum(t.nbytes for file in files.values() for t in file.values())
         assert index["metadata"]["total_size"] == size
     loaded = load(llama(), tmp_path / "small")
