@@ -266,19 +266,23 @@ def test_accelerate_saves_and_offloads(name: str, tmp_path: Path) -> None:
 def test_transformers_saves(tied: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
 
-    def model() -> nn.Module:
+    def model(format: str = "nf4") -> nn.Module:
         config = transformers.LlamaConfig(
             vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
         )  # fmt: skip
         made = transformers.LlamaForCausalLM(config).eval()
-        lowbit.quantize_model(made, {".*": "nf4"}, skip=(), progress=False)
+        lowbit.quantize_model(made, {".*": format}, skip=(), progress=False)
         return made
 
-    saved = model()
+    saved, other = model(), model()
     saved.save_pretrained(tmp_path)
-    other = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
-    assert saved.state_dict().keys() == other.state_dict().keys()
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=not tied)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert again.state_dict().keys() == saved.state_dict().keys()
     ids = torch.arange(8)[None]
     with torch.no_grad():
-        assert torch.equal(other(ids).logits, saved(ids).logits)
+        for loaded in (other, again):
+            assert torch.equal(loaded(ids).logits, saved(ids).logits)
+    with pytest.raises(RuntimeError, match="format must be 'fp4'"):  # tensors of the same shapes
+        model("fp4").load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)

@@ -275,8 +275,8 @@ class Stored(Job):
         }
         model.all_tied_weights_keys = ties
         self._unexpected = model._keys_to_ignore_on_load_unexpected
-        if markers := self._reader.markers:
-            known = {rf"(^|\.){re.escape(self._tensor(name))}$" for name in markers}
+        if beside := self._reader.beside:
+            known = {rf"(^|\.){re.escape(self._tensor(name))}$" for name in beside}
             model._keys_to_ignore_on_load_unexpected = {*(self._unexpected or ()), *known}
         if saved:
             self._check_dense()
@@ -408,6 +408,9 @@ def state_to_save(
     sources, header = module_sources(model)
     state = {name: t for source in sources for name, t in source.make().items()}
     state.update(marker_of(header))
+    # For `load_state_dict` of such a file, which does not see the header.
+    layers = {f"{prefix_of(n)}_extra_state": model.get_submodule(n) for n in header.layers}
+    state.update({name: layer.get_extra_state() for name, layer in layers.items()})  # type: ignore[misc]
     return state, header.metadata()
 
 

@@ -23,6 +23,7 @@ from lowbit.files import shown
 from lowbit.formats import Format, as_format
 from lowbit.io import extra_state
 from lowbit.io.safetensors_file import Source, write
+from lowbit.nn import states
 from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, tensor_specs
 
 VERSION = 1
@@ -91,13 +92,10 @@ def write_checkpoint(
 
 
 def marker_of(header: Header) -> dict[str, Tensor]:
-    """An empty tensor m.weight, uint8 (0,), of the layer m that sorts first, by its name; none without layers.
-
-    transformers without lowbit takes a file for a dense one and would make up the weights; it
-    refuses one of another shape.
-    """
+    """`states.MARKER` of the layer that sorts first, by its name; none without layers."""
     first = min(header.layers, default=None)
-    empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+    shape, dtype = states.MARKER
+    empty = torch.empty(shape, dtype=dtype, device="cpu")
     return {} if first is None else {f"{prefix_of(first)}weight": empty}
 
 

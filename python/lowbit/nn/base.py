@@ -440,6 +440,8 @@ class PackedModule(HasPackedWeight):
             prefix + name
             for name in states.under(state_dict, prefix)
             if name not in known and name.split(".", 1)[0] not in self._modules
+            # Of a file that `save_pretrained` wrote.
+            if not (name == "weight" and states.is_marker(state_dict[prefix + name]))
         ]
 
 

@@ -16,6 +16,14 @@ from torch import Tensor
 from lowbit.formats import Format, as_format
 
 VERSION = 1
+# Shape and dtype of m.weight of a packed layer m in files that transformers may come across: without lowbit it takes
+# such a file for a dense one and would make the weights up, and it refuses a tensor of another shape.
+MARKER = ((0,), torch.uint8)
+
+
+def is_marker(value: object) -> bool:
+    """Whether a value of a state dict is a `MARKER`."""
+    return isinstance(value, Tensor) and (tuple(value.shape), value.dtype) == MARKER
 
 
 def under(state_dict: Mapping[str, Any], prefix: str) -> list[str]:

@@ -16,9 +16,8 @@ from lowbit.io import extra_state
 from lowbit.io.native import Header, parse_header, prefix_of
 from lowbit.io.readers.base import Reader, TensorInfo, dense_info
 from lowbit.io.safetensors_file import SafetensorsFile, Specs, tensor_files
+from lowbit.nn import states
 from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, stored_bytes, tensor_specs
-
-_MARKER = ((0,), torch.uint8)  # `lowbit.io.native.marker_of`
 
 
 class NativeReader(Reader):
@@ -32,7 +31,8 @@ class NativeReader(Reader):
         path: as given.
         header: the headers of all files together.
         dense: shape and dtype of every stored tensor that belongs to no layer.
-        markers: the names of the tensors that keep transformers without lowbit away.
+        beside: the names of tensors of layers that are for others: `states.MARKER`, and the extra states that
+            `load_state_dict` wants of a file that `save_pretrained` wrote.
         inner: the names of the tensors, stored or tied, that belong to an extra state in the header.
     """
 
@@ -41,7 +41,7 @@ class NativeReader(Reader):
     def __init__(self, path: str | os.PathLike[str], mmap: bool = True) -> None:
         self.path = Path(path)
         self.header = Header({}, {})
-        self.markers: set[str] = set()
+        self.beside: set[str] = set()
         self._files: dict[str, SafetensorsFile] = {}
         specs: Specs = {}
         for file in tensor_files(self.path):
@@ -110,9 +110,16 @@ class NativeReader(Reader):
         """Compares the tensors of a layer with its format and takes them out of `specs`."""
         prefix = prefix_of(name)
         expected = tensor_specs(format, *shape)
-        if specs.get(f"{prefix}weight") == _MARKER:
+        if specs.get(f"{prefix}weight") == states.MARKER:
             del specs[f"{prefix}weight"]
-            self.markers.add(f"{prefix}weight")
+            self.beside.add(f"{prefix}weight")
+        if (state := f"{prefix}_extra_state") in specs:
+            try:
+                states.check(self.tensor(state), format, shape)
+            except (TypeError, ValueError) as e:
+                raise ValueError(f"{self.path}: layer {shown(name)}: {e}") from e
+            del specs[state]
+            self.beside.add(state)
         for key in TENSOR_NAMES:
             full = prefix + key
             found = specs.pop(full, None)
