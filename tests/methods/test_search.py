@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
-
 import numpy as np
 import pytest
 import torch
+from interrupts import assert_stops
 from oracle import assert_codes_are_best, normal
 
 from lowbit import _C
@@ -321,31 +318,11 @@ def test_what_the_compiled_search_refuses():
 
 
 def test_an_interrupt_stops_the_search():
-    """Ctrl-C in the middle of some half a minute of work: KeyboardInterrupt within a second, on every thread."""
-    script = """
-    import numpy as np, os, signal, threading, time
-    from lowbit import _C
+    setup = """
     w = np.random.default_rng(0).standard_normal((2000, 16384), np.float32)
     scales, table = np.ones((2000, 512), np.float32), np.linspace(-1, 1, 256, dtype=np.float32)
-    def interrupt():
-        time.sleep(1.0)
-        global sent
-        sent = time.monotonic()
-        os.kill(os.getpid(), signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    threading.Thread(target=interrupt, daemon=True).start()
-    try:
-        ratios = np.linspace(0.1, 2, 64, dtype=np.float32)
-        _C.search_scales(w, None, 32, scales, None, 0, (24, -149, 1e38), table, ratios, 2)
-    except KeyboardInterrupt:
-        assert time.monotonic() - sent < 2, time.monotonic() - sent
-        print("stopped")
+    ratios = np.linspace(0.1, 2, 64, dtype=np.float32)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
+    assert_stops(
+        "_C.search_scales(w, None, 32, scales, None, 0, (24, -149, 1e38), table, ratios, 2)", setup
     )
-    assert done.stdout == "stopped\n", done.stderr[-2000:]

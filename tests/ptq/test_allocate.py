@@ -16,8 +16,7 @@ from torch import nn
 
 from lowbit.methods import quantize
 from lowbit.nn.names import Rule
-from lowbit.ptq import InputStatistics, allocate, knapsack, quantize_model
-from lowbit.ptq import model as model_module
+from lowbit.ptq import InputStatistics, allocate, calibration, knapsack, quantize_model
 
 ITEM = st.lists(st.tuples(st.integers(0, 40), st.floats(0, 100)), min_size=1, max_size=4)
 
@@ -192,7 +191,7 @@ def inputs_of(model: Net, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_calibration_gives_the_error_of_outputs(one_by_one, monkeypatch):
     if one_by_one:
-        monkeypatch.setattr(model_module, "_HESSIAN_BYTES", 1)
+        monkeypatch.setattr(calibration, "_HESSIAN_BYTES", 1)
     model = Net().eval()
     found = allocate(
         model, CANDIDATES, 3.2, calibration=iter(BATCHES), objective="output", progress=False

@@ -11,7 +11,7 @@ from torch import nn
 
 from lowbit import nn as qnn
 from lowbit.methods import quantize
-from lowbit.ptq import InputStatistics, collect, quantize_model
+from lowbit.ptq import InputStatistics, calibration, collect, quantize_model
 from lowbit.ptq import calibration as calibrate_module
 from lowbit.ptq import model as model_module
 from lowbit.ptq.progress import bar
@@ -110,7 +110,7 @@ def test_bad_inputs():
 def test_gptq_of_a_model(one_by_one: bool, monkeypatch: pytest.MonkeyPatch):
     """Each layer is what its inputs make of it; one by one, inputs come from quantized layers."""
     if one_by_one:
-        monkeypatch.setattr(model_module, "_HESSIAN_BYTES", 1)
+        monkeypatch.setattr(calibration, "_HESSIAN_BYTES", 1)
     model = Net().train()
     dense = {name: model.get_submodule(name).weight.detach().clone() for name in LAYERS}
     inputs = {name: inputs_of(model, name) for name in LAYERS}
@@ -187,7 +187,7 @@ def test_memory_is_bounded_layer_by_layer(limit: int, hessians: list[int], monke
 
     monkeypatch.setattr(calibrate_module, "InputStatistics", Tracked)
     monkeypatch.setattr(model_module, "quantize", counting)
-    monkeypatch.setattr(model_module, "_HESSIAN_BYTES", limit)
+    monkeypatch.setattr(calibration, "_HESSIAN_BYTES", limit)
     quantize_model(
         model, "int3_g32", method="gptq", calibration=BATCHES, progress=False, atomic=False
     )
@@ -199,7 +199,7 @@ def test_memory_is_bounded_layer_by_layer(limit: int, hessians: list[int], monke
 def test_progress_of_calibration_and_solving(one_by_one: bool, monkeypatch, capsys):
     """The bar moves for every input that is run and for every layer that is solved."""
     if one_by_one:
-        monkeypatch.setattr(model_module, "_HESSIAN_BYTES", 1)
+        monkeypatch.setattr(calibration, "_HESSIAN_BYTES", 1)
     events: list[str] = []
     totals: list[int] = []
 

@@ -12,8 +12,8 @@ from torch import nn
 from lowbit import nn as qnn
 from lowbit import qat
 from lowbit.nn import siblings
+from lowbit.ptq import calibration, quantize_llm_int8, quantize_model, smooth
 from lowbit.ptq import model as model_module
-from lowbit.ptq import quantize_llm_int8, quantize_model, smooth
 from lowbit.ptq import swap as swap_module
 
 
@@ -120,7 +120,7 @@ def test_any_part_raises(what: str, monkeypatch: pytest.MonkeyPatch):
         return inner(*args, **kwargs)
 
     monkeypatch.setattr(model_module, what, failing)
-    monkeypatch.setattr(model_module, "_HESSIAN_BYTES", 1)
+    monkeypatch.setattr(calibration, "_HESSIAN_BYTES", 1)
     with pytest.raises(RuntimeError, match="stop"):
         quantize_model(model, progress=False, fuse=True, **HOW["gptq"])
     assert snapshot(model) == before

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from lowbit.ops import checks
 from lowbit.ptq.padding import Padding
 
+T = TypeVar("T")
+
 # Rows of an input that are converted to fp32 at a time hold about this many values.
 _SLICE_VALUES = 1 << 22
+# The Hessians of one part of a model, calibrated together, take at most this, or are one.
+_HESSIAN_BYTES = 1 << 31
 # Of so many rows one is held out.
 _HELD_OUT_OF = 4
 # Inputs up to magnitudes beyond these are divided by a power of two: sums of squares fit fp32 then.
@@ -342,3 +346,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def parts(items: Iterable[T], hessian: Callable[[T], tuple[int, int]]) -> Iterator[list[T]]:
+    """Runs of layers, or groups of them, whose Hessians fit in memory together: `hessian` gives of
+    each how many it has, and of how many features.
+    """
+    part: list[T] = []
+    used = 0
+    for item in items:
+        count, features = hessian(item)
+        size = 4 * count * features**2
+        if part and used + size > _HESSIAN_BYTES:
+            yield part
+            part, used = [], 0
+        part.append(item)
+        used += size
+    if part:
+        yield part

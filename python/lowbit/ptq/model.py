@@ -24,7 +24,14 @@ from lowbit.nn import PackedModule, QuantLinear
 from lowbit.nn import fuse as fuse_siblings
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.names import DEFAULT_SKIP, Rule, Rules, Selection, listed
-from lowbit.ptq.calibration import InputStatistics, SplitStatistics, as_batches, attach, calibrate
+from lowbit.ptq.calibration import (
+    InputStatistics,
+    SplitStatistics,
+    as_batches,
+    attach,
+    calibrate,
+    parts,
+)
 from lowbit.ptq.given import (
     Given,
     Plan,
@@ -42,9 +49,6 @@ from lowbit.ptq.report import LayerReport, Report, measure
 from lowbit.ptq.scaling import SCALINGS, base_rule, check_scaling, note_unscaled, scaled
 from lowbit.ptq.swap import Swap, swapping
 from lowbit.weights.quantized import QuantTensor
-
-# The Hessians of one chunk of layers take at most this, or are one.
-_HESSIAN_BYTES = 1 << 31
 
 
 def quantize_model(
@@ -174,8 +178,8 @@ def quantize_model(
         if names[0] in hessians and rule.options.get("damping") == "auto"
     }
     copies = 2 if split else 1
-    parts = list(chunks(model, plan, hessians, copies)) if batches is not None else [list(plan)]
-    steps = len(plan) + len(parts) * len(batches or ())
+    runs = list(chunks(model, plan, hessians, copies)) if batches is not None else [list(plan)]
+    steps = len(plan) + len(runs) * len(batches or ())
     made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
     calibrated = {*learning, *observed}
     with (
@@ -183,7 +187,7 @@ def quantize_model(
         scaled(model, scalings, batches or (), atomic) as folded,
         bar(steps, "quantizing", progress) as advance,
     ):
-        for chunk in parts:
+        for chunk in runs:
             statistics: dict[str, InputStatistics | SplitStatistics] = {}
             if batches is not None:
                 firsts = [names[0] for names in chunk]
@@ -389,18 +393,12 @@ def chunks(
     """Runs of layers whose Hessians fit in memory together: so many copies for each layer of which
     the first name is among `hessians`.
     """
-    chunk: list[Names] = []
-    used = 0
-    for names in plan:
+
+    def hessian(names: Names) -> tuple[int, int]:
         features: Any = getattr(model.get_submodule(names[0]), "in_features", 0)
-        size = 4 * copies * features**2 if names[0] in hessians else 0
-        if chunk and used + size > _HESSIAN_BYTES:
-            yield chunk
-            chunk, used = [], 0
-        chunk.append(names)
-        used += size
-    if chunk:
-        yield chunk
+        return (copies if names[0] in hessians else 0), features
+
+    return parts(plan, hessian)
 
 
 def _scalings(model: nn.Module, plan: Plan, calibrated: bool) -> dict[str, Rule]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.nn.names import Rule
-from lowbit.ptq.calibration import InputStatistics, calibrate, evaluating, forward
+from lowbit.ptq.calibration import InputStatistics, calibrate, evaluating, forward, parts
 from lowbit.ptq.report import Report
 from lowbit.ptq.smooth import awq_scales, fold, smooth_scales
 
@@ -25,8 +25,6 @@ from lowbit.ptq.smooth import awq_scales, fold, smooth_scales
 SCALINGS: dict[str, dict[str, float]] = {"awq": {"grid": 20}, "smoothquant": {"alpha": 0.5}}
 # Linears of one parent whose products lie between them and another linear, feature by feature.
 _PAIRS = (("up_proj", "down_proj"), ("v_proj", "o_proj"))
-# The statistics of one chunk of groups take at most this, or are of one.
-_CHUNK_BYTES = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,12 @@ def scaled(
     changed = {id(p): p for group in groups for p in _parameters(model, group)}
     done: dict[str, str | None] = {}
     with _restored(changed.values(), always=False) if keep else contextlib.nullcontext():
-        for chunk in _chunks(model, groups, rules):
+
+        def hessian(group: Group) -> tuple[int, int]:
+            count = 1 if _rule(group, rules).method == "awq" else 0
+            return count, _linear(model, group.linears[0]).in_features
+
+        for chunk in parts(groups, hessian):
             first = [group.linears[0] for group in chunk]
             full = [
                 name
@@ -262,23 +265,6 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     if not found:
         raise ValueError("the model gives no floating tensor: scales cannot be checked")
     return found
-
-
-def _chunks(
-    model: nn.Module, groups: Sequence[Group], rules: Mapping[str, Rule]
-) -> Iterator[list[Group]]:
-    chunk: list[Group] = []
-    used = 0
-    for group in groups:
-        awq = _rule(group, rules).method == "awq"
-        size = 4 * _linear(model, group.linears[0]).in_features ** 2 if awq else 0
-        if chunk and used + size > _CHUNK_BYTES:
-            yield chunk
-            chunk, used = [], 0
-        chunk.append(group)
-        used += size
-    if chunk:
-        yield chunk
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
