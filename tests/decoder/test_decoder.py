@@ -16,6 +16,7 @@ from lowbit import _C
 from lowbit.decoder.compiled import CompiledDecoder
 from lowbit.decoder.eager import EagerDecoder
 from lowbit.decoder.runner import Runner
+from lowbit.formats import parse
 from lowbit.nn import BinaryLinear, LLMInt8Linear, QuantLinear
 
 LENGTH = 150  # more than two blocks of 64 positions
