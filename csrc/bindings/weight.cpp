@@ -2,6 +2,7 @@
 
 #include "bindings/names.h"
 #include "core/address.h"
+#include "core/int8_table.h"
 #include "core/n16.h"
 
 namespace lowbit {
@@ -9,7 +10,7 @@ namespace lowbit {
 Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string& codec_name, bool column_table,
                int64_t table_groups, const std::string& zero_mode, const std::optional<std::string>& scale,
                const std::optional<std::string>& zero_type, const std::optional<std::string>& scale2,
-               int64_t scale2_extent, bool int8_x, float table_step, bool bf16_table)
+               int64_t scale2_extent, bool int8_x, int64_t x_group, float table_step, bool bf16_table)
     : n(n),
       k(k),
       group(group < k ? group : k),
@@ -24,6 +25,7 @@ Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string&
   }
   if (bits < 1 || bits > 8 || bits == 7) fail("bits must be 1, 2, 3, 4, 5, 6 or 8, got " + std::to_string(bits));
   if (group < 1) fail("group must be positive, got " + std::to_string(group));
+  set_x_group(x_group);
   if (table_groups != 1 && (!column_table || table_groups != groups())) {
     fail("table_groups must be 1 or the number of groups, got " + std::to_string(table_groups));
   }
@@ -66,8 +68,17 @@ int64_t Weight::table_size() const {
   return scope == Scope::kShared ? int64_t{1} << bits : (num_blocks(n) * table_groups << bits) * kBlockN;
 }
 
+void Weight::set_x_group(int64_t size) {
+  const bool whole_row = size == 0 || size >= k || group >= k;
+  if (size < 0 || (!whole_row && group % size != 0 && size % group != 0)) {
+    fail("x_group must be 0, or divide the group or be a multiple of it, got " + std::to_string(size));
+  }
+  x_group = size < k ? size : k;
+}
+
 Request Weight::request(Op op, Dtype x, int64_t m, int threads) const {
   if (op == Op::kLinear && int8_x && x != Dtype::kB1) x = Dtype::kI8;
+  const bool segments = op == Op::kLinear && x == Dtype::kI8;
   return {.op = op,
           .x = x,
           .codec = codec,
@@ -77,7 +88,7 @@ Request Weight::request(Op op, Dtype x, int64_t m, int threads) const {
           .m = m,
           .n = n,
           .k = k,
-          .group = group,
+          .group = segments ? segments_of(launch()).size : group,
           .threads = threads,
           .bf16_table = bf16_table};
 }
@@ -87,6 +98,7 @@ Launch Weight::launch() const {
            .k = k,
            .group = group,
            .num_groups = groups(),
+           .x_group = x_group,
            .scale_dtype = scale_dtype.value_or(Dtype::kF32),
            .zero_dtype = zero_dtype.value_or(Dtype::kF32),
            .zero = zero,
@@ -123,6 +135,13 @@ BoundWeight::BoundWeight(const Weight& weight, uint64_t codes, uint64_t scales, 
   launch.zeros = pointer<const void>(zeros);
   if (weight.scale2_dtype) launch.scales2 = pointer<const void>(scales2);
   if (weight.has_zeros2()) launch.zeros2 = pointer<const void>(zeros2);
+}
+
+BoundWeight BoundWeight::with_x_group(int64_t size) const {
+  BoundWeight made = *this;
+  made.weight.set_x_group(size);
+  made.launch.x_group = made.weight.x_group;
+  return made;
 }
 
 }  // namespace lowbit

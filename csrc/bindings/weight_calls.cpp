@@ -70,13 +70,12 @@ void linear_epilogue(const BoundWeight& w, uint64_t x, int x_dtype, int64_t m, i
   run_many({&call, 1}, threads);
 }
 
-// x is int8 or b1. x_scales are (m), or (m, groups) if x_group_scales; int8 out holds y / out_scale.
-void linear_quantized(const BoundWeight& w, uint64_t x, int x_dtype, uint64_t x_scales, bool x_group_scales, int64_t m,
+// x is int8 or b1. x_scales are (m), or (m, ceil(k / x_group)) if that is not 0; int8 out holds y / out_scale.
+void linear_quantized(const BoundWeight& w, uint64_t x, int x_dtype, uint64_t x_scales, int64_t x_group, int64_t m,
                       int64_t x_stride, uint64_t bias, int bias_dtype, uint64_t out, int out_dtype, float out_scale,
                       int threads, int kernel) {
-  Call call = linear_call(w, x, x_dtype, m, x_stride, bias, bias_dtype, out, threads, kernel);
+  Call call = linear_call(w.with_x_group(x_group), x, x_dtype, m, x_stride, bias, bias_dtype, out, threads, kernel);
   call.launch.x_scales = pointer<float>(x_scales);
-  call.launch.x_group_scales = x_group_scales;
   call.launch.out_dtype = static_cast<Dtype>(out_dtype);
   call.launch.out_inverse = 1.0f / out_scale;
   py::gil_scoped_release unlocked;
@@ -103,7 +102,8 @@ void embedding(const BoundWeight& w, uint64_t indices, int64_t count, uint64_t o
   embed(l, w.weight.bits, w.weight.scope, pointer<const int64_t>(indices), count, threads);
 }
 
-DecoderLinear decoder_linear(const BoundWeight& w, uint64_t bias, int bias_dtype, float x_scale) {
+DecoderLinear decoder_linear(const BoundWeight& given, uint64_t bias, int bias_dtype, float x_scale) {
+  const BoundWeight w = x_scale > 0 ? given.with_x_group(0) : given;
   DecoderLinear linear{.launch = w.launch,
                        .request = w.weight.request(Op::kLinear, Dtype::kF32, 1, 1),
                        .dense = nullptr,
@@ -206,11 +206,11 @@ void bind_weights(py::module_& m) {
   py::class_<Weight>(m, "Weight", "What a weight in n16 layout is, apart from its bytes (csrc/bindings/weight.h).")
       .def(py::init<int64_t, int64_t, int, int64_t, const std::string&, bool, int64_t, const std::string&,
                     std::optional<std::string>, std::optional<std::string>, std::optional<std::string>, int64_t, bool,
-                    float, bool>(),
+                    int64_t, float, bool>(),
            kw_only(), arg("n"), arg("k"), arg("bits"), arg("group"), arg("codec") = "lut", arg("column_table") = false,
            arg("table_groups") = 1, arg("zero") = "none", arg("scale_dtype") = py::none(),
            arg("zero_dtype") = py::none(), arg("scale2_dtype") = py::none(), arg("scale2_extent") = 0,
-           arg("int8_x") = false, arg("table_step") = 0.0f, arg("bf16_table") = false)
+           arg("int8_x") = false, arg("x_group") = 0, arg("table_step") = 0.0f, arg("bf16_table") = false)
       .def("linear", &linear_numpy, arg("x"), arg("codes"), arg("table"), arg("scales") = py::none(),
            arg("zeros") = py::none(), arg("bias") = py::none(), arg("threads") = 1)
       .def("select", &selected, arg("op"), arg("x"), arg("m"), arg("threads") = 1)
@@ -230,9 +230,9 @@ void bind_weights(py::module_& m) {
       .def("linear_epilogue", &linear_epilogue, kw_only(), arg("x"), arg("x_dtype"), arg("m"), arg("x_stride"),
            arg("bias"), arg("bias_dtype"), arg("out"), arg("out_dtype"), arg("threads"), arg("activation"), arg("gate"),
            arg("gate_stride"), arg("residual"), arg("residual_stride"), arg("epilogue_dtype"))
-      .def("linear_quantized", &linear_quantized, kw_only(), arg("x"), arg("x_dtype"), arg("x_scales"),
-           arg("x_group_scales"), arg("m"), arg("x_stride"), arg("bias"), arg("bias_dtype"), arg("out"),
-           arg("out_dtype"), arg("out_scale"), arg("threads"), arg("kernel"))
+      .def("linear_quantized", &linear_quantized, kw_only(), arg("x"), arg("x_dtype"), arg("x_scales"), arg("x_group"),
+           arg("m"), arg("x_stride"), arg("bias"), arg("bias_dtype"), arg("out"), arg("out_dtype"), arg("out_scale"),
+           arg("threads"), arg("kernel"))
       .def("dequantize", &dequantize, kw_only(), arg("out"), arg("out_dtype"), arg("threads"), arg("kernel"))
       .def("embedding", &embedding, kw_only(), arg("indices"), arg("count"), arg("out"), arg("out_dtype"),
            arg("threads"))

@@ -78,17 +78,21 @@ bool quantizes(const Kernel& kernel, const Launch& l) {
 size_t x_bytes(const Kernel& kernel, const Launch& l) {
   return aligned(static_cast<size_t>(l.m * prepared_stride(kernel, l)) * size_of(kernel.compute));
 }
+// Weights whose products are summed before they meet a scale.
+int64_t group_of(const Kernel& kernel, const Launch& l) {
+  return kernel.compute == Dtype::kI8 ? segments_of(l).size : l.group;
+}
 size_t sum_bytes(const Kernel& kernel, const Launch& l) {
-  const int64_t parts = kernel.compute == Dtype::kI8 ? parts_of_group(l) : 1;
-  return needs_sums(kernel, l) ? static_cast<size_t>(l.m * l.num_groups * parts) * sizeof(float) : 0;
+  if (!needs_sums(kernel, l)) return 0;
+  const Segments s = segments_of(l);
+  const int64_t sums = kernel.compute == Dtype::kI8 ? s.count * s.parts : l.num_groups;
+  return static_cast<size_t>(l.m * sums) * sizeof(float);
 }
 
-bool prepares_alike(const Call& a, const Call& b) {
+bool share_x(const Call& a, const Call& b) {
   const Launch &x = a.launch, &y = b.launch;
-  const bool sums = needs_sums(*a.kernel, x);
-  return a.kernel->prepare == b.kernel->prepare && a.kernel->span == b.kernel->span && x.x == y.x &&
-         x.x_dtype == y.x_dtype && x.x_stride == y.x_stride && x.m == y.m && x.k == y.k &&
-         sums == needs_sums(*b.kernel, y) && (!sums || x.group == y.group);
+  return x.x == y.x && x.x_dtype == y.x_dtype && x.x_stride == y.x_stride && x.m == y.m && x.k == y.k &&
+         prepares_alike(*a.kernel, x, *b.kernel, y);
 }
 
 // Places what each call prepares from address `base` on; returns the bytes that this takes.
@@ -98,7 +102,7 @@ size_t place_all(std::span<Call> calls, uintptr_t base) {
     Launch& l = calls[i].launch;
     if (!calls[i].kernel->prepare) continue;
     size_t same = 0;
-    while (!prepares_alike(calls[same], calls[i])) ++same;
+    while (!share_x(calls[same], calls[i])) ++same;
     if (same < i) {
       const Launch& first = calls[same].launch;
       l.prepared = first.prepared;
@@ -260,8 +264,15 @@ const Kernel* select(const Request& request, uint32_t isa_mask) {
 }
 
 size_t prepared_bytes(const Kernel& kernel, const Launch& launch) {
-  const size_t scales = quantizes(kernel, launch) ? static_cast<size_t>(launch.m) * sizeof(float) : 0;
+  const int64_t rows = quantizes(kernel, launch) ? launch.m : 0;
+  const size_t scales = static_cast<size_t>(rows * segments_of(launch).blocks) * sizeof(float);
   return x_bytes(kernel, launch) + sum_bytes(kernel, launch) + scales;
+}
+
+bool prepares_alike(const Kernel& a, const Launch& x, const Kernel& b, const Launch& y) {
+  const bool sums = needs_sums(a, x);
+  return a.prepare == b.prepare && a.span == b.span && sums == needs_sums(b, y) &&
+         (!sums || group_of(a, x) == group_of(b, y)) && (a.compute != Dtype::kI8 || x.x_group == y.x_group);
 }
 
 void place_prepared(const Kernel& kernel, void* memory, Launch* launch) {
@@ -343,7 +354,7 @@ void run_many(std::span<Call> calls, int threads) {
     for (size_t i = 0; i < part.size(); ++i) {
       const Launch& l = part[i].launch;
       const int64_t own = tasks_of(*part[i].kernel, l.m, l.n);
-      const double ns = work_ns(*part[i].kernel, l.m, l.n, l.k, l.group);
+      const double ns = work_ns(*part[i].kernel, l.m, l.n, l.k, group_of(*part[i].kernel, l));
       shares[i] = {total_ns, ns / static_cast<double>(own), own};
       total_ns += ns;
       tasks += own;

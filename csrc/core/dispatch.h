@@ -30,6 +30,9 @@ size_t prepared_bytes(const Kernel& kernel, const Launch& launch);
 // Sets `prepared`, `prepared_stride` and `x_sums` to `prepared_bytes` bytes at `memory`, aligned to 64.
 void place_prepared(const Kernel& kernel, void* memory, Launch* launch);
 
+// Whether two kernels make the same of one x.
+bool prepares_alike(const Kernel& a, const Launch& of_a, const Kernel& b, const Launch& of_b);
+
 // Sets `table_i8` (kMaxEntries bytes at `memory`) and `table_step` for int8 x, from the step that the weight names.
 void set_int8_table(Codec codec, int bits, int8_t* memory, Launch* launch);
 // Tasks of a kernel on prepared x. Where a result is not finite and the kernel multiplies x with parts of the weights

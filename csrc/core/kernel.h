@@ -30,7 +30,7 @@ struct Request {
   Scope scope = Scope::kShared;
   ZeroMode zero = ZeroMode::kNone;
   int64_t m = 0, n = 0, k = 0;
-  int64_t group = 1;  // at least 1; k or more means the whole row
+  int64_t group = 1;  // at least 1; k or more means the whole row. With int8 x, of a segment (int8_table.h)
   int32_t threads = 1;
   bool bf16_table = false;  // every table entry is a bf16 number
 };
@@ -60,10 +60,12 @@ struct Launch {
   int64_t x_stride = 0;      // elements between rows, bytes for kB1
   void* prepared = nullptr;  // x in the kernel's compute dtype, rows of prepared_stride, zero beyond k
   int64_t prepared_stride = 0;
-  float* x_sums = nullptr;  // (m, num_groups): sums of x over each group, int32 with int8 x; only where they are needed
-  // Of int8 and binary x: (m), or (m, num_groups) if x_group_scales; written by `prepare` if x is float.
+  // Sums of x, only where they are needed: (m, num_groups) over each group, or int32 with int8 x (int8_table.h).
+  float* x_sums = nullptr;
+  // Of int8 and binary x: (m), or of int8 x (m, ceil(k / x_group)), for every x_group weights along k, if that is not
+  // 0; written by `prepare` if x is float.
   float* x_scales = nullptr;
-  bool x_group_scales = false;
+  int64_t x_group = 0;
   const uint8_t* codes = nullptr;
   const void* scales = nullptr;  // may be null
   Dtype scale_dtype = Dtype::kF32;

@@ -263,13 +263,10 @@ Projection Decoder::project(const std::vector<DecoderLinear>& linears, const std
     const int64_t per_task = part.kernel->rows_per_task;
     part.tasks = num_blocks(l.n) * (per_task ? ceil_div(rows, per_task) : 1);
     part.place(nullptr);
-    const bool sums = l.x_sums != nullptr;
     for (size_t j = 0; j < i; ++j) {
       const Projection::Part& other = made.parts[j];
-      const bool same = other.kernel && other.kernel->prepare == part.kernel->prepare &&
-                        other.x_scale == part.x_scale && !other.launch.x_sums == !sums &&
-                        (!sums || other.launch.group == l.group);
-      if (!same) continue;
+      if (!other.kernel || other.x_scale != part.x_scale) continue;
+      if (!prepares_alike(*other.kernel, other.launch, *part.kernel, l)) continue;
       part.prepared_by = other.prepared_by;
       part.prepared_offset = other.prepared_offset;
       break;

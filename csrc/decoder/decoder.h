@@ -32,7 +32,7 @@ struct DecoderConfig {
 
 // y = x W^T + bias. `launch` and `request` hold the packed weight and the bias; x, out and m are set by the decoder. A
 // weight that is `dense`, (n, k), serves for the embedding and the head. request.x is kI8 if x is to be quantized: by
-// x_scale, or, if that is 0, by absmax / 127 of each row.
+// x_scale, or, if that is 0, by absmax / 127 of each row or of its blocks of launch.x_group.
 struct DecoderLinear {
   Launch launch;
   Request request;

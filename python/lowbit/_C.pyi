@@ -295,6 +295,7 @@ class Weight:
         scale2_dtype: str | None = None,
         scale2_extent: int = 0,
         int8_x: bool = False,
+        x_group: int = 0,
         table_step: float = 0.0,
         bf16_table: bool = False,
     ) -> None: ...
@@ -378,7 +379,7 @@ class BoundWeight:
         x: int,
         x_dtype: int,
         x_scales: int,
-        x_group_scales: bool,
+        x_group: int,
         m: int,
         x_stride: int,
         bias: int,

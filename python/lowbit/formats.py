@@ -14,13 +14,13 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from lowbit import format_names
 from lowbit.codebooks.tables import (
     E2M1_TABLE,
     IQ4_NL_TABLE,
@@ -73,9 +73,11 @@ class Format:
         table_scope: one table per "tensor", per output "row", or per row and "group".
         packing: "bits" (little-endian bit stream), or codes as digits of bytes: "trits" (base 3, five per
             byte), "base5" and "base6" (three per byte), for tables of no more values than the base.
-        activation: None takes activations as given. "int8" quantizes each row of x to int8 (absmax / 127) and
+        activation: None takes activations as given. "int8" quantizes x to int8 (absmax / 127) and
             sums exactly in int32; the table must be exact in int8 up to one factor. "int8_table" does so with
             the table itself rounded to int8: an entry moves by at most max |table| / 254.
+        activation_group: values of a row of x that share a scale with int8 activations, from its first on: it divides
+            `group` or is a multiple of it, as every int32 sum meets one scale of each. None means the whole row.
         outliers: weights of each row, at most K, whose rest W - W^ is stored beside the codes and added in fp32: the
             sparse part of SqueezeLLM's dense-and-sparse decomposition (arXiv 2306.07629). Interpretation: a
             fixed number in each row instead of one threshold for the matrix, so that shapes follow from the format.
@@ -97,6 +99,7 @@ class Format:
     outlier_dtype: str = "fp16"
     scale2: str | None = None
     scale2_group: int | None = None
+    activation_group: int | None = None
 
     def __hash__(self) -> int:
         # Equal formats have equal names; hashing a table of 256 values takes longer than a small product.
@@ -167,6 +170,7 @@ class Format:
         check(self.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}")
         if self.activation is not None:
             check(self.table_scope == "tensor", "table_scope", "'tensor' with int8 activations")
+        self._check_activation_group(check)
         if self.activation == "int8":
             self._check_exact_in_int8()
         if self.activation == "int8_table":
@@ -193,6 +197,20 @@ class Format:
             f"a multiple of the group ({self.group}) below 2^31, or None for the whole row",
         )
 
+    def _check_activation_group(self, check: Callable[[bool, str, str], None]) -> None:
+        size, group = self.activation_group, self.group
+        if size is None:
+            return
+        check(self.activation is not None, "activation_group", "None without int8 activations")
+        check(
+            _is_int(size) and 0 < size < 2**31, "activation_group", "a positive integer below 2^31"
+        )
+        check(
+            group is None or group % size == 0 or size % group == 0,
+            "activation_group",
+            f"a multiple of the group ({group}), or divide it",
+        )
+
     def _check_exact_in_int8(self) -> None:
         if self.int8_step is None:
             raise ValueError(
@@ -211,6 +229,7 @@ class Format:
         scale_rule: str = "absmax",
         table_scope: str = "tensor",
         activation: str | None = None,
+        activation_group: int | None = None,
         outliers: int = 0,
         name: str | None = None,
     ) -> Format:
@@ -220,7 +239,7 @@ class Format:
             bits: bits of one code.
             table: 2 .. 2^bits finite values (any sequence, array or 1-D tensor), or None to fit the table to
                 each weight (`method="kmeans"`).
-            group, scale, scale_rule, table_scope, activation, outliers: as in `Format`.
+            group, scale, scale_rule, table_scope, activation, activation_group, outliers: as in `Format`.
             name: a name for reports; by default one that says bits, group and outliers.
         """
         if table is not None:
@@ -243,6 +262,7 @@ class Format:
             table=table,
             table_scope=table_scope,
             activation=activation,
+            activation_group=activation_group,
             outliers=outliers,
         )
 
@@ -312,6 +332,14 @@ class Format:
         """The format of the codes, scales, zeros and table alone; this one if it has no outliers."""
         return _without_outliers(self) if self.outliers else self
 
+    def with_activation(self, activation: str | None, group: int | None = None) -> Format:
+        """This format with other activations, and the suffix of its name that says so."""
+        return _with_activation(self, activation, group)
+
+    def num_blocks(self, k: int) -> int:
+        """Scales of a row of k int8 activations; the last may be of fewer."""
+        return 1 if self.activation_group is None else -(-k // self.activation_group)
+
     def row_bytes(self, k: int) -> int:
         """Bytes of one canonical row of k codes (layout: `packing.py`)."""
         if self.base:
@@ -331,8 +359,14 @@ def digits_per_byte(base: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _without_outliers(f: Format) -> Format:
-    name = re.sub(r"_o\d+(fp32)?(?=_|$)", "", f.name) or f.name
+    name = format_names.without_outliers(f.name)
     return dataclasses.replace(f, name=name, outliers=0, outlier_dtype="fp16")
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_activation(f: Format, activation: str | None, group: int | None) -> Format:
+    name = format_names.with_activation(f.name, activation, group)
+    return dataclasses.replace(f, name=name, activation=activation, activation_group=group)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -418,22 +452,13 @@ def _builtin() -> dict[str, Format]:
 
 FORMATS: dict[str, Format] = _builtin()
 
-_SECOND = r"(?:s(?P<second>\d+))?(?P<dtype>fp32|fp16|bf16)?"
-_SUFFIX = re.compile(
-    r"_(?:g(?P<group>\d+)|(?P<row>row)|(?P<scale>fp32|fp16|bf16|e8m0|e4m3|dq8)|(?P<activation>a8t?)"
-    rf"|(?P<integers>{'|'.join(INTEGER_SCALES)}){_SECOND}|o(?P<outliers>\d+)(?P<wide>fp32)?)$"
-)
-
 
 @functools.lru_cache(maxsize=4096)
 def parse(spec: str) -> Format:
     """Turns a name or a spec into a Format.
 
-    A name is one of `FORMATS`, optionally followed by `_gN` or `_row` (group), a scale dtype, `_a8` (activation
-    "int8") or `_a8t` ("int8_table"), and `_oP` or `_oPfp32` (P outliers a row): "nf4", "int3_g64", "uint4_g32_bf16",
-    "nf4_g64_dq8", "int4_g32_a8", "int3_g64_o16". An integer scale, `_int8` or another of `INTEGER_SCALES`, has an fp32
-    second level per row, `_int8sN` an fp16 one per N weights; its dtype may follow: "nf4_g32_int8",
-    "int4_g16_int6s256", "int4_g16_int8s256fp32".
+    A name is one of `FORMATS`, optionally followed by the suffixes of `format_names.py`: "nf4", "int3_g64",
+    "uint4_g32_bf16", "nf4_g64_dq8", "int4_g32_a8b32", "int3_g64_o16", "int4_g16_int6s256".
     A spec that starts with "{" is the JSON of `Format.spec`.
 
     Raises:
@@ -444,54 +469,13 @@ def parse(spec: str) -> Format:
     if spec in FORMATS:
         return FORMATS[spec]
     if spec.startswith("{"):
-        return _parse_json(spec)
-    base = spec
-    changes: dict[str, Any] = {}
-    while (match := _SUFFIX.search(base)) and base not in FORMATS:
-        base = base[: match.start()]
-        key = "group" if match["group"] or match["row"] else "scale"
-        key = "activation" if match["activation"] else key
-        key = "outliers" if match["outliers"] else key
-        if key in changes:
-            raise ValueError(f"format {shown(spec)} gives its {key} twice")
-        if key == "group":
-            changes["group"] = int(match["group"]) if match["group"] else None
-        elif key == "activation":
-            changes["activation"] = "int8" if match["activation"] == "a8" else "int8_table"
-        elif key == "outliers":
-            changes["outliers"] = int(match["outliers"])
-            changes["outlier_dtype"] = match["wide"] or "fp16"
-        elif match["integers"]:
-            size = match["second"]
-            changes["scale"] = match["integers"]
-            changes["scale2"] = match["dtype"] or ("fp16" if size else "fp32")
-            changes["scale2_group"] = int(size) if size else None
-        else:
-            changes |= {"scale": match["scale"], "scale2": None, "scale2_group": None}
+        return Format(**format_names.fields_of(spec, [f.name for f in dataclasses.fields(Format)]))
+    base, changes = format_names.split(spec, FORMATS, INTEGER_SCALES)
     if base not in FORMATS:
-        raise ValueError(f"unknown format {shown(spec)}; expected one of {', '.join(sorted(FORMATS))}, optionally "
-                         "followed by _gN or _row, a scale dtype, _a8 or _a8t, _oP: 'int3_g64_bf16'")  # fmt: skip
-    return dataclasses.replace(FORMATS[base], name=spec, **changes)
-
-
-def _parse_json(spec: str) -> Format:
-    try:
-        fields = json.loads(spec)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"format spec is not JSON ({e}): {shown(spec)}") from None
-    known = {f.name for f in dataclasses.fields(Format)}
-    if unknown := sorted(set(fields) - known):
         raise ValueError(
-            f"format spec has unknown fields {shown(unknown)}; expected {sorted(known)}"
+            f"unknown format {shown(spec)}; expected one of {', '.join(sorted(FORMATS))}, {format_names.EXPECTED}"
         )
-    if missing := sorted({"name", "codec", "bits"} - set(fields)):
-        raise ValueError(f"format spec lacks {missing}: {shown(spec)}")
-    table = fields.get("table")
-    if table is not None:
-        if not isinstance(table, list) or not all(isinstance(v, (int, float)) for v in table):
-            raise ValueError(f"format spec: table must be a list of numbers, got {shown(table)}")
-        fields["table"] = tuple(to_fp32(v) for v in table)
-    return Format(**fields)
+    return dataclasses.replace(FORMATS[base], name=spec, **changes)
 
 
 def as_format(format: Format | str) -> Format:

@@ -23,7 +23,7 @@ from lowbit.integrations.transformers import load_gguf, load_tokenizer
 from lowbit.text import printable
 
 KEYS = {
-    "bits_per_weight", "decode_tokens_per_second", "dtype", "format", "import_seconds", "kernels",
+    "activations", "bits_per_weight", "decode_tokens_per_second", "dtype", "format", "import_seconds", "kernels",
     "linear_bits_per_weight", "load_seconds", "model", "new_tokens", "peak_rss_bytes",
     "prefill_tokens_per_second", "prompt_tokens", "rss_bytes", "text", "threads", "weight_bytes",
 }  # fmt: skip
@@ -104,6 +104,36 @@ def test_the_kernels_are_those_that_ran(path, dtype, capsys):
     assert not torch.equal(found["int4_g32"]["logits"], found["int4_g32_a8"]["logits"])
 
 
+def test_activations_are_a_choice_for_a_file_as_it_is_stored(path, capsys):
+    """The answer is that of the model whose layers were told so, and int8 kernels made it."""
+    found = {}
+    for word in (None, "int8", "int8_b32"):
+        options = {"model": path, "max_new_tokens": 6, "dtype": "fp32", "activations": word}
+        found[word] = run(RunOptions(**options, json=True))
+        model = lowbit.load_model(path, dtype=torch.float32)
+        if word:
+            lowbit.nn.set_activations(model, word, skip=["lm_head"])
+        prompt = job.prompt_tokens(load_tokenizer(path), RunOptions().prompt)
+        runner = Runner(model, len(prompt) + 6)
+        stop = frozenset({model.generation_config.eos_token_id})
+        tokens = list(runner.generate(torch.tensor(prompt), 6, stop))
+        text = load_tokenizer(path).decode(tokens, skip_special_tokens=True)
+        assert (found[word]["text"], found[word]["activations"]) == (text, word)
+    for word, result in found.items():
+        for names in result["kernels"].values():
+            assert any("_i8_int4_" in name for name in names) == (word is not None)
+            assert not any("_i8_int8_" in name for name in names)  # the head's Q8_0
+    capsys.readouterr()
+    run(RunOptions(model=path, max_new_tokens=1, activations="int8_b32"))
+    assert "activations int8_b32" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ValueError, match=r"activations must be int8 or int8_table.*got 'int4'"):
+        RunOptions(activations="int4")
+    with pytest.raises(
+        ValueError, match=r"layers.0.self_attn.q_proj: .*not exact in int8.*int8_table"
+    ):
+        run(RunOptions(model=path, format="nf4", activations="int8_b32", json=True))
+
+
 def test_sampling_and_stop_strings(path, capsys):
     """The command line's tokens are those of a runner with the same seed and cache, up to the stop string."""
     model, tokenizer = load_gguf(path, dtype=torch.float32), load_tokenizer(path)
@@ -137,14 +167,14 @@ def test_options_of_the_command_line(path, monkeypatch):
     arguments = [
         "run", "--model", str(path), "--temperature", "0.5", "--top-k", "3", "--top-p", "0.5",
         "--min-p", "0.1", "--repetition-penalty", "1.5", "--seed", "9", "--stop", "a", "--stop",
-        "b c", "--cache", "int8",
+        "b c", "--cache", "int8", "--activations", "int8_b64",
     ]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert seen == [
         RunOptions(
             model=path, temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.5,
-            seed=9, stop=("a", "b c"), cache="int8",
+            seed=9, stop=("a", "b c"), cache="int8", activations="int8_b64",
         )
     ]  # fmt: skip
 

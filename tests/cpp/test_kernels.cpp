@@ -155,27 +155,62 @@ struct Quantized {
   }
 };
 
-// Compares the sums of int8 x, scaled by row or by group, and returns the largest.
+// Compares the sums of int8 x, scaled by row or by block, and returns the largest.
 double expect_int8(const Kernel& kernel, const Problem& p, const Quantized& z, const Guarded<int8_t>& x) {
   const Case& c = p.c;
-  const int64_t groups = z.l.x_group_scales ? z.l.num_groups : 1;
+  const int64_t block = z.l.x_group > 0 ? z.l.x_group : c.k, blocks = ceil_div(c.k, block);
   double largest = 0;
   for (int64_t i = 0; i < c.m * c.n; ++i) {
     const int64_t m = i / c.n, n = i % c.n;
     double sum = z.bias[n], magnitude = 4;
     for (int64_t k = 0; k < c.k; ++k) {
-      const double v = p.value[n * c.k + k], s = z.l.x_scales[m * groups + (groups == 1 ? 0 : k / c.group)];
+      const double v = p.value[n * c.k + k], s = z.l.x_scales[m * blocks + k / block];
       sum += v * x[m * c.k + k] * s;
       magnitude += (std::abs(v) + 300) * 128 * s;
     }
-    // The int32 sums are exact; four fp32 operations a group follow.
+    // The int32 sums are exact; four fp32 operations a segment follow.
     expect(std::abs(z.y[i] - sum) <= 4 * 0x1p-23 * magnitude, kernel.name, "int8 x", i, z.y[i], sum);
     largest = std::max(largest, std::abs(sum));
   }
   return largest;
 }
 
-void check_int8(const Kernel& kernel, Problem& p, std::mt19937& rng) {
+// Weights that share a scale of x, for each way in which that can be: the row (0), a group of the weight, several
+// groups, a part of one, and more than the row.
+std::vector<int64_t> blocks_of(const Kernel& kernel, Request request, const Launch& launch) {
+  std::vector<int64_t> blocks;
+  const int64_t group = launch.group;
+  for (int64_t block :
+       {int64_t{0}, group, 3 * group, group % 2 ? group : group / 2, group % 3 ? group : group / 3, launch.k + group}) {
+    Launch l = launch;
+    l.x_group = block;
+    request.group = segments_of(l).size;
+    if (!rejection(kernel, request, active_isa())) blocks.push_back(block);
+  }
+  return blocks;
+}
+
+// Of floats that the kernel quantizes itself: as of what is quantized before.
+void check_float_x(const Kernel& kernel, Quantized& z, int64_t block, std::mt19937& rng) {
+  Launch l = z.l;
+  l.x_group = block;
+  Guarded<float> floats(l.m * l.k), scales(l.m * segments_of(l).blocks);
+  Guarded<int8_t> x(l.m * l.k);
+  std::normal_distribution<float> normal;
+  for (float& v : floats) v = normal(rng);
+  quantize_int8({.x = floats.data(), .x_stride = l.k, .k = l.k, .group = block ? block : l.k, .scales = scales.data()},
+                l.m, x.data(), 1);
+  l.x = x.data();
+  l.x_scales = scales.data();
+  run_twice(kernel, l, 2, z.y);
+  const Guarded<float> want = z.y;
+  l.x = floats.data();
+  l.x_dtype = Dtype::kF32;
+  run_twice(kernel, l, 2, z.y);
+  expect(z.y == want, kernel.name, "float x", block, 0, 0);
+}
+
+void check_int8(const Kernel& kernel, const Request& request, Problem& p, std::mt19937& rng) {
   const Case& c = p.c;
   Guarded<int8_t> x(c.m * c.k);
   for (int8_t& v : x) v = static_cast<int8_t>(rng() % 256 - 128);
@@ -185,18 +220,22 @@ void check_int8(const Kernel& kernel, Problem& p, std::mt19937& rng) {
   l.x_dtype = Dtype::kI8;
   l.table_step = 1;
   l.x_stride = c.k;
-  Guarded<float> group_scales(c.m * l.num_groups);
-  for (Guarded<float>* scales : {&group_scales, &z.x_scales}) {
+  const auto draw = [&](Guarded<float>* scales) {
     for (float& s : *scales) s = 0.25f + static_cast<float>(rng() % 8);
-  }
-  if (c.group % 32 == 0) {
-    l.x_scales = group_scales.data();
-    l.x_group_scales = true;
+  };
+  const std::vector<int64_t> blocks = blocks_of(kernel, request, l);
+  for (int64_t block : blocks) {
+    if (block == 0) continue;
+    l.x_group = block;
+    Guarded<float> scales(c.m * segments_of(l).blocks);
+    draw(&scales);
+    l.x_scales = scales.data();
     run_twice(kernel, l, 2, z.y);
     expect_int8(kernel, p, z, x);
-    l.x_scales = z.x_scales.data();
-    l.x_group_scales = false;
   }
+  draw(&z.x_scales);
+  l.x_scales = z.x_scales.data();
+  l.x_group = 0;
   run_twice(kernel, l, 2, z.y);
   const double largest = expect_int8(kernel, p, z, x);
   Guarded<int8_t> zeros(p.zeros.size());
@@ -218,21 +257,9 @@ void check_int8(const Kernel& kernel, Problem& p, std::mt19937& rng) {
     const float want = std::nearbyint(z.y[i] * l.out_inverse);
     expect(bytes[i] == want, kernel.name, "int8 out", i, bytes[i], want);
   }
-  // Of floats that the kernel quantizes itself: as of what is quantized before.
-  Guarded<float> floats(c.m * c.k), scales(c.m);
-  std::normal_distribution<float> normal;
-  for (float& v : floats) v = normal(rng);
-  quantize_int8({.x = floats.data(), .x_stride = c.k, .k = c.k, .group = c.k, .scales = scales.data()}, c.m, x.data(),
-                1);
-  l.x_scales = scales.data();
   l.out = z.y.data();
   l.out_dtype = Dtype::kF32;
-  run_twice(kernel, l, 2, z.y);
-  const Guarded<float> want = z.y;
-  l.x = floats.data();
-  l.x_dtype = Dtype::kF32;
-  run_twice(kernel, l, 2, z.y);
-  expect(z.y == want, kernel.name, "float x", 0, 0, 0);
+  for (int64_t block : blocks) check_float_x(kernel, z, block, rng);
 }
 
 void check_binary(const Kernel& kernel, Problem& p, std::mt19937& rng) {
@@ -358,7 +385,7 @@ int main(int argc, char** argv) {
       if (rejection(*kernel, request, active_isa())) continue;
       Problem p(c, *kernel, rng);
       if (kernel->compute == Dtype::kI8) {
-        check_int8(*kernel, p, rng);
+        check_int8(*kernel, request, p, rng);
       } else if (kernel->compute == Dtype::kB1) {
         check_binary(*kernel, p, rng);
       } else if (kernel->op == Op::kLinear) {

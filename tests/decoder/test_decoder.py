@@ -16,6 +16,7 @@ from lowbit import _C
 from lowbit.decoder.compiled import CompiledDecoder
 from lowbit.decoder.eager import EagerDecoder
 from lowbit.decoder.runner import Runner
+from lowbit.formats import parse
 from lowbit.nn import BinaryLinear, LLMInt8Linear, QuantLinear
 
 LENGTH = 150  # more than two blocks of 64 positions
@@ -238,6 +239,9 @@ INT8 = {
     "nf4_a8t": "nf4",
     "kmeans4_a8t": "kmeans4",
     "int4_g20_a8": "int4_g20",
+    "int4_g32_a8b32": "int4_g32",
+    "uint4_g32_a8b64": "uint4_g32",
+    "int8_row_a8b16": "int8_row",
 }
 
 
@@ -304,7 +308,11 @@ def coarse(part, format, dtype):
     ("format", "dtype"),
     [
         *((format, torch.float32) for format in INT8),
-        *((f, t) for f in ("uint4_g32_a8", "nf4_a8t") for t in (torch.bfloat16, torch.float16)),
+        *(
+            (f, t)
+            for f in ("uint4_g32_a8", "nf4_a8t", "uint4_g32_a8b64")
+            for t in (torch.bfloat16, torch.float16)
+        ),
     ],
 )
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
@@ -326,7 +334,9 @@ def test_int8_products_are_those_of_the_modules(part, format, static, dtype):
         whole = decoder.forward(ids, 0).float().clone()
         ones = [decoder.forward(ids[i : i + 1], i).float().clone() for i in range(len(ids))]
     eps, size = torch.finfo(dtype).eps, expected.abs().max()
-    assert (whole - without).norm() > 0.1 * without.norm()
+    # Of blocks, only that of the large feature has few steps.
+    least = 0.1 if parse(format).activation_group is None else 0.03
+    assert (whole - without).norm() > least * without.norm()
     assert (whole - expected[-1]).abs().max() < 8 * eps * size
     assert (torch.stack(ones) - expected).abs().max() < 8 * eps * size
 

@@ -14,7 +14,9 @@ MUTANTS = [
     ),
     *cpp("cpu/activations/quantize-inl.h", "test_kernels", "scalar")(
         ("for (int64_t k = begin; k < end; ++k) sum += x[k];", "for (int64_t k = begin; k + 1 < end; ++k) sum += x[k];"),
-        ("const int64_t begin = g * l.group + p * kMaxInt8Group;", "const int64_t begin = g * l.group;"),
+        ("const int64_t begin = i * s.size + p * kMaxInt8Group;", "const int64_t begin = i * s.size;"),
+        ("l.x_scales[row * s.blocks + s.block(segment)]", "l.x_scales[row * s.blocks]"),
+        ("const int64_t group = l.x_group > 0 ? l.x_group : l.k;", "const int64_t group = l.k;"),
         ("    store(y + i, zero());\n", ""),
     ),
     *cpp("cpu/activations/quantize-inl.h", "test_kernels", "avx2")(
@@ -23,11 +25,11 @@ MUTANTS = [
     *cpp("cpu/activations/int8_any-inl.h", "test_kernels", "scalar")(
         ("acc[i] -= static_cast<const int8_t*>(l.zeros)[at + i] * x_sum;", "acc[i] += static_cast<const int8_t*>(l.zeros)[at + i] * x_sum;"),
         ("add(mul(t.scale, term), shift) : mul(t.scale, sub(term, shift))", "mul(t.scale, add(term, shift)) : mul(t.scale, sub(term, shift))"),
-        ("const int32_t x_sum = part_sums(l, row)[part];", "const int32_t x_sum = part_sums(l, row)[0];"),
+        ("const int32_t x_sum = part_sums(l, s, row)[part];", "const int32_t x_sum = part_sums(l, s, row)[0];"),
+        ("group = s.group(segment), at", "group = segment, at"),
         ("static_cast<int16_t>(kCodec == Codec::kInt ? c + static_cast<int>(l.table[0]) : l.table_i8[c])", "static_cast<int16_t>(kCodec == Codec::kInt ? c + static_cast<int>(l.table[0]) : l.table_i8[c] - 1)"),
         ("k_end = (c + 1) * kChunkK < l.k ? (c + 1) * kChunkK : l.k;", "k_end = (c + 1) * kChunkK;"),
-        ("set1(l.x_scales[row * l.num_groups + group])", "set1(l.x_scales[row * l.num_groups])"),
-        ("l.x_group_scales ? l.table_step : l.x_scales[m0 + r] * l.table_step", "l.x_group_scales ? l.table_step : l.x_scales[r] * l.table_step"),
+        ("row_scale(l, m0 + r)", "row_scale(l, r)"),
         ("__builtin_memset(acc, 0, kBlockN * sizeof(int32_t));\n}", "}"),
     ),
     *cpp("cpu/activations/int8-inl.h", "test_kernels", "avx2")(
@@ -38,6 +40,7 @@ MUTANTS = [
         ("const int64_t left = l.m - span.first_row, rows", "const int64_t left = l.m, rows"),
         ("word_code<B, kFirst>(columns), word_code<B, kSecond>(columns)", "word_code<B, kSecond>(columns), word_code<B, kFirst>(columns)"),
         ("float_terms<kPlain>(l, span.block, group, lane);", "float_terms<kPlain>(l, 0, group, lane);"),
+        ("    const int64_t group = s.group(segment);\n    each(", "    const int64_t group = segment;\n    each("),
     ),
     *cpp("cpu/activations/xnor-inl.h", "test_kernels", "avx2")(
         ("if (k_left < kChunkK) bits &= (1u << k_left) - 1;", ""),

@@ -1,7 +1,7 @@
-// int8 activations: the sum of a part of a group (core/int8_table.h) is exact in int32, x . (T - zero) with T the table
-// as int8, and fp32 follows in the order that reference.int8_linear states. The dot product takes weights as unsigned
-// bytes: an integer code as it is, a table entry plus 128; the difference leaves through the sums of x, and so does an
-// integer zero.
+// int8 activations: the sum of a part of a segment (core/int8_table.h) is exact in int32, x . (T - zero) with T the
+// table as int8, and fp32 follows in the order that reference.int8_linear states. The dot product takes weights as
+// unsigned bytes: an integer code as it is, a table entry plus 128; the difference leaves through the sums of x, and so
+// does an integer zero.
 //
 // A dword of a column holds four weights: two pairs (k even, k odd), of codes that lie 8 bits apart in their words
 // where the width divides 8, so that one shift brings all four into place. x is permuted to that order once.
@@ -148,8 +148,9 @@ LOWBIT_INLINE inline GroupTerms float_terms(const Launch& l, int64_t block, int6
   return zeros ? group_terms(l, block, group, lane) : GroupTerms{group_scale(l, block, group, lane), zero()};
 }
 
-// y + what a part of a group adds to it, each operation rounded once.
-LOWBIT_INLINE inline F add_part(const Launch& l, GroupTerms t, F y, I acc, int64_t row, int64_t group, int32_t x_sum) {
+// y + what a part of a segment adds to it, each operation rounded once.
+LOWBIT_INLINE inline F add_part(const Launch& l, const Segments& s, GroupTerms t, F y, I acc, int64_t row,
+                                int64_t segment, int32_t x_sum) {
   F term = to_float(acc);
   if (l.zero == ZeroMode::kNone || int_zeros(l)) {
     term = mul(t.scale, term);
@@ -157,7 +158,7 @@ LOWBIT_INLINE inline F add_part(const Launch& l, GroupTerms t, F y, I acc, int64
     const F shift = mul(t.zero, set1(static_cast<float>(x_sum)));
     term = l.zero == ZeroMode::kAdd ? add(mul(t.scale, term), shift) : mul(t.scale, sub(term, shift));
   }
-  if (l.x_group_scales) term = mul(term, set1(l.x_scales[row * l.num_groups + group]));
+  if (l.x_group > 0) term = mul(term, block_scale(l, s, row, segment));
   return add(y, term);
 }
 
@@ -165,7 +166,7 @@ LOWBIT_INLINE inline F add_part(const Launch& l, GroupTerms t, F y, I acc, int64
 // and stores them.
 inline void finish_row(const Launch& l, int64_t block, int64_t row, int lane0, int count, const float* total,
                        float* y) {
-  const F factor = set1(l.x_group_scales ? l.table_step : l.x_scales[row] * l.table_step);
+  const F factor = row_scale(l, row);
   for (int i = 0; i < count; i += kVecLanes) store(y + i, mul(add(load(total + i), load(y + i)), factor));
   if (block * kBlockN + lane0 < l.n) store_columns(l, row, block * kBlockN + lane0, count, y);
 }
@@ -182,26 +183,27 @@ void prepare_i8(const Launch& l, int64_t begin, int64_t end) {
 
 constexpr int64_t kPartChunks = kMaxInt8Group / kChunkK;
 
-// Adds what a chunk gives whose halves are groups. A function of its own, which all codecs share.
+// Adds what a chunk gives whose halves are segments. A function of its own, which all codecs share.
 template <int kRows, int kVecs>
-__attribute__((noinline)) void close_halves(const Launch& l, int32_t first, int64_t block, int64_t chunk, int lane0,
-                                            const int64_t (&rows)[kRows], const I (&sums)[2][kRows][kVecs],
-                                            float (&y)[kRows][kVecs * kVecLanes],
+__attribute__((noinline)) void close_halves(const Launch& l, const Segments& s, int32_t first, int64_t block,
+                                            int64_t chunk, int lane0, const int64_t (&rows)[kRows],
+                                            const I (&sums)[2][kRows][kVecs], float (&y)[kRows][kVecs * kVecLanes],
                                             float (&total)[kRows][kVecs * kVecLanes]) {
   for (int half = 0; half < 2; ++half) {
-    const int64_t group = 2 * chunk + half;
-    if (group == l.num_groups) return;
+    const int64_t segment = 2 * chunk + half;
+    if (segment == s.count) return;
+    const int64_t group = s.group(segment);
     for (int v = 0; v < kVecs; ++v) {
       const int lane = lane0 + v * kVecLanes;
       const GroupTerms terms = float_terms<false>(l, block, group, lane);
       for (int r = 0; r < kRows; ++r) {
-        const int32_t x_sum = part_sums(l, rows[r])[group];
+        const int32_t x_sum = part_sums(l, s, rows[r])[segment];
         const I acc = add_i(sums[half][r][v], part_start(l, first, block, group, lane, x_sum));
         float* sum = y[r] + v * kVecLanes;
-        store(sum, add_part(l, terms, load(sum), acc, rows[r], group, x_sum));
+        store(sum, add_part(l, s, terms, load(sum), acc, rows[r], segment, x_sum));
       }
     }
-    for (int r = 0; r < kRows; ++r) close_sums(group + 1, kVecs * kVecLanes, y[r], total[r]);
+    for (int r = 0; r < kRows; ++r) close_sums(segment + 1, kVecs * kVecLanes, y[r], total[r]);
   }
 }
 
@@ -210,9 +212,10 @@ template <class C, int kRows, int kVecs, bool kPlain>
 inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t m0, int64_t valid_rows, int lane0) {
   constexpr int kBits = C::kBits, kColumns = kVecs * kVecLanes;
   constexpr bool kHalves = C::kHalves && !kPlain;
-  const bool halves = kHalves && halves_chunks(l.group, l.k);
+  const Segments s = segments_of(l);
+  const bool halves = kHalves && halves_chunks(s.size, l.k);
   const int64_t chunks = num_chunks(l.k);
-  const int64_t chunks_per_group = l.num_groups == 1 ? chunks : halves ? 1 : l.group / kChunkK;
+  const int64_t chunks_per_segment = s.count == 1 ? chunks : halves ? 1 : s.size / kChunkK;
   const uint8_t* codes = l.codes + block * chunks * chunk_bytes(kBits);
   const bool fetches = kRows > 1 && fetches_codes(chunks * chunk_bytes(kBits), m0, lane0);
   int64_t rows[kRows];
@@ -221,20 +224,21 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
   for (int r = 0; r < kRows; ++r) {
     rows[r] = m0 + (r < valid_rows ? r : 0);
     x[r] = static_cast<const int8_t*>(l.prepared) + rows[r] * l.prepared_stride;
-    x_sums[r] = part_sums(l, rows[r]);
+    x_sums[r] = part_sums(l, s, rows[r]);
   }
   alignas(64) float y[kRows][kColumns] = {}, total[kRows][kColumns] = {};
   I acc[kRows][kVecs], of_half[2][kRows][kVecs];
   const auto each = [&](const auto& fn) LOWBIT_INLINE {
     unroll<kRows>([&](auto r) LOWBIT_INLINE { unroll<kVecs>([&](auto v) LOWBIT_INLINE { fn(r, v); }); });
   };
-  // The chunk where a group ends, and the part that is next; a group of more than one part takes several turns.
-  int64_t group_end = chunks_per_group < chunks ? chunks_per_group : chunks, part = 0;
-  for (int64_t group = 0, chunk = 0; chunk < chunks; ++part) {
+  // The chunk where a segment ends, and the part that is next; a segment of more than one part takes several turns.
+  int64_t segment_end = chunks_per_segment < chunks ? chunks_per_segment : chunks, part = 0;
+  for (int64_t segment = 0, chunk = 0; chunk < chunks; ++part) {
+    const int64_t group = s.group(segment);
     each([&](auto r, auto v) LOWBIT_INLINE {
       acc[r][v] = halves ? set1_i(0) : part_start(l, codec.first, block, group, lane0 + v * kVecLanes, x_sums[r][part]);
     });
-    const int64_t last = chunk + kPartChunks < group_end ? chunk + kPartChunks : group_end;
+    const int64_t last = chunk + kPartChunks < segment_end ? chunk + kPartChunks : segment_end;
     for (; chunk < last; ++chunk) {
       const uint8_t* base = codes + chunk * chunk_bytes(kBits);
       const uint8_t* columns[kVecs];
@@ -263,8 +267,8 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
     if constexpr (kHalves) {
       if (halves) {
         each([&](auto r, auto v) LOWBIT_INLINE { of_half[1][r][v] = acc[r][v]; });
-        close_halves<kRows, kVecs>(l, codec.first, block, chunk - 1, lane0, rows, of_half, y, total);
-        group_end = chunk + 1;
+        close_halves<kRows, kVecs>(l, s, codec.first, block, chunk - 1, lane0, rows, of_half, y, total);
+        segment_end = chunk + 1;
         continue;
       }
     }
@@ -272,13 +276,13 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
       const GroupTerms terms = float_terms<kPlain>(l, block, group, lane0 + v * kVecLanes);
       unroll<kRows>([&](auto r) LOWBIT_INLINE {
         float* sum = y[r] + v * kVecLanes;
-        store(sum, add_part(l, terms, load(sum), acc[r][v], rows[r], group, x_sums[r][part]));
+        store(sum, add_part(l, s, terms, load(sum), acc[r][v], rows[r], segment, x_sums[r][part]));
       });
     });
     for (int r = 0; r < kRows; ++r) close_sums(part + 1, kColumns, y[r], total[r]);
-    if (chunk == group_end) {
-      ++group;
-      group_end = chunk + chunks_per_group < chunks ? chunk + chunks_per_group : chunks;
+    if (chunk == segment_end) {
+      ++segment;
+      segment_end = chunk + chunks_per_segment < chunks ? chunk + chunks_per_segment : chunks;
     }
   }
   for (int r = 0; r < valid_rows; ++r) finish_row(l, block, rows[r], lane0, kColumns, total[r], y[r]);
@@ -318,16 +322,17 @@ inline void skinny_blocks(const Launch& l, int64_t begin, int64_t end) {
 
 template <class C>
 void skinny_run(const Launch& l, int64_t begin, int64_t end) {
-  if (plain_terms(l) && !halves_chunks(l.group, l.k)) return skinny_blocks<C, true>(l, begin, end);
+  if (plain_terms(l) && !halves_chunks(segments_of(l).size, l.k)) return skinny_blocks<C, true>(l, begin, end);
   skinny_blocks<C, false>(l, begin, end);
 }
 
 constexpr int kBytePanelWeights = 256;  // x 64 columns of bytes = 16 KiB
 constexpr int64_t kByteRowsPerTask = 192;
 
-// Where a panel stands along k. It holds whole groups, of `group` weights, or, if it `carries`, a part of one.
+// Where a panel stands along k. It holds whole segments, of `size` weights, or, if it `carries`, a part of one.
 struct ByteSpan {
-  int64_t block, first_row, k, k_end, group, depth;
+  Segments segments;
+  int64_t block, first_row, k, k_end, size, depth;
   bool carries;
   int32_t first;
 };
@@ -347,28 +352,29 @@ inline void decode_bytes(const Launch& l, const C& codec, const ByteSpan& span, 
   }
 }
 
-// Multiplies a panel with kRows rows: adds each finished part of a group to y (rows, 64); the sum of an unfinished one
-// waits in `carry`. A panel that carries begins at a multiple of its length in its group, and so does a part.
+// Multiplies a panel with kRows rows: adds each finished part of a segment to y (rows, 64); the sum of an unfinished
+// one waits in `carry`. A panel that carries begins at a multiple of its length in its segment, and so does a part.
 template <bool kWide, bool kPlain, int kRows>
 inline void multiply_bytes(const Launch& l, const ByteSpan& span, const uint8_t* panel, int64_t row, int32_t* carry,
                            float* y, float* total) {
   static_assert(kMaxInt8Group % kBytePanelWeights == 0);
-  const int64_t stride = l.prepared_stride, parts = parts_of_group(l);
+  const Segments& s = span.segments;
+  const int64_t stride = l.prepared_stride;
   const int8_t* x_row = static_cast<const int8_t*>(l.prepared) + row * stride;
-  const int32_t* x_sums = part_sums(l, row);
-  const int64_t sums_stride = l.num_groups * parts;
+  const int32_t* x_sums = part_sums(l, s, row);
+  const int64_t sums_stride = s.count * s.parts;
   for (int lane0 = 0; lane0 < kBlockN; lane0 += kGemmVecs * kVecLanes) {
     for (int64_t k = span.k; k < span.k_end;) {
-      const int64_t group = k / span.group, group_begin = group * span.group;
-      const int64_t group_end = group_begin + span.group, in_group = k - group_begin;
-      const int64_t last = group_end < span.k_end ? group_end : span.k_end;
-      const int64_t part = group * parts + in_group / kMaxInt8Group;
+      const int64_t segment = k / span.size, segment_begin = segment * span.size, group = s.group(segment);
+      const int64_t segment_end = segment_begin + span.size, at = k - segment_begin;
+      const int64_t last = segment_end < span.k_end ? segment_end : span.k_end;
+      const int64_t part = segment * s.parts + at / kMaxInt8Group;
       const int32_t* x_sum = x_sums + part;
       I acc[kRows][kGemmVecs];
       unroll<kRows>([&](auto r) LOWBIT_INLINE {
         unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE {
           const int lane = lane0 + v * kVecLanes;
-          acc[r][v] = in_group % kMaxInt8Group == 0
+          acc[r][v] = at % kMaxInt8Group == 0
                           ? part_start(l, span.first, span.block, group, lane, x_sum[r * sums_stride])
                           : load_i(carry + r * kBlockN + lane);
         });
@@ -383,14 +389,14 @@ inline void multiply_bytes(const Launch& l, const ByteSpan& span, const uint8_t*
           unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = dot4<kWide>(acc[r][v], ws[v], xs); });
         });
       }
-      const bool ends = last == group_end || last == span.depth || (last - group_begin) % kMaxInt8Group == 0;
+      const bool ends = last == segment_end || last == span.depth || (last - segment_begin) % kMaxInt8Group == 0;
       unroll<kGemmVecs>([&](auto v) LOWBIT_INLINE {
         const int lane = lane0 + v * kVecLanes;
         if (ends) {
           const GroupTerms terms = float_terms<kPlain>(l, span.block, group, lane);
           unroll<kRows>([&](auto r) LOWBIT_INLINE {
             float* sum = y + r * kBlockN + lane;
-            store(sum, add_part(l, terms, load(sum), acc[r][v], row + r, group, x_sum[r * sums_stride]));
+            store(sum, add_part(l, s, terms, load(sum), acc[r][v], row + r, segment, x_sum[r * sums_stride]));
             close_sums(part + 1, kVecLanes, sum, total + r * kBlockN + lane);
           });
         } else {
@@ -410,22 +416,24 @@ inline void gemm_bytes(const Launch& l, int64_t begin, int64_t end) {
   alignas(64) int32_t carry[kByteRowsPerTask * kBlockN];
   alignas(64) float y[kByteRowsPerTask * kBlockN], total[kByteRowsPerTask * kBlockN];
   const int64_t row_blocks = ceil_div(l.m, kByteRowsPerTask);
+  const Segments s = segments_of(l);
   for (int64_t task = begin; task < end; ++task) {
     ByteSpan span{};
+    span.segments = s;
     span.block = task / row_blocks;
     span.first_row = task % row_blocks * kByteRowsPerTask;
     span.first = codec.first;
-    span.depth = halves_chunks(l.group, l.k) ? l.num_groups * l.group : num_chunks(l.k) * kChunkK;
-    span.group = l.num_groups == 1 ? span.depth : l.group;
-    span.carries = span.group > kBytePanelWeights;
-    const int64_t panel_weights = span.carries ? kBytePanelWeights : kBytePanelWeights / span.group * span.group;
+    span.depth = halves_chunks(s.size, l.k) ? s.count * s.size : num_chunks(l.k) * kChunkK;
+    span.size = s.count == 1 ? span.depth : s.size;
+    span.carries = span.size > kBytePanelWeights;
+    const int64_t panel_weights = span.carries ? kBytePanelWeights : kBytePanelWeights / span.size * span.size;
     const int64_t left = l.m - span.first_row, rows = left < kByteRowsPerTask ? left : kByteRowsPerTask;
     __builtin_memset(y, 0, rows * kBlockN * sizeof(float));
     __builtin_memset(total, 0, rows * kBlockN * sizeof(float));
     for (span.k = 0; span.k < span.depth; span.k = span.k_end) {
-      const int64_t group_end = (span.k / span.group + 1) * span.group;
+      const int64_t segment_end = (span.k / span.size + 1) * span.size;
       span.k_end = span.k + panel_weights < span.depth ? span.k + panel_weights : span.depth;
-      if (span.carries && span.k_end > group_end) span.k_end = group_end;
+      if (span.carries && span.k_end > segment_end) span.k_end = segment_end;
       decode_bytes(l, codec, span, panel);
       const auto multiply = [&](auto count, int64_t r) LOWBIT_INLINE {
         multiply_bytes<kWide, kPlain, count>(l, span, panel, span.first_row + r, carry + r * kBlockN, y + r * kBlockN,

@@ -33,10 +33,10 @@ inline void decode_i16(const Launch& l, const uint8_t* chunk, int16_t (*values)[
   }
 }
 
-inline void finish_any_part(const Launch& l, int64_t block, int64_t group, int64_t part, int64_t row, int32_t* acc,
-                            float* y) {
-  const int64_t at = (block * l.num_groups + group) * kBlockN;
-  const int32_t x_sum = part_sums(l, row)[part];
+inline void finish_any_part(const Launch& l, const Segments& s, int64_t block, int64_t segment, int64_t part,
+                            int64_t row, int32_t* acc, float* y) {
+  const int64_t group = s.group(segment), at = (block * l.num_groups + group) * kBlockN;
+  const int32_t x_sum = part_sums(l, s, row)[part];
   const bool int_zeros = l.zero == ZeroMode::kSubtract && l.zero_dtype == Dtype::kI8;
   if (int_zeros) {
     for (int i = 0; i < kBlockN; ++i) acc[i] -= static_cast<const int8_t*>(l.zeros)[at + i] * x_sum;
@@ -50,7 +50,7 @@ inline void finish_any_part(const Launch& l, int64_t block, int64_t group, int64
       const F shift = mul(t.zero, set1(static_cast<float>(x_sum)));
       term = l.zero == ZeroMode::kAdd ? add(mul(t.scale, term), shift) : mul(t.scale, sub(term, shift));
     }
-    if (l.x_group_scales) term = mul(term, set1(l.x_scales[row * l.num_groups + group]));
+    if (l.x_group > 0) term = mul(term, block_scale(l, s, row, segment));
     store(y + i, add(load(y + i), term));
   }
   __builtin_memset(acc, 0, kBlockN * sizeof(int32_t));
@@ -61,7 +61,8 @@ void any_i8_run(const Launch& l, int64_t begin, int64_t end) {
   alignas(64) int16_t values[kChunkK][kBlockN];
   alignas(64) int32_t acc[kAnyRowsPerTask][kBlockN];
   alignas(64) float y[kAnyRowsPerTask][kBlockN], total[kAnyRowsPerTask][kBlockN];
-  const int64_t row_blocks = ceil_div(l.m, kAnyRowsPerTask), chunks = num_chunks(l.k), parts = parts_of_group(l);
+  const int64_t row_blocks = ceil_div(l.m, kAnyRowsPerTask), chunks = num_chunks(l.k);
+  const Segments s = segments_of(l);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task / row_blocks, m0 = task % row_blocks * kAnyRowsPerTask;
     const int64_t rows = l.m - m0 < kAnyRowsPerTask ? l.m - m0 : kAnyRowsPerTask;
@@ -72,21 +73,21 @@ void any_i8_run(const Launch& l, int64_t begin, int64_t end) {
       decode_i16<B, kCodec>(l, l.codes + (block * chunks + c) * chunk_bytes(B), values);
       const int64_t k_end = (c + 1) * kChunkK < l.k ? (c + 1) * kChunkK : l.k;
       for (int64_t k = c * kChunkK; k < k_end; ++k) {
-        const int64_t group = k / l.group, in_group = k % l.group;
-        const bool part_ends = in_group + 1 == l.group || k + 1 == l.k || (in_group + 1) % kMaxInt8Group == 0;
-        const int64_t part = group * parts + in_group / kMaxInt8Group;
+        const int64_t segment = k / s.size, at = k % s.size;
+        const bool part_ends = at + 1 == s.size || k + 1 == l.k || (at + 1) % kMaxInt8Group == 0;
+        const int64_t part = segment * s.parts + at / kMaxInt8Group;
         for (int64_t r = 0; r < rows; ++r) {
           const int16_t x = static_cast<const int8_t*>(l.prepared)[(m0 + r) * l.prepared_stride + k];
           const int16_t* w = values[k - c * kChunkK];
           for (int i = 0; i < kBlockN; ++i) acc[r][i] += w[i] * x;
           if (!part_ends) continue;
-          finish_any_part(l, block, group, part, m0 + r, acc[r], y[r]);
+          finish_any_part(l, s, block, segment, part, m0 + r, acc[r], y[r]);
           close_sums(part + 1, kBlockN, y[r], total[r]);
         }
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const F factor = set1(l.x_group_scales ? l.table_step : l.x_scales[m0 + r] * l.table_step);
+      const F factor = row_scale(l, m0 + r);
       for (int i = 0; i < kBlockN; i += kVecLanes) {
         store(y[r] + i, mul(add(load(total[r] + i), load(y[r] + i)), factor));
       }

@@ -71,15 +71,25 @@ inline int8_t* quantized_row(const Launch& l, int64_t m) {
   if (l.x_dtype == Dtype::kI8) {
     __builtin_memcpy(out, static_cast<const int8_t*>(l.x) + m * l.x_stride, l.k);
   } else {
-    quantize_row({l.x, l.x_dtype, l.x_stride, l.k, l.k, l.x_scales, false}, m, out);
+    const int64_t group = l.x_group > 0 ? l.x_group : l.k;
+    quantize_row({l.x, l.x_dtype, l.x_stride, l.k, group, l.x_scales, false}, m, out);
   }
   __builtin_memset(out + l.k, 0, l.prepared_stride - l.k);
   return out;
 }
 
-// The sums of a row of x over the parts of each group.
-inline int32_t* part_sums(const Launch& l, int64_t row) {
-  return reinterpret_cast<int32_t*>(l.x_sums) + row * l.num_groups * parts_of_group(l);
+// The sums of a row of x over the parts of each segment.
+inline int32_t* part_sums(const Launch& l, const Segments& s, int64_t row) {
+  return reinterpret_cast<int32_t*>(l.x_sums) + row * s.count * s.parts;
+}
+
+// The scale of x that the terms of a segment meet one by one; only with `x_group`.
+LOWBIT_INLINE inline F block_scale(const Launch& l, const Segments& s, int64_t row, int64_t segment) {
+  return set1(l.x_scales[row * s.blocks + s.block(segment)]);
+}
+// What the sum of a row is multiplied by: the rest of the scales.
+inline F row_scale(const Launch& l, int64_t row) {
+  return set1(l.x_group > 0 ? l.table_step : l.x_scales[row] * l.table_step);
 }
 
 // total += y and y = 0 where `parts` of a sum of parts are done, for `count` columns.
@@ -92,13 +102,13 @@ inline void close_sums(int64_t parts, int64_t count, float* y, float* total) {
 }
 
 inline void sum_parts(const Launch& l, int64_t row, const int8_t* x) {
-  const int64_t parts = parts_of_group(l);
-  int32_t* sums = part_sums(l, row);
-  for (int64_t g = 0; g < l.num_groups; ++g) {
-    const int64_t group_end = (g + 1) * l.group < l.k ? (g + 1) * l.group : l.k;
-    for (int64_t p = 0; p < parts; ++p) {
-      const int64_t begin = g * l.group + p * kMaxInt8Group;
-      const int64_t end = begin + kMaxInt8Group < group_end ? begin + kMaxInt8Group : group_end;
+  const Segments s = segments_of(l);
+  int32_t* sums = part_sums(l, s, row);
+  for (int64_t i = 0; i < s.count; ++i) {
+    const int64_t segment_end = (i + 1) * s.size < l.k ? (i + 1) * s.size : l.k;
+    for (int64_t p = 0; p < s.parts; ++p) {
+      const int64_t begin = i * s.size + p * kMaxInt8Group;
+      const int64_t end = begin + kMaxInt8Group < segment_end ? begin + kMaxInt8Group : segment_end;
       int32_t sum = 0;
       for (int64_t k = begin; k < end; ++k) sum += x[k];
       *sums++ = sum;

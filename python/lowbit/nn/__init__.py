@@ -1,5 +1,6 @@
 """Modules with quantized weights, with outlier features apart, and with FP8 products and activations."""
 
+from lowbit.nn.activations import set_activations
 from lowbit.nn.base import PackedModule
 from lowbit.nn.binary import BinaryLinear
 from lowbit.nn.conv import QuantConv2d
@@ -23,5 +24,6 @@ from lowbit.nn.siblings import fuse, unfuse
 __all__ = [
     "BinaryLinear", "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "LLMInt8Linear", "PackedModule", "QuantConv2d",
     "QuantEmbedding", "QuantLinear", "ReorderedLinear",
-    "fp8_add", "fp8_gelu", "fp8_layer_norm", "fp8_mul", "fp8_rms_norm", "fp8_silu", "fuse", "unfuse",
+    "fp8_add", "fp8_gelu", "fp8_layer_norm", "fp8_mul", "fp8_rms_norm", "fp8_silu", "fuse", "set_activations",
+    "unfuse",
 ]  # fmt: skip

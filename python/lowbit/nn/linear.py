@@ -54,7 +54,7 @@ class QuantLinear(PackedModule):
         weight: stands for the dense weight (`lowbit.nn.weight.PackedWeight`).
         bias: Parameter (N,) or None. It does not require grad unless `train_parameters` says so.
         input_scale: Parameter () fp32 without grad, the one scale that int8 activations are quantized
-            by (static quantization), or None: a scale per row of x.
+            by (static quantization), or None: those of the format, found in each call.
     """
 
     def __init__(
@@ -99,6 +99,30 @@ class QuantLinear(PackedModule):
         self.register_parameter("input_scale", None)
         self._trained: frozenset[str] = frozenset()
 
+    def set_activations(self, activation: str | None, group: int | None = None) -> None:
+        """Changes what the product takes x as, and nothing of the weight.
+
+        Args:
+            activation: None, as it is given; "int8"; or "int8_table", with the table rounded to int8.
+            group: values of a row of x that share a scale; None means the whole row. `Format` says more of both.
+
+        Raises:
+            ValueError: the table is not exact in int8, the group does not fit that of the weight, or the layer has a
+                static scale and the activation is None.
+        """
+        self.format = self.check_activations(activation, group)
+        self._set_specs(self.format)
+        if self._siblings is not None:
+            self._siblings.dissolve()
+
+    def check_activations(self, activation: str | None, group: int | None = None) -> Format:
+        """The format that the layer has after `set_activations`, which raises what this does."""
+        if activation is None and self.input_scale is not None:
+            raise ValueError(
+                "activation must be int8 or int8_table in a layer with a static input scale, got None"
+            )
+        return self.format.with_activation(activation, group)
+
     def set_input_scale(self, scale: float | Tensor | None) -> None:
         """Fixes the scale of int8 activations: q = round(x / scale), saturated at -127 and 127.
 
@@ -106,7 +130,7 @@ class QuantLinear(PackedModule):
         dicts hold the scale, and loading one that does sets it.
 
         Args:
-            scale: one positive and finite number; None goes back to absmax / 127 of each row of x.
+            scale: one positive and finite number; None goes back to absmax / 127 of each row of x, or block of one.
 
         Raises:
             ValueError: the number is not that, or the format takes activations as they are or has

@@ -6,7 +6,6 @@ features are multiplied in the dtype of x, and are 0 in what is quantized to int
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -73,7 +72,7 @@ class LLMInt8Linear(HasPackedWeight):
         self.quantized = quantized
         self.register_buffer("features", features)
         self.register_buffer("columns", columns)
-        exact = dataclasses.replace(quantized.format, activation=None)
+        exact = quantized.format.with_activation(None)
         self._exact_spec = exact.without_outliers.spec
 
     @classmethod

@@ -59,7 +59,8 @@ def linear(
 
     Args:
         q: (M, K) int8.
-        x_scales: fp32 (M,), or (M, groups) with the groups of the weight, which are then multiples of 32.
+        x_scales: fp32 (M,); (M, ceil(K / block)) if the weight's format has blocks (`activation_group`), else
+            (M, groups) with the groups of the weight, which are then multiples of 32.
         weight: (N, K); its table must be exact in int8 unless its format has activation "int8_table".
         bias: (N,) in fp32, bf16 or fp16.
         out_dtype: fp32, bf16, fp16, or int8 with `out_scale`.
@@ -251,13 +252,15 @@ def _check_x_scales(q: Tensor, x_scales: Tensor, format: Format) -> None:
     m, k = q.shape
     if x_scales.dtype != torch.float32:
         raise TypeError(f"x_scales must be float32, got {x_scales.dtype}")
-    shape = (m,) if x_scales.dim() < 2 else (m, format.num_groups(k))
+    own = format.activation_group is not None
+    blocks = format.num_blocks(k) if own else format.num_groups(k)
+    shape = (m,) if x_scales.dim() < 2 else (m, blocks)
     if x_scales.shape != shape or x_scales.device != q.device:
         raise ValueError(
-            f"x_scales must have shape ({m},) or ({m}, {format.num_groups(k)}) on {q.device}, got "
+            f"x_scales must have shape ({m},) or ({m}, {blocks}) on {q.device}, got "
             f"{tuple(x_scales.shape)} on {x_scales.device}"
         )
-    if x_scales.dim() == 2 and format.group is not None and format.group % CHUNK_K:
+    if not own and x_scales.dim() == 2 and format.group is not None and format.group % CHUNK_K:
         raise ValueError(
             f"x_scales by group need groups that are multiples of {CHUNK_K}, got {format.group} in "
             f"format {format.name!r}"

@@ -6,8 +6,6 @@ each row, and kernels of their own.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 
@@ -134,9 +132,7 @@ class Int8Activation(ActivationQuantizer):
         Raises:
             ValueError: the weight's table is not exact in int8.
         """
-        format = dataclasses.replace(
-            weight.format, activation="int8", name=f"{weight.format.name}_a8"
-        )
+        format = weight.format.with_activation("int8")
         return QuantLinear.from_quant_tensor(
             QuantTensor(format, weight.shape, weight.tensors), bias
         )

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lowbit.formats import Format
 
-INT8_PART = 65536  # csrc/cpu/activations/int8.h kMaxInt8Group: weights whose products with int8 are summed in int32
-INT8_SUMS = 128  # csrc/cpu/activations/int8.h kSumParts: groups whose fp32 sum stands apart
+INT8_PART = 65536  # csrc/core/int8_table.h kMaxInt8Group: weights whose products with int8 are summed in int32
+INT8_SUMS = 128  # csrc/core/int8_table.h kSumParts: parts whose fp32 sum stands apart
 
 
 def quantize_int8(
@@ -76,7 +76,7 @@ def table_int8(values: Tensor, step: float | None) -> tuple[Tensor, Tensor]:
 
 def int8_linear(
     q: Tensor,  # (M, K) int8
-    x_scales: Tensor,  # (M,) or (M, groups) fp32
+    x_scales: Tensor,  # (M,), (M, groups) or (M, ceil(K / format.activation_group)) fp32
     codes: Tensor,  # (N, K) uint8
     format: Format,
     scales: Tensor | None,  # (N, groups) fp32
@@ -86,13 +86,13 @@ def int8_linear(
 ) -> Tensor:  # (M, N) fp32
     """Products with int8 activations, bit for bit as the kernels compute them.
 
-    A group of more than 65536 weights counts as several with its scale and zero, each of so many but for the last.
-    For each group in order: the sum of q * (T - zero) is exact, T the table as int8 and zero an integer; it is rounded
-    once to fp32 and multiplied by the weight's scale. A float zero enters as scale * (sum - zero * sum q), "min" as
-    scale * sum + zero * sum q. The result, times the group's scale of x if there is one, is added to y. Then y is
-    multiplied by the product of the row's scale of x (if it has one) and the table's step, and the bias is added. Each
-    of these operations is fp32 and rounds once. Of many groups, 128 at a time are summed apart: y is the sum of those
-    sums, in order.
+    A part is what a group of the weight and a block of x have in common, one of which divides the other; one of more
+    than 65536 weights counts as several, each of so many but for the last. For each part in order: the sum of
+    q * (T - zero) is exact, T the table as int8 and zero an integer; it is rounded once to fp32 and multiplied by the
+    weight's scale. A float zero enters as scale * (sum - zero * sum q), "min" as scale * sum + zero * sum q. The
+    result, times the block's scale of x if there is one, is added to y. Then y is multiplied by the product of the
+    row's scale of x (if it has one) and the table's step, and the bias is added. Each of these operations is fp32 and
+    rounds once. Of many parts, 128 at a time are summed apart: y is the sum of those sums, in order.
     """
     m, k = q.shape
     if table is None:
@@ -103,14 +103,17 @@ def int8_linear(
         table, table_step = table_int8(table, format.int8_step if exact else None)
     weight = table.double()[codes.long()]
     y = torch.zeros(m, codes.shape[0], dtype=torch.float32, device=q.device)
-    size = format.group or k
+    size, blocks = format.group or k, x_scales.dim() == 2
+    block = (format.activation_group or size) if blocks else k
+    common = min(size, block, k)
     parts = (
-        (g, slice(start, min(start + INT8_PART, (g + 1) * size, k)))
-        for g in range(format.num_groups(k))
-        for start in range(g * size, min((g + 1) * size, k), INT8_PART)
+        slice(start, min(start + INT8_PART, first + common, k))
+        for first in range(0, k, common)
+        for start in range(first, min(first + common, k), INT8_PART)
     )
     total = torch.zeros_like(y)
-    for i, (g, columns) in enumerate(parts):
+    for i, columns in enumerate(parts):
+        g, b = columns.start // size, columns.start // block
         if i % INT8_SUMS == 0:
             total, y = total + y, torch.zeros_like(y)
         w, x = weight[:, columns], q[:, columns].double()
@@ -126,9 +129,9 @@ def int8_linear(
         else:
             shift = zero * x.sum(1).float()[:, None]
             term = scale * term + shift if format.zero == "min" else scale * (term - shift)
-        y = y + (term if x_scales.dim() == 1 else term * x_scales[:, g, None])
+        y = y + (term * x_scales[:, b, None] if blocks else term)
     y = total + y
-    factor = table_step if x_scales.dim() == 2 else (x_scales * table_step)[:, None]
+    factor = table_step if blocks else (x_scales * table_step)[:, None]
     y = y * factor
     return y if bias is None else y + bias.float()
 

@@ -177,7 +177,7 @@ def linear(
     """
     columns, outliers = qt.outlier_columns, qt.outlier_values
     if qt.format.activation is not None:
-        q, x_scales = quantize_int8(x.reshape(-1, x.shape[-1]))
+        q, x_scales = quantize_int8(x.reshape(-1, x.shape[-1]), qt.format.activation_group)
         zeros = qt.zeros if qt.format.zero == "int" else effective_zeros(qt)
         weight = (qt.unpack(), qt.format, effective_scales(qt), zeros, qt.table)
         y = int8_linear(q, x_scales, *weight, bias)

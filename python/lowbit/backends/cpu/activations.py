@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.backends.cpu.requests import CODES, bound, of_bias, of_x
+from lowbit.backends.cpu.requests import CODES, bound, of_bias, of_x, x_group
 from lowbit.layouts import Operands
 from lowbit.strides import address, address_of_rows
 
@@ -24,7 +24,7 @@ def _linear_quantized(
     bound(w).linear_quantized(
         **of_x(x),
         x_scales=address(x_scales),
-        x_group_scales=x_scales.dim() == 2,
+        x_group=x_group(w) if x_scales.dim() == 2 else 0,
         **of_bias(bias),
         out=address(out),
         out_dtype=CODES[dtype],
@@ -37,7 +37,7 @@ def _linear_quantized(
 
 def int8_linear(
     q: Tensor,  # (M, K) int8, unit stride along K
-    x_scales: Tensor,  # (M,) or (M, groups) fp32 contiguous
+    x_scales: Tensor,  # (M,), (M, groups) or (M, blocks) fp32 contiguous, as `reference.int8_linear`
     w: Operands,
     bias: Tensor | None,  # (N,) contiguous
     dtype: torch.dtype,

@@ -64,6 +64,7 @@ def weight(
         scale2_dtype="fp32" if format.scale == "e4m3" else format.scale2,
         scale2_extent=0 if format.scale == "e4m3" else format.scale2_group or k,
         int8_x=format.activation is not None,
+        x_group=format.activation_group or 0,
         table_step=_table_step(format),
         bf16_table=format.exact_in_bf16,
     )
@@ -71,6 +72,11 @@ def weight(
         _weights.clear()
     _weights[key] = (format, made)
     return made
+
+
+def x_group(w: Operands) -> int:
+    """Values of a row that share one of the scales (M, groups) of x: a block of the activations, or a group."""
+    return w.format.activation_group or w.format.group or w.k
 
 
 def _table_step(format: Format) -> float:
