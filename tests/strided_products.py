@@ -16,6 +16,7 @@ from lowbit import _C, int8, layouts
 from lowbit.formats import parse
 from lowbit.layouts import KernelWeight, Operands
 from lowbit.layouts.operands import TENSORS
+from lowbit.ops.hadamard import hadamard
 from lowbit.ops.weights import embedding
 from lowbit.weights.quantized import QuantTensor
 from weights import random_weight
@@ -139,6 +140,13 @@ for layout, name in cases_of("nf4", "uint4_zfloat", "kmeans3_pr"):
         wanted[2] = wanted[2] and w.format.codec == "lut"
         call = lambda grad: torch.ops.lowbit.codebook_grad(grad, *w, wanted)  # noqa: E731
         return Case(call, {"grad": torch.randn(N, K)})
+
+
+@case("hadamard")
+def _(m: int) -> Case:
+    given = {"x": torch.randn(m, 2, 48), "signs": torch.randn(48)}
+    call = lambda x, signs: [hadamard(x, signs, transposed=t) for t in (False, True)]  # noqa: E731
+    return Case(call, given, ("x",), exact=False)
 
 
 @case("embedding with outliers")

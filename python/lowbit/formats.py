@@ -15,7 +15,6 @@ import functools
 import json
 import math
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -30,23 +29,19 @@ from lowbit.codebooks.tables import (
     to_fp32,
 )
 from lowbit.files import shown
+from lowbit.format_checks import (
+    BITS,
+    DIGIT_BASES,
+    DQ_BLOCK,
+    INTEGER_SCALES,
+    SECOND_LEVELS,
+    check_format,
+)
 
-CODECS = ("affine", "lut", "e4m3", "e5m2")
-BITS = (1, 2, 3, 4, 5, 6, 8)
-# Scales that are integers times a second level, and the least and the largest.
-INTEGER_SCALES = {"int8": (-128, 127), "int6": (-32, 31), "uint6": (0, 63), "uint4": (0, 15)}
-SCALES = (None, "fp32", "fp16", "bf16", "e8m0", "e4m3", "dq8", *INTEGER_SCALES)
-SECOND_LEVELS = ("fp32", "fp16", "bf16")
-SCALE_RULES = ("absmax", "rms", "mean", "minmax")
-ZEROS = (None, "int", "float", "min")
-SCOPES = ("tensor", "row", "group")
-# The bases whose digits take less than whole bits.
-DIGIT_BASES = {"trits": 3, "base5": 5, "base6": 6}
-PACKINGS = ("bits", *DIGIT_BASES)
-ACTIVATIONS = (None, "int8", "int8_table")
-OUTLIER_DTYPES = ("fp16", "fp32")
-MAX_NAME = 200  # errors repeat the name of a format
-DQ_BLOCK = 256  # scales that share one second-level fp32 factor in "dq8" (QLoRA section 3)
+__all__ = [
+    "BITS", "DIGIT_BASES", "DQ_BLOCK", "FORMATS", "INTEGER_SCALES", "SECOND_LEVELS", "Format", "as_format",
+    "digits_per_byte", "parse",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,117 +101,7 @@ class Format:
         return hash((self.name, self.bits, self.group))
 
     def __post_init__(self) -> None:
-        def check(ok: bool, field: str, expected: str) -> None:
-            if not ok:
-                raise ValueError(
-                    f"format {shown(self.name)}: {field} must be {expected}, got {shown(getattr(self, field))}"
-                )
-
-        check(
-            isinstance(self.name, str) and 0 < len(self.name) <= MAX_NAME,
-            "name",
-            f"a non-empty string of at most {MAX_NAME} characters",
-        )
-        check(self.codec in CODECS, "codec", f"one of {CODECS}")
-        check(_is_int(self.bits) and self.bits in BITS, "bits", f"one of {BITS}")
-        check(
-            self.group is None or (_is_int(self.group) and 0 < self.group < 2**31),
-            "group",
-            "a positive integer below 2^31, or None for the whole row",
-        )
-        check(self.scale in SCALES, "scale", f"one of {SCALES}")
-        check(self.scale_rule in SCALE_RULES, "scale_rule", f"one of {SCALE_RULES}")
-        check(self.zero in ZEROS, "zero", f"one of {ZEROS}")
-        check(self.table_scope in SCOPES, "table_scope", f"one of {SCOPES}")
-        check(self.packing in PACKINGS, "packing", f"one of {PACKINGS}")
-        if self.codec != "affine":
-            check(self.zero is None, "zero", f"None with codec {self.codec!r}")
-        else:
-            check(
-                self.bits > 1, "bits", "2 or more with codec 'affine' (a 1-bit format is a 'lut')"
-            )
-            check(self.scale is not None, "scale", "a scale dtype with codec 'affine'")
-        if self.zero in ("float", "min"):
-            integers = self.zero == "min" and self.scale in INTEGER_SCALES
-            check(
-                integers or self.scale in SECOND_LEVELS, "scale", "a float dtype with a float zero"
-            )
-        self._check_second_level(check)
-        if self.codec in ("e4m3", "e5m2"):
-            check(self.bits == 8, "bits", f"8 with codec {self.codec!r}")
-        if self.codec != "lut":
-            check(self.table is None, "table", f"None with codec {self.codec!r}")
-            check(self.table_scope == "tensor", "table_scope", "'tensor' without a table")
-        if self.table is not None:
-            check(
-                isinstance(self.table, tuple) and 2 <= len(self.table) <= 2**self.bits,
-                "table",
-                f"a tuple of 2 to {2**self.bits} values",
-            )
-            check(all(math.isfinite(v) for v in self.table), "table", "finite values")
-            check(max(map(abs, self.table)) > 0, "table", "not all zero")
-            check(
-                self.table_scope == "tensor",
-                "table_scope",
-                "'tensor' when the format carries the table",
-            )
-        if base := self.base:
-            bits = (base - 1).bit_length()
-            check(
-                self.bits == bits and self.table is not None and len(self.table) <= base,
-                "packing",
-                f"'bits' unless the format is {bits}-bit with a table of at most {base} values",
-            )
-        check(self.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}")
-        if self.activation is not None:
-            check(self.table_scope == "tensor", "table_scope", "'tensor' with int8 activations")
-        self._check_activation_group(check)
-        if self.activation == "int8":
-            self._check_exact_in_int8()
-        if self.activation == "int8_table":
-            check(self.codec != "affine", "activation", "'int8' with integers: they are exact")
-        check(
-            _is_int(self.outliers) and 0 <= self.outliers < 2**31,
-            "outliers",
-            "an integer from 0 to 2^31 - 1",
-        )
-        check(self.outlier_dtype in OUTLIER_DTYPES, "outlier_dtype", f"one of {OUTLIER_DTYPES}")
-
-    def _check_second_level(self, check: Callable[[bool, str, str], None]) -> None:
-        given = f"with scale {self.scale!r}"
-        if not self.integer_scales:
-            check(self.scale2 is None, "scale2", f"None {given}")
-            check(self.scale2_group is None, "scale2_group", f"None {given}")
-            return
-        check(self.scale2 in SECOND_LEVELS, "scale2", f"one of {SECOND_LEVELS} {given}")
-        group, size = self.group or 0, self.scale2_group
-        check(group > 0, "group", f"a number of weights {given}")
-        check(
-            size is None or (_is_int(size) and 0 < size < 2**31 and size % group == 0),
-            "scale2_group",
-            f"a multiple of the group ({self.group}) below 2^31, or None for the whole row",
-        )
-
-    def _check_activation_group(self, check: Callable[[bool, str, str], None]) -> None:
-        size, group = self.activation_group, self.group
-        if size is None:
-            return
-        check(self.activation is not None, "activation_group", "None without int8 activations")
-        check(
-            _is_int(size) and 0 < size < 2**31, "activation_group", "a positive integer below 2^31"
-        )
-        check(
-            group is None or group % size == 0 or size % group == 0,
-            "activation_group",
-            f"a multiple of the group ({group}), or divide it",
-        )
-
-    def _check_exact_in_int8(self) -> None:
-        if self.int8_step is None:
-            raise ValueError(
-                f"format {self.name!r}: its table is not exact in int8; activation 'int8_table' (suffix _a8t) "
-                "rounds it"
-            )
+        check_format(self)
 
     @classmethod
     def lut(
@@ -392,10 +277,6 @@ def _spec(f: Format) -> str:
     except ValueError:
         pass
     return json.dumps(dataclasses.asdict(f), separators=(",", ":"), sort_keys=True)
-
-
-def _is_int(v: object) -> bool:
-    return isinstance(v, int) and not isinstance(v, bool)
 
 
 def _builtin() -> dict[str, Format]:

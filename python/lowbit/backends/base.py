@@ -103,6 +103,11 @@ class Backend:
             raise ValueError(f"outlier_columns must be in [0, {x.shape[1]}), got {int(wrong[0])}")
         return reference.outlier_product(x.float(), *term)
 
+    @alone_after_fork
+    def hadamard(self, x: Tensor, signs: Tensor | None, transposed: bool) -> Tensor:  # (M, K)
+        """`reference.hadamard_transform`, rounded once to the dtype of x."""
+        return reference.hadamard_transform(x, signs, transposed).to(x.dtype)
+
     def int8_quantize(
         self, x: Tensor, group: int | None, scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:

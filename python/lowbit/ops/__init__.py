@@ -7,6 +7,7 @@ from lowbit.ops import (
     binary,
     fp8,
     fp8_matmul,
+    hadamard,
     int8,
     linear,
     many,
@@ -20,6 +21,7 @@ from lowbit.ops.weights import embedding
 from lowbit.ops import decompositions
 
 __all__ = [
-    "adamw", "binary", "decompositions", "embedding", "fp8", "fp8_matmul", "int8", "linear", "many", "sparse",
+    "adamw", "binary", "decompositions", "embedding", "fp8", "fp8_matmul", "hadamard", "int8", "linear", "many",
+    "sparse",
     "weights",
 ]  # fmt: skip

@@ -10,6 +10,9 @@ from lowbit.reference.activations import (
     requantize,
     table_int8,
 )
+from lowbit.reference.hadamard import matrix as hadamard_matrix
+from lowbit.reference.hadamard import order as hadamard_order
+from lowbit.reference.hadamard import transform as hadamard_transform
 from lowbit.reference.sparse import add_outliers, outlier_product
 from lowbit.reference.weights import (
     apply_scales,
@@ -41,6 +44,9 @@ __all__ = [
     "effective_zeros",
     "embedding",
     "group_index",
+    "hadamard_matrix",
+    "hadamard_order",
+    "hadamard_transform",
     "int8_linear",
     "linear",
     "of_two_levels",
