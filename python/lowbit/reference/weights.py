@@ -54,6 +54,22 @@ def of_two_levels(
     return codes.to(torch.float32) * second.to(torch.float32)
 
 
+def of_double_quantization(
+    codes: Tensor,  # (N, groups) uint8, or (R, groups) of some rows
+    factors: Tensor,  # (ceil(N * groups / 256),) fp32, over the flattened scales of all rows
+    offset: Tensor,  # () fp32
+    rows: Tensor | None = None,  # (R,)
+) -> Tensor:  # fp32, the shape of `codes`
+    """Scales of "dq8": the dynamic code times its factor, rounded, plus the offset, rounded."""
+    values = dynamic_map(codes.device)[codes.long()]
+    if rows is None:
+        factor = factors.repeat_interleave(DQ_BLOCK)[: codes.numel()].view_as(values)
+    else:
+        groups = torch.arange(codes.shape[1], dtype=torch.int64, device=codes.device)
+        factor = factors[(rows.long()[:, None] * codes.shape[1] + groups) // DQ_BLOCK]
+    return values * factor + offset
+
+
 def scale_values(codes: Tensor, format: Format) -> Tensor:  # fp32, the shape of `codes`
     """What scales that are codes of a byte stand for, before a second level: integers, E4M3 or E8M0."""
     if format.scale == "e8m0":
@@ -73,9 +89,8 @@ def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
     if qt.format.scale == "e4m3" or qt.format.integer_scales:
         return of_two_levels(scales, qt.tensors["scales2"], qt.format)
     if qt.format.scale == "dq8":
-        flat = dynamic_map(qt.device)[scales.flatten().long()]
-        factor = qt.tensors["scales2"].repeat_interleave(DQ_BLOCK)[: flat.numel()]
-        return (flat * factor + qt.tensors["scales2_offset"]).view_as(scales)
+        offset = qt.tensors["scales2_offset"]
+        return of_double_quantization(scales, qt.tensors["scales2"], offset)
     return scales.to(torch.float32)
 
 
