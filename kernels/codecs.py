@@ -13,7 +13,9 @@ AFFINE, LUT = tl.constexpr(0), tl.constexpr(1)
 ZERO_NONE, ZERO_INT, ZERO_FLOAT, ZERO_MIN = (tl.constexpr(i) for i in range(4))
 TABLE_SHARED, TABLE_ROW, TABLE_GROUP = (tl.constexpr(i) for i in range(3))
 # What the bytes of a scale are, and whether one number for the weight or one for a super-block of a row multiplies it.
-SCALE_NONE, SCALE_NUMBER, SCALE_E4M3, SCALE_E8M0 = (tl.constexpr(i) for i in range(4))
+SCALE_NONE, SCALE_NUMBER, SCALE_E4M3, SCALE_E8M0, SCALE_DQ8 = (tl.constexpr(i) for i in range(5))
+# Integers of less than a byte, as zeros that are added then are: a little-endian bit stream of N for each group.
+SCALE_UINT4, SCALE_UINT6, SCALE_INT6 = (tl.constexpr(i) for i in range(5, 8))
 SECOND_NONE, SECOND_ONE, SECOND_ROW = (tl.constexpr(i) for i in range(3))
 
 
@@ -77,8 +79,9 @@ def table_values(
 
 @triton.jit
 def scale_of(
-    scales,  # (groups, N)
-    scales2,  # (super-blocks, N), or one fp32
+    scales,  # (groups, N), or packed
+    scales2,  # (super-blocks, N), one fp32, or of SCALE_DQ8 the factors and the offset
+    scale_map,  # (256,) fp32, of SCALE_DQ8
     group,
     columns,
     valid,
@@ -87,10 +90,12 @@ def scale_of(
     SCALE: tl.constexpr,
     SECOND: tl.constexpr,
 ):
-    """fp32 scales; their product with a second level is rounded once."""
+    """fp32 scales; their product with a second level is rounded once, as are product and sum of SCALE_DQ8."""
     at = group * n + columns
     if SCALE == SCALE_NUMBER:
         scale = tl.load(scales + at, mask=valid, other=0.0).to(tl.float32)
+    elif SCALE >= SCALE_UINT4:
+        scale = packed_integers(scales, group, columns, valid, n, SCALE)
     elif SCALE == SCALE_E4M3:
         byte = tl.load(scales + at, mask=valid, other=0).to(tl.int32)
         magnitude = byte & 127
@@ -102,6 +107,13 @@ def scale_of(
         # 0 stands for a subnormal number, 255 for NaN.
         bits = tl.where((byte == 0) | (byte == 255), (byte << 23) | 0x400000, byte << 23)
         scale = bits.to(tl.float32, bitcast=True)
+    elif SCALE == SCALE_DQ8:
+        code = tl.load(scales + at, mask=valid, other=0).to(tl.int32)
+        # 256 scales of the flattened (N, groups) share a factor.
+        flat = columns * super_groups + group
+        factor = tl.load(scales2 + flat // 256, mask=valid, other=0.0)
+        offset = tl.load(scales2 + tl.cdiv(n * super_groups, 256))
+        scale = tl.load(scale_map + code) * factor + offset
     return with_second(scale, scales2, group, columns, valid, n, super_groups, SECOND)
 
 
@@ -117,7 +129,35 @@ def with_second(terms, second, group, columns, valid, n, super_groups, SECOND: t
 
 
 @triton.jit
-def added_zero(zeros, zeros2, group, columns, valid, n, super_groups, SECOND: tl.constexpr):
+def packed_integers(packed, group, columns, valid, n, SCALE: tl.constexpr):
+    """fp32 integers of 4 or 6 bits, (groups, ceil(N / 4) * 4 of them)."""
+    bits: tl.constexpr = 4 if SCALE == SCALE_UINT4 else 6
+    at = packed + group * (tl.cdiv(n, 4) * (bits // 2)) + columns * bits // 8
+    shift = columns * bits % 8
+    both = tl.load(at, mask=valid, other=0).to(tl.int32)
+    if bits == 6:
+        both |= tl.load(at + 1, mask=valid & (shift > 2), other=0).to(tl.int32) << 8
+    code = (both >> shift) & ((1 << bits) - 1)
+    if SCALE == SCALE_INT6:
+        code = (code ^ 32) - 32
+    return code.to(tl.float32)
+
+
+@triton.jit
+def added_zero(
+    zeros,  # (groups, N), or packed
+    zeros2,  # (super-blocks, N)
+    group,
+    columns,
+    valid,
+    n,
+    super_groups,
+    SCALE: tl.constexpr,
+    SECOND: tl.constexpr,
+):
     """fp32 zeros that are added; their product with a second level is rounded once."""
-    zero = tl.load(zeros + group * n + columns, mask=valid, other=0.0).to(tl.float32)
+    if SCALE >= SCALE_UINT4:
+        zero = packed_integers(zeros, group, columns, valid, n, SCALE)
+    else:
+        zero = tl.load(zeros + group * n + columns, mask=valid, other=0.0).to(tl.float32)
     return with_second(zero, zeros2, group, columns, valid, n, super_groups, SECOND)

@@ -13,11 +13,12 @@ from .linear import scaled
 def dequantize_kernel(
     indices,  # (M,) int64, each in [0, N); read if GATHERS
     codes,
-    scales,  # (groups, N)
-    zeros,  # (groups, N)
+    scales,  # (groups, N), or packed
+    zeros,  # (groups, N), or packed
     table,
-    scales2,  # (super-blocks, N), or one fp32
+    scales2,  # (super-blocks, N), one fp32, or factors and offset
     zeros2,  # (super-blocks, N)
+    scale_map,  # (256,) fp32, of SCALE_DQ8
     out,  # (M, K)
     m,
     n,
@@ -53,6 +54,7 @@ def dequantize_kernel(
         zeros,
         scales2,
         zeros2,
+        scale_map,
         g,
         rows[:, None],
         valid[:, None],

@@ -22,11 +22,12 @@ from .codecs import (
 def linear_kernel(
     x,  # (M, K), strides (x_row, x_column)
     codes,
-    scales,  # (groups, N)
-    zeros,  # (groups, N)
+    scales,  # (groups, N), or packed
+    zeros,  # (groups, N), or packed
     table,
-    scales2,  # (super-blocks, N), or one fp32
+    scales2,  # (super-blocks, N), one fp32, or factors and offset
     zeros2,  # (super-blocks, N)
+    scale_map,  # (256,) fp32, of SCALE_DQ8
     bias,  # (N,)
     out,  # (SPLITS, M, N) fp32 if SPLITS > 1, else (M, N)
     m,
@@ -96,7 +97,7 @@ def linear_kernel(
             if ZERO == ZERO_FLOAT:
                 zero = tl.load(zeros + at, mask=in_n, other=0.0).to(tl.float32)
             if ZERO == ZERO_MIN:
-                zero = added_zero(zeros, zeros2, g, columns, in_n, n, super_groups, SECOND)
+                zero = added_zero(zeros, zeros2, g, columns, in_n, n, super_groups, SCALE, SECOND)
             if ZERO == ZERO_FLOAT or ZERO == ZERO_MIN:
                 shift = tl.sum(xs.to(tl.float32), 1)[:, None] * zero[None, :]
             if ZERO == ZERO_FLOAT:
@@ -107,7 +108,7 @@ def linear_kernel(
             if not WHOLE:
                 if SCALE != SCALE_NONE:
                     term *= scale_of(
-                        scales, scales2, g, columns, in_n, n, super_groups, SCALE, SECOND
+                        scales, scales2, scale_map, g, columns, in_n, n, super_groups, SCALE, SECOND
                     )[None, :]
                 if ZERO == ZERO_MIN:
                     term += shift
@@ -123,6 +124,7 @@ def linear_kernel(
                 zeros,
                 scales2,
                 zeros2,
+                scale_map,
                 g,
                 columns[:, None],
                 in_n[:, None],
@@ -158,6 +160,7 @@ def linear_kernel(
                     zeros,
                     scales2,
                     zeros2,
+                    scale_map,
                     g,
                     columns[:, None],
                     in_n[:, None],
@@ -173,7 +176,9 @@ def linear_kernel(
                 infinite = tl.dot(xs, signs, infinite, input_precision="ieee")
             total = tl.where(infinite - infinite == 0, total, infinite)
     if WHOLE and SCALE != SCALE_NONE:
-        scale = scale_of(scales, scales2, 0, columns, in_n, n, super_groups, SCALE, SECOND)
+        scale = scale_of(
+            scales, scales2, scale_map, 0, columns, in_n, n, super_groups, SCALE, SECOND
+        )
         total *= scale[None, :]
     if HAS_BIAS and SPLITS == 1:
         total += tl.load(bias + columns, mask=in_n, other=0.0).to(tl.float32)[None, :]
@@ -202,6 +207,7 @@ def scaled(
     zeros,
     scales2,
     zeros2,
+    scale_map,
     group,
     columns,
     valid,
@@ -215,9 +221,11 @@ def scaled(
     if ZERO == ZERO_INT or ZERO == ZERO_FLOAT:
         values -= tl.load(zeros + group * n + columns, mask=valid, other=0).to(tl.float32)
     if SCALE != SCALE_NONE:
-        values *= scale_of(scales, scales2, group, columns, valid, n, super_groups, SCALE, SECOND)
+        values *= scale_of(
+            scales, scales2, scale_map, group, columns, valid, n, super_groups, SCALE, SECOND
+        )
     if ZERO == ZERO_MIN:
-        values += added_zero(zeros, zeros2, group, columns, valid, n, super_groups, SECOND)
+        values += added_zero(zeros, zeros2, group, columns, valid, n, super_groups, SCALE, SECOND)
     return values
 
 

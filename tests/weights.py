@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lowbit import packing, reference
-from lowbit.formats import FORMATS, INTEGER_SCALES, Format
+from lowbit.formats import FORMATS, INTEGER_SCALES, Format, parse
 from lowbit.weights.quantized import QuantTensor, tensor_specs
 
 # Formats that no built-in covers: odd groups, short tables, every table scope with groups, each scale dtype.
@@ -35,6 +35,8 @@ EXTRA_FORMATS = (
     Format(name="int8_g16_codes", codec="affine", bits=8, group=16, zero="int", scale="int8", scale2="bf16",
            scale2_group=48),
     Format(name="affine3_g7_int6", codec="affine", bits=3, group=7, zero="min", scale="int6", scale2="fp32"),
+    parse("nf4_g32_dq8"),
+    parse("kmeans2_g16_dq8"),
     Format.lut(bits=4, group=16, name="lut4_g16", table=tuple(0.1 * i * abs(i) - 3 for i in range(-6, 10))),
 )  # fmt: skip
 ALL_FORMATS = (*FORMATS.values(), *EXTRA_FORMATS)

@@ -83,6 +83,7 @@ void bind_structs(py::module_& m) {
   address_field(layer, "out_norm", &DecoderLayer::out_norm);
   address_field(layer, "q_norm", &DecoderLayer::q_norm);
   address_field(layer, "k_norm", &DecoderLayer::k_norm);
+  address_field(layer, "key_balance", &DecoderLayer::key_balance);
 
   py::class_<DecoderRope> rope(m, "DecoderRope", "As in csrc/decoder/decoder.h.");
   rope.def(py::init<>()).def_readwrite("dim", &DecoderRope::dim);

@@ -10,15 +10,15 @@
 namespace lowbit {
 
 // By Dtype.
-inline constexpr const char* kDtypeNames[] = {"fp32", "bf16", "fp16",  "int8",  "b1",
-                                              "e4m3", "e8m0", "uint4", "uint6", "int6"};
+inline constexpr const char* kDtypeNames[] = {"fp32", "bf16",  "fp16",  "int8", "b1", "e4m3",
+                                              "e8m0", "uint4", "uint6", "int6", "dq8"};
 inline const char* dtype_name(Dtype dtype) { return kDtypeNames[static_cast<int>(dtype)]; }
 inline Dtype dtype_of(const std::string& name) {
   for (size_t i = 0; i < std::size(kDtypeNames); ++i) {
     if (name == kDtypeNames[i]) return static_cast<Dtype>(i);
   }
-  fail("dtype must be fp32, bf16, fp16, int8 or b1, and of scales also e4m3, e8m0, uint4, uint6 or int6, got '" + name +
-       "'");
+  fail("dtype must be fp32, bf16, fp16, int8 or b1, and of scales also e4m3, e8m0, uint4, uint6, int6 or dq8, got '" +
+       name + "'");
 }
 
 // By Codec.

@@ -104,9 +104,10 @@ bool read_input(PyObject* object, Input* x) {
 
 bool second_level(bool wanted, PyObject* object, Launch* l, const void** to) {
   uint64_t address;
-  const bool given = l->num_supers == 0 ? operand(object, wanted, dlpack::kFloat32, {1}, &address)
-                                        : operand(object, wanted, dlpack::type_of(l->second_dtype),
-                                                  {num_blocks(l->n), l->num_supers, kBlockN}, &address);
+  const bool one_vector = l->num_supers == 0 || l->scale_dtype == Dtype::kDq8;  // of one number, or factors and offset
+  const bool given = one_vector ? operand(object, wanted, dlpack::kFloat32, {l->num_supers + 1}, &address)
+                                : operand(object, wanted, dlpack::type_of(l->second_dtype),
+                                          {num_blocks(l->n), l->num_supers, kBlockN}, &address);
   *to = pointer<const void>(address);
   return given;
 }

@@ -1,11 +1,18 @@
 #include "bindings/weight.h"
 
+#include <array>
+
 #include "bindings/names.h"
 #include "core/address.h"
 #include "core/int8_table.h"
 #include "core/n16.h"
 
 namespace lowbit {
+namespace {
+std::optional<std::array<float, 256>> dynamic_map;  // of Dtype::kDq8
+}
+
+void use_dynamic_map(const std::array<float, 256>& values) { dynamic_map = values; }
 
 Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string& codec_name, bool column_table,
                int64_t table_groups, const std::string& zero_mode, const std::optional<std::string>& scale,
@@ -49,6 +56,13 @@ Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string&
     fail("zero_dtype must be a number, or packed as the scales are with zero add, got " + *zero_type);
   }
   if (packed_scales && !scale2) fail("scale_dtype " + *scale + " needs a second level of scales");
+  if (scale_dtype == Dtype::kDq8) {
+    if (!scale2) fail("scale_dtype dq8 needs a second level of scales");
+    if (*scale2 != "fp32" || scale2_extent != 0) fail("scale2_dtype of dq8 must be fp32 with scale2_extent 0");
+    if (n * groups() > INT32_MAX)
+      fail("a weight has at most 2^31 - 1 scales of dq8, got " + std::to_string(n * groups()));
+    if (!dynamic_map) fail("use_dynamic_map must be called before the first weight with scales of dq8");
+  }
   if (!scale2) return;
   scale2_dtype = dtype_of(*scale2);
   if (*scale2_dtype != Dtype::kF32 && *scale2_dtype != Dtype::kF16 && *scale2_dtype != Dtype::kBf16) {
@@ -106,6 +120,11 @@ Launch Weight::launch() const {
            .table_step = table_step};
   if (!scale2_dtype) return l;
   l.second_dtype = *scale2_dtype;
+  if (scale_dtype == Dtype::kDq8) {
+    l.num_supers = ceil_div(n * groups(), int64_t{1} << kFactorBits);
+    l.scale_map = dynamic_map->data();
+    return l;
+  }
   if (scale2_extent > 0) {
     l.super_groups = scale2_extent < k ? scale2_extent / group : l.num_groups;
     l.num_supers = ceil_div(l.num_groups, l.super_groups);

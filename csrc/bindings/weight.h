@@ -1,6 +1,7 @@
 // An n16 weight as Python knows it: what it is, and with the addresses of its tensors.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -9,6 +10,9 @@
 #include "core/dispatch.h"
 
 namespace lowbit {
+
+// Says what the codes of scales of "dq8" stand for, before the first weight with them.
+void use_dynamic_map(const std::array<float, 256>& values);
 
 // What an n16 weight is, apart from its bytes.
 struct Weight {

@@ -245,6 +245,7 @@ void bind_weights(py::module_& m) {
   m.def("linear_many", &linear_many, arg("products"), kw_only(), arg("x"), arg("x_dtype"), arg("m"), arg("x_stride"),
         arg("threads"));
   m.def("plan", &plan, arg("weight"));
+  m.def("use_dynamic_map", &use_dynamic_map, arg("values"));
 }
 
 }  // namespace lowbit

@@ -10,9 +10,10 @@ namespace lowbit {
 
 enum class Op : int32_t { kLinear, kDequantize };
 // kB1: signs of x, eight to a byte from the least significant bit; 1 is +1 and 0 is -1. The first five are those of x.
-// Of scales alone: kE4m3, and kE8m0, the power of two 2^(byte - 127), NaN for 255. Of scales with a second level, and
-// their zeros: kU4, kU6 and kI6, integers of which the 64 of a block and group are a little-endian bit stream.
-enum class Dtype : int32_t { kF32, kBf16, kF16, kI8, kB1, kE4m3, kE8m0, kU4, kU6, kI6 };
+// Of scales alone: kE4m3, and kE8m0, the power of two 2^(byte - 127), NaN for 255, and kDq8, see Launch. Of scales with
+// a second level, and their zeros: kU4, kU6 and kI6, integers of which the 64 of a block and group are a little-endian
+// bit stream.
+enum class Dtype : int32_t { kF32, kBf16, kF16, kI8, kB1, kE4m3, kE8m0, kU4, kU6, kI6, kDq8 };
 constexpr int kDtypes = 5;
 // kInt: the table is code + table[0], so arithmetic may replace the lookup.
 enum class Codec : int32_t { kLut, kInt, kE4m3, kE5m2 };
@@ -49,10 +50,15 @@ struct Epilogue {
 // Bits of an integer that is packed in scales; 0 of other dtypes.
 constexpr int packed_scale_bits(Dtype d) { return d == Dtype::kU4 ? 4 : d == Dtype::kU6 || d == Dtype::kI6 ? 6 : 0; }
 
+// 2^8 scales of kDq8 share a factor (QLoRA, arXiv 2305.14314).
+constexpr int kFactorBits = 8;
+
 // W[n, k] = scale * (T - zero) or scale * T + zero, T = table[code]; y = x W^T + bias. Layouts: n16.h; scales and
 // zeros are (n / 64, groups, 64), a column table is (n / 64, table_groups, 2^bits, 64), all padded to whole blocks.
 // With a second level scale is scales * scales2 in fp32, and the zero of kAdd zeros * zeros2: each is
 // (n / 64, num_supers, 64), one number for `super_groups` groups, or, if num_supers is 0, one fp32 for the weight.
+// Scales of kDq8 are scale_map[code] * factor + offset in fp32, each operation rounded; scales2 is num_supers fp32
+// factors, that of row n and group g with index (n * num_groups + g) >> kFactorBits, and the offset.
 struct Launch {
   int64_t m = 0, n = 0, k = 0, group = 1, num_groups = 0;
   const void* x = nullptr;
@@ -75,6 +81,7 @@ struct Launch {
   const void *scales2 = nullptr, *zeros2 = nullptr;  // may be null
   Dtype second_dtype = Dtype::kF32;
   int64_t super_groups = 0, num_supers = 0;
+  const float* scale_map = nullptr;  // of the 256 codes of kDq8
   const float* table = nullptr;
   int64_t table_groups = 1;
   const int8_t* table_i8 = nullptr;  // with int8 x: table = table_step * table_i8, exactly or rounded (int8_table.h)

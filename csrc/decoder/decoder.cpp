@@ -192,6 +192,7 @@ void Decoder::copy_constants() {
       }
       copy_norm(&layer.q_norm, c.head_dim);
       copy_norm(&layer.k_norm, c.head_dim);
+      copy_norm(&layer.key_balance, c.kv_heads * c.head_dim);
     }
     copy_norm(&model_.norm, c.hidden);
     for (DecoderRope& rope : model_.ropes) {

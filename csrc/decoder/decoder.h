@@ -45,9 +45,12 @@ struct DecoderLayer {
   const float *input_norm, *mlp_norm;          // (hidden)
   const float *attention_out_norm, *out_norm;  // (hidden), of what attention and the MLP add, or null
   const float *q_norm, *k_norm;                // (head_dim), of each head, or null
-  int rope;                                    // which of the model's, or -1: none
-  int64_t window;                              // positions that a token sees, the last being its own; 0: all
-  std::vector<DecoderLinear> qkv, gate_up;     // q, k, v, or one with the rows of all; gate and up likewise
+  // (kv_heads, head_dim) powers of two that keys are divided by before they are stored, and queries multiplied by, or
+  // null: they bring the dimensions of a key nearer to each other before these are rounded.
+  const float* key_balance;
+  int rope;                                 // which of the model's, or -1: none
+  int64_t window;                           // positions that a token sees, the last being its own; 0: all
+  std::vector<DecoderLinear> qkv, gate_up;  // q, k, v, or one with the rows of all; gate and up likewise
   DecoderLinear o, down;
 };
 
@@ -113,8 +116,8 @@ const DecoderOps& decoder_ops(uint32_t isa_mask);
 
 class Decoder {
  public:
-  // Copies the norms, cos and sin; the other memory must outlive the decoder. Throws std::invalid_argument if sizes
-  // contradict each other or no kernel of this CPU serves a weight.
+  // Copies the norms, balances, cos and sin; the other memory must outlive the decoder. Throws std::invalid_argument if
+  // sizes contradict each other or no kernel of this CPU serves a weight.
   Decoder(const DecoderConfig& config, const DecoderModel& model);
 
   // Appends `count` tokens, each in [0, vocab), to a sequence: the cache holds what was appended at the positions

@@ -155,6 +155,11 @@ void Worker::ready(size_t layer, const char* qkv, int64_t head, int64_t position
   h.scratch = mine().scratch;
   h.out = out;
   d.ops_->ready(h);
+  if (!l.key_balance) return;
+  const bool is_key = head >= c.heads;
+  const int64_t kv_head = is_key ? head - c.heads : head / (c.heads / c.kv_heads);
+  const float* balance = l.key_balance + kv_head * c.head_dim;
+  for (int64_t i = 0; i < c.head_dim; ++i) out[i] = is_key ? out[i] / balance[i] : out[i] * balance[i];
 }
 
 void Worker::store_key(size_t layer, int64_t kv_head, const char* qkv, TokenPlace place, bool last) const {

@@ -64,7 +64,7 @@ struct Worker {
   void project(const Projection& p, const char* x);
   void head();
   void gate_up(const Projection& p, const char* x);
-  // A head of the queries, then of the keys, with its norm and rotary embedding.
+  // A head of the queries, then of the keys, with its norm and rotary embedding, balanced.
   void ready(size_t layer, const char* qkv, int64_t head, int64_t position, float* out) const;
   void store_key(size_t layer, int64_t kv_head, const char* qkv, TokenPlace place, bool last) const;
   void attend_one(size_t layer, const char* qkv, TokenPlace place);

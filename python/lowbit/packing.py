@@ -13,6 +13,7 @@ Kernels read the layouts of `layouts/`, which are made of this one. They hold in
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.formats import Format, digits_per_byte
@@ -57,11 +58,11 @@ def unpack_codes(
 
 
 def pack_scales(
-    scales: Tensor,  # (..., C) int8, C a multiple of 4
+    scales: Tensor,  # (..., C) int8
     bits: int,  # 4 or 6
-) -> Tensor:  # (..., C * bits / 8) uint8
-    """The low bits of integers as a little-endian bit stream."""
-    codes = scales.view(torch.uint8)
+) -> Tensor:  # (..., C * bits / 8) uint8, C rounded up to a multiple of 4
+    """The low bits of integers as a little-endian bit stream, with zeros up to a multiple of 4."""
+    codes = F.pad(scales.view(torch.uint8), (0, -scales.shape[-1] % 4))
     if bits == 4:
         return codes[..., 0::2] & 15 | codes[..., 1::2] << 4
     a, b, c, d = (codes & 63).unflatten(-1, (-1, 4)).unbind(-1)
@@ -69,7 +70,7 @@ def pack_scales(
 
 
 def unpack_scales(packed: Tensor, bits: int, signed: bool) -> Tensor:
-    """Inverse of `pack_scales`."""
+    """Inverse of `pack_scales`; what was added is still there."""
     if bits == 4:
         codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
     else:

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 EVERY = (
     *("int4", "nf4", "uint4", "kmeans3", "kmeans4_pr", "int8", "e4m3", "q4_1", "binary"),
-    *("q4_k", "q6_k", "nvfp4", "mxfp4"),
+    *("q4_k", "q6_k", "nvfp4", "mxfp4", "nf4_g64_dq8"),
 )
 """Formats whose kernels differ in codec, zero, scope or planes."""
 # (kernel, format, dtype, M, architecture)
@@ -30,7 +30,7 @@ CASES: list[Case] = [
     *(("dequantize", "nf4", "bfloat16", 1, arch) for arch in (80, 90, 100, 120)),
     *(
         ("dequantize", name, "float32", 1, 90)
-        for name in ("uint4", "kmeans4_pr", "q4_1", "q2_k", "nvfp4")
+        for name in ("uint4", "kmeans4_pr", "q4_1", "q2_k", "nvfp4", "nf4_g64_dq8")
     ),
     *(("add_splits", "nf4", "bfloat16", 1, arch) for arch in (80, 90, 100, 120)),
 ]
@@ -60,7 +60,7 @@ def source(op, name, x, m):
     if op == "dequantize":
         constants |= {"BLOCK_M": 32, "CHUNKS": kernels.configs.MOST_CHUNKS}
     tensors = {"x": x, "bias": x, "out": torch.float32 if op == "linear" and c.splits > 1 else x,
-               "parts": torch.float32, "indices": torch.int32}
+               "parts": torch.float32, "indices": torch.int32, "scale_map": torch.float32}
     tensors |= {key: specs.get(key, torch.int32) for key in ("codes", "scales", "zeros", "table", "scales2", "zeros2")}
     kernel = {"linear": kernels.linear.linear_kernel, "add_splits": kernels.linear.add_splits_kernel,
               "dequantize": kernels.dequantize.dequantize_kernel}[op]

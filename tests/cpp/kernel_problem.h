@@ -105,7 +105,8 @@ struct Case {
   ZeroMode zero;
   Dtype scale = Dtype::kF32;   // that of the codes with which scales, and zeros of kAdd, are stored
   Dtype second = Dtype::kF32;  // and of what these are multiplied by,
-  int64_t super_groups = 0;    // for so many groups; 0: one fp32 for the weight, if scales are integers or E4M3
+  int64_t super_groups = 0;    // for so many groups; 0: one fp32 for the weight, if scales are integers or E4M3, and
+                               // factors and an offset with kDq8
 };
 
 // What a code of scales stands for, by the formats' definition.
@@ -126,7 +127,7 @@ struct Problem {
   int bits;
   Scope scope;
   Guarded<uint8_t> codes, packed, n16, scale_codes, zero_codes;
-  Guarded<float> scales, zeros, table;
+  Guarded<float> scales, zeros, table, scale_map{256};
   Numbers scales2{Dtype::kF32, {}}, zeros2{Dtype::kF32, {}};
   std::vector<float> value;
 
@@ -172,7 +173,9 @@ struct Problem {
     for (float& s : scales) s = 0.5f + std::abs(normal(rng));
     // Of int8 products, integers: so they may be int8 as well.
     for (float& z : zeros) z = kernel.compute == Dtype::kI8 ? std::nearbyint(4 * normal(rng)) : normal(rng);
-    if (coded()) {
+    if (c.scale == Dtype::kDq8) {
+      store_dq8(rng);
+    } else if (coded()) {
       store(scale_codes, scales2, scales, rng);
       if (c.zero == ZeroMode::kAdd) store(zero_codes, zeros2, zeros, rng);
     }
@@ -224,6 +227,24 @@ struct Problem {
     }
   }
 
+  // Draws codes, a map, factors and an offset; `scales` become what these stand for.
+  void store_dq8(std::mt19937& rng) {
+    const int64_t groups = ceil_div(c.k, c.group);
+    for (size_t i = 0; i < scale_map.size(); ++i) scale_map[i] = static_cast<float>(rng() % 4096) / 4095;
+    std::vector<float> factors(ceil_div(c.n * groups, int64_t{1} << kFactorBits) + 1);
+    for (float& f : factors) f = 0.25f + static_cast<float>(rng() % 4096) / 4097;
+    scales2 = Numbers(Dtype::kF32, factors);
+    scale_codes = Guarded<uint8_t>(scales.size());
+    for (uint8_t& code : scale_codes) code = static_cast<uint8_t>(rng());
+    for (int64_t n = 0; n < c.n; ++n) {
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t term = (n / kBlockN * groups + group) * kBlockN + n % kBlockN;
+        volatile float product = scale_map[scale_codes[term]] * factors[(n * groups + group) >> kFactorBits];
+        scales[term] = product + factors.back();
+      }
+    }
+  }
+
   Launch launch() {
     Launch l{};
     if (coded()) {
@@ -231,6 +252,10 @@ struct Problem {
       l.second_dtype = c.second;
       l.super_groups = c.super_groups;
       l.num_supers = supers();
+    }
+    if (c.scale == Dtype::kDq8) {
+      l.num_supers = static_cast<int64_t>(scales2.floats.size()) - 1;
+      l.scale_map = scale_map.data();
     }
     l.n = c.n;
     l.k = c.k;

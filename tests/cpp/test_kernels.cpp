@@ -349,6 +349,8 @@ int main(int argc, char** argv) {
       {13, 130, 352, 32, ZeroMode::kAdd, Dtype::kU6, Dtype::kF16, 8},
       {3, 64, 1100, 512, ZeroMode::kSubtract, Dtype::kI8, Dtype::kF32, 3},
       {5, 33, 96, 32, ZeroMode::kNone, Dtype::kE8m0},
+      {1, 130, 272, 16, ZeroMode::kNone, Dtype::kDq8},
+      {6, 65, 352, 32, ZeroMode::kSubtract, Dtype::kDq8},
       {2, 67, 50, 20, ZeroMode::kAdd, Dtype::kI8, Dtype::kF32, 2},
       {3, 65, 50, 20, ZeroMode::kNone, Dtype::kU4, Dtype::kF32, 2},
   };

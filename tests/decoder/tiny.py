@@ -66,8 +66,8 @@ CASES = {
 }  # fmt: skip
 
 
-def tiny(case: str, dtype=torch.float32, format="int4_g32", **changes):
-    """(the packed model, transformers' own dense model with the same numbers)."""
+def tiny(case: str, dtype=torch.float32, format="int4_g32", prepare=None, **changes):
+    """(the packed model, transformers' own dense model with the same numbers); prepare(model) before it is packed."""
     architecture, options = CASES[case]
     kind = getattr(transformers, f"{architecture}ForCausalLM")
     config = kind.config_class(**{**_SIZES, **options, **changes})
@@ -81,6 +81,8 @@ def tiny(case: str, dtype=torch.float32, format="int4_g32", **changes):
         vector = parameter.dim() == 1
         scale = 0.3 if vector else parameter.shape[1] ** -0.5
         parameter.data = noise * scale + (vector and plain_norms)
+    if prepare is not None:
+        prepare(model)
     packed = copy.deepcopy(model).to(dtype)
     lowbit.quantize_model(packed, format, skip=("lm_head",))
     for name, module in packed.named_modules():

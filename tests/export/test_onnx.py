@@ -80,7 +80,7 @@ def test_the_definitions_in_other_ops(name: str) -> None:
 def test_the_identity_gives_every_weight(tmp_path: Path) -> None:
     """Bit for bit in another runtime."""
     n, k = 40, 300
-    names = ("nf4", "int3_g64", "q4_k", "nvfp4", "int4_g32_o2", "int8_row_a8")
+    names = ("nf4_g64_dq8", "int3_g64", "q4_k", "nvfp4", "int4_g32_o2", "int8_row_a8")
     model, x = Heads(names, n, k), torch.eye(k)
     path = exported(model, x, tmp_path / "heads.onnx")
     for name, head, y in zip(names, model.heads, run(path, x), strict=True):

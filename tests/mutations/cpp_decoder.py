@@ -17,6 +17,10 @@ MUTANTS = [
         ("total += parts[i].sum * exp(parts[i].max - most);", "total += parts[i].sum;"),
         ("(seen + 1) / 2 - pair, w", "seen / 2 - pair, w"),
     ),
+    *cpp("decoder/worker.cpp", CACHE)(
+        ("out[i] = is_key ? out[i] / balance[i] : out[i] * balance[i];", "out[i] = out[i] * balance[i];"),
+        ("kv_head = is_key ? head - c.heads : head / (c.heads / c.kv_heads);", "kv_head = is_key ? head - c.heads : 0;"),
+    ),
     *cpp("decoder/attention-inl.h", ARCHITECTURES, "scalar")(
         ("first = limit - a.window - b0;", "first = limit - a.window - 1 - b0;"),
         ("if (a.cap != 0.0f) scaled = mul(tanh(div(scaled, set1(a.cap))), set1(a.cap));", ""),

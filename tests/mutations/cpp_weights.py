@@ -15,6 +15,9 @@ MUTANTS = [
     *cpp("cpu/weights/common-inl.h", "test_kernels", "scalar")(
         ("return load_as(l.scales, l.scale_dtype, i);\n}\nLOWBIT_INLINE inline GroupTerms group_terms", "return load_as(l.scales, l.scale_dtype, i - lane);\n}\nLOWBIT_INLINE inline GroupTerms group_terms"),
         ("static_cast<const uint8_t*>(l.scales) + i)", "static_cast<const uint8_t*>(l.scales) + i - lane)"),
+        ("const I row = min_i(column, set1_i(static_cast<int32_t>(l.n - 1)));", "const I row = column;"),
+        ("shift_right<kFactorBits>(add_i(first,", "shift_right<kFactorBits - 1>(add_i(first,"),
+        ("return add(scale, set1(factors[l.num_supers]));", "return scale;"),
         ("if (l.n - n0 < count) count = l.n - n0;", "if (l.n - n0 < count) count = l.n - n0 + 1;"),
         ("load_tail(l.bias, l.bias_dtype, n0 + j, left)", "load_tail(l.bias, l.bias_dtype, j, left)"),
         ("row * e.gate_stride + n0 + j, left", "row * e.gate_stride + j, left"),

@@ -20,6 +20,14 @@ MUTANTS = [
         ("{3: (2, 1), 5: (4, 1), 6: (4, 2)}", "{3: (1, 2), 5: (4, 1), 6: (4, 2)}"),
         ("        low += p\n    return torch.cat(planes)", "        low += 1\n    return torch.cat(planes)"),
     ),
+    *python("layouts/operands.py", "layouts", "packing")(
+        ("return second[:-1], second[-1]", "return second[1:], second[0]"),
+    ),
+    *python("triton_kernels/codecs.py", "triton")(
+        ("code = (code ^ 32) - 32", "code = code ^ 32"),
+        ("shift = columns * bits % 8", "shift = columns * bits % 4"),
+        ("factor = tl.load(scales2 + flat // 256", "factor = tl.load(scales2 + flat // 255"),
+    ),
     *python("layouts/lanes.py", "packing", "ops", "kernels", "gradients")(
         ("return (zeros.to(torch.int16) + 2 ** (format.bits - 1)).to(torch.uint8)", "return (zeros.to(torch.int16) + 2**format.bits).to(torch.uint8)"),
         ("return padded.view(-1, self.lanes, groups).transpose(1, 2)", "return padded.view(-1, groups, self.lanes)"),
@@ -32,7 +40,8 @@ MUTANTS = [
     ),
     *python("reference/weights.py", "formats", "kernels", "ops")(
         ('scale * values + zero if format.zero == "min" else scale * (values - zero)', 'scale * values + zero if format.zero == "min" else scale * (values + zero)'),
-        ("return (flat * factor + qt.tensors[\"scales2_offset\"]).view_as(scales)", "return (flat * factor - qt.tensors[\"scales2_offset\"]).view_as(scales)"),
+        ("return values * factor + offset", "return values * factor - offset"),
+        ("groups) // DQ_BLOCK]", "groups) // (DQ_BLOCK + 1)]"),
         ("return terms[:, :, None].expand(-1, -1, format.group).flatten(1)[:, :k]", "return terms[:, None, :].expand(-1, format.group, -1).flatten(1)[:, :k]"),
     ),
     *python("float8.py", "formats", "kernels", "ops")(

@@ -22,6 +22,7 @@ ROWS = (0, 1, 2, 3, 5, 8, 13, 197)  # around tiles of 1, 2, 4, 6, 8 and past a r
 MIXED = (
     "int4_g32_a8", "uint4_g64_a8", "q4_1_a8", "uint2_zfloat_a8", "uint8_a8", "uint3_g96_a8", "int5_row_a8",
     "uint6_a8", "binary_a8", "ternary_trits_a8", "fp4_a8", "iq4_nl_a8", "mxfp4_a8", "nvfp4_a8", "int4_g20_a8",
+    "int4_g32_dq8_a8", "kmeans4_g16_dq8_a8t",
     "nf4_a8t", "nf3_a8t", "kmeans5_a8t", "kmeans6_a8t", "kmeans8_a8t", "e4m3_a8t", "e5m2_a8t",
 )  # fmt: skip
 

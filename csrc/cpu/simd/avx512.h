@@ -136,11 +136,13 @@ struct Table {
   }
 };
 
+inline F load_indexed(const float* table, I index) { return _mm512_i32gather_ps(index, table, 4); }
+
 // Lane i of the result is table[code[i] * stride + i].
 inline F gather_column(const float* table, I code, int stride) {
   const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const I index = _mm512_add_epi32(_mm512_mullo_epi32(code, _mm512_set1_epi32(stride)), lane);
-  return _mm512_i32gather_ps(index, table, 4);
+  return load_indexed(table, index);
 }
 
 // GCC 12 takes a function that only prefetches for one without effect and drops calls that it has not inlined.

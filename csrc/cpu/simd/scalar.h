@@ -183,6 +183,10 @@ inline void store_i8(int8_t* p, F a) {
   }
 }
 
+inline F load_indexed(const float* table, I index) {
+  return each<F>([&](int i) { return table[index.v[i]]; });
+}
+
 // Looks up the low B bits of each lane; higher bits are ignored.
 template <int B>
 struct Table {

@@ -90,6 +90,7 @@ LOWBIT_INLINE inline F first_level(const void* terms, Dtype dtype, int64_t i) {
   return dtype == Dtype::kE4m3 ? from_e4m3(load_u8_lanes(bytes + i)) : load_as(terms, dtype, i);
 }
 
+alignas(64) constexpr int32_t kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 // Scale and zero of kVecLanes columns of one group.
 struct GroupTerms {
   F scale, zero;
@@ -113,8 +114,21 @@ LOWBIT_INLINE inline GroupTerms two_levels(const Launch& l, int64_t block, int64
   if constexpr (kZero) t.zero = mul(t.zero, load_as(l.zeros2, l.second_dtype, second));
   return t;
 }
+// Scales of kDq8. n * num_groups is an int32.
+LOWBIT_INLINE inline F double_quantized(const Launch& l, int64_t block, int64_t group, int lane) {
+  const uint8_t* codes = static_cast<const uint8_t*>(l.scales) + (block * l.num_groups + group) * kBlockN + lane;
+  const float* factors = static_cast<const float*>(l.scales2);
+  // Columns beyond n have the factor of the last one.
+  const I column = add_i(set1_i(static_cast<int32_t>(block * kBlockN + lane)), load_i(kLaneNumbers));
+  const I row = min_i(column, set1_i(static_cast<int32_t>(l.n - 1)));
+  const I first = mul_i(row, set1_i(static_cast<int32_t>(l.num_groups)));
+  const I factor = shift_right<kFactorBits>(add_i(first, set1_i(static_cast<int32_t>(group))));
+  const F scale = mul(load_indexed(l.scale_map, load_u8_lanes(codes)), load_indexed(factors, factor));
+  return add(scale, set1(factors[l.num_supers]));
+}
 // Functions of their own: calls without such terms pay one test.
 __attribute__((noinline)) F two_level_scale(const Launch& l, int64_t block, int64_t group, int lane) {
+  if (l.scale_dtype == Dtype::kDq8) return double_quantized(l, block, group, lane);
   return two_levels<false>(l, block, group, lane).scale;
 }
 __attribute__((noinline)) GroupTerms two_level_terms(const Launch& l, int64_t block, int64_t group, int lane) {

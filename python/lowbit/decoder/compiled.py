@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lowbit import _C
 from lowbit.backends.cpu import requests
+from lowbit.decoder.balance import key_balance
 from lowbit.decoder.description import Description, Layer, angles, describe
 from lowbit.nn import PackedModule
 from lowbit.strides import address, contiguous
@@ -73,13 +74,16 @@ class CompiledDecoder:
             threads=torch.get_num_threads(),
             **{name: getattr(described, name) for name in _CONFIG},
         )
-        ropes = described.rope_names
+        ropes = {
+            name: self._rope(*angles(model, name, max_length)) for name in described.rope_names
+        }
+        balanced = cache_dtype == torch.int8
         made = _filled(
             _C.DecoderModel(),
             embedding=self._linear(described.embedding),
             head=self._linear(described.head),
-            layers=[self._layer(layer, described) for layer in described.layers],
-            ropes=[self._rope(*angles(model, name, max_length)) for name in ropes],
+            layers=[self._layer(layer, described, ropes, balanced) for layer in described.layers],
+            ropes=list(ropes.values()),
             norm=self._norm(described.norm, described),
             logits=self._address(self._logits),
         )
@@ -147,7 +151,15 @@ class CompiledDecoder:
         self._kept.append(t)
         return address(t)
 
-    def _layer(self, layer: Layer, described: Description) -> _C.DecoderLayer:
+    def _layer(
+        self,
+        layer: Layer,
+        described: Description,
+        ropes: dict[str, _C.DecoderRope],
+        balanced: bool,
+    ) -> _C.DecoderLayer:
+        rotary = 0 if layer.rope is None else ropes[layer.rope].dim
+        balance = self._balance(layer, described, rotary) if balanced else None
         linears = {
             what: [self._linear(module) for module in modules]
             for what, modules in layer.linears.items()
@@ -160,8 +172,21 @@ class CompiledDecoder:
             down=linears["down"][0],
             rope=-1 if layer.rope is None else described.rope_names.index(layer.rope),
             window=layer.window,
+            key_balance=self._address(balance),
             **{what: self._norm(norm, described) for what, norm in layer.norms.items()},
         )
+
+    def _balance(self, layer: Layer, described: Description, rotary: int) -> Tensor | None:
+        # A norm behind the projection takes the size of a bias away.
+        if "k_norm" in layer.norms:
+            return None
+        q, kv = (n * described.head_dim for n in (described.heads, described.kv_heads))
+        qkv = layer.linears["qkv"]
+        bias = cast("Tensor | None", getattr(qkv[1] if len(qkv) > 1 else qkv[0], "bias", None))
+        if bias is None:
+            return None
+        bias = bias if len(qkv) > 1 else bias[q : q + kv]
+        return key_balance(bias, described.head_dim, rotary)
 
     def _norm(self, norm: nn.Module, described: Description) -> int:
         return self._address(cast("Tensor", norm.weight).float() + described.norm_offset)

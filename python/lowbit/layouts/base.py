@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit import packing
 from lowbit.formats import INTEGER_SCALES, Format
 from lowbit.weights.quantized import tensor_specs
 
@@ -16,7 +17,10 @@ CODE_DTYPES = {
     **dict.fromkeys(INTEGER_SCALES, torch.int8),
     "e4m3": torch.uint8,
     "e8m0": torch.uint8,
+    "dq8": torch.uint8,
 }
+# Bits of integer scales of less than a byte, where a layout packs them.
+_PACKED_BITS = {"uint4": 4, "uint6": 6, "int6": 6}
 # The scales that an op reads of other kinds and layouts: a second level is multiplied out, a power of two is a bf16
 # value.
 _PRODUCT_DTYPES = {
@@ -35,6 +39,8 @@ class Layout:
     name: str
     # Whether kernels of this layout read scales as stored, `CODE_DTYPES`.
     reads_codes = True
+    # Whether integer scales of less than 8 bits, and zeros that are such, are packed along the last dimension.
+    packs_scales = False
 
     def fits(self, format: Format) -> bool:
         """Whether weights of a format can lie so."""
@@ -45,6 +51,9 @@ class Layout:
         specs = tensor_specs(format, n, k)
         if self.keeps_codes(format):
             specs["scales"] = (specs["scales"][0], CODE_DTYPES[format.scale or ""])
+            if specs.pop("scales2_offset", None) is not None:
+                factors, dtype = specs["scales2"]
+                specs["scales2"] = ((factors[0] + 1,), dtype)  # and the offset
             return specs
         for name in ("scales2", "scales2_offset"):
             specs.pop(name, None)
@@ -55,6 +64,10 @@ class Layout:
     def keeps_codes(self, format: Format) -> bool:
         """Whether the operands hold the scales of a format as stored, with their second level if they have one."""
         return self.reads_codes and format.scale in CODE_DTYPES
+
+    def packed_bits(self, format: Format) -> int:
+        """Bits of the integer scales of a format if they are packed here, else 0."""
+        return _PACKED_BITS.get(format.scale or "", 0) if self.packs_scales else 0
 
     def pack(self, codes: Tensor, format: Format, k: int) -> Tensor:
         """Codes in canonical packing, (N, row bytes), as they lie here."""
@@ -87,18 +100,23 @@ class Layout:
 
     def pack_scales(self, scales: Tensor, format: Format) -> Tensor:
         """Scales (N, groups) as they lie here. Differentiable where they are numbers."""
-        return self.from_rows(scales)
+        rows, bits = self.from_rows(scales), self.packed_bits(format)
+        return packing.pack_scales(rows, bits) if bits else rows
 
     def unpack_scales(self, scales: Tensor, format: Format, n: int) -> Tensor:
         """Inverse of `pack_scales`."""
+        if bits := self.packed_bits(format):
+            scales = packing.unpack_scales(scales, bits, format.scale == "int6")
         return self.to_rows(scales, n)
 
     def pack_zeros(self, zeros: Tensor, format: Format) -> Tensor:
-        """Zeros (N, groups), integers included, as they lie here."""
-        return self.from_rows(zeros)
+        """Zeros (N, groups), integers included, as they lie here; those of kind "min" as scales."""
+        return self.pack_scales(zeros, format) if format.zero == "min" else self.from_rows(zeros)
 
     def unpack_zeros(self, zeros: Tensor, format: Format, n: int) -> Tensor:
         """Inverse of `pack_zeros`."""
+        if format.zero == "min":
+            return self.unpack_scales(zeros, format, n)
         return self.to_rows(zeros, n)
 
     def fixed_table(self, format: Format) -> Tensor | None:

@@ -1,6 +1,6 @@
-"""The portable layout, which files hold: codes as in `packing.py`; scales (N, groups), as stored, but those of "dq8"
-as fp32 products; zeros (N, groups); scales2 (N, super-blocks), or one number for the weight; zeros2; table: the fitted
-table, none if the format carries it. Outliers lie so in every layout, (N, P).
+"""The portable layout, which files hold: codes as in `packing.py`; scales (N, groups), as stored;
+zeros (N, groups); scales2 (N, super-blocks), one number for the weight, or the factors of "dq8" and then its offset;
+zeros2; table: the fitted table, none if the format carries it. Outliers lie so in every layout, (N, P).
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
 A chunk is 16 weights of a row. A plane holds p bits of each code, p one of 1, 2, 4, 8: word w of a block holds the
 fields of weights w of 32 / p chunks, the first chunk in the low bits. A plane is [block][row][16 words]: a tile of
 rows is one piece of memory. K is padded to whole blocks with zeros. Codes of 3, 5 and 6 bits take two planes, one after
-the other, low bits first. Scales and zeros are (groups, N), a second level (super-blocks, N) or one number for the
-weight, dtypes as in "canonical"; table: fp32 (2^bits,), padded
-with zeros, or (N, 2^bits), or (N, groups, 2^bits); none for integers.
+the other, low bits first. Scales and zeros are (groups, N), a second level (super-blocks, N) or, of one dimension, as
+in "canonical". Dtypes are those of "canonical", but of integer scales of 4 and 6 bits, and zeros that are such, the N
+are packed as `packing.pack_scales` does. Table: fp32 (2^bits,), padded with zeros, or (N, 2^bits), or
+(N, groups, 2^bits); none for integers.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class K16Layout(Layout):
     """The layout of the Triton kernels."""
 
     name = K16
+    packs_scales = True
 
     def specs(self, format: Format, n: int, k: int) -> Specs:
         """What the operands of an (n, k) weight are."""
@@ -36,6 +38,11 @@ class K16Layout(Layout):
         for name in {"scales", "zeros", "scales2", "zeros2"} & specs.keys():
             shape, dtype = specs[name]
             specs[name] = (shape[::-1], dtype)
+        if bits := self.packed_bits(format):
+            terms = (format.num_groups(k), -(-n // 4) * 4 * bits // 8), torch.uint8
+            specs["scales"] = terms
+            if format.zero == "min":
+                specs["zeros"] = terms
         if format.codec != "affine" and "table" not in specs:
             specs["table"] = ((2**format.bits,), torch.float32)
         return specs
@@ -54,7 +61,7 @@ class K16Layout(Layout):
 
     def to_rows(self, values: Tensor, n: int) -> Tensor:
         """Inverse of `from_rows`. Differentiable."""
-        return values.t()
+        return values.t()[:n]
 
     def fixed_table(self, format: Format) -> Tensor | None:
         """The table of a codebook; none for integers."""

@@ -1,5 +1,5 @@
 """What "n16" and "m16" share: rows in the lanes. Scales and zeros are (ceil(N / lanes), groups, lanes), missing rows 0;
-a second level (ceil(N / lanes), super-blocks, lanes), or one number for the weight.
+a second level (ceil(N / lanes), super-blocks, lanes), one number for the weight, or what "canonical" has for "dq8".
 
 Integer tables are centred by 2^(bits-1), and integer zeros are int8 holding zero - 2^(bits-1). The table is fp32:
 (2^bits,), padded with zeros, or (ceil(N / lanes), 1 or groups, 2^bits, lanes) for a table per row or group.
@@ -50,11 +50,11 @@ class LanesLayout(Layout):
         """Integer zeros are centred."""
         if format.zero == "int":
             zeros = (zeros.to(torch.int16) - 2 ** (format.bits - 1)).to(torch.int8)
-        return self.from_rows(zeros)
+        return super().pack_zeros(zeros, format)
 
     def unpack_zeros(self, zeros: Tensor, format: Format, n: int) -> Tensor:
         """Inverse of `pack_zeros`."""
-        zeros = self.to_rows(zeros, n)
+        zeros = super().unpack_zeros(zeros, format, n)
         if format.zero != "int":
             return zeros
         return (zeros.to(torch.int16) + 2 ** (format.bits - 1)).to(torch.uint8)

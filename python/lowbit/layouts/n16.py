@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit import late, packing
+from lowbit import late
 from lowbit.formats import INTEGER_SCALES, Format
 from lowbit.layouts.base import Specs
 from lowbit.layouts.lanes import LanesLayout
@@ -17,7 +17,6 @@ N16 = "n16"
 _LANES = 16  # csrc/core/n16.h kUnitLanes
 BLOCK_N = 64  # csrc/core/n16.h kBlockN
 CHUNK_K = 32  # csrc/core/n16.h kChunkK
-_PACKED_BITS = {"uint4": 4, "uint6": 6, "int6": 6}
 
 
 class N16Layout(LanesLayout):
@@ -25,13 +24,14 @@ class N16Layout(LanesLayout):
 
     name = N16
     lanes = BLOCK_N
+    packs_scales = True
 
     def specs(self, format: Format, n: int, k: int) -> Specs:
         """What the operands of an (n, k) weight are."""
         blocks, chunks = -(-n // BLOCK_N), -(-k // CHUNK_K)
         codes = ((blocks * chunks * BLOCK_N * CHUNK_K * format.bits // 8,), torch.uint8)
         specs = {**super().specs(format, n, k), "codes": codes}
-        if bits := _PACKED_BITS.get(format.scale or ""):
+        if bits := self.packed_bits(format):
             terms = (blocks, format.num_groups(k), BLOCK_N * bits // 8), torch.uint8
             specs["scales"] = terms
             if format.zero == "min":
@@ -43,30 +43,6 @@ class N16Layout(LanesLayout):
         packed, threads = codes.contiguous().numpy(), torch.get_num_threads()
         made = late.prepack(packed, codes.shape[0], k, format.bits, format.base, threads)
         return torch.from_numpy(made)
-
-    def pack_scales(self, scales: Tensor, format: Format) -> Tensor:
-        """Integers of less than 8 bits are packed."""
-        rows = self.from_rows(scales)
-        bits = _PACKED_BITS.get(format.scale or "")
-        return packing.pack_scales(rows, bits) if bits else rows
-
-    def unpack_scales(self, scales: Tensor, format: Format, n: int) -> Tensor:
-        """Inverse of `pack_scales`."""
-        if bits := _PACKED_BITS.get(format.scale or ""):
-            scales = packing.unpack_scales(scales, bits, format.scale == "int6")
-        return self.to_rows(scales, n)
-
-    def pack_zeros(self, zeros: Tensor, format: Format) -> Tensor:
-        """Integer zeros are centred, those that are as scales packed as these."""
-        if format.zero == "min":
-            return self.pack_scales(zeros, format)
-        return super().pack_zeros(zeros, format)
-
-    def unpack_zeros(self, zeros: Tensor, format: Format, n: int) -> Tensor:
-        """Inverse of `pack_zeros`."""
-        if format.zero == "min":
-            return self.unpack_scales(zeros, format, n)
-        return super().unpack_zeros(zeros, format, n)
 
     def unpack(self, codes: Tensor, format: Format, n: int, k: int) -> Tensor:
         """Inverse of `pack`."""
@@ -92,7 +68,7 @@ class N16Layout(LanesLayout):
     def integers_by_division(self, scales: Tensor, format: Format) -> Tensor:
         """Integer scales, or zeros that are such, int32, still in the lanes."""
         packed = scales.int()
-        if not (bits := _PACKED_BITS.get(format.scale or "")):
+        if not (bits := self.packed_bits(format)):
             return packed
         per, size = (4, 3) if bits == 6 else (2, 1)
         parts = packed.unflatten(-1, (-1, size)).unbind(-1)

@@ -127,6 +127,8 @@ def to_kernel(qt: QuantTensor, layout: str) -> KernelWeight:
     if target.keeps_codes(f):
         scales = qt.tensors["scales"].view(CODE_DTYPES[f.scale or ""])
         scales2 = qt.scales2
+        if f.scale == "dq8":
+            scales2 = torch.cat([qt.tensors["scales2"], qt.tensors["scales2_offset"].view(1)])
     elif f.scale in ("dq8", "e4m3"):
         second = {k: t for k, t in qt.tensors.items() if k in _SECOND_LEVEL}
         scales = reference.effective_scales(qt)
@@ -178,6 +180,8 @@ def from_kernel(w: KernelWeight) -> QuantTensor:
     for name, t in (("scales2", w.operands.scales2), ("zeros2", w.operands.zeros2)):
         if t is not None:
             tensors[name] = t if t.dim() == 1 else layout.to_rows(t, n)
+    if f.scale == "dq8" and not w.second:
+        tensors["scales2"], tensors["scales2_offset"] = _factors_and_offset(tensors["scales2"])
     if scales is not None and not w.second:
         if layout.keeps_codes(f):
             scales = scales.view(SCALE_DTYPES[f.scale or ""])
@@ -193,6 +197,11 @@ def from_kernel(w: KernelWeight) -> QuantTensor:
         tensors |= {"outlier_columns": w.sparse.columns, "outlier_values": w.sparse.values}
     specs = tensor_specs(f, n, k)
     return QuantTensor(f, w.shape, {name: _compact(tensors[name]) for name in specs})
+
+
+def _factors_and_offset(second: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of the second level of "dq8"."""
+    return second[:-1], second[-1]
 
 
 def _compact(t: Tensor) -> Tensor:
@@ -230,9 +239,15 @@ def group_terms(op: Operands, rows: Tensor | None = None) -> tuple[Tensor | None
     if zeros is not None:
         zeros = layout.unpack_zeros(zeros, f, op.n) if rows is None else zeros[rows]
     if scales is not None:
-        if layout.keeps_codes(f):
-            scales = reference.scale_values(scales, f)
-        scales = scales.float() if scales2 is None else reference.of_two_levels(scales, scales2, f)
+        if f.scale == "dq8" and scales2 is not None:
+            of_weight = _factors_and_offset(scales2)
+            scales = reference.of_double_quantization(scales, *of_weight, rows)
+        else:
+            if layout.keeps_codes(f):
+                scales = reference.scale_values(scales, f)
+            if scales2 is not None:
+                scales = reference.of_two_levels(scales, scales2, f)
+            scales = scales.float()
     if zeros is not None:
         zeros = zeros.float() if zeros2 is None else reference.of_two_levels(zeros, zeros2, f)
     return scales, zeros

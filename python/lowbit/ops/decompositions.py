@@ -54,6 +54,8 @@ def _group_terms(w: Operands) -> tuple[Tensor | None, Tensor | None]:  # (N, gro
         rows = layout.to_rows(known, w.n)
         if second is None:
             return rows.float()
+        if f.scale == "dq8":
+            return _double(rows, second)
         by_row = second if second.dim() == 1 else layout.to_rows(second, w.n)
         return reference.of_two_levels(rows, by_row, f)
 
@@ -61,6 +63,15 @@ def _group_terms(w: Operands) -> tuple[Tensor | None, Tensor | None]:  # (N, gro
     if zeros is not None and f.zero == "int":
         return finished(w.scales, w.scales2), layout.to_rows(zeros, w.n).float()
     return finished(w.scales, w.scales2), finished(zeros, w.zeros2)
+
+
+def _double(codes: Tensor, second: Tensor) -> Tensor:
+    """Scales of "dq8". The table is put together of numbers: graphs of exporters hold no constant of many."""
+    known = [
+        torch.full((), v, dtype=torch.float32, device=codes.device)
+        for v in reference.dynamic_values()
+    ]
+    return reference.of_double_quantization(codes, second[:-1], second[-1], table=torch.stack(known))
 
 
 def _floats(scales: Tensor, f: Format) -> Tensor:

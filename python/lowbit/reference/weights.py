@@ -22,7 +22,8 @@ from lowbit.weights.quantized import QuantTensor
 
 @functools.cache
 @modes.outside()
-def _dynamic_values() -> tuple[float, ...]:
+def dynamic_values() -> tuple[float, ...]:
+    """The values of `dynamic_map`."""
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32, device="cpu")
@@ -39,7 +40,7 @@ def dynamic_map(
 
     Seven decades 10^-6 .. 1; decade i holds 2^i means of a linear division of [0.1, 1], with both signs.
     """
-    return torch.tensor(_dynamic_values(), dtype=torch.float32, device=device)
+    return torch.tensor(dynamic_values(), dtype=torch.float32, device=device)
 
 
 def of_two_levels(
@@ -52,6 +53,23 @@ def of_two_levels(
     if format.scale2_group is not None and format.group is not None:
         second = second.repeat_interleave(format.scale2_group // format.group, 1)[:, :groups]
     return codes.to(torch.float32) * second.to(torch.float32)
+
+
+def of_double_quantization(
+    codes: Tensor,  # (N, groups) uint8, or (R, groups) of some rows
+    factors: Tensor,  # (ceil(N * groups / 256),) fp32, over the flattened scales of all rows
+    offset: Tensor,  # () fp32
+    rows: Tensor | None = None,  # (R,)
+    table: Tensor | None = None,  # `dynamic_map`, if it is made already
+) -> Tensor:  # fp32, the shape of `codes`
+    """Scales of "dq8": the dynamic code times its factor, rounded, plus the offset, rounded."""
+    values = (dynamic_map(codes.device) if table is None else table)[codes.long()]
+    if rows is None:
+        factor = factors.repeat_interleave(DQ_BLOCK)[: codes.numel()].view_as(values)
+    else:
+        groups = torch.arange(codes.shape[1], dtype=torch.int64, device=codes.device)
+        factor = factors[(rows.long()[:, None] * codes.shape[1] + groups) // DQ_BLOCK]
+    return values * factor + offset
 
 
 def scale_values(codes: Tensor, format: Format) -> Tensor:  # fp32, the shape of `codes`
@@ -73,9 +91,8 @@ def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
     if qt.format.scale == "e4m3" or qt.format.integer_scales:
         return of_two_levels(scales, qt.tensors["scales2"], qt.format)
     if qt.format.scale == "dq8":
-        flat = dynamic_map(qt.device)[scales.flatten().long()]
-        factor = qt.tensors["scales2"].repeat_interleave(DQ_BLOCK)[: flat.numel()]
-        return (flat * factor + qt.tensors["scales2_offset"]).view_as(scales)
+        offset = qt.tensors["scales2_offset"]
+        return of_double_quantization(scales, qt.tensors["scales2"], offset)
     return scales.to(torch.float32)
 
 

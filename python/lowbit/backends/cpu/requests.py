@@ -10,6 +10,7 @@ from torch import Tensor
 from lowbit import _C
 from lowbit.formats import Format, parse
 from lowbit.layouts import LAYOUTS, N16, Operands
+from lowbit.reference import dynamic_map
 from lowbit.strides import address, address_of_rows
 
 # csrc/core/kernel.h Dtype; uint8 holds eight signs.
@@ -33,6 +34,7 @@ _MAX_WEIGHTS = 4096
 
 # Whether the compiled calls read tensors by themselves: from torch 2.10 on.
 _C.use_tensor_class(torch.Tensor, torch.nn.Parameter)
+_C.use_dynamic_map(dynamic_map().tolist())
 linear_tensors, linear_many_tensors = _C.linear_tensors, _C.linear_many_tensors
 kernels, isa_active = _C.kernels, _C.isa_active
 # The kernels that ran since it was last called, and the threads that a call gets.
@@ -48,6 +50,7 @@ def weight(
     if entry is not None and entry[0] is format:
         return entry[1]
     group = format.group or k
+    of_weight = format.scale in ("e4m3", "dq8")  # whose second level is that of no row
     made = _C.Weight(
         n=n,
         k=k,
@@ -61,8 +64,8 @@ def weight(
         zero_dtype=format.scale
         if format.zero == "min" and format.integer_scales
         else _NAMES[zeros],
-        scale2_dtype="fp32" if format.scale == "e4m3" else format.scale2,
-        scale2_extent=0 if format.scale == "e4m3" else format.scale2_group or k,
+        scale2_dtype="fp32" if of_weight else format.scale2,
+        scale2_extent=0 if of_weight else format.scale2_group or k,
         int8_x=format.activation is not None,
         x_group=format.activation_group or 0,
         table_step=_table_step(format),

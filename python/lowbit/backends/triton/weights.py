@@ -5,6 +5,7 @@ Products with int8 activations and with signs have no kernel here: the base comp
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lowbit.backends.triton.launch import (
 )
 from lowbit.formats import INTEGER_SCALES, Format
 from lowbit.layouts import Operands
+from lowbit.reference import dynamic_map
 from lowbit.strides import contiguous
 
 
@@ -30,7 +32,15 @@ def meaning(format: Format) -> dict[str, Any]:
     affine = format.codec == "affine"
     zeros = {None: c.ZERO_NONE, "int": c.ZERO_INT, "float": c.ZERO_FLOAT, "min": c.ZERO_MIN}
     scopes = {"tensor": c.TABLE_SHARED, "row": c.TABLE_ROW, "group": c.TABLE_GROUP}
-    kinds: dict[str | None, Any] = {None: c.SCALE_NONE, "e4m3": c.SCALE_E4M3, "e8m0": c.SCALE_E8M0}
+    kinds: dict[str | None, Any] = {
+        None: c.SCALE_NONE,
+        "e4m3": c.SCALE_E4M3,
+        "e8m0": c.SCALE_E8M0,
+        "dq8": c.SCALE_DQ8,
+        "uint4": c.SCALE_UINT4,
+        "uint6": c.SCALE_UINT6,
+        "int6": c.SCALE_INT6,
+    }
     seconds: dict[str | None, Any] = {
         "e4m3": c.SECOND_ONE,
         **dict.fromkeys(INTEGER_SCALES, c.SECOND_ROW),
@@ -55,7 +65,13 @@ def _super_groups(format: Format, k: int) -> int:
 
 def _given(w: Operands, *others: Tensor | None) -> list[Tensor]:
     """Operands for a launch: one that the format lacks is never read, and the codes stand for it."""
-    return [contiguous(w.codes if t is None else t) for t in (*w.tensors, *others)]
+    scale_map = _dynamic_map(w.codes.device) if w.format.scale == "dq8" else None
+    return [contiguous(w.codes if t is None else t) for t in (*w.tensors, scale_map, *others)]
+
+
+@functools.cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    return dynamic_map(device)
 
 
 class TritonBackend(Backend):

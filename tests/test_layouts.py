@@ -1,0 +1,90 @@
+"""What the layouts of kernels hold of scales that have two levels: no more than files do, and all of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit import layouts, reference
+from lowbit.formats import parse
+from lowbit.layouts import CANONICAL, K16, M16, N16
+from lowbit.nn import QuantLinear
+from lowbit.weights.quantized import QuantTensor
+from weights import random_weight
+
+gguf = pytest.importorskip("gguf")
+
+# Bits of a weight in a file of bitsandbytes or compressed-tensors: codes, scales, and 1 / 256 of a fp32 factor a scale.
+FILE_BITS = {
+    "nf4_g64_dq8": 4 + (8 + 32 / 256) / 64,
+    "kmeans4_g32_dq8": 4 + (8 + 32 / 256) / 32,
+    "int4_g16_dq8": 4 + (8 + 32 / 256) / 16,
+    "nvfp4": 4 + 8 / 16,
+    "mxfp4": 4 + 8 / 32,
+}
+GGUF_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+DQ8 = ("nf4_g64_dq8", "kmeans2_g16_dq8", "int4_g32_dq8", "nf4_row_dq8", "affine3")
+
+
+def file_bits(name: str) -> float:
+    if name in FILE_BITS:
+        return FILE_BITS[name]
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    return 8 * size / weights
+
+
+@pytest.mark.parametrize("layout", [N16, K16])
+@pytest.mark.parametrize("name", [*FILE_BITS, *GGUF_TYPES])
+def test_memory_is_that_of_the_file(name: str, layout: str) -> None:
+    """At most 2 % more, tables included."""
+    n, k = 1024, 1024
+    weight = layouts.to_kernel(random_weight(parse(name.lower()), n, k), layout)
+    bits = 8 * weight.nbytes / (n * k)
+    assert file_bits(name) <= bits <= 1.02 * file_bits(name)
+    assert not weight.second
+
+
+def test_a_layer_holds_no_more() -> None:
+    qt = random_weight(parse("nf4_g64_dq8"), 256, 512)
+    layer = QuantLinear.from_quant_tensor(qt)
+    held = sum(t.nbytes for _, t in layer.named_buffers() if t is not None)
+    assert qt.nbytes <= held <= 1.02 * qt.nbytes
+
+
+def double_quantized(name: str, n: int, k: int) -> QuantTensor:
+    format = parse("uint3_g7_dq8") if name == "affine3" else parse(name)
+    return random_weight(format, n, k, seed=n)
+
+
+@pytest.mark.parametrize("layout", [CANONICAL, N16, K16, M16])
+@pytest.mark.parametrize("name", DQ8)
+def test_double_quantized_scales_come_back(name: str, layout: str) -> None:
+    """Bit for bit, for weights whose rows end within the 256 scales of a factor."""
+    for n, k in ((1, 1), (70, 700), (130, 257)):
+        qt = double_quantized(name, n, k)
+        if not layouts.find(layout).fits(qt.format):
+            continue
+        weight = layouts.to_kernel(qt, layout)
+        assert bool(weight.second) == (layout == M16)
+        back = layouts.from_kernel(weight)
+        assert all(torch.equal(back.tensors[key], t) for key, t in qt.tensors.items())
+
+
+@pytest.mark.parametrize("layout", [CANONICAL, N16, K16, M16])
+@pytest.mark.parametrize("name", DQ8)
+def test_terms_are_those_of_the_reference(name: str, layout: str) -> None:
+    """The fp32 scale of each group, scale by scale in a loop that shares no code with it."""
+    qt = double_quantized(name, 70, 700)
+    if not layouts.find(layout).fits(qt.format):
+        pytest.skip(f"{layout} does not hold {name}")
+    scales = layouts.group_terms(layouts.to_operands(qt, layout))[0]
+    assert torch.equal(scales, reference.effective_scales(qt))
+    values, offset = reference.dynamic_map(), qt.scales2_offset
+    codes = qt.scales.flatten().tolist()
+    for i in range(0, len(codes), 37):
+        expected = values[codes[i]] * qt.scales2[i // 256] + offset
+        assert scales.flatten()[i] == expected
+    if layout == CANONICAL:
+        rows = torch.tensor([69, 3, 3, 0])
+        some = layouts.group_terms(layouts.to_operands(qt, layout), rows)[0]
+        assert torch.equal(some, scales[rows])
