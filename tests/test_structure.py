@@ -27,6 +27,7 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
     ("codebooks", "files", "float8", "importing", "late", "modes", "strides", "text"),
+    ("format_aliases",),
     ("formats", "_C", "_cuda"),
     ("forking", "packing"),
     ("weights",),

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from lowbit import format_aliases
 from lowbit.codebooks.tables import (
     E2M1_TABLE,
     IQ4_NL_TABLE,
@@ -469,8 +470,7 @@ def parse(spec: str) -> Format:
         else:
             changes |= {"scale": match["scale"], "scale2": None, "scale2_group": None}
     if base not in FORMATS:
-        raise ValueError(f"unknown format {shown(spec)}; expected one of {', '.join(sorted(FORMATS))}, optionally "
-                         "followed by _gN or _row, a scale dtype, _a8 or _a8t, _oP: 'int3_g64_bf16'")  # fmt: skip
+        return parse(format_aliases.resolve(spec, base, FORMATS))
     return dataclasses.replace(FORMATS[base], name=spec, **changes)
 
 
