@@ -28,6 +28,7 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
 LAYERS = (
     ("codebooks", "files", "float8", "importing", "late", "modes", "strides", "text"),
     ("format_checks", "format_names"),
+    ("format_aliases",),
     ("formats", "_C", "_cuda"),
     ("forking", "packing"),
     ("weights",),

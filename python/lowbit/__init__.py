@@ -20,7 +20,7 @@ from lowbit import _C, importing, late
 from lowbit.formats import FORMATS, Format
 
 if TYPE_CHECKING:
-    from lowbit import binary, codebooks, fp8, int8, integrations, nn, optim, qat
+    from lowbit import binary, codebooks, fp8, int8, integrations, methods, nn, optim, qat
     from lowbit._C import kernels
     from lowbit.explanation import explain
     from lowbit.integrations.load import load_model
@@ -39,15 +39,20 @@ _HOMES = {
     "QuantTensor": "lowbit.weights.quantized", "binary": None, "codebooks": None, "dequantize": "lowbit.ops.weights",
     "explain": "lowbit.explanation",
     "fp8": None, "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops.linear",
-    "linear_many": "lowbit.ops.many",
+    "linear_many": "lowbit.ops.many", "methods": None,
     "load": "lowbit.io.save_load", "load_model": "lowbit.integrations.load", "nn": None, "optim": None, "qat": None,
     "quantize": "lowbit.methods", "quantize_llm_int8": "lowbit.ptq",
     "quantize_model": "lowbit.ptq", "save": "lowbit.io.save_load",
 }  # fmt: skip
+# The extra of this package that installs a package.
+_EXTRAS = {
+    "accelerate": "models", "gguf": "models", "matplotlib": "plots", "safetensors": "torch", "scipy": "codebooks",
+    "sklearn": "qat", "torch": "torch", "transformers": "models",
+}  # fmt: skip
 __all__ = [
     "Format", "LowbitConfig", "QuantTensor", "__version__", "binary", "codebooks", "dequantize", "explain", "formats",
-    "fp8", "int8", "integrations", "kernels", "linear", "linear_many", "load", "load_model", "nn", "optim", "qat",
-    "quantize", "quantize_llm_int8", "quantize_model", "save",
+    "fp8", "int8", "integrations", "kernels", "linear", "linear_many", "load", "load_model", "methods", "nn", "optim",
+    "qat", "quantize", "quantize_llm_int8", "quantize_model", "save",
 ]  # fmt: skip
 
 
@@ -94,9 +99,22 @@ def _add_adapters(lora: Any) -> None:
     importlib.import_module("lowbit.integrations.adapters")
 
 
+def _keep_experts(conversion: Any) -> None:
+    adapters = importlib.import_module("lowbit.integrations.adapters")
+    if hasattr(conversion, "_convert_peft_config_moe"):
+        adapters.keep_experts(conversion)
+
+
+def _add_experts(moe: Any) -> None:
+    experts = importlib.import_module("lowbit.nn.experts")
+    moe.ALL_EXPERTS_FUNCTIONS.register(experts.IMPLEMENTATION, experts.experts_forward)
+
+
 if "torch" in sys.modules:
+    importing.when_imported("transformers.integrations.moe", _add_experts)
     importing.when_imported("transformers.quantizers.auto", _register)
     importing.when_imported("peft.tuners.lora", _add_adapters)
+    importing.when_imported("peft.utils.transformers_weight_conversion", _keep_experts)
 
 
 def formats() -> dict[str, Format]:
@@ -110,11 +128,16 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
     home = _HOMES[name]
-    value = (
-        importlib.import_module(f"lowbit.{name}")
-        if home is None
-        else getattr(importlib.import_module(home), name)
-    )
+    try:
+        module = importlib.import_module(f"lowbit.{name}" if home is None else home)
+    except ModuleNotFoundError as e:
+        extra = _EXTRAS.get((e.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise ImportError(
+            f"lowbit.{name} needs {e.name}, which is not installed: pip install 'lowbit[{extra}]'"
+        ) from e
+    value = module if home is None else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from lowbit import format_names
+from lowbit import format_aliases, format_names
 from lowbit.codebooks.tables import (
     E2M1_TABLE,
     IQ4_NL_TABLE,
@@ -353,9 +353,7 @@ def parse(spec: str) -> Format:
         return Format(**format_names.fields_of(spec, [f.name for f in dataclasses.fields(Format)]))
     base, changes = format_names.split(spec, FORMATS, INTEGER_SCALES)
     if base not in FORMATS:
-        raise ValueError(
-            f"unknown format {shown(spec)}; expected one of {', '.join(sorted(FORMATS))}, {format_names.EXPECTED}"
-        )
+        return parse(format_aliases.resolve(spec, base, FORMATS))
     return dataclasses.replace(FORMATS[base], name=spec, **changes)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import html
 import json
 import math
 import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # Control characters, line and paragraph separators, halves of surrogates, and what turns the
@@ -25,11 +28,35 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
+    """ "; did you mean 'a' or 'b'?" of the known words that look most like one; nothing if none does.
+
+    >>> did_you_mean("gtpq", ["gptq", "rtn"])
+    "; did you mean 'gptq'?"
+    """
+    close = difflib.get_close_matches(word, list(known), count, 0.6)
+    if not close:
+        return ""
+    *first, last = map(repr, close)
+    return f"; did you mean {', '.join(first)}{' or ' if first else ''}{last}?"
+
+
 def one_line(text: str, limit: int = 2000) -> str:
     """`text` in one printable line of at most `limit` characters, cut in the middle."""
     line = printable(" ".join(text.split()))
     half = (limit - 5) // 2
     return line if len(line) <= limit else f"{line[:half]} ... {line[-half:]}"
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
+    """A table for a notebook; every text is escaped."""
+
+    def cells(tag: str, texts: Sequence[str]) -> str:
+        return "".join(f"<{tag}>{html.escape(printable(text))}</{tag}>" for text in texts)
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    title = html.escape(printable(caption))
+    return f"<table><caption>{title}</caption><tr>{cells('th', head)}</tr>{body}</table>"
 
 
 def as_json(value: object) -> str:

@@ -22,7 +22,6 @@ pytest.importorskip("accelerate")
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import lowbit  # noqa: E402
-from lowbit.integrations.pretrained import plain_linears  # noqa: E402
 from lowbit.nn import QuantEmbedding, QuantLinear  # noqa: E402
 
 SMALL = {
@@ -41,8 +40,13 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2, 8),
     "t5": ("T5ForConditionalGeneration", "T5Config", T5, 32),
     # Transformers renames and fuses what its checkpoints hold.
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**SMALL, "num_local_experts": 4}, 8),
-}
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**SMALL, "num_local_experts": 4}, 24),
+    # Stored transposed, with biases.
+    "gpt_oss": (
+        "GptOssForCausalLM", "GptOssConfig",
+        {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}, 24,
+    ),
+}  # fmt: skip
 every_model = pytest.mark.parametrize("name", MODELS)
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the weights stay dense:UserWarning")
 
@@ -76,8 +80,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def quantized(model: nn.Module, rules: Any = "nf4", **more: Any) -> nn.Module:
-    with plain_linears(model):
-        lowbit.quantize_model(model, rules, progress=False, **more)
+    lowbit.quantize_model(model, rules, progress=False, **more)
     return model
 
 
@@ -231,6 +234,12 @@ def test_dequantize(tmp_path: Path, name: str):
         for layer, module in model.named_modules():
             if layer in packed(model):
                 values = module.weight.clone()
+                if ".experts." in layer:
+                    path, _, expert = layer.rpartition(".")
+                    owner = want.get_submodule(path.rpartition(".")[0])
+                    own = owner.get_parameter(path.rpartition(".")[2])
+                    own[int(expert)] = values.t() if owner.is_transposed else values
+                    continue
                 own = want.get_submodule(layer)
                 own.weight.copy_(values.t() if isinstance(own, Conv1D) else values)
     made = model.dequantize()

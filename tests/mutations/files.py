@@ -76,9 +76,12 @@ MUTANTS = [
         ("replace(self, method=method, options={**options, **self.options})", "replace(self, method=method, options={**self.options, **options})"),
     ),
     *python("integrations/pretrained.py", "folders")(
-        ("weight = weight.t() if isinstance(module, Conv1D) else weight", "weight = weight"),
         ("if not same or not shapes.keys() <= state.keys() or own_dtypes:", "if not same or own_dtypes:"),
         ("return left.left if planned.isdisjoint(transposed) else None", "return left.left"),
+    ),
+    *python("nn/stand_ins.py", "folders", "quantizer")(
+        ("weight = weight.t() if is_transposed(module) else weight", "weight = weight"),
+        ("return rows.t() if self.transposed else rows", "return rows"),
     ),
     *python("io/readers/dense.py", "folders", "convert")(
         ("return super().tensor(name).to(self.specs[name][1])", "return super().tensor(name)"),

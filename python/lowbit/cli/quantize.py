@@ -23,6 +23,7 @@ from lowbit.io.readers.native import NativeReader
 from lowbit.io.readers.registry import open_checkpoint
 from lowbit.methods.registry import calibrates, check_options, keywords
 from lowbit.nn.names import Rule, Rules, Selection
+from lowbit.nn.stand_ins import stand_ins
 from lowbit.ptq import (
     Allocation,
     Recipe,
@@ -359,7 +360,7 @@ def _quantize_model(
     skip = _skip(options)
     how: dict[str, Any] = {"method": options.method, "options": dict(options.options)}
     allocation = None
-    with pretrained.plain_linears(model):
+    with stand_ins(model):
         if options.save_imatrix is not None:
             assert batches is not None
             statistics = collect_importance(model, batches)

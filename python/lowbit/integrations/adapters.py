@@ -13,7 +13,7 @@ from peft.tuners.lora import layer, model
 from torch import nn
 
 from lowbit.integrations.dense import dense_of
-from lowbit.nn import QuantLinear
+from lowbit.nn import QuantExperts, QuantLinear
 
 
 class QuantLoraLinear(layer.Linear):  # type: ignore[misc]
@@ -65,6 +65,19 @@ def _all_linear(config: Any, module: nn.Module) -> Any:
             *(n for n, m in module.named_modules() if isinstance(m, QuantLinear) and m is not head),
         }
     return made
+
+
+def keep_experts(conversion: Any) -> None:
+    """Lets a module of PEFT that turns names of experts into those of parameters leave models alone whose experts are
+    layers; it would read a pattern as the last components alone.
+    """
+    convert = conversion._convert_peft_config_moe
+
+    def convert_dense(config: Any, module: nn.Module) -> None:
+        if not any(isinstance(child, QuantExperts) for child in module.modules()):
+            convert(config, module)
+
+    conversion._convert_peft_config_moe = convert_dense
 
 
 _lora: Any = model

@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.pytorch_utils import Conv1D
 
 from lowbit.files import shown
 from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import empty_model
 from lowbit.integrations.inexact import Inexact, quantize_anew
 from lowbit.integrations.memory import return_freed_memory
-from lowbit.integrations.pretrained import conv1d_again, linears_for
 from lowbit.io.readers.folder import FolderReader
 from lowbit.nn import PackedModule, QuantLinear, ReorderedLinear
 from lowbit.nn.embedding import packed_embedding
+from lowbit.nn.stand_ins import is_linear, put_stand_ins, take_away
 from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
@@ -108,7 +107,7 @@ class _Filling:
         self._renamings = get_model_conversion_mapping(model)
         self._stored = {self._name(name): name for name in reader.dense}
         self._layers = {self._layer_name(name): name for name in reader.plans}
-        self._transposed = linears_for(model, self._layers)
+        put_stand_ins(model, self._layers)
         self._shared: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._shared.setdefault(id(parameter), []).append(name)
@@ -124,9 +123,9 @@ class _Filling:
             if name in self._wanted and name not in self._filled:
                 self._set(name, self.reader.layer(stored))
         self._share()
-        conv1d_again(self.model, self._transposed)
+        take_away(self.model)
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            if isinstance(module, nn.Linear | nn.Embedding) or is_linear(module):
                 self.found.dense.append(name)
         # Not the state dict, which makes the canonical form of every packed weight.
         tensors = (*self.model.named_parameters(), *self.model.named_buffers())

@@ -16,12 +16,12 @@ from lowbit.integrations.configuration import without_weights
 from lowbit.integrations.gguf_configs import architecture, config_of
 from lowbit.integrations.gguf_rows import ROPE_FACTORS, Source, sources
 from lowbit.integrations.inexact import Inexact, quantize_anew
-from lowbit.integrations.pretrained import plain_linears
 from lowbit.io.readers.codes import NEAREST
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.nn.embedding import packed_embedding
+from lowbit.nn.stand_ins import stand_ins
 from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
@@ -60,7 +60,7 @@ def load(
         kind = functools.partial(kind, add_pooling_layer=False)
     model = without_weights(kind, config, what)
     factors = found.factors and ROPE_FACTORS in file.tensors
-    with plain_linears(model):
+    with stand_ins(model):
         processor = found.processor(config=config.to_dict())
         job = _Filling(file, model, processor, dtype, target, inexact, decoded)
         for name, source in sorted(

@@ -14,11 +14,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import LOADS_HERE, errors_of, quiet
-from lowbit.integrations.dense import dense_of, values_of
+from lowbit.integrations.dense import values_of
 from lowbit.integrations.filling import Found, fill
 from lowbit.integrations.inexact import Inexact, as_inexact
 from lowbit.integrations.pretrained import load_dense, load_folder, put, read_generation
 from lowbit.integrations.quantizer import mark
+from lowbit.integrations.quantizing import dequantize_modules
 from lowbit.io.foreign import CONFIG_NAME
 from lowbit.io.readers.folder import FolderReader
 from lowbit.io.readers.native import NativeReader
@@ -182,13 +183,10 @@ def load_decoded(path: str | os.PathLike[str], dtype: torch.dtype | None = None)
     if not isinstance(reader, NativeReader):
         return load_dense(where, dtype)
     model = load_folder(path)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear | QuantEmbedding):
-            put(model, name, dense_of(module))
-        elif isinstance(module, PackedModule):
-            raise NotImplementedError(
-                f"{path}: {name} is a {type(module).__name__}; expected a linear or an embedding"
-            )
+    try:
+        dequantize_modules(model, None)
+    except NotImplementedError as e:
+        raise NotImplementedError(f"{path}: {e}") from e
     if dtype is not None:
         _cast(model, dtype)
     return model

@@ -6,10 +6,9 @@ A quantized folder holds the configuration and the tokenizer of the dense one an
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.models.falcon.modeling_falcon import FalconLinear
-from transformers.pytorch_utils import Conv1D
 
 from lowbit.files import staged, write_atomically
 from lowbit.integrations.configuration import (
@@ -43,6 +40,7 @@ from lowbit.io.safetensors_file import FILE_NAME, INDEX_NAME, SafetensorsFile, t
 from lowbit.io.save_load import load, save
 from lowbit.io.shards import parse_size
 from lowbit.nn.names import Selection
+from lowbit.nn.stand_ins import stand_ins
 from lowbit.ptq import Report
 from lowbit.ptq.file import check_target, copy_rest
 from lowbit.ptq.model import plan_layers
@@ -174,7 +172,6 @@ def load_folder(folder: str | os.PathLike[str]) -> PreTrainedModel:
     model = empty_model(path)
     # Of the folder: what is saved of the model later may be dense, or of another program.
     vars(model.config).pop("quantization_config", None)
-    linears_for(model, NativeReader(path).header.layers)
     load(model, path)
     read_generation(model, path)
     return model.eval()
@@ -191,8 +188,8 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     """Raises what `load_folder` would, but for wrong values in tensors, which are not read."""
     path = Path(folder)
     model, checkpoint = empty_model(path), NativeReader(path)
-    linears_for(model, checkpoint.header.layers)
-    Match(model, checkpoint)
+    with stand_ins(model, checkpoint.header.layers):
+        Match(model, checkpoint)
 
 
 def obstacles(
@@ -222,71 +219,15 @@ def obstacles(
     if not same or not shapes.keys() <= state.keys() or own_dtypes:
         return None
     left = Report()
-    with plain_linears(model) as transposed:
+    with stand_ins(model) as transposed:
         planned = {name for names in plan_layers(model, selection, left) for name in names}
     return left.left if planned.isdisjoint(transposed) else None
-
-
-@contextlib.contextmanager
-def plain_linears(model: nn.Module) -> Iterator[set[str]]:
-    """Within the block every module of transformers that computes a linear under another name is an
-    nn.Linear of the same weight.
-
-    Gives the names of those that hold the weight transposed (Conv1D): what is still an nn.Linear
-    when the block ends becomes a Conv1D again, as its tensors are stored.
-    """
-    transposed = set()
-    for name, module in list(model.named_modules()):
-        if type(module) is Conv1D:
-            transposed.add(name)
-            put(model, name, _linear(module))
-        elif type(module) is FalconLinear:
-            put(model, name, _linear(module))
-    yield transposed
-    conv1d_again(model, transposed)
-
-
-def linears_for(model: nn.Module, layers: Iterable[str]) -> set[str]:
-    """Puts an nn.Linear where a layer of a checkpoint has a Conv1D in the model; returns their names."""
-    modules = dict(model.named_modules())
-    changed = set()
-    for name in layers:
-        module = modules.get(name)
-        if type(module) is Conv1D:
-            put(model, name, _linear(module))
-            changed.add(name)
-    return changed
-
-
-def conv1d_again(model: nn.Module, names: Iterable[str]) -> None:
-    """Makes those of these modules that are an nn.Linear a Conv1D."""
-    for name in names:
-        module = model.get_submodule(name)
-        if isinstance(module, nn.Linear):
-            put(model, name, _conv1d(module))
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts a module in the place of one that nothing is attached to."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _linear(module: Conv1D | FalconLinear) -> nn.Linear:
-    weight = module.weight.detach()
-    weight = weight.t() if isinstance(module, Conv1D) else weight
-    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight, module.weight.requires_grad)
-    linear.bias = module.bias
-    return linear.train(module.training)
-
-
-def _conv1d(linear: nn.Linear) -> Conv1D:
-    with torch.device("meta"):
-        conv = Conv1D(linear.out_features, linear.in_features)
-    conv.weight = nn.Parameter(linear.weight.detach().t(), linear.weight.requires_grad)
-    conv.bias = linear.bias
-    return conv.train(linear.training)
 
 
 def set_dtype(folder: str | os.PathLike[str], dtype: torch.dtype) -> None:

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.pytorch_utils import Conv1D
 
 from lowbit.files import cut, shown
 from lowbit.formats import Format
 from lowbit.integrations.dense import dense_of
-from lowbit.integrations.pretrained import conv1d_again, linears_for, plain_linears, put
+from lowbit.integrations.pretrained import put
 from lowbit.io.native import marker_of, prefix_of
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.save_load import module_sources
@@ -26,6 +25,7 @@ from lowbit.methods.grid import check_weight
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.names import Rule, Selection
+from lowbit.nn.stand_ins import Form, dense_forms, put_stand_ins, stand_ins, take_away
 from lowbit.nn.surgery import replace
 from lowbit.nn.weight import HasPackedWeight
 from lowbit.ptq.model import Method, check_rules
@@ -74,27 +74,28 @@ class OnLoad(Job):
         for name, first in model.all_tied_weights_keys.items():
             module, key = model.get_submodule(_owner(name)), name.rpartition(".")[2]
             setattr(module, key, model.get_parameter(first))
-        with plain_linears(model) as transposed:
+        with stand_ins(model) as forms:
             found = plan_layers(model, selection, Report(), stacklevel=5)
         self._plan = {
             names: (rule.completed(method, options), weight)
             for names, (rule, weight) in found.items()
         }
         check_rules([rule for rule, _ in self._plan.values()], False)
-        self._transposed = transposed
-        planned = {name for names in self._plan for name in names}
+        self._forms = forms
+        parts: dict[str, list[tuple[str, Rule, Any]]] = {}
+        for names, (rule, weight) in self._plan.items():
+            for name in names:
+                part = name, rule, (weight, rule.format)
+                parts.setdefault(self._tensor(name), []).append(part)
         # A weight that something else has too must be there when that is tied to it.
-        dense = {
-            id(p)
-            for name, p in model.named_parameters(remove_duplicate=False)
-            if name.rpartition(".")[0] not in planned
-        }
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._taken: dict[str, tuple[Rule, Any]] = {
-            f"{name}.weight": (rule, (weight, rule.format))
-            for names, (rule, weight) in self._plan.items()
-            if id(parameters[f"{names[0]}.weight"]) not in dense
-            for name in names
+        dense = {id(p) for name, p in parameters.items() if name not in parts}
+        # Of experts in one tensor all or none.
+        self._taken = {
+            name: each
+            for name, each in parts.items()
+            if id(parameters[name]) not in dense
+            and (self._form(each[0][0]).expert is None or len(each) == len(parameters[name]))
         }
         self._made: dict[Any, tuple[QuantTensor, torch.dtype]] = {}
         self._errors: list[Exception] = []
@@ -107,20 +108,26 @@ class OnLoad(Job):
         """One for every tensor."""
         return _Take(self)
 
-    def take(self, name: str, weight: Tensor) -> None:
-        """Quantizes a weight, as it is stored; the dense one is not kept."""
-        rule, key = self._taken[name]
-        if key not in self._made:
-            try:
-                self._quantize(name.removesuffix(".weight"), rule, key, weight)
-            except (TypeError, ValueError) as e:
-                self._errors.append(type(e)(f"{name.removesuffix('.weight')}: {e}"))
+    def _form(self, name: str) -> Form:
+        return self._forms.get(name, Form(False))
 
-    def _quantize(self, name: str, rule: Rule, key: Any, weight: Tensor) -> None:
+    def _tensor(self, name: str) -> str:
+        """The tensor that holds the weight of a layer."""
+        return f"{name}.weight" if self._form(name).expert is None else _owner(name)
+
+    def take(self, tensor: str, stored: Tensor) -> None:
+        """Quantizes what is stored as one tensor; the dense values are not kept."""
+        for name, rule, key in self._taken[tensor]:
+            if key not in self._made:
+                try:
+                    self._quantize(rule, key, self._form(name).linear(stored))
+                except (TypeError, ValueError) as e:
+                    self._errors.append(type(e)(f"{name}: {e}"))
+
+    def _quantize(self, rule: Rule, key: Any, weight: Tensor) -> None:
         values = weight.detach()
-        values = values.t() if name in self._transposed else values
         check_weight(values, rule.format.without_outliers)  # type: ignore[union-attr]
-        made = Method(rule, None)(self._model.get_submodule(name), values.contiguous())
+        made = Method(rule, None)(None, values.contiguous())
         self._made[key] = made, weight.dtype
 
     def finish(self) -> None:
@@ -128,21 +135,23 @@ class OnLoad(Job):
         if self._errors:
             raise self._errors[0]
         packed: dict[Any, PackedModule] = {}
+        tensors = {name: self._model.get_parameter(self._tensor(name)) for name, *_ in self._plan}
+        read = {name for name, t in tensors.items() if getattr(t, "_is_hf_initialized", False)}
+        put_stand_ins(self._model, {name for names in self._plan for name in names})
         for names, (rule, identity) in self._plan.items():
             key = identity, rule.format
             dense: Any = self._model.get_submodule(names[0])
             if key not in self._made:
-                if not getattr(dense.weight, "_is_hf_initialized", False):
+                if names[0] not in read:
                     continue
-                self._quantize(names[0], rule, key, dense.weight)
-            linears_for(self._model, names)
-            dense = self._model.get_submodule(names[0])
+                self._quantize(rule, key, dense.weight)
             weight, dtype = self._made[key]
             made = _packed(dense, weight, packed.get(key), dense._parameters.get("bias"))
             packed.setdefault(key, made)
             replace(self._model, names, made)
             made.set_weight_dtype(dtype)  # after `replace`, which takes that of the empty module
         self._made.clear()
+        take_away(self._model)
         if meta := [name for name, p in self._model.named_parameters() if p.is_meta]:
             raise ValueError(f"the checkpoint lacks {_list(meta)}")
 
@@ -249,6 +258,8 @@ class Stored(Job):
         self._path = Path(files[0] if len(files) == 1 else Path(files[0]).parent)
         self._reader = NativeReader(self._path)
         header, self._dense = self._reader.header, self._reader.dense
+        named = (*header.layers, *header.tied)
+        put_stand_ins(model, {other for name in named for other in self._names(name)})
         self._modules = dict(model.named_modules(remove_duplicate=False))
         layers = {self._name(name): how for name, how in header.layers.items()}
         stored = {self._name(name): name for name in header.layers}
@@ -261,14 +272,13 @@ class Stored(Job):
         saved = type(model).__name__ in (model.config.architectures or ())
         if saved and (lost := [stored[n] for n in layers if n not in self._modules]):
             raise ValueError(f"{self._path}: the model has no layers {_list(lost)}")
-        linears_for(model, [*layers, *self._tied])
-        self._modules = dict(model.named_modules(remove_duplicate=False))
         self._slots: dict[str, _Slot] = {}
         self._dtypes = model._get_dtype_plan(dtype)
         for name, (format, shape) in layers.items():
             self._put(name, format, shape, stored[name])
         for name, first in self._tied.items():
             self._put(name, None, layers[first][1], name)
+        take_away(model)
         self._all_ties = dict(model.all_tied_weights_keys)
         ties = {
             n: f for n, f in self._all_ties.items() if not {_owner(n), _owner(f)} & {*self._slots}
@@ -283,9 +293,11 @@ class Stored(Job):
 
     def _name(self, name: str) -> str:
         """The model's name of what the checkpoint calls `name`, with or without the prefix of a head's base."""
+        return next((n for n in self._names(name) if n in self._modules), name)
+
+    def _names(self, name: str) -> tuple[str, str, str]:
         prefix = f"{self._model.base_model_prefix}."
-        every = (name, name.removeprefix(prefix), prefix + name)
-        return next((n for n in every if n in self._modules), name)
+        return name, name.removeprefix(prefix), prefix + name
 
     def _tied_by_model(self, layers: Iterable[str]) -> dict[str, str]:
         """Modules that the model ties to a layer and that the checkpoint does not mention."""
@@ -439,7 +451,7 @@ def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype | None) -> Non
             dense.weight = weights.setdefault(id(module._buffers), dense.weight)
             made[id(module)] = dense.train(module.training)
         put(model, name, made[id(module)])
-    conv1d_again(model, [n for n in packed if isinstance(kinds.get(n), Conv1D)])
+    dense_forms(model, packed, kinds)
     if "_weight_conversions" in vars(model):
         del model._weight_conversions
 

@@ -92,8 +92,13 @@ def write_checkpoint(
 
 
 def marker_of(header: Header) -> dict[str, Tensor]:
-    """`states.MARKER` of the layer that sorts first, by its name; none without layers."""
-    first = min(header.layers, default=None)
+    """`states.MARKER` of the layer that sorts first, by its name; none without layers.
+
+    An expert, m.0, comes last: without lowbit transformers has no tensor m.0.weight to compare it with.
+    """
+    first = min(
+        header.layers, key=lambda name: (name.rpartition(".")[2].isdigit(), name), default=None
+    )
     shape, dtype = states.MARKER
     empty = torch.empty(shape, dtype=dtype, device="cpu")
     return {} if first is None else {f"{prefix_of(first)}weight": empty}

@@ -32,6 +32,7 @@ from lowbit.io.safetensors_file import FILE_NAME, Source
 from lowbit.io.shards import parse_size, write_shards
 from lowbit.nn import PackedModule, QuantLinear, ReorderedLinear
 from lowbit.nn.embedding import packed_embedding
+from lowbit.nn.stand_ins import stand_ins
 from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
 
@@ -260,6 +261,12 @@ def load(
         Whatever `set_extra_state` of a module raises; the model is then loaded in part.
     """
     checkpoint = NativeReader(path, mmap)
+    with stand_ins(model, checkpoint.header.layers):
+        _fill(model, checkpoint, device)
+    return model
+
+
+def _fill(model: nn.Module, checkpoint: NativeReader, device: torch.device | str) -> None:
     match = Match(model, checkpoint)
     state: dict[str, Any] = {}
     made: dict[str, PackedModule] = {}
@@ -285,7 +292,6 @@ def load(
     model.load_state_dict(state, strict=False, assign=assign)
     if assign:
         match.restore_sharing(model)
-    return model
 
 
 def _device_of(module: Any, default: torch.device | str) -> torch.device | str:

@@ -1,5 +1,20 @@
-"""Quantization methods: each makes a QuantTensor from a weight matrix, a file each; they know no modules."""
+"""Quantization methods: each makes a QuantTensor from a weight matrix, a file each; they know no modules.
 
-from lowbit.methods.registry import METHODS, quantize
+`lowbit.methods()` says what there is: the package itself can be called.
+"""
 
-__all__ = ["METHODS", "quantize"]
+import sys
+from types import ModuleType
+
+from lowbit.methods.registry import METHODS, MethodInfo, describe, quantize
+
+__all__ = ["METHODS", "MethodInfo", "describe", "quantize"]
+
+
+class _Methods(ModuleType):
+    def __call__(self) -> dict[str, MethodInfo]:
+        """As `describe`."""
+        return describe()
+
+
+sys.modules[__name__].__class__ = _Methods

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,8 +31,11 @@ from lowbit.methods import (
     sparse,
     twn,
 )
+from lowbit.text import did_you_mean
 from lowbit.weights.quantized import QuantTensor
 
+# Keywords that are tensors, which `quantize_model` finds.
+_TENSORS = ("held_out", "hessian", "table", "weights")
 METHODS: dict[str, Callable[..., QuantTensor]] = {
     "bitnet": bitnet.quantize,
     "distq": distq.quantize,
@@ -140,11 +144,16 @@ def check_options(method: str, options: Mapping[str, object]) -> None:
             word that its annotation allows.
     """
     if method not in METHODS:
-        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
+        hint = did_you_mean(str(method), METHODS)
+        raise ValueError(
+            f"method must be one of {', '.join(sorted(METHODS))}, got {method!r}{hint}"
+        )
     known = keywords(method)
     for key, value in options.items():
         if key not in known:
-            raise ValueError(f"method {method!r} takes no {key}")
+            takes = f"it takes {', '.join(options_of(method)) or 'no options'}"
+            hint = did_you_mean(key, options_of(method)) or f"; {takes}"
+            raise ValueError(f"method {method!r} takes no {key}{hint}")
         if value is None and "None" in str(known[key].annotation):
             continue
         if isinstance(value, str) and repr(value) in str(known[key].annotation):
@@ -155,6 +164,36 @@ def check_options(method: str, options: Mapping[str, object]) -> None:
         if kind and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             expected = type(default).__name__
             raise TypeError(f"{key} of method {method!r} must be {expected}, got {value!r:.100}")
+
+
+def options_of(method: str) -> dict[str, object]:
+    """The further keywords of a method with their defaults: `options` of `quantize_model`."""
+    return {key: p.default for key, p in keywords(method).items() if key not in _TENSORS}
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What a method is.
+
+    Attributes:
+        summary: in one line.
+        calibrates: whether it learns from `calibration` of `quantize_model`, "needs" it, or does not (False).
+        options: its further keywords with their defaults.
+    """
+
+    summary: str
+    calibrates: bool | str
+    options: Mapping[str, object]
+
+
+def describe() -> dict[str, MethodInfo]:
+    """Every method by its name: what it does, whether it learns from calibration, and its options."""
+    made = {}
+    for name in sorted(METHODS):
+        learns: bool | str = "needs" if "hessian" in keywords(name) else calibrates(name)
+        summary = (inspect.getdoc(METHODS[name]) or "").partition("\n\n")[0].replace("\n", " ")
+        made[name] = MethodInfo(summary, learns, options_of(name))
+    return made
 
 
 def calibrates(method: str | None) -> bool:

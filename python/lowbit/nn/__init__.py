@@ -5,6 +5,7 @@ from lowbit.nn.base import PackedModule
 from lowbit.nn.binary import BinaryLinear
 from lowbit.nn.conv import QuantConv2d
 from lowbit.nn.embedding import QuantEmbedding
+from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fp8 import FP8Linear
 from lowbit.nn.fp8_activations import (
     FP8LayerNorm,
@@ -23,7 +24,7 @@ from lowbit.nn.siblings import fuse, unfuse
 
 __all__ = [
     "BinaryLinear", "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "LLMInt8Linear", "PackedModule", "QuantConv2d",
-    "QuantEmbedding", "QuantLinear", "ReorderedLinear",
+    "QuantEmbedding", "QuantExperts", "QuantLinear", "ReorderedLinear",
     "fp8_add", "fp8_gelu", "fp8_layer_norm", "fp8_mul", "fp8_rms_norm", "fp8_silu", "fuse", "set_activations",
     "unfuse",
 ]  # fmt: skip

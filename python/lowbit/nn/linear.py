@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowbit import layouts
 from lowbit.backends import available
 from lowbit.formats import Format
+from lowbit.layouts import Operands
 from lowbit.methods import quantize
 from lowbit.nn.base import PackedModule, zero_weight
 from lowbit.nn.leaf import Proxy, node_of
@@ -233,6 +234,18 @@ class QuantLinear(PackedModule):
         if x_scale is not None:
             return call_static_linear(x, x_scale, w, bias)
         return call_linear(x, w, bias, *sparse)
+
+    def is_plain(self) -> bool:
+        """Whether a call is a product of `operands` and nothing else: no hooks, nothing learnable of the weight, no
+        outliers, no static scale of activations.
+        """
+        more = self._trained or self.format.outliers or self._parameters["input_scale"] is not None
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks
+        return not (more or hooks or self._backward_pre_hooks)
+
+    def operands(self) -> Operands:
+        """The weight, without outliers, as ops take it."""
+        return self._terms(self._buffers)[0]
 
     def train_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Makes the named tensors learnable, and every other one not; () freezes the layer again.

@@ -101,9 +101,22 @@ def replace(
         setattr(model.get_submodule(parent), child, module)
 
 
+def put_back(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
+    """Puts a module that was replaced in its place again; hooks that its successor got since are its own."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    # The new module has got the dicts of hooks; these know the module that they are called with.
+    for hook in module._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(module)  # type: ignore[attr-defined]
+
+
 def _carry(old: nn.Module, new: nn.Module, own: Collection[str], name: str) -> None:
     if isinstance(new, PackedModule):
         own = {*own, *new.takes_over}
+    # What a class says of itself, and that is nothing to a module in its place.
+    own = {*own, *getattr(type(old), "not_carried", ())}
     members = {
         group: {
             key: value

@@ -24,6 +24,7 @@ from lowbit.formats import Format
 from lowbit.methods.errors import errors
 from lowbit.methods.registry import calibrates
 from lowbit.nn.names import DEFAULT_SKIP, Rule, Selection, as_rule, listed
+from lowbit.nn.stand_ins import stand_ins
 from lowbit.ptq.allocation import Allocation, Choice, Option, as_bytes, check_capacity, choose
 from lowbit.ptq.calibration import InputStatistics, as_batches, calibrate
 from lowbit.ptq.fisher import output_fisher
@@ -97,28 +98,29 @@ def allocate(
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {OBJECTIVES}, got {objective!r}")
     check_rules(rules, calibration is not None or sensitivities is not None)
-    layers, left = _layers(weights, rules[0], skip)
-    if not layers:
-        raise ValueError("weights must hold at least one linear that is not skipped")
-    numel = sum(math.prod(layer.shape) for layer in layers)
-    capacity = as_bytes(budget, budget_bytes, numel)
-    formats = [rule.format for rule in rules if rule.format is not None]
-    # Before hours of measuring.
-    check_capacity(
-        [[stored_bytes(f, *la.shape) for f in formats] for la in layers], capacity, numel
-    )
-    if calibration is not None:
-        if not isinstance(weights, nn.Module):
-            raise ValueError("calibration needs a model: give sensitivities for a mapping")
-        batches = as_batches(calibration)
-        measured = _calibrated(layers, rules, weights, batches, objective, progress)
-    else:
-        measured = _given(layers, rules, weights, sensitivities, progress)
-    found = [
-        Choice(layer.names, layer.shape, tuple(options), 0)
-        for layer, options in zip(layers, measured, strict=True)
-    ]
-    return choose(found, left, capacity)
+    with stand_ins(weights) if isinstance(weights, nn.Module) else contextlib.nullcontext():
+        layers, left = _layers(weights, rules[0], skip)
+        if not layers:
+            raise ValueError("weights must hold at least one linear that is not skipped")
+        numel = sum(math.prod(layer.shape) for layer in layers)
+        capacity = as_bytes(budget, budget_bytes, numel)
+        formats = [rule.format for rule in rules if rule.format is not None]
+        # Before hours of measuring.
+        check_capacity(
+            [[stored_bytes(f, *la.shape) for f in formats] for la in layers], capacity, numel
+        )
+        if calibration is not None:
+            if not isinstance(weights, nn.Module):
+                raise ValueError("calibration needs a model: give sensitivities for a mapping")
+            batches = as_batches(calibration)
+            measured = _calibrated(layers, rules, weights, batches, objective, progress)
+        else:
+            measured = _given(layers, rules, weights, sensitivities, progress)
+        found = [
+            Choice(layer.names, layer.shape, tuple(options), 0)
+            for layer, options in zip(layers, measured, strict=True)
+        ]
+        return choose(found, left, capacity)
 
 
 @dataclass(frozen=True)

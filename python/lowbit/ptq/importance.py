@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.files import shown
 from lowbit.nn.names import listed
+from lowbit.nn.stand_ins import stand_ins
 from lowbit.ptq.calibration import InputStatistics, as_batches, calibrate
 from lowbit.ptq.progress import bar
 
@@ -26,7 +27,8 @@ _SHOWN = 3
 def collect_importance(
     model: nn.Module, calibration: Iterable[Any], *, progress: bool = True
 ) -> dict[str, InputStatistics]:
-    """Runs a model and collects the squares of the inputs of every `nn.Linear`, by its name.
+    """Runs a model and collects the squares of the inputs of every `nn.Linear`, by its name,
+    and of what computes one under another name, experts included.
 
     Args:
         model: dense; it is left as it is.
@@ -43,11 +45,12 @@ def collect_importance(
         >>> quantize_model(model, "kmeans4", importance="model.imatrix.gguf")  # doctest: +SKIP
     """
     batches = as_batches(calibration)
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not names:
-        raise ValueError("model must have an nn.Linear, it has none")
-    with bar(len(batches), "importance", progress) as advance:
-        return calibrate(model, names, (), batches, advance)
+    with stand_ins(model):
+        names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        if not names:
+            raise ValueError("model must have an nn.Linear, it has none")
+        with bar(len(batches), "importance", progress) as advance:
+            return calibrate(model, names, (), batches, advance)
 
 
 def save_importance(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowbit.nn import LLMInt8Linear
 from lowbit.nn.llm_int8 import THRESHOLD
 from lowbit.nn.names import DEFAULT_SKIP, Rules, Selection
+from lowbit.nn.stand_ins import stand_ins
 from lowbit.ptq.calibration import InputStatistics, as_batches, collect, run
 from lowbit.ptq.model import check_layers, check_notes, swap_or_leave
 from lowbit.ptq.plan import plan_layers
@@ -58,46 +59,47 @@ def quantize_llm_int8(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     report = Report()
-    plan = {}
-    for names, (rule, weight_id) in plan_layers(model, Selection(format, skip), report).items():
-        if rule.options:
-            raise ValueError(f"{names[0]}: options must be empty, got {dict(rule.options)}")
-        dense: Any = model.get_submodule(names[0])
-        if isinstance(dense, nn.Linear):
-            plan[names] = rule, weight_id
-        else:
-            size = {f"{names[0]}.weight": dense.weight.numel()}
-            report.leave(names[0], "only linears have outlier features", size)
-    check_layers(model, plan, {})
-    batches = () if calibration is None else as_batches(calibration)
-    statistics: dict[str, InputStatistics] = {}
-    with (
-        swapping(model, keep=atomic) as swap,
-        bar(len(plan) + len(batches), "quantizing", progress) as advance,
-    ):
-        if batches:
-            with collect(model, [names[0] for names in plan], hessian=False) as statistics:
-                run(model, batches, advance)
-        for names, (rule, _) in plan.items():
-            dense = model.get_submodule(names[0])
-            assert rule.format is not None
-            inputs = statistics.get(names[0])
-            missing = None if inputs is None else inputs.missing
-            try:
-                made = LLMInt8Linear.from_linear(
-                    dense,
-                    rule.format,
-                    threshold=threshold,
-                    absmax=None if inputs is None or missing else inputs.absmax,
-                    method=rule.method,
-                )
-            except (TypeError, ValueError) as e:
-                raise type(e)(f"{names[0]}: {e}") from e
-            row = _row(names[0], dense.weight.detach(), made)
-            note = missing and f"{missing}: its outlier features are found in every call"
-            swap_or_leave(swap, names, made, dataclasses.replace(row, note=note), report)
-            advance()
-        check_notes(report, statistics, stacklevel=2)
+    with stand_ins(model):
+        plan = {}
+        for names, (rule, weight_id) in plan_layers(model, Selection(format, skip), report).items():
+            if rule.options:
+                raise ValueError(f"{names[0]}: options must be empty, got {dict(rule.options)}")
+            dense: Any = model.get_submodule(names[0])
+            if isinstance(dense, nn.Linear):
+                plan[names] = rule, weight_id
+            else:
+                size = {f"{names[0]}.weight": dense.weight.numel()}
+                report.leave(names[0], "only linears have outlier features", size)
+        check_layers(model, plan, {})
+        batches = () if calibration is None else as_batches(calibration)
+        statistics: dict[str, InputStatistics] = {}
+        with (
+            swapping(model, keep=atomic) as swap,
+            bar(len(plan) + len(batches), "quantizing", progress) as advance,
+        ):
+            if batches:
+                with collect(model, [names[0] for names in plan], hessian=False) as statistics:
+                    run(model, batches, advance)
+            for names, (rule, _) in plan.items():
+                dense = model.get_submodule(names[0])
+                assert rule.format is not None
+                inputs = statistics.get(names[0])
+                missing = None if inputs is None else inputs.missing
+                try:
+                    made = LLMInt8Linear.from_linear(
+                        dense,
+                        rule.format,
+                        threshold=threshold,
+                        absmax=None if inputs is None or missing else inputs.absmax,
+                        method=rule.method,
+                    )
+                except (TypeError, ValueError) as e:
+                    raise type(e)(f"{names[0]}: {e}") from e
+                row = _row(names[0], dense.weight.detach(), made)
+                note = missing and f"{missing}: its outlier features are found in every call"
+                swap_or_leave(swap, names, made, dataclasses.replace(row, note=note), report)
+                advance()
+            check_notes(report, statistics, stacklevel=2)
     return report
 
 

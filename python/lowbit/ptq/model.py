@@ -24,6 +24,7 @@ from lowbit.nn import PackedModule, QuantLinear
 from lowbit.nn import fuse as fuse_siblings
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.names import DEFAULT_SKIP, Rule, Rules, Selection, listed
+from lowbit.nn.stand_ins import stand_ins
 from lowbit.ptq.calibration import (
     InputStatistics,
     SplitStatistics,
@@ -139,90 +140,93 @@ def quantize_model(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     selection = Selection(format, skip)
     report = Report()
-    plan = {
-        names: (rule.completed(method, options or {}), weight_id)
-        for names, (rule, weight_id) in plan_layers(model, selection, report).items()
-    }
-    batches = None if calibration is None else as_batches(calibration)
-    features = as_importance(importance, model)
-    if features is not None:
-        plan = {names: (with_method(rule), weight_id) for names, (rule, weight_id) in plan.items()}
-    scalings = _scalings(model, plan, batches is not None)
-    plan = {names: (base_rule(rule), weight_id) for names, (rule, weight_id) in plan.items()}
-    rules = [rule for rule, _ in plan.values()] or [Rule(None, method)]
-    check_rules(rules, batches is not None)
-    check_one_of(
-        calibration=calibration, sensitivities=sensitivities or None, importance=importance
-    )
-    check_sensitivities(plan, sensitivities or {})
-    given = of_weights(plan, sensitivities or {})
-    if features is not None:
-        given = of_features(model, plan, features)
-    check_layers(model, plan, given)
-    observed = _observers(model, plan, observer, batches is not None)
-    methods = dict.fromkeys(rule.method for rule in rules)
-    learns = bool(observed or scalings) or any(map(calibrates, methods))
-    if batches is not None and not learns:
-        listing = " and ".join(map(repr, methods))
-        raise ValueError(f"method {listing} takes no calibration: use 'gptq' or 'kmeans'")
-    # Linears that learn from calibration, and whether a Hessian.
-    learning = {
-        names[0]: "hessian" in keywords(rule.method or "")
-        for names, (rule, _) in plan.items()
-        if calibrates(rule.method) and isinstance(model.get_submodule(names[0]), nn.Linear)
-    }
-    hessians = {name for name, wanted in learning.items() if wanted}
-    split = {
-        names[0]
-        for names, (rule, _) in plan.items()
-        if names[0] in hessians and rule.options.get("damping") == "auto"
-    }
-    copies = 2 if split else 1
-    runs = list(chunks(model, plan, hessians, copies)) if batches is not None else [list(plan)]
-    steps = len(plan) + len(runs) * len(batches or ())
-    made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
-    calibrated = {*learning, *observed}
-    with (
-        swapping(model, keep=atomic) as swap,
-        scaled(model, scalings, batches or (), atomic) as folded,
-        bar(steps, "quantizing", progress) as advance,
-    ):
-        for chunk in runs:
-            statistics: dict[str, InputStatistics | SplitStatistics] = {}
-            if batches is not None:
-                firsts = [names[0] for names in chunk]
-                statistics = {
-                    name: SplitStatistics.of(model, name) for name in firsts if name in split
-                }
-                rest = [name for name in firsts if name in learning and name not in split]
-                watched = {name: observed[name] for name in firsts if name in observed}
-                with attach(model, watched), attach(model, statistics):
-                    statistics |= calibrate(model, rest, hessians, batches, advance)
-            for names in chunk:
-                rule, weight_id = plan[names]
-                assert rule.format is not None
-                key = weight_id, rule.format.spec
-                try:
-                    # No name for the statistics: they go when the layer is done.
-                    how, note = informed(
-                        rule, statistics.pop(names[0], None) or given.get(names[0])
-                    )
-                    first = made.get(key)
-                    module, row = _make(model, names[0], how, first, on_layer)
-                    del how
-                    note = None if first else note
-                    if names[0] in observed:
-                        note = _set_input_scale(module, observed.pop(names[0])) or note
-                except (TypeError, ValueError) as e:
-                    raise type(e)(f"{names[0]}: {e}") from e
-                if swap_or_leave(swap, names, module, replace(row, note=note), report):
-                    made.setdefault(key, (names[0], module))
-                advance()
-        source = "calibration" if features is None else "importance"
-        check_notes(report, calibrated, source, stacklevel=2)
-        note_unscaled(report, scalings, folded)
-        if fuse:
-            fuse_siblings(model)
+    with stand_ins(model):
+        plan = {
+            names: (rule.completed(method, options or {}), weight_id)
+            for names, (rule, weight_id) in plan_layers(model, selection, report).items()
+        }
+        batches = None if calibration is None else as_batches(calibration)
+        features = as_importance(importance, model)
+        if features is not None:
+            plan = {
+                names: (with_method(rule), weight_id) for names, (rule, weight_id) in plan.items()
+            }
+        scalings = _scalings(model, plan, batches is not None)
+        plan = {names: (base_rule(rule), weight_id) for names, (rule, weight_id) in plan.items()}
+        rules = [rule for rule, _ in plan.values()] or [Rule(None, method)]
+        check_rules(rules, batches is not None)
+        check_one_of(
+            calibration=calibration, sensitivities=sensitivities or None, importance=importance
+        )
+        check_sensitivities(plan, sensitivities or {})
+        given = of_weights(plan, sensitivities or {})
+        if features is not None:
+            given = of_features(model, plan, features)
+        check_layers(model, plan, given)
+        observed = _observers(model, plan, observer, batches is not None)
+        methods = dict.fromkeys(rule.method for rule in rules)
+        learns = bool(observed or scalings) or any(map(calibrates, methods))
+        if batches is not None and not learns:
+            listing = " and ".join(map(repr, methods))
+            raise ValueError(f"method {listing} takes no calibration: use 'gptq' or 'kmeans'")
+        # Linears that learn from calibration, and whether a Hessian.
+        learning = {
+            names[0]: "hessian" in keywords(rule.method or "")
+            for names, (rule, _) in plan.items()
+            if calibrates(rule.method) and isinstance(model.get_submodule(names[0]), nn.Linear)
+        }
+        hessians = {name for name, wanted in learning.items() if wanted}
+        split = {
+            names[0]
+            for names, (rule, _) in plan.items()
+            if names[0] in hessians and rule.options.get("damping") == "auto"
+        }
+        copies = 2 if split else 1
+        runs = list(chunks(model, plan, hessians, copies)) if batches is not None else [list(plan)]
+        steps = len(plan) + len(runs) * len(batches or ())
+        made: dict[tuple[int, str], tuple[str, PackedModule]] = {}
+        calibrated = {*learning, *observed}
+        with (
+            swapping(model, keep=atomic) as swap,
+            scaled(model, scalings, batches or (), atomic) as folded,
+            bar(steps, "quantizing", progress) as advance,
+        ):
+            for chunk in runs:
+                statistics: dict[str, InputStatistics | SplitStatistics] = {}
+                if batches is not None:
+                    firsts = [names[0] for names in chunk]
+                    statistics = {
+                        name: SplitStatistics.of(model, name) for name in firsts if name in split
+                    }
+                    rest = [name for name in firsts if name in learning and name not in split]
+                    watched = {name: observed[name] for name in firsts if name in observed}
+                    with attach(model, watched), attach(model, statistics):
+                        statistics |= calibrate(model, rest, hessians, batches, advance)
+                for names in chunk:
+                    rule, weight_id = plan[names]
+                    assert rule.format is not None
+                    key = weight_id, rule.format.spec
+                    try:
+                        # No name for the statistics: they go when the layer is done.
+                        how, note = informed(
+                            rule, statistics.pop(names[0], None) or given.get(names[0])
+                        )
+                        first = made.get(key)
+                        module, row = _make(model, names[0], how, first, on_layer)
+                        del how
+                        note = None if first else note
+                        if names[0] in observed:
+                            note = _set_input_scale(module, observed.pop(names[0])) or note
+                    except (TypeError, ValueError) as e:
+                        raise type(e)(f"{names[0]}: {e}") from e
+                    if swap_or_leave(swap, names, module, replace(row, note=note), report):
+                        made.setdefault(key, (names[0], module))
+                    advance()
+            source = "calibration" if features is None else "importance"
+            check_notes(report, calibrated, source, stacklevel=2)
+            note_unscaled(report, scalings, folded)
+            if fuse:
+                fuse_siblings(model)
     late.quantized(model)
     return report
 

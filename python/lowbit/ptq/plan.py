@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lowbit.nn import PackedModule
 from lowbit.nn.embedding import scale_of
 from lowbit.nn.names import Rule, Selection
+from lowbit.nn.stand_ins import is_linear
 from lowbit.nn.surgery import obstacle
 from lowbit.ptq.report import Report
 from lowbit.weights.quantized import TENSOR_NAMES
@@ -127,6 +128,8 @@ def _obstacle(module: nn.Module, own: str, fused: bool) -> str | None:
     """Why a module cannot be replaced, whatever the recipe says."""
     kind = type(module)
     base = next((base for base in (nn.Linear, nn.Embedding) if isinstance(module, base)), None)
+    if base is None and is_linear(module):
+        return obstacle(module)
     if base is None:
         return f"{kind.__name__} has no quantized form"
     scaled = isinstance(module, nn.Embedding) and scale_of(module) is not None

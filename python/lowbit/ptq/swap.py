@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-import weakref
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from lowbit.nn.surgery import replace
+from lowbit.nn.surgery import put_back, replace
 
 _logger = logging.getLogger("lowbit")
 
@@ -34,13 +33,7 @@ class Swap:
     def undo(self) -> None:
         """Puts the modules back that were kept."""
         for names, module in reversed(self._originals):
-            for name in names:
-                parent, _, child = name.rpartition(".")
-                setattr(self._model.get_submodule(parent), child, module)
-            # The new module has got the dicts of hooks; these know the module that they are called with.
-            for hook in module._load_state_dict_pre_hooks.values():
-                if getattr(hook, "with_module", False):
-                    hook.module = weakref.ref(module)  # type: ignore[attr-defined]
+            put_back(self._model, names, module)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowbit import late, packing
 from lowbit.formats import DQ_BLOCK, INTEGER_SCALES, Format, as_format
+from lowbit.text import html_table
 
 SCALE_DTYPES = {
     "fp32": torch.float32,
@@ -119,6 +120,15 @@ class QuantTensor:
         return self.tensors["codes"].device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """fp32: what `dequantize` computes in."""
+        return torch.float32
+
+    def numel(self) -> int:
+        """How many weights it stands for: N K."""
+        return self.shape[0] * self.shape[1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all canonical tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
@@ -128,6 +138,20 @@ class QuantTensor:
         """Average stored bits of a weight: codes, scales, zeros, tables and outliers."""
         n, k = self.shape
         return 8 * self.nbytes / max(1, n * k)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what it is, and the bytes of each tensor."""
+        head = f"{self.shape[0]} x {self.shape[1]} {self.format.name}, {self.bits_per_weight:.3f} bits/weight"
+        rows = [
+            (
+                name,
+                str(t.dtype).removeprefix("torch."),
+                " x ".join(map(str, t.shape)),
+                f"{t.nbytes:,}",
+            )
+            for name, t in self.tensors.items()
+        ]
+        return html_table(("tensor", "dtype", "shape", "bytes"), rows, f"{head}, {self.device}")
 
     def unpack(self) -> Tensor:
         """The codes, (N, K) uint8."""
@@ -145,6 +169,14 @@ class QuantTensor:
     def to(self, device: torch.device | str) -> QuantTensor:
         """The same weight on another device."""
         return self.map(lambda t: t.to(device))
+
+    def cpu(self) -> QuantTensor:
+        """The same weight on the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | str | torch.device = "cuda") -> QuantTensor:
+        """The same weight on a GPU, by default the current one."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device)
 
     def validate(self) -> QuantTensor:
         """Checks the values: codes within the table, finite scales, zeros, tables and outliers, outliers' columns
