@@ -5,7 +5,7 @@ Words: N = out features, K = in features, G = group (weights along K that share 
     W[n, k] = scale[n, k // G] * (code - zero)                   codec "affine", zero None | "int" | "float"
     W[n, k] = scale[n, k // G] * code + zero[n, k // G]          codec "affine", zero "min"
 A symmetric affine format (zero None) has the constant zero 2^(bits - 1). A format without a scale has scale 1.
-With outliers, W is this plus a sparse matrix that has the same number of entries in every row.
+With outliers, W is this plus a sparse matrix that has the same number of entries in every row; with a rank, plus L R.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ from lowbit.format_checks import (
     BITS,
     DIGIT_BASES,
     DQ_BLOCK,
+    FACTOR_DTYPES,
     INTEGER_SCALES,
     SECOND_LEVELS,
+    check_factor,
     check_format,
 )
 
 __all__ = [
-    "BITS", "DIGIT_BASES", "DQ_BLOCK", "FORMATS", "INTEGER_SCALES", "SECOND_LEVELS", "Format", "as_format",
-    "digits_per_byte", "parse",
+    "BITS", "DIGIT_BASES", "DQ_BLOCK", "FACTOR_DTYPES", "FORMATS", "INTEGER_SCALES", "SECOND_LEVELS", "Format",
+    "as_format", "digits_per_byte", "parse",
 ]  # fmt: skip
 
 
@@ -75,6 +77,10 @@ class Format:
             sparse part of SqueezeLLM's dense-and-sparse decomposition (arXiv 2306.07629). Interpretation: a
             fixed number in each row instead of one threshold for the matrix, so that shapes follow from the format.
         outlier_dtype: how that rest is stored, "fp16" or "fp32".
+        rank: columns of L (N, rank) and rows of R (rank, K), whose product is added: CALDERA's low-rank term (arXiv
+            2405.18886). Below N and K; 0 means none.
+        factor: how L and R are stored: "fp32", "fp16", "bf16", or the name of a format, in which each is a quantized
+            matrix of its own, with groups along its rows.
     """
 
     name: str
@@ -90,6 +96,8 @@ class Format:
     activation: str | None = None
     outliers: int = 0
     outlier_dtype: str = "fp16"
+    rank: int = 0
+    factor: str = "bf16"
     scale2: str | None = None
     scale2_group: int | None = None
 
@@ -99,6 +107,8 @@ class Format:
 
     def __post_init__(self) -> None:
         check_format(self)
+        if self.rank and self.factor not in FACTOR_DTYPES:
+            check_factor(self, parse(self.factor))
 
     @classmethod
     def lut(
@@ -208,9 +218,26 @@ class Format:
         return self.scale in INTEGER_SCALES
 
     @property
-    def without_outliers(self) -> Format:
-        """The format of the codes, scales, zeros and table alone; this one if it has no outliers."""
-        return _without_outliers(self) if self.outliers else self
+    def more_terms(self) -> str:
+        """What is added to the codes, scales, zeros and table: "outliers", "a low-rank term", or ""."""
+        return "outliers" if self.outliers else "a low-rank term" if self.rank else ""
+
+    @property
+    def matrix(self) -> Format:
+        """The format of the codes, scales, zeros and table alone; this one if nothing is added to them."""
+        return _matrix_of(self) if self.more_terms else self
+
+    @property
+    def factor_format(self) -> Format | None:
+        """The format of L and R; None if they are dense, or there are none."""
+        return parse(self.factor) if self.rank and self.factor not in FACTOR_DTYPES else None
+
+    def with_rank(self, rank: int, factor: str = "bf16") -> Format:
+        """This format with a low-rank term."""
+        suffix = f"_r{rank}"
+        if factor != "bf16" and re.fullmatch(r"[a-z]+\d+", factor):
+            suffix += factor
+        return dataclasses.replace(self, name=f"{self.name}{suffix}", rank=rank, factor=factor)
 
     def row_bytes(self, k: int) -> int:
         """Bytes of one canonical row of k codes (layout: `packing.py`)."""
@@ -230,9 +257,10 @@ def digits_per_byte(base: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _without_outliers(f: Format) -> Format:
-    name = re.sub(r"_o\d+(fp32)?(?=_|$)", "", f.name) or f.name
-    return dataclasses.replace(f, name=name, outliers=0, outlier_dtype="fp16")
+def _matrix_of(f: Format) -> Format:
+    name = re.sub(r"_(o\d+(fp32)?|r\d+([a-z]+\d+)?)(?=_|$)", "", f.name) or f.name
+    none = {"outliers": 0, "outlier_dtype": "fp16", "rank": 0, "factor": "bf16"}
+    return dataclasses.replace(f, name=name, **none)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -317,7 +345,8 @@ FORMATS: dict[str, Format] = _builtin()
 _SECOND = r"(?:s(?P<second>\d+))?(?P<dtype>fp32|fp16|bf16)?"
 _SUFFIX = re.compile(
     r"_(?:g(?P<group>\d+)|(?P<row>row)|(?P<scale>fp32|fp16|bf16|e8m0|e4m3|dq8)|(?P<activation>a8t?)"
-    rf"|(?P<integers>{'|'.join(INTEGER_SCALES)}){_SECOND}|o(?P<outliers>\d+)(?P<wide>fp32)?)$"
+    rf"|(?P<integers>{'|'.join(INTEGER_SCALES)}){_SECOND}|o(?P<outliers>\d+)(?P<wide>fp32)?"
+    r"|r(?P<rank>\d+)(?P<factor>[a-z]+\d+)?)$"
 )
 
 
@@ -326,9 +355,10 @@ def parse(spec: str) -> Format:
     """Turns a name or a spec into a Format.
 
     A name is one of `FORMATS`, optionally followed by `_gN` or `_row` (group), a scale dtype, `_a8` (activation
-    "int8") or `_a8t` ("int8_table"), and `_oP` or `_oPfp32` (P outliers a row): "nf4", "int3_g64", "uint4_g32_bf16",
-    "nf4_g64_dq8", "int4_g32_a8", "int3_g64_o16". An integer scale, `_int8` or another of `INTEGER_SCALES`, has an fp32
-    second level per row, `_int8sN` an fp16 one per N weights; its dtype may follow: "nf4_g32_int8",
+    "int8") or `_a8t` ("int8_table"), and `_oP` or `_oPfp32` (P outliers a row), or `_rR` with a dtype or a name of
+    `FORMATS` for the factors of a term of rank R: "nf4", "int3_g64", "uint4_g32_bf16", "nf4_g64_dq8", "int4_g32_a8",
+    "int3_g64_o16", "int2_g64_r32", "int2_g64_r64int4". An integer scale, `_int8` or another of `INTEGER_SCALES`, has
+    an fp32 second level per row, `_int8sN` an fp16 one per N weights; its dtype may follow: "nf4_g32_int8",
     "int4_g16_int6s256", "int4_g16_int8s256fp32".
     A spec that starts with "{" is the JSON of `Format.spec`.
 
@@ -347,7 +377,7 @@ def parse(spec: str) -> Format:
         base = base[: match.start()]
         key = "group" if match["group"] or match["row"] else "scale"
         key = "activation" if match["activation"] else key
-        key = "outliers" if match["outliers"] else key
+        key = "outliers" if match["outliers"] else "rank" if match["rank"] else key
         if key in changes:
             raise ValueError(f"format {shown(spec)} gives its {key} twice")
         if key == "group":
@@ -357,6 +387,8 @@ def parse(spec: str) -> Format:
         elif key == "outliers":
             changes["outliers"] = int(match["outliers"])
             changes["outlier_dtype"] = match["wide"] or "fp16"
+        elif key == "rank":
+            changes |= {"rank": int(match["rank"]), "factor": match["factor"] or "bf16"}
         elif match["integers"]:
             size = match["second"]
             changes["scale"] = match["integers"]
@@ -366,7 +398,7 @@ def parse(spec: str) -> Format:
             changes |= {"scale": match["scale"], "scale2": None, "scale2_group": None}
     if base not in FORMATS:
         raise ValueError(f"unknown format {shown(spec)}; expected one of {', '.join(sorted(FORMATS))}, optionally "
-                         "followed by _gN or _row, a scale dtype, _a8 or _a8t, _oP: 'int3_g64_bf16'")  # fmt: skip
+                         "followed by _gN or _row, a scale dtype, _a8, _a8t, _oP or _rR: 'int3_g64_bf16'")  # fmt: skip
     return dataclasses.replace(FORMATS[base], name=spec, **changes)
 
 

@@ -119,7 +119,7 @@ class OnLoad(Job):
     def _quantize(self, name: str, rule: Rule, key: Any, weight: Tensor) -> None:
         values = weight.detach()
         values = values.t() if name in self._transposed else values
-        check_weight(values, rule.format.without_outliers)  # type: ignore[union-attr]
+        check_weight(values, rule.format.matrix)  # type: ignore[union-attr]
         made = Method(rule, None)(self._model.get_submodule(name), values.contiguous())
         self._made[key] = made, weight.dtype
 

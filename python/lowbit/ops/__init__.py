@@ -2,10 +2,22 @@
 `import lowbit` alone does not.
 """
 
-from lowbit.ops import adamw, binary, fp8, fp8_matmul, hadamard, int8, linear, many, sparse, weights
+from lowbit.ops import (
+    adamw,
+    binary,
+    fp8,
+    fp8_matmul,
+    hadamard,
+    int8,
+    linear,
+    lowrank,
+    many,
+    sparse,
+    weights,
+)
 from lowbit.ops.weights import embedding
 
 __all__ = [
-    "adamw", "binary", "embedding", "fp8", "fp8_matmul", "hadamard", "int8", "linear", "many", "sparse",
-    "weights",
+    "adamw", "binary", "embedding", "fp8", "fp8_matmul", "hadamard", "int8", "linear", "lowrank", "many",
+    "sparse", "weights",
 ]  # fmt: skip
