@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from lowbit import packing, reference
 from lowbit.formats import FORMATS, INTEGER_SCALES, Format, parse
-from lowbit.weights.quantized import QuantTensor, tensor_specs
+from lowbit.weights.quantized import QuantTensor, factor_shapes, tensor_specs
 
 # Formats that no built-in covers: odd groups, short tables, every table scope with groups, each scale dtype.
 EXTRA_FORMATS = (
@@ -46,7 +46,13 @@ def random_weight(format: Format, n: int, k: int, seed: int = 0) -> QuantTensor:
     """A weight whose codes, scales, zeros and tables are random and finite."""
     g = torch.Generator().manual_seed(seed)
     tensors = {}
+    if format.factor_format is not None:
+        for factor, shape in factor_shapes(format, n, k).items():
+            made = random_weight(format.factor_format, *shape, seed=seed + 1)
+            tensors |= {f"{factor}_{name}": t for name, t in made.tensors.items()}
     for name, (shape, dtype) in tensor_specs(format, n, k).items():
+        if name in tensors:
+            continue
         if name == "codes":
             tensors[name] = packing.pack_codes(random_codes(format, n, k, g), format)
         elif name == "zeros" and dtype == torch.uint8:

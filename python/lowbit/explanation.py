@@ -17,7 +17,9 @@ from lowbit.formats import Format
 from lowbit.layouts import N16
 from lowbit.ops import fp8_matmul
 from lowbit.ops.terms import Weight
-from lowbit.weights.composite import CompositeWeight
+from lowbit.weights.composite import CompositeWeight, describe
+from lowbit.weights.lowrank import LowRank
+from lowbit.weights.sparse import SparseTerm
 
 _DTYPE_NAMES = {
     torch.float32: "fp32",
@@ -44,18 +46,21 @@ class Kernel:
 class Explanation:
     """The kernel that runs a request and the fate of the others; `str()` is a table.
 
-    `outliers` names what multiplies the outliers of the weight, if it has any.
+    `outliers` names what multiplies the outliers of the weight, if it has any, and `lowrank` the low-rank terms.
     """
 
     request: str
     selected: str
     kernels: tuple[Kernel, ...]
     outliers: str | None = None
+    lowrank: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.request}: {self.selected}"]
         if self.outliers is not None:
             lines.append(f"  outliers: {self.outliers}")
+        if self.lowrank is not None:
+            lines.append(f"  low rank: {self.lowrank}")
         width = max((len(kernel.name) for kernel in self.kernels), default=0)
         for kernel in self.kernels:
             verdict = ["runs"] if kernel.name == self.selected else []
@@ -92,11 +97,42 @@ def explain(x: Tensor, weight: Weight) -> Explanation:
     layout = getattr(matrix, "layout", None) or available.kernel_layout(x.device, matrix.format)
     m = x.numel() // width if width else 0
     found = explain_request(matrix.format, n, k, m, x.dtype, x.device.type, layout)
-    if isinstance(weight, CompositeWeight) and weight.sparse:
-        counts = " + ".join(f"{term.columns.shape[1]} a row" for term in weight.sparse)
+    if not isinstance(weight, CompositeWeight):
+        return found
+    sparse = [describe(term) for term in weight.added if isinstance(term, SparseTerm)]
+    lowrank = [term for term in weight.added if isinstance(term, LowRank)]
+    if sparse:
         how = backends.of_device(x.device.type).sparse_name()
-        found = dataclasses.replace(found, outliers=f"{counts}, {how}")
+        found = dataclasses.replace(found, outliers=f"{' + '.join(sparse)}, {how}")
+    if lowrank:
+        said = [
+            _low_rank(
+                describe(t), t.rank, getattr(t.left, "format", None), n, k, m, x.device.type, layout
+            )
+            for t in lowrank
+        ]
+        found = dataclasses.replace(found, lowrank=" + ".join(said))
     return found
+
+
+def _low_rank(
+    what: str,
+    rank: int,
+    factor: Format | None,
+    n: int,
+    k: int,
+    m: int,
+    device_type: str,
+    layout: str,
+) -> str:
+    """A low-rank term, and the kernels that multiply x by R and the result by L."""
+    if factor is None:
+        return f"{what}, torch"
+    kernels = [
+        explain_request(factor, *shape, m, torch.float32, device_type, layout).selected
+        for shape in ((rank, k), (n, rank))
+    ]
+    return f"{what}, {kernels[0]} and {kernels[1]}"
 
 
 def explain_request(
@@ -115,17 +151,21 @@ def explain_request(
         f"linear {name} {format.name} M={m} N={n} K={k} on {device_type}, at most {threads} threads"
     )
     backend = backends.find(device_type, layout)
-    sparse = None
+    sparse = lowrank = None
+    if format.rank:
+        what = f"rank {format.rank} in {format.factor}"
+        lowrank = _low_rank(what, format.rank, format.factor_format, n, k, m, device_type, layout)
     if format.outliers:
         how = backends.of_device(device_type).sparse_name()
         sparse = f"{format.num_outliers(k)} a row in {format.outlier_dtype}, {how}"
     if backend is CPU:
-        selected, known = CPU.explain(format, n, k, m, name, threads)
-        return Explanation(request, selected, tuple(Kernel(*each) for each in known), sparse)
+        selected, known = CPU.explain(format.matrix, n, k, m, name, threads)
+        kernels = tuple(Kernel(*each) for each in known)
+        return Explanation(request, selected, kernels, sparse, lowrank)
     selected = REFERENCE
     if format.activation is None and dtype != torch.uint8:
         selected = backend.describe(format, n, k, m, dtype, torch.device(device_type))
-    return Explanation(request, selected, (), sparse)
+    return Explanation(request, selected, (), sparse, lowrank)
 
 
 def explain_fp8(

@@ -22,6 +22,7 @@ DIGIT_BASES = {"trits": 3, "base5": 5, "base6": 6}
 PACKINGS = ("bits", *DIGIT_BASES)
 ACTIVATIONS = (None, "int8", "int8_table")
 OUTLIER_DTYPES = ("fp16", "fp32")
+FACTOR_DTYPES = ("fp32", "fp16", "bf16")
 MAX_NAME = 200  # errors repeat the name of a format
 DQ_BLOCK = 256  # scales that share one second-level fp32 factor in "dq8" (QLoRA section 3)
 
@@ -102,6 +103,22 @@ def check_format(f: Any) -> None:
         "an integer from 0 to 2^31 - 1",
     )
     check(f.outlier_dtype in OUTLIER_DTYPES, "outlier_dtype", f"one of {OUTLIER_DTYPES}")
+    check(_is_int(f.rank) and 0 <= f.rank < 2**31, "rank", "an integer from 0 to 2^31 - 1")
+    check(not (f.rank and f.outliers), "rank", "0 with outliers")
+    check(isinstance(f.factor, str), "factor", f"one of {FACTOR_DTYPES} or the name of a format")
+    check(f.rank > 0 or f.factor == "bf16", "factor", "'bf16' without a rank")
+
+
+def check_factor(f: Any, factor: Any) -> None:
+    """Raises ValueError unless the factors of a low-rank term can have the format `factor`: one level of scales, no
+    term of its own, activations as they are.
+    """
+    plain = not factor.more_terms and factor.activation is None
+    if not plain or factor.scale not in (None, *SECOND_LEVELS):
+        raise ValueError(
+            f"format {shown(f.name)}: factor must be one of {FACTOR_DTYPES}, or a format with scales in "
+            f"{SECOND_LEVELS}, no term of its own and activations as they are, got {shown(factor.name)}"
+        )
 
 
 def _check_second_level(f: Any, check: Check) -> None:

@@ -7,8 +7,9 @@ A name is that of a built-in format, optionally followed by, in any order and ea
     _int8[sN][dtype]        an integer scale: its second level is fp32 per row, or with sN fp16 per N weights, or that
     _a8[bN], _a8t[bN]       int8 activations, with t the table rounded to int8: a scale of x per row, or per N weights
     _oP[fp32]               P outliers a row, in fp16 or fp32
-"nf4", "int3_g64", "uint4_g32_bf16", "nf4_g64_dq8", "int4_g32_a8", "int4_g32_a8b32", "int3_g64_o16", "nf4_g32_int8",
-"int4_g16_int6s256", "int4_g16_int8s256fp32".
+    _rR[factor]             a term of rank R with factors in bf16, another dtype or a built-in format
+"nf4", "int3_g64", "uint4_g32_bf16", "nf4_g64_dq8", "int4_g32_a8", "int4_g32_a8b32", "int3_g64_o16", "int2_g64_r32",
+"int2_g64_r64int4", "nf4_g32_int8", "int4_g16_int6s256", "int4_g16_int8s256fp32".
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from lowbit.codebooks.tables import to_fp32
 from lowbit.files import shown
 
 EXPECTED = (
-    "optionally followed by _gN or _row, a scale dtype, _a8 or _a8t or _a8bN, _oP: 'int3_g64_bf16'"
+    "optionally followed by _gN or _row, a scale dtype, _a8 or _a8t or _a8bN, _oP, _rR: "
+    "'int3_g64_bf16'"
 )
 # The suffix of an activation, and the word for it where it stands alone.
 _ACTIVATION_SUFFIXES = {"int8": "a8", "int8_table": "a8t"}
@@ -36,7 +38,8 @@ def _suffix(integers: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(
         r"_(?:g(?P<group>\d+)|(?P<row>row)|(?P<scale>fp32|fp16|bf16|e8m0|e4m3|dq8)"
         r"|(?P<activation>a8t?)(?:b(?P<block>\d+))?"
-        rf"|(?P<integers>{'|'.join(integers)}){_SECOND}|o(?P<outliers>\d+)(?P<wide>fp32)?)$"
+        rf"|(?P<integers>{'|'.join(integers)}){_SECOND}|o(?P<outliers>\d+)(?P<wide>fp32)?"
+        r"|r(?P<rank>\d+)(?P<factor>[a-z]+\d+)?)$"
     )
 
 
@@ -74,6 +77,8 @@ def _meaning(match: re.Match[str]) -> tuple[str, dict[str, Any]]:
     if match["outliers"]:
         dtype = match["wide"] or "fp16"
         return "outliers", {"outliers": int(match["outliers"]), "outlier_dtype": dtype}
+    if match["rank"]:
+        return "rank", {"rank": int(match["rank"]), "factor": match["factor"] or "bf16"}
     size = match["second"]
     second = match["dtype"] or ("fp16" if size else "fp32")
     return "scale", {
@@ -83,9 +88,15 @@ def _meaning(match: re.Match[str]) -> tuple[str, dict[str, Any]]:
     }
 
 
-def without_outliers(name: str) -> str:
-    """The name without its outliers; as it is if nothing else is left."""
-    return re.sub(r"_o\d+(fp32)?(?=_|$)", "", name) or name
+def without_terms(name: str) -> str:
+    """The name without its outliers and its low-rank term; as it is if nothing else is left."""
+    return re.sub(r"_(o\d+(fp32)?|r\d+([a-z]+\d+)?)(?=_|$)", "", name) or name
+
+
+def with_rank(name: str, rank: int, factor: str) -> str:
+    """The name with a low-rank term, whose factors it says if it can."""
+    said = factor if factor != "bf16" and re.fullmatch(r"[a-z]+\d+", factor) else ""
+    return f"{name}_r{rank}{said}"
 
 
 def with_activation(name: str, activation: str | None, group: int | None) -> str:

@@ -5,7 +5,7 @@ Words: N = out features, K = in features, G = group (weights along K that share 
     W[n, k] = scale[n, k // G] * (code - zero)                   codec "affine", zero None | "int" | "float"
     W[n, k] = scale[n, k // G] * code + zero[n, k // G]          codec "affine", zero "min"
 A symmetric affine format (zero None) has the constant zero 2^(bits - 1). A format without a scale has scale 1.
-With outliers, W is this plus a sparse matrix that has the same number of entries in every row.
+With outliers, W is this plus a sparse matrix that has the same number of entries in every row; with a rank, plus L R.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from lowbit.codebooks.tables import (
     normal_float,
     to_fp32,
 )
-from lowbit.files import shown
 from lowbit.format_checks import (
     BITS,
     DIGIT_BASES,
     DQ_BLOCK,
+    FACTOR_DTYPES,
     INTEGER_SCALES,
     SECOND_LEVELS,
+    check_factor,
     check_format,
 )
 
 __all__ = [
-    "BITS", "DIGIT_BASES", "DQ_BLOCK", "FORMATS", "INTEGER_SCALES", "SECOND_LEVELS", "Format", "as_format",
-    "digits_per_byte", "parse",
+    "BITS", "DIGIT_BASES", "DQ_BLOCK", "FACTOR_DTYPES", "FORMATS", "INTEGER_SCALES", "SECOND_LEVELS", "Format",
+    "as_format", "digits_per_byte", "parse",
 ]  # fmt: skip
 
 
@@ -77,6 +78,10 @@ class Format:
             sparse part of SqueezeLLM's dense-and-sparse decomposition (arXiv 2306.07629). Interpretation: a
             fixed number in each row instead of one threshold for the matrix, so that shapes follow from the format.
         outlier_dtype: how that rest is stored, "fp16" or "fp32".
+        rank: columns of L (N, rank) and rows of R (rank, K), whose product is added: CALDERA's low-rank term (arXiv
+            2405.18886). Below N and K; 0 means none.
+        factor: how L and R are stored: "fp32", "fp16", "bf16", or the name of a format, in which each is a quantized
+            matrix of its own, with groups along its rows.
     """
 
     name: str
@@ -92,6 +97,8 @@ class Format:
     activation: str | None = None
     outliers: int = 0
     outlier_dtype: str = "fp16"
+    rank: int = 0
+    factor: str = "bf16"
     scale2: str | None = None
     scale2_group: int | None = None
     activation_group: int | None = None
@@ -102,6 +109,8 @@ class Format:
 
     def __post_init__(self) -> None:
         check_format(self)
+        if self.rank and self.factor not in FACTOR_DTYPES:
+            check_factor(self, parse(self.factor))
 
     @classmethod
     def lut(
@@ -213,9 +222,24 @@ class Format:
         return self.scale in INTEGER_SCALES
 
     @property
-    def without_outliers(self) -> Format:
-        """The format of the codes, scales, zeros and table alone; this one if it has no outliers."""
-        return _without_outliers(self) if self.outliers else self
+    def more_terms(self) -> str:
+        """What is added to the codes, scales, zeros and table: "outliers", "a low-rank term", or ""."""
+        return "outliers" if self.outliers else "a low-rank term" if self.rank else ""
+
+    @property
+    def matrix(self) -> Format:
+        """The format of the codes, scales, zeros and table alone; this one if nothing is added to them."""
+        return _matrix_of(self) if self.more_terms else self
+
+    @property
+    def factor_format(self) -> Format | None:
+        """The format of L and R; None if they are dense, or there are none."""
+        return parse(self.factor) if self.rank and self.factor not in FACTOR_DTYPES else None
+
+    def with_rank(self, rank: int, factor: str = "bf16") -> Format:
+        """This format with a low-rank term."""
+        name = format_names.with_rank(self.name, rank, factor)
+        return dataclasses.replace(self, name=name, rank=rank, factor=factor)
 
     def with_activation(self, activation: str | None, group: int | None = None) -> Format:
         """This format with other activations, and the suffix of its name that says so."""
@@ -243,9 +267,9 @@ def digits_per_byte(base: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _without_outliers(f: Format) -> Format:
-    name = format_names.without_outliers(f.name)
-    return dataclasses.replace(f, name=name, outliers=0, outlier_dtype="fp16")
+def _matrix_of(f: Format) -> Format:
+    none = {"outliers": 0, "outlier_dtype": "fp16", "rank": 0, "factor": "bf16"}
+    return dataclasses.replace(f, name=format_names.without_terms(f.name), **none)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -339,7 +363,8 @@ def parse(spec: str) -> Format:
     """Turns a name or a spec into a Format.
 
     A name is one of `FORMATS`, optionally followed by the suffixes of `format_names.py`: "nf4", "int3_g64",
-    "uint4_g32_bf16", "nf4_g64_dq8", "int4_g32_a8b32", "int3_g64_o16", "int4_g16_int6s256".
+    "uint4_g32_bf16", "nf4_g64_dq8", "int4_g32_a8b32", "int3_g64_o16", "int2_g64_r64int4",
+    "int4_g16_int6s256".
     A spec that starts with "{" is the JSON of `Format.spec`.
 
     Raises:

@@ -66,7 +66,7 @@ def test_kmeans_does_not_see_outliers() -> None:
     picked = torch.zeros(4, 64, dtype=torch.bool).scatter(1, qt.outlier_columns.long(), True)
     for row in range(4):
         others = w[row][~picked[row]].view(1, -1)
-        assert torch.equal(kmeans.quantize(others, f.without_outliers).table[0], qt.table[row])
+        assert torch.equal(kmeans.quantize(others, f.matrix).table[0], qt.table[row])
 
 
 @pytest.mark.parametrize("method", ("rtn", "kmeans", "gptq", "hqq"))
@@ -90,7 +90,7 @@ def test_degenerate_weights() -> None:
     for w in (torch.zeros(3, 8), torch.ones(3, 8), torch.full((3, 8), -2.5)):
         for name in ("int4_g4_o2", "uint4_g4_o3", "q4_1_o1", "kmeans2_g4_o2", "nf4_o8", "int4_o100"):  # fmt: skip
             qt = lowbit.quantize(w, name).validate()
-            bound = (lowbit.quantize(w, qt.format.without_outliers).dequantize() - w).abs()
+            bound = (lowbit.quantize(w, qt.format.matrix).dequantize() - w).abs()
             assert bool(((qt.dequantize() - w).abs() <= bound + 2**-10 * w.abs()).all()), name
     # Every weight is an outlier: 2 K values.
     w = normal(3, 8)

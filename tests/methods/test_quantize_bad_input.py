@@ -101,7 +101,7 @@ def test_bad_arguments(arguments, error, message):
 
 def test_methods_are_listed():
     assert set(METHODS) == {
-        "bitnet", "distq", "gptq", "hqq", "kde", "kmeans", "lloyd", "multibit", "nuuq", "rtn", "search",
+        "bitnet", "caldera", "distq", "gptq", "hqq", "kde", "kmeans", "lloyd", "multibit", "nuuq", "rtn", "search",
         "twn",
     }  # fmt: skip
 

@@ -84,7 +84,7 @@ def test_what_is_refused() -> None:
     qt, (columns, values) = random_weight(parse("nf4"), N, K), sparse_term(3)
     with pytest.raises(TypeError, match="matrix must be a QuantTensor, got Tensor"):
         CompositeWeight(torch.zeros(N, K))
-    with pytest.raises(TypeError, match="sparse must be SparseTerms, got tuple"):
+    with pytest.raises(TypeError, match="added must be SparseTerms or LowRanks, got tuple"):
         CompositeWeight(qt, (columns, values))
     with pytest.raises(ValueError, match=r"shape \(70, P\), got \(69, 3\)"):
         CompositeWeight(qt, SparseTerm(columns[1:], values[1:]))

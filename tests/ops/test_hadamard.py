@@ -142,6 +142,17 @@ def test_transforms_and_compile() -> None:
     torch.testing.assert_close(tangent, 2 * y)
 
 
+def test_autocast_changes_nothing() -> None:
+    x, signs = torch.randn(3, 576, requires_grad=True), torch.randn(576)
+    y = hadamard(x, signs)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = hadamard(x, signs)
+        assert torch.equal(made, y)
+        assert torch.equal(torch.autograd.grad(made.sum(), x)[0], gradient)
+        assert torch.equal(torch.func.vjp(hadamard, x.detach(), signs)[0], y)
+
+
 def test_empty() -> None:
     for shape in ((0, 24), (2, 0, 8)):
         assert hadamard(torch.zeros(shape), torch.ones(shape[-1])).shape == shape

@@ -64,7 +64,7 @@ def test_outliers_multiply_x_as_it_is():
     qt = random_weight(parse("int4_g32_o3_a8b32"), 70, 96)
     x = torch.randn(5, 96)
     plain = QuantTensor(
-        qt.format.without_outliers,
+        qt.format.matrix,
         qt.shape,
         {name: t for name, t in qt.tensors.items() if "outlier" not in name},
     )

@@ -60,17 +60,17 @@ def sparse_of(qt: QuantTensor) -> torch.Tensor:
 def test_names_and_specs() -> None:
     f = parse("int3_g64_o16")
     assert (f.bits, f.group, f.outliers, f.outlier_dtype) == (3, 64, 16, "fp16")
-    assert f.without_outliers == parse("int3_g64")
+    assert f.matrix == parse("int3_g64")
     assert parse("nf4_o4fp32_bf16").outlier_dtype == "fp32"
-    assert parse("nf4_o4fp32_bf16").without_outliers.spec == "nf4_bf16"
+    assert parse("nf4_o4fp32_bf16").matrix.spec == "nf4_bf16"
     own = Format.lut(bits=3, table=(0, 1, -1), outliers=2)
     assert own.name == "lut3_g64_o2"
     for g in (f, own, dataclasses.replace(own, outlier_dtype="fp32")):
         assert parse(g.spec) == g
-        assert parse(g.without_outliers.spec) == dataclasses.replace(
-            g, name=g.without_outliers.name, outliers=0, outlier_dtype="fp16"
+        assert parse(g.matrix.spec) == dataclasses.replace(
+            g, name=g.matrix.name, outliers=0, outlier_dtype="fp16"
         )
-    assert parse("int4_o0").without_outliers is parse("int4_o0")
+    assert parse("int4_o0").matrix is parse("int4_o0")
 
 
 @pytest.mark.parametrize("change", ({"outliers": -1}, {"outliers": 1.0}, {"outlier_dtype": "bf16"}))
@@ -83,7 +83,7 @@ def test_bad_formats(change: dict) -> None:
 
 def test_bytes_are_counted() -> None:
     qt = random_weight(parse("int4_g32_o3"), 70, 96)
-    assert qt.nbytes == qt.without_outliers.nbytes + 70 * 3 * (4 + 2)
+    assert qt.nbytes == qt.matrix.nbytes + 70 * 3 * (4 + 2)
     assert qt.bits_per_weight == 8 * qt.nbytes / (70 * 96)
 
 
@@ -97,7 +97,7 @@ def test_identity_returns_the_weight(format: Format, layout: str) -> None:
     for n, k in ((70, 96), (1, 33), (65, 7)):
         qt = random_weight(format, n, k)
         # Each of them is one fp32 number, so fp64 holds the sum before it is rounded.
-        dense = reference.dequantize(qt.without_outliers).double() + sparse_of(qt)
+        dense = reference.dequantize(qt.matrix).double() + sparse_of(qt)
         expected = dense.float()
         assert torch.equal(reference.dequantize(qt), expected)
         w = layouts.to_kernel(qt, layout)
@@ -136,7 +136,7 @@ def assert_close(y: torch.Tensor, x: torch.Tensor, qt: QuantTensor, exact: torch
 @BY_FORMAT
 def test_random_x(format: Format) -> None:
     qt = random_weight(format, 70, 33)
-    weight = reference.dequantize(qt.without_outliers).double() + sparse_of(qt)
+    weight = reference.dequantize(qt.matrix).double() + sparse_of(qt)
     bias = torch.randn(70)
     # Below, at and above a tile of 16 rows.
     for shape in ((33,), (2, 2, 33), (5, 33), (17, 33), (0, 33)):
@@ -186,7 +186,7 @@ def test_int8_activations_leave_outliers_as_they_are() -> None:
     qt = lowbit.quantize(normal(70, 96), "int4_g32_a8_o5")
     x = torch.randn(4, 96)
     q, scales = int8.quantize(x)
-    rest = int8.linear(q, scales, qt.without_outliers)
+    rest = int8.linear(q, scales, qt.matrix)
     y = lowbit.linear(x, qt)
     # Two fp32 sums: of P products, and of both parts.
     size = F.linear(x.abs().double(), sparse_of(qt).abs())
@@ -230,7 +230,7 @@ def test_explain(caplog: pytest.LogCaptureFixture) -> None:
     assert found.selected in {row["name"] for row in _C.kernels()}
     isa = [name for name in _C.isa_active() if name in ("scalar", "avx2", "avx512")][-1]
     assert f"outliers: 5 a row in fp16, outliers_{isa}" in str(found)
-    assert lowbit.explain(torch.randn(1, 96), qt.without_outliers).outliers is None
+    assert lowbit.explain(torch.randn(1, 96), qt.matrix).outliers is None
     pytorch._log_sparse_once.cache_clear()
     with caplog.at_level(logging.INFO, "lowbit"):
         for _ in range(2):
@@ -274,7 +274,7 @@ def test_gradients_equal_those_of_the_dense_layer() -> None:
     torch.testing.assert_close(bias.grad.double(), bd.grad, rtol=1e-5, atol=1e-5)
     # Scales see the gradient of the whole weight.
     layer = QuantLinear.from_quant_tensor(qt)
-    plain = QuantLinear.from_quant_tensor(qt.without_outliers)
+    plain = QuantLinear.from_quant_tensor(qt.matrix)
     for each in (layer, plain):
         each.train_parameters(["scales"])
         each(x.detach()).backward(out)

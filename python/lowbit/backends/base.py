@@ -108,6 +108,11 @@ class Backend:
         """`reference.hadamard_transform`, rounded once to the dtype of x."""
         return reference.hadamard_transform(x, signs, transposed).to(x.dtype)
 
+    @alone_after_fork
+    def low_rank_linear(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:  # (M, N) fp32
+        """`reference.low_rank_product` in fp32."""
+        return reference.low_rank_product(x.float(), left, right)
+
     def int8_quantize(
         self, x: Tensor, group: int | None, scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,6 @@ def bind_linear(
     for name, t in (("x", x), ("out", out), ("bias", bias)):
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
-    if not requests.reads(weight.layout) or weight.sparse is not None:
+    if not requests.reads(weight.layout) or weight.format.more_terms:
         return lambda: out.copy_(linear(x, weight, bias))
     return weights.bind_linear(x, weight.operands, bias, out)

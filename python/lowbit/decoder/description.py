@@ -286,7 +286,8 @@ def _packed_obstacle(
     packed = cast("PackedModule", module)
     if not requests.reads(packed.layout):
         return f"is in layout {packed.layout!r}, which the CPU's kernels do not read"
-    return "has outliers" if packed.format.outliers else None
+    more = packed.format.more_terms
+    return f"has {more}" if more else None
 
 
 def _shape_obstacle(module: nn.Module, n: int, k: int) -> str | None:

@@ -92,7 +92,7 @@ class Kind:
 def obstacle(how: Integers, bits: tuple[int, ...]) -> str | None:
     """Why no integers with a scale per group hold a format; None if they do."""
     f = how.format
-    if f.codec != "affine" or f.zero not in (None, "int") or f.outliers:
+    if f.codec != "affine" or f.zero not in (None, "int") or f.more_terms:
         return "is none of integers with integer zero points"
     if f.scale not in ("fp32", "fp16", "bf16"):
         return f"has scales in {f.scale}, not in fp32, fp16 or bf16"

@@ -126,7 +126,7 @@ class OnLoad(Job):
 
     def _quantize(self, rule: Rule, key: Any, weight: Tensor) -> None:
         values = weight.detach()
-        check_weight(values, rule.format.without_outliers)  # type: ignore[union-attr]
+        check_weight(values, rule.format.matrix)  # type: ignore[union-attr]
         made = Method(rule, None)(None, values.contiguous())
         self._made[key] = made, weight.dtype
 

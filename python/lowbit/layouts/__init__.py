@@ -6,11 +6,15 @@ from lowbit.layouts.k16 import K16
 from lowbit.layouts.m16 import M16
 from lowbit.layouts.n16 import N16
 from lowbit.layouts.operands import (
+    Added,
     KernelWeight,
+    LowRankOperands,
+    LowRankPlan,
     Operands,
     canonical_tensors,
     from_kernel,
     group_terms,
+    low_rank_tensors,
     to_kernel,
     to_operands,
 )
@@ -22,14 +26,18 @@ __all__ = [
     "LAYOUTS",
     "M16",
     "N16",
+    "Added",
     "KernelWeight",
     "Layout",
+    "LowRankOperands",
+    "LowRankPlan",
     "Operands",
     "canonical_tensors",
     "find",
     "fitting",
     "from_kernel",
     "group_terms",
+    "low_rank_tensors",
     "to_kernel",
     "to_operands",
 ]

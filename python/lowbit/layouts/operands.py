@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,8 +14,16 @@ from lowbit.float8 import e8m0_values
 from lowbit.forking import alone_after_fork
 from lowbit.formats import Format, parse
 from lowbit.layouts.base import CODE_DTYPES
-from lowbit.layouts.registry import find
-from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor, tensor_specs
+from lowbit.layouts.canonical import CANONICAL
+from lowbit.layouts.registry import LAYOUTS, find
+from lowbit.weights.quantized import (
+    FACTOR_TENSORS,
+    FACTORS,
+    SCALE_DTYPES,
+    QuantTensor,
+    factor_shapes,
+    tensor_specs,
+)
 from lowbit.weights.sparse import SparseTerm
 
 # The fields of Operands as torch.library wants them.
@@ -36,7 +44,7 @@ class Operands(NamedTuple):
     table: Tensor | None
     scales2: Tensor | None
     zeros2: Tensor | None
-    spec: str  # `Format.spec` of a format without outliers
+    spec: str  # `Format.spec` of a format without other terms
     layout: str
     n: int
     k: int
@@ -60,6 +68,36 @@ class Operands(NamedTuple):
 TENSORS = tuple(name for name in Operands._fields if name not in ("spec", "layout", "n", "k"))
 
 
+class LowRankOperands(NamedTuple):
+    """L (N, r) and R (r, K) of a low-rank term as kernels read them, both dense or both quantized."""
+
+    left: Tensor | Operands
+    right: Tensor | Operands
+
+    @property
+    def n(self) -> int:
+        """N."""
+        return self.left.n if isinstance(self.left, Operands) else self.left.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that are there."""
+        found = (f.tensors if isinstance(f, Operands) else (f,) for f in self)
+        return tuple(t for each in found for t in each if t is not None)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> LowRankOperands:
+        """The same term with `fn` applied to each tensor."""
+        return LowRankOperands(*(_map(f, fn) if isinstance(f, Operands) else fn(f) for f in self))
+
+
+Added: TypeAlias = SparseTerm | LowRankOperands
+
+
+def _map(operands: Operands, fn: Callable[[Tensor], Tensor]) -> Operands:
+    tensors = (None if t is None else fn(t) for t in operands.tensors)
+    return Operands(*tensors, *operands[len(TENSORS) :])  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, eq=False)
 class KernelWeight:
     """A weight as kernels read it: its terms, and what is needed to make the QuantTensor again, bit for bit.
@@ -69,18 +107,20 @@ class KernelWeight:
         operands: the quantized matrix.
         sparse: the outliers, if the format has any.
         second: canonical scales that cannot be recovered from the products in `operands`.
+        lowrank: the low-rank term, if the format has a rank.
     """
 
     format: Format
     operands: Operands
     sparse: SparseTerm | None
     second: dict[str, Tensor]
-    # The operands and the sparse terms, made once.
-    terms: tuple[Operands, tuple[SparseTerm, ...]] = field(init=False, repr=False)
+    lowrank: LowRankOperands | None = None
+    # The operands and the terms that are added, made once.
+    terms: tuple[Operands, tuple[Added, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        sparse = () if self.sparse is None else (self.sparse,)
-        object.__setattr__(self, "terms", (self.operands, sparse))
+        added = tuple(t for t in (self.sparse, self.lowrank) if t is not None)
+        object.__setattr__(self, "terms", (self.operands, added))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,16 +135,17 @@ class KernelWeight:
     @property
     def nbytes(self) -> int:
         """Bytes that kernels read."""
-        given = (*self.operands.tensors, *(self.sparse or ()))
+        lowrank = () if self.lowrank is None else self.lowrank.tensors
+        given = (*self.operands.tensors, *(self.sparse or ()), *lowrank)
         return sum(t.nbytes for t in given if t is not None)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> KernelWeight:
         """The same weight with `fn` applied to each tensor (a move, a clone)."""
-        tensors = (None if t is None else fn(t) for t in self.operands.tensors)
-        operands = Operands(*tensors, *self.operands[len(TENSORS) :])  # type: ignore[arg-type]
+        operands = _map(self.operands, fn)
         sparse = None if self.sparse is None else SparseTerm(*map(fn, self.sparse))
         second = {name: fn(t) for name, t in self.second.items()}
-        return KernelWeight(self.format, operands, sparse, second)
+        lowrank = None if self.lowrank is None else self.lowrank.map(fn)
+        return KernelWeight(self.format, operands, sparse, second, lowrank)
 
 
 @modes.outside()
@@ -143,24 +184,89 @@ def to_kernel(qt: QuantTensor, layout: str) -> KernelWeight:
         None if table is None else table.to(qt.device),
         _second_as(target.from_rows, scales2),
         _second_as(target.from_rows, qt.zeros2),
-        f.without_outliers.spec,
+        f.matrix.spec,
         layout,
         *qt.shape,
     )
     sparse = None
     if qt.outlier_columns is not None and qt.outlier_values is not None:
         sparse = SparseTerm(qt.outlier_columns, qt.outlier_values)
-    return KernelWeight(f, operands, sparse, second)
+    lowrank = None
+    if f.rank:
+        kept = f.factor_format
+        given = (
+            qt.factors
+            if kept is None
+            else [
+                to_kernel(factor, factor_layout(layout, kept)).operands  # type: ignore[arg-type]
+                for factor in qt.factors
+            ]
+        )
+        lowrank = LowRankOperands(*given)  # type: ignore[arg-type]
+    return KernelWeight(f, operands, sparse, second, lowrank)
+
+
+def factor_layout(layout: str, format: Format) -> str:
+    """How factors in a format lie, beside a matrix that lies in a layout: as it does, or canonically."""
+    return layout if find(layout).fits(format) else CANONICAL
+
+
+class LowRankPlan(NamedTuple):
+    """What is known of a low-rank term without its tensors.
+
+    Attributes:
+        spec: of the factors' format, or None if they are dense.
+        layouts: how factors lie, by the layout of the matrix.
+        shapes: of L and R, by the names of `FACTORS`.
+    """
+
+    spec: str | None
+    layouts: dict[str, str]
+    shapes: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, format: Format, n: int, k: int) -> LowRankPlan | None:
+        """That of an (n, k) weight; None if its format has no rank."""
+        if not format.rank:
+            return None
+        shapes, kept = factor_shapes(format, n, k), format.factor_format
+        if kept is None:
+            return cls(None, {}, shapes)
+        return cls(kept.spec, {layout: factor_layout(layout, kept) for layout in LAYOUTS}, shapes)
+
+    def operands(self, layout: str, tensors: Mapping[str, Tensor]) -> LowRankOperands:
+        """The term beside a matrix in `layout`; `tensors` are as in `low_rank_tensors`."""
+        if self.spec is None:
+            return LowRankOperands(*(tensors[name] for name in FACTORS))
+        lies = self.layouts[layout]
+        factors = []
+        for name, (rows, columns) in self.shapes.items():
+            codes, scales, zeros, table = (tensors[f"{name}_{key}"] for key in FACTOR_TENSORS)
+            factors.append(
+                Operands(codes, scales, zeros, table, None, None, self.spec, lies, rows, columns)
+            )
+        return LowRankOperands(*factors)
+
+
+def low_rank_tensors(term: LowRankOperands) -> dict[str, Tensor | None]:
+    """The tensors by name: of `FACTORS`, or with one of `FACTOR_TENSORS` behind it, None where there is none."""
+    named: dict[str, Tensor | None] = {}
+    for name, factor in zip(FACTORS, term, strict=True):
+        if isinstance(factor, Operands):
+            named |= {f"{name}_{key}": getattr(factor, key) for key in FACTOR_TENSORS}
+        else:
+            named[name] = factor
+    return named
 
 
 def to_operands(qt: QuantTensor, layout: str) -> Operands:
     """The operands of a weight that is nothing but a quantized matrix.
 
     Raises:
-        ValueError: as `to_kernel`; or the format has outliers, which operands do not hold.
+        ValueError: as `to_kernel`; or the format has other terms, which operands do not hold.
     """
-    if qt.format.outliers:
-        raise ValueError(f"format {qt.format.name!r} has outliers, which operands do not hold")
+    if more := qt.format.more_terms:
+        raise ValueError(f"format {qt.format.name!r} has {more}, which operands do not hold")
     return to_kernel(qt, layout).operands
 
 
@@ -195,6 +301,8 @@ def from_kernel(w: KernelWeight) -> QuantTensor:
         tensors["table"] = table
     if w.sparse is not None:
         tensors |= {"outlier_columns": w.sparse.columns, "outlier_values": w.sparse.values}
+    if w.lowrank is not None:
+        tensors |= _canonical_factors(w.lowrank)
     specs = tensor_specs(f, n, k)
     return QuantTensor(f, w.shape, {name: _compact(tensors[name]) for name in specs})
 
@@ -202,6 +310,17 @@ def from_kernel(w: KernelWeight) -> QuantTensor:
 def _factors_and_offset(second: Tensor) -> tuple[Tensor, Tensor]:
     """The two parts of the second level of "dq8"."""
     return second[:-1], second[-1]
+
+
+def _canonical_factors(term: LowRankOperands) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for name, factor in zip(FACTORS, term, strict=True):
+        if isinstance(factor, Operands):
+            qt = from_kernel(KernelWeight(factor.format, factor, None, {}))
+            named |= {f"{name}_{key}": t for key, t in qt.tensors.items()}
+        else:
+            named[name] = factor
+    return named
 
 
 def _compact(t: Tensor) -> Tensor:

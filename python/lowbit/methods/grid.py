@@ -55,9 +55,9 @@ def check_weight(weight: Tensor, format: Format) -> None:
         )
     if weight.is_meta:
         raise ValueError("weight must hold values, got a meta tensor")
-    if format.outliers:
+    if more := format.more_terms:
         raise ValueError(
-            f"format {format.name!r} has outliers: lowbit.quantize finds them, for every method"
+            f"format {format.name!r} has {more}: lowbit.quantize finds them, for every method"
         )
     if format.scale_rule == "minmax" and format.zero is None:
         raise ValueError(

@@ -15,6 +15,7 @@ from lowbit.forking import alone_after_fork
 from lowbit.formats import Format, as_format
 from lowbit.methods import (
     bitnet,
+    caldera,
     distq,
     fitting,
     gptq,
@@ -32,12 +33,13 @@ from lowbit.methods import (
     twn,
 )
 from lowbit.text import did_you_mean
-from lowbit.weights.quantized import QuantTensor
+from lowbit.weights.quantized import QuantTensor, tensor_specs
 
 # Keywords that are tensors, which `quantize_model` finds.
 _TENSORS = ("held_out", "hessian", "table", "weights")
 METHODS: dict[str, Callable[..., QuantTensor]] = {
     "bitnet": bitnet.quantize,
+    "caldera": caldera.quantize,
     "distq": distq.quantize,
     "gptq": gptq.quantize,
     "hqq": hqq.quantize,
@@ -69,7 +71,8 @@ def quantize(
         weight: (N, K) in fp32, bf16, fp16 or fp64, finite, not empty; on any device, where the
             result is too.
         format: a Format, or a name that `lowbit.formats.parse` reads.
-        method: "rtn" (round to nearest), "gptq" (least error of outputs), "hqq" (fits float zeros),
+        method: "rtn" (round to nearest), "gptq" (least error of outputs), "caldera" (that, with a low-rank
+            term), "hqq" (fits float zeros),
             "search" (the best scales, of either sign, and tables), "twn" (ternary with a
             threshold), "bitnet" (binary and ternary by mean|w|), or, for the tables of a format
             without values of its own, "kmeans" (the best ones), "lloyd" (Lloyd's algorithm), "kde"
@@ -80,11 +83,13 @@ def quantize(
             "multibit", "search" and the choice of outliers.
         table: the values of a fitted format, fp32 in the shape that its `table_scope` asks for;
             only for "rtn" and "gptq".
-        hessian: (K, K), the second moment of the inputs; only for "gptq", which needs it.
+        hessian: (K, K), the second moment of the inputs; only for "gptq" and "caldera", which need it.
         options: further keywords of the method's own function, as `act_order` of "gptq".
 
     With outliers in the format, every method quantizes the rest of the weight as if they were not
     there: they take the mean of the others in their group, and k-means gives them no importance.
+    With a rank in the format, the low-rank term of every method but "caldera" makes up for what the
+    quantized matrix has lost.
 
     Warns:
         UserWarning: scales or outliers are so small that their dtype loses them (fp16 below about 1e-6): how many, and
@@ -104,6 +109,10 @@ def quantize(
     known = keywords(name)
     if format.outliers:
         return _with_outliers(weight, format, name, given)
+    if format.rank and name != "caldera":
+        tensor_specs(format, *weight.shape)
+        qt = quantize(weight, format.matrix, name, **given)
+        return caldera.correct(qt, weight, format, hessian)
     if unused := sorted(given.keys() - known.keys()):
         raise ValueError(f"method {name!r} takes no {unused[0]}")
     missing = sorted(key for key, p in known.items() if p.default is p.empty and key not in given)
@@ -117,14 +126,14 @@ def quantize(
 def _with_outliers(
     weight: Tensor, format: Format, method: str, given: dict[str, Any]
 ) -> QuantTensor:
-    grid.check_weight(weight, format.without_outliers)
+    grid.check_weight(weight, format.matrix)
     importance = fitting.check_importance(given.pop("weights", None), weight)
     columns = sparse.find(weight, format, importance)
     if "weights" in keywords(method):
         ones = torch.ones(1, dtype=torch.float32, device=weight.device).expand(weight.shape)
         given["weights"] = sparse.without(ones if importance is None else importance, columns)
     rest = sparse.fill(weight, format, columns)
-    qt = quantize(rest, format.without_outliers, method, **given)
+    qt = quantize(rest, format.matrix, method, **given)
     return sparse.add(qt, format, weight, columns)
 
 

@@ -107,7 +107,7 @@ def add(
             stacklevel=4,
         )
     sparse = {"outlier_columns": columns, "outlier_values": values}
-    if qt.format != format.without_outliers:
+    if qt.format != format.matrix:
         format = dataclasses.replace(
             qt.format,
             name=f"{qt.format.name}_o{format.outliers}",

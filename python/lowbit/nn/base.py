@@ -21,25 +21,33 @@ from lowbit import layouts
 from lowbit.backends import available
 from lowbit.forking import alone_after_fork
 from lowbit.formats import INTEGER_SCALES, Format, as_format
-from lowbit.layouts import KernelWeight, Operands
+from lowbit.layouts import Added, KernelWeight, LowRankOperands, LowRankPlan, Operands
 from lowbit.layouts.operands import TENSORS
 from lowbit.nn import states
 from lowbit.nn.weight import HasPackedWeight
 from lowbit.ops import checks
 from lowbit.ops.weights import call_dequantize
-from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, tensor_specs
+from lowbit.weights.quantized import (
+    FACTOR_TENSORS,
+    FACTORS,
+    TENSOR_NAMES,
+    QuantTensor,
+    tensor_specs,
+)
 from lowbit.weights.sparse import SparseTerm
 
 _SPARSE = ("outlier_columns", "outlier_values")
 _OPERANDS = (*TENSORS, *_SPARSE)
+# Dense factors of a low-rank term, and the operands of quantized ones.
+_LOW_RANK = (*FACTORS, *(f"{factor}_{name}" for factor in FACTORS for name in FACTOR_TENSORS))
 # Canonical tensors that the operands alone do not give back (`KernelWeight.second`), and their buffers.
 _SECOND = {name: f"second_{name}" for name in ("scales", "scales2", "scales2_offset")}
-_BUFFERS = (*_OPERANDS, *_SECOND.values())
+_BUFFERS = (*_OPERANDS, *_LOW_RANK, *_SECOND.values())
 
 # Codes buffer -> the canonical tensors last made from it, so that tied modules put the same tensors
 # into a state dict and it shows that they are tied; only while they hold what the module does.
 _exports = WeakTensorKeyDictionary()
-# What all tensors of a weight are multiplied by to multiply the weight, by the kind of its scales.
+# The tensors to multiply to multiply the weight, by the kind of its scales; of other terms it is `_OTHER_FACTORS`.
 _FACTORS: dict[str | None, tuple[str, ...]] = {
     None: ("table",),
     "dq8": ("scales2", "scales2_offset"),
@@ -49,6 +57,7 @@ _FACTORS: dict[str | None, tuple[str, ...]] = {
     "fp16": ("scales",),
     "bf16": ("scales",),
 }
+_OTHER_FACTORS = ("outlier_values", "lowrank_l", "lowrank_l_scales")
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -101,6 +110,7 @@ class PackedModule(HasPackedWeight):
     _buffers: dict[str, Any]
     # Whether another module has the same dict of buffers.
     _tied = False
+    _low_rank: LowRankPlan | None = None
     # Attributes and buffers of a dense module that this one stands for, and that are not carried over to it.
     takes_over: tuple[str, ...] = ()
 
@@ -118,7 +128,8 @@ class PackedModule(HasPackedWeight):
 
     def _set_specs(self, format: Format) -> None:
         # Kept: making one takes longer than a small product.
-        self._spec = format.without_outliers.spec
+        self._spec = format.matrix.spec
+        self._low_rank = LowRankPlan.of(format, *self.shape)
 
     @property
     def layout(self) -> str:
@@ -135,10 +146,12 @@ class PackedModule(HasPackedWeight):
         second = {
             name: b[key].view(specs[name][1]) for name, key in _SECOND.items() if b[key] is not None
         }
-        w, sparse = self._terms(b)
-        return KernelWeight(self.format, w, sparse[0] if sparse else None, second)
+        w, others = self._terms(b)
+        sparse = next((t for t in others if isinstance(t, SparseTerm)), None)
+        lowrank = next((t for t in others if isinstance(t, LowRankOperands)), None)
+        return KernelWeight(self.format, w, sparse, second, lowrank)
 
-    def _terms(self, b: Mapping[str, Tensor]) -> tuple[Operands, tuple[SparseTerm, ...]]:
+    def _terms(self, b: Mapping[str, Tensor]) -> tuple[Operands, tuple[Added, ...]]:
         """The terms of the weight whose tensors are `b`."""
         # Not self.codes: nn.Module finds a buffer only after three failed look-ups.
         codes, columns = b["codes"], b["outlier_columns"]
@@ -154,6 +167,8 @@ class PackedModule(HasPackedWeight):
             layout,
             *self.shape,
         )
+        if self._low_rank is not None:
+            return w, (self._low_rank.operands(layout, b),)
         return w, () if columns is None else (SparseTerm(columns, b["outlier_values"]),)
 
     def quant_tensor(self) -> QuantTensor:
@@ -194,10 +209,10 @@ class PackedModule(HasPackedWeight):
 
     def weight_source(self) -> Callable[[], Tensor]:
         """What dequantizes the weight of this moment."""
-        w, sparse = self._terms({**self._buffers, **self._learned()})
+        w, others = self._terms({**self._buffers, **self._learned()})
         dtype = self.dtype
         computed = dtype if dtype in checks.FLOAT_DTYPES else torch.float32
-        return lambda: call_dequantize(w, computed, *sparse).to(dtype)
+        return lambda: call_dequantize(w, computed, *others).to(dtype)
 
     def _learned(self) -> dict[str, Tensor]:
         """What is learnable of the weight, as the kernels read it."""
@@ -222,7 +237,7 @@ class PackedModule(HasPackedWeight):
         if factor == 1:
             return
         qt = self.quant_tensor()
-        scaled = {*_FACTORS.get(self.format.scale, ()), "outlier_values"}
+        scaled = {*_FACTORS.get(self.format.scale, ()), *_OTHER_FACTORS}
         if self.format.zero == "min" and not self.format.integer_scales:
             scaled.add("zeros")
         tensors = {
@@ -268,7 +283,10 @@ class PackedModule(HasPackedWeight):
     def _set_operands(self, w: KernelWeight) -> None:
         sparse = (None, None) if w.sparse is None else w.sparse
         tensors = (*w.operands.tensors, *sparse)
-        for name, t in zip(_OPERANDS, tensors, strict=True):
+        named = dict(zip(_OPERANDS, tensors, strict=True)) | dict.fromkeys(_LOW_RANK)
+        if w.lowrank is not None:
+            named |= layouts.low_rank_tensors(w.lowrank)
+        for name, t in named.items():
             if name not in self._parameters:
                 self._buffers[name] = t
         for name, key in _SECOND.items():

@@ -89,8 +89,8 @@ class QuantEmbedding(PackedModule):
         """Rows of the weight: indices (...) int64 or int32 give (..., K)."""
         if isinstance(indices, Proxy):
             return node_of(self, indices)
-        w, sparse = self._terms(self._buffers)
-        return call_embedding(indices, w, self.dtype, *sparse)
+        w, others = self._terms(self._buffers)
+        return call_embedding(indices, w, self.dtype, *others)
 
     def extra_repr(self) -> str:
         """Shape, padding, dtype, format and bytes."""

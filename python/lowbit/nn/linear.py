@@ -1,7 +1,7 @@
 """QuantLinear: y = x W^T + bias with W quantized; takes the place of nn.Linear.
 
 x (..., K) in fp32, bf16 or fp16 gives (..., N) in the same dtype, with gradients for x (LoRA);
-`train_parameters` makes scales, float zeros, tables and the bias learnable.
+`train_parameters` makes scales, float zeros, tables, dense factors of a low-rank term and the bias learnable.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lowbit.nn.leaf import Proxy, node_of
 from lowbit.ops import checks
 from lowbit.ops.int8 import call_static_linear
 from lowbit.ops.linear import call_linear
-from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
+from lowbit.weights.quantized import FACTORS, SCALE_DTYPES, QuantTensor
 
-TRAINABLE = ("bias", "scales", "zeros", "table")
+TRAINABLE = ("bias", "scales", "zeros", "table", *FACTORS)
 # Stored scales that are the learnable number itself, not a code for it.
 _FLOAT_SCALES = ("fp32", "fp16", "bf16")
 
@@ -135,7 +135,7 @@ class QuantLinear(PackedModule):
 
         Raises:
             ValueError: the number is not that, or the format takes activations as they are or has
-                outliers.
+                another term.
         """
         if scale is None:
             self.input_scale = None
@@ -149,9 +149,9 @@ class QuantLinear(PackedModule):
                 f"format {self.format.name!r} does not quantize activations: use one with the "
                 "suffix _a8 or _a8t"
             )
-        if self.format.outliers:
+        if more := self.format.more_terms:
             raise ValueError(
-                f"format {self.format.name!r} has outliers, which multiply activations as they are"
+                f"format {self.format.name!r} has {more}, which multiply activations as they are"
             )
         if isinstance(scale, Tensor):
             value = scale.detach().to(torch.float32)
@@ -229,11 +229,11 @@ class QuantLinear(PackedModule):
         b = self._buffers
         if self._trained:
             b = {**b, **self._learned()}
-        w, sparse = self._terms(b)
+        w, others = self._terms(b)
         bias, x_scale = self._parameters["bias"], self._parameters["input_scale"]
         if x_scale is not None:
             return call_static_linear(x, x_scale, w, bias)
-        return call_linear(x, w, bias, *sparse)
+        return call_linear(x, w, bias, *others)
 
     def is_plain(self) -> bool:
         """Whether a call is a product of `operands` and nothing else: no hooks, nothing learnable of the weight, no
@@ -250,12 +250,12 @@ class QuantLinear(PackedModule):
     def train_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Makes the named tensors learnable, and every other one not; () freezes the layer again.
 
-        Scales and zeros become fp32 Parameters in canonical layout; the product uses them rounded
-        to their stored dtype, with the gradient passed straight through. The layer stops sharing
+        Scales, zeros and factors become fp32 Parameters in canonical layout; the product uses them
+        rounded to their stored dtype, with the gradient passed straight through. The layer stops sharing
         its weight with tied modules.
 
         Args:
-            names: some of "bias", "scales", "zeros", "table".
+            names: some of "bias", "scales", "zeros", "table", "lowrank_l", "lowrank_r".
 
         Returns:
             The learnable Parameters, for an optimizer.
@@ -291,6 +291,7 @@ class QuantLinear(PackedModule):
             "scales": f.scale is not None,
             "zeros": f.zero in ("float", "min"),
             "table": f.fitted,
+            **dict.fromkeys(FACTORS, f.rank > 0 and f.factor_format is None),
         }
         if absent := sorted(name for name in names if not has[name]):
             raise ValueError(f"a layer of format {f.name!r} has no learnable {absent}")
@@ -311,19 +312,18 @@ class QuantLinear(PackedModule):
                 learned[name] = layout.pack_table(p, self.format)
             else:
                 # Rounded to the stored dtype, kept in fp32: a gradient in fp16 could overflow.
-                rounded = p + (p.detach().to(self._stored_dtype).to(p.dtype) - p.detach())
-                learned[name] = layout.from_rows(rounded)
+                rounded = p + (p.detach().to(self._stored_dtype(name)).to(p.dtype) - p.detach())
+                learned[name] = rounded if name in FACTORS else layout.from_rows(rounded)
         return learned
 
-    @property
-    def _stored_dtype(self) -> torch.dtype:
-        return SCALE_DTYPES[self.format.scale or "fp32"]
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        return SCALE_DTYPES[self.format.factor if name in FACTORS else self.format.scale or "fp32"]
 
     def quant_tensor(self) -> QuantTensor:
         """The weight in canonical layout; learnable tensors are rounded to their stored dtype."""
         with torch.no_grad():
             learned = {
-                name: t.detach() if name == "table" else t.to(self._stored_dtype)
+                name: t.detach() if name == "table" else t.to(self._stored_dtype(name))
                 for name, t in self._learned().items()
             }
             return layouts.from_kernel(self._make_weight(learned))

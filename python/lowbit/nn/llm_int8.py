@@ -73,7 +73,7 @@ class LLMInt8Linear(HasPackedWeight):
         self.register_buffer("features", features)
         self.register_buffer("columns", columns)
         exact = quantized.format.with_activation(None)
-        self._exact_spec = exact.without_outliers.spec
+        self._exact_spec = exact.matrix.spec
 
     @classmethod
     def from_linear(
@@ -157,9 +157,9 @@ class LLMInt8Linear(HasPackedWeight):
 
     def _forward_dynamic(self, x: Tensor) -> Tensor:
         large = (x.detach().abs() > self.threshold).reshape(-1, self.in_features).any(0)
-        w, sparse = self.quantized._terms(self.quantized._buffers)
+        w, others = self.quantized._terms(self.quantized._buffers)
         w = w._replace(spec=self._exact_spec)
-        exact = call_linear(torch.where(large, x, 0), w, None, *sparse)
+        exact = call_linear(torch.where(large, x, 0), w, None, *others)
         return self.quantized(torch.where(large, 0, x)) + exact
 
     def extra_repr(self) -> str:

@@ -158,7 +158,7 @@ def fuse(model: nn.Module) -> int:
 
     Results are bit for bit those of separate calls. It saves parallel regions on the CPU: worth trying where several
     threads run small layers on few rows. One thread gains nothing. A module qualifies if it has children of these
-    names that are QuantLinear with the same number of input features and without outliers; one that is fused already
+    names that are QuantLinear with the same number of input features and without other terms; one that is fused already
     stays so. When a layer computes its own product all the same: `Siblings`. deepcopy and pickle of the modules around
     them keep them fused, those of a single layer do not.
 
@@ -185,7 +185,7 @@ def _fuse(model: nn.Module, made: list[tuple[nn.Module, Siblings]]) -> None:
             if (
                 all(type(layer) is QuantLinear and layer._siblings is None for layer in layers)
                 and all(layer.input_scale is None for layer in layers)  # type: ignore[union-attr]
-                and not any(layer.format.outliers for layer in layers)  # type: ignore[union-attr]
+                and not any(layer.format.more_terms for layer in layers)  # type: ignore[union-attr]
                 and len({layer.in_features for layer in layers}) == 1  # type: ignore[union-attr]
                 and len({id(layer) for layer in layers}) == len(layers)
                 and len({layouts.fitting(layer.format) for layer in layers}) == 1  # type: ignore[union-attr, arg-type]

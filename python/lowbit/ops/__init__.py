@@ -10,6 +10,7 @@ from lowbit.ops import (
     hadamard,
     int8,
     linear,
+    lowrank,
     many,
     sparse,
     weights,
@@ -21,7 +22,6 @@ from lowbit.ops.weights import embedding
 from lowbit.ops import decompositions
 
 __all__ = [
-    "adamw", "binary", "decompositions", "embedding", "fp8", "fp8_matmul", "hadamard", "int8", "linear", "many",
-    "sparse",
-    "weights",
+    "adamw", "binary", "decompositions", "embedding", "fp8", "fp8_matmul", "hadamard", "int8", "linear",
+    "lowrank", "many", "sparse", "weights",
 ]  # fmt: skip

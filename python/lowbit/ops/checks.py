@@ -76,10 +76,10 @@ def _expected(
     if k < 1 or n < 0:
         raise ValueError(f"weight must have n >= 0 and k >= 1, got ({n}, {k})")
     format = parse(spec)
-    if format.outliers:
+    if more := format.more_terms:
         raise ValueError(
-            f"format {format.name!r} has outliers: operands are those of the format without them, and "
-            "lowbit::sparse_linear multiplies the outliers"
+            f"format {format.name!r} has {more}: operands are those of the quantized matrix alone, and "
+            "another op multiplies the other term"
         )
     specs = layouts.find(layout).specs(format, n, k)
     return format, tuple(

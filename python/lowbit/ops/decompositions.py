@@ -71,7 +71,9 @@ def _double(codes: Tensor, second: Tensor) -> Tensor:
         torch.full((), v, dtype=torch.float32, device=codes.device)
         for v in reference.dynamic_values()
     ]
-    return reference.of_double_quantization(codes, second[:-1], second[-1], table=torch.stack(known))
+    return reference.of_double_quantization(
+        codes, second[:-1], second[-1], table=torch.stack(known)
+    )
 
 
 def _floats(scales: Tensor, f: Format) -> Tensor:

@@ -61,7 +61,8 @@ def _compute(x: Tensor, signs: Tensor | None, transposed: bool) -> Tensor:
     _check(x, signs)
     rows = rows_of(x, x.shape[-1])
     signs = None if signs is None else contiguous(signs.to(torch.float32))
-    y = backends.of_device(x.device.type).hadamard(rows, signs, transposed)
+    with checks.no_autocast(x.device.type):
+        y = backends.of_device(x.device.type).hadamard(rows, signs, transposed)
     return shaped(y, *x.shape)
 
 
@@ -73,7 +74,8 @@ def _fake(x: Tensor, signs: Tensor | None, transposed: bool) -> Tensor:
 def _transformed(x: Tensor, signs: Tensor | None, transposed: bool) -> Tensor:
     """Inside a transform: plain torch, which has all derivatives."""
     _check(x, signs)
-    return reference.hadamard_transform(x, signs, transposed).to(x.dtype)
+    with checks.no_autocast(x.device.type):
+        return reference.hadamard_transform(x, signs, transposed).to(x.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

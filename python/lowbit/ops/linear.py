@@ -17,12 +17,12 @@ from torch.autograd import forward_ad
 
 from lowbit import backends, modes, reference
 from lowbit.backends.cpu import requests
-from lowbit.layouts import Operands
+from lowbit.layouts import Added, LowRankOperands, Operands
 from lowbit.ops import autograd, checks, library
-from lowbit.ops.sparse import sum_of_products
+from lowbit.ops.lowrank import low_rank_linear
+from lowbit.ops.sparse import sparse_linear
 from lowbit.ops.terms import Weight, terms
 from lowbit.strides import contiguous, rows_of, shaped
-from lowbit.weights.sparse import SparseTerm
 
 _NUM_TENSORS = len(checks.TENSORS)
 
@@ -61,37 +61,59 @@ def linear(
         TypeError: a dtype is not one of those above.
         ValueError: a shape, device, layout or the activation does not fit.
     """
-    w, sparse = terms(weight)
+    w, others = terms(weight)
     if bias is not None:
         checks.check_tensors(bias=bias)
     if activation is None and gate is None and residual is None:
-        return call_linear(x, w, bias, *sparse)
+        return call_linear(x, w, bias, *others)
     checks.check_optional(gate=gate, residual=residual)
     x = autocast(x)
     gate, residual = (None if t is None else autocast(t) for t in (gate, residual))
     checks.check_epilogue(x, w.n, activation, gate, residual)
+    added = sum_of_products(x, *others) if others else None
     if modes.in_dual_level() or (
         torch.is_grad_enabled()
-        and checks.requires_grad(x, gate, residual, w.scales, w.zeros, w.table, bias)
+        and checks.requires_grad(x, gate, residual, w.scales, w.zeros, w.table, bias, added)
     ):
-        y = call_linear(x, w, bias, *sparse)
+        y = _call_linear(x, w, bias, added)
         return reference.apply_epilogue(y, activation, gate, residual)
-    added = sum_of_products(x, *sparse) if sparse else None
     return _linear_epilogue(x, *w, bias, gate, residual, added, activation)
 
 
-def call_linear(x: Tensor, w: Operands, bias: Tensor | None = None, *sparse: SparseTerm) -> Tensor:
+def call_linear(x: Tensor, w: Operands, bias: Tensor | None = None, *others: Added) -> Tensor:
     """`linear` on the terms of a weight: applies autocast, takes the trainable op where grad is needed."""
     x = autocast(x)
-    added = sum_of_products(x, *sparse) if sparse else None
+    return _call_linear(x, w, bias, sum_of_products(x, *others) if others else None)
+
+
+def _call_linear(x: Tensor, w: Operands, bias: Tensor | None, added: Tensor | None) -> Tensor:
     # modes.in_dual_level, without a call. What torch.compile traces is the op, which finds its transform itself.
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         return autograd.Linear.apply(x, *w, bias, added)
-    if torch.is_grad_enabled() and checks.requires_grad(x, w.scales, w.zeros, w.table, bias):
+    if torch.is_grad_enabled() and checks.requires_grad(x, w.scales, w.zeros, w.table, bias, added):
         return _linear_trainable(x, *w, bias, added)
     if added is None:
         return _linear(x, *w, bias)
     return _linear_epilogue(x, *w, bias, None, None, added, None)
+
+
+def sum_of_products(x: Tensor, *others: Added) -> Tensor | None:  # (..., N) fp32
+    """The sum of the products of x with terms, in their order, in fp32, with derivatives for x and for dense factors;
+    None of no terms.
+    """
+    total = None
+    for term in others:
+        if not isinstance(term, LowRankOperands):
+            y = sparse_linear(x, term)
+        elif isinstance(term.left, Tensor) and isinstance(term.right, Tensor):
+            y = low_rank_linear(x, term.left, term.right)
+        else:
+            y = x.float()
+            for factor in (term.right, term.left):
+                assert isinstance(factor, Operands)
+                y = _call_linear(y, factor, None, None)
+        total = y if total is None else total + y
+    return total
 
 
 # A node of torch.fx graphs: it looks at what a traced tensor does not have.

@@ -26,7 +26,7 @@ def linear_many(
     """[x W^T + bias for each weight]: one conversion of x and one parallel region.
 
     Each result is bit for bit that of `linear`. They are separate calls if a gradient is needed or
-    a weight has outliers.
+    a weight has other terms.
 
     Args:
         x: (..., K), as in `linear`.
@@ -48,10 +48,10 @@ def linear_many(
     needs_grad = torch.is_grad_enabled() and checks.requires_grad(
         x, *biases, *(t for w, _ in given for t in w.tensors)
     )
-    apart = needs_grad or modes.in_dual_level() or any(sparse for _, sparse in given)
+    apart = needs_grad or modes.in_dual_level() or any(others for _, others in given)
     if apart or len({w.layout for w, _ in given}) != 1:  # also no weights at all
         each = zip(given, biases, strict=True)
-        return [call_linear(x, w, bias, *sparse) for (w, sparse), bias in each]
+        return [call_linear(x, w, bias, *others) for (w, others), bias in each]
     return _linear_many(x, *arguments_of([w for w, _ in given], biases))  # type: ignore[no-any-return]
 
 

@@ -59,14 +59,10 @@ def _transformed(x: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     return x.float() @ dense(columns, values, x.shape[-1], torch.float32).t()
 
 
-def sum_of_products(x: Tensor, *terms: SparseTerm) -> Tensor | None:  # (..., N) fp32
-    """The sum of x S^T over the terms, in their order, in fp32, with derivatives for x; None of no terms."""
-    total = None
-    for term in terms:
-        dual = modes.in_dual_level() and not torch.compiler.is_compiling()
-        y = (_transformed if dual else _sparse_linear)(x, *term)
-        total = y if total is None else total + y
-    return total
+def sparse_linear(x: Tensor, term: SparseTerm) -> Tensor:  # (..., N) fp32
+    """x S^T in fp32, with derivatives for x."""
+    dual = modes.in_dual_level() and not torch.compiler.is_compiling()
+    return (_transformed if dual else _sparse_linear)(x, *term)
 
 
 _sparse_linear = library.op(

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from lowbit import backends, layouts, reference
 from lowbit.forking import alone_after_fork
-from lowbit.layouts import Operands
+from lowbit.layouts import Added, LowRankOperands, Operands
 from lowbit.ops import autograd, checks, gradients, library
 from lowbit.ops.terms import Weight, terms
 from lowbit.strides import contiguous, shaped
 from lowbit.weights.quantized import QuantTensor
-from lowbit.weights.sparse import SparseTerm
 
 
 def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -25,23 +24,29 @@ def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     if isinstance(weight, QuantTensor) and weight._packed is None:
         weight = layouts.to_kernel(weight, layouts.CANONICAL)
-    w, sparse = terms(weight)
-    return call_dequantize(w, dtype, *sparse)
+    w, others = terms(weight)
+    return call_dequantize(w, dtype, *others)
 
 
 @alone_after_fork
-def call_dequantize(
-    w: Operands, dtype: torch.dtype, *sparse: SparseTerm
-) -> Tensor:  # (N, K) in `dtype`
+def call_dequantize(w: Operands, dtype: torch.dtype, *others: Added) -> Tensor:  # (N, K) in `dtype`
     """`dequantize` of the terms of a weight."""
-    if not sparse:
+    if not others:
         return _dequantize(*w, dtype)
     checks.check_float("dtype", dtype)
     decoded = _dequantize(*w, torch.float32)
-    for term in sparse:
+    for term in others:
+        if isinstance(term, LowRankOperands):
+            decoded = reference.add_low_rank(decoded, *map(_dense, term))
+            continue
         checks.check_sparse(*term, w.k, decoded.device)
         decoded = reference.add_outliers(decoded, *term)
     return decoded.to(dtype)
+
+
+def _dense(factor: Tensor | Operands) -> Tensor:
+    """A factor of a low-rank term in fp32."""
+    return factor.float() if isinstance(factor, Tensor) else _dequantize(*factor, torch.float32)
 
 
 def embedding(indices: Tensor, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,16 +56,16 @@ def embedding(indices: Tensor, weight: Weight, dtype: torch.dtype = torch.float3
         TypeError: indices are not int64 or int32, or `dtype` is not fp32, bf16 or fp16.
         IndexError: an index is outside [0, N).
     """
-    w, sparse = terms(weight)
-    return call_embedding(indices, w, dtype, *sparse)
+    w, others = terms(weight)
+    return call_embedding(indices, w, dtype, *others)
 
 
-def call_embedding(indices: Tensor, w: Operands, dtype: torch.dtype, *sparse: SparseTerm) -> Tensor:
+def call_embedding(indices: Tensor, w: Operands, dtype: torch.dtype, *others: Added) -> Tensor:
     """`embedding` on the terms of a weight."""
     checks.check_tensors(indices=indices)
-    if not sparse:
+    if not others:
         return _embedding(indices, *w, dtype)
-    return _sparse_embedding(indices, w, dtype, *sparse)
+    return _composite_embedding(indices, w, dtype, *others)
 
 
 # A node of torch.fx graphs: it looks at what a traced tensor does not have.
@@ -68,14 +73,21 @@ torch.fx.wrap("call_embedding")
 
 
 @alone_after_fork
-def _sparse_embedding(
-    indices: Tensor, w: Operands, dtype: torch.dtype, *sparse: SparseTerm
+def _composite_embedding(
+    indices: Tensor, w: Operands, dtype: torch.dtype, *others: Added
 ) -> Tensor:  # (*indices.shape, K) in `dtype`
     checks.check_float("dtype", dtype)
     rows = indices.reshape(-1)
     found = _embedding(rows, *w, torch.float32)
-    for columns, values in sparse:
-        found = reference.add_outliers(found, columns[rows], values[rows])
+    for term in others:
+        if isinstance(term, LowRankOperands):
+            left, right = term
+            taken = (
+                left[rows] if isinstance(left, Tensor) else _embedding(rows, *left, torch.float32)
+            )
+            found = reference.add_low_rank(found, taken, _dense(right))
+        else:
+            found = reference.add_outliers(found, term.columns[rows], term.values[rows])
     return shaped(found.to(dtype), *indices.shape, found.shape[1])
 
 

@@ -337,7 +337,7 @@ def check_layers(model: nn.Module, plan: Plan, given: Mapping[str, Given]) -> No
         weight = model.get_parameter(f"{names[0]}.weight").detach()
         assert rule.format is not None
         try:
-            check_weight(weight, rule.format.without_outliers)
+            check_weight(weight, rule.format.matrix)
             if names[0] in given:
                 check_importance(given[names[0]].value, weight)
         except (TypeError, ValueError) as e:

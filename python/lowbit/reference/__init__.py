@@ -13,6 +13,7 @@ from lowbit.reference.activations import (
 from lowbit.reference.hadamard import matrix as hadamard_matrix
 from lowbit.reference.hadamard import order as hadamard_order
 from lowbit.reference.hadamard import transform as hadamard_transform
+from lowbit.reference.lowrank import add_low_rank, low_rank_product
 from lowbit.reference.sparse import add_outliers, outlier_product
 from lowbit.reference.weights import (
     apply_scales,
@@ -34,6 +35,7 @@ from lowbit.reference.weights import (
 
 __all__ = [
     "INT8_PART",
+    "add_low_rank",
     "add_outliers",
     "apply_epilogue",
     "apply_scales",
@@ -52,6 +54,7 @@ __all__ = [
     "hadamard_transform",
     "int8_linear",
     "linear",
+    "low_rank_product",
     "of_double_quantization",
     "of_two_levels",
     "outlier_product",

@@ -16,6 +16,7 @@ from lowbit import modes, packing
 from lowbit.float8 import e8m0_values
 from lowbit.formats import DQ_BLOCK, Format
 from lowbit.reference.activations import int8_linear, quantize_int8
+from lowbit.reference.lowrank import add_low_rank, low_rank_product
 from lowbit.reference.sparse import add_outliers, outlier_product
 from lowbit.weights.quantized import QuantTensor
 
@@ -158,9 +159,18 @@ def dequantize_rows(
         None if scales is None else scales[rows],
         effective_zeros(qt, rows),
     )
+    if qt.format.rank:
+        left, right = factors(qt)
+        return add_low_rank(weight, left[rows], right)
     if qt.outlier_columns is None or qt.outlier_values is None:
         return weight
     return add_outliers(weight, qt.outlier_columns[rows], qt.outlier_values[rows])
+
+
+def factors(qt: QuantTensor) -> tuple[Tensor, Tensor]:  # (N, r) and (r, K) fp32
+    """L and R of the low-rank term as dense matrices."""
+    left, right = (dequantize(f) if isinstance(f, QuantTensor) else f.float() for f in qt.factors)
+    return left, right
 
 
 def apply_scales(
@@ -190,7 +200,7 @@ def linear(
 
     `round_table_to=torch.bfloat16` states what a kernel that multiplies in bf16 computes: the table entry, never
     the product with the scale, is rounded to bf16. Integers of up to 8 bits, fp4, fp8 and bf16 tables are unaffected.
-    Outliers multiply x as it is given, never as int8.
+    Outliers and low-rank terms multiply x as it is given, never as int8.
     """
     columns, outliers = qt.outlier_columns, qt.outlier_values
     if qt.format.activation is not None:
@@ -200,6 +210,8 @@ def linear(
         y = int8_linear(q, x_scales, *weight, bias)
         if columns is not None and outliers is not None:
             y = y + outlier_product(x.reshape(-1, x.shape[-1]).double(), columns, outliers).float()
+        if qt.format.rank:
+            y = y + low_rank_product(x.reshape(-1, x.shape[-1]).double(), *factors(qt)).float()
         return y.to(x.dtype).view(*x.shape[:-1], -1)
     values = code_values(qt.unpack(), qt.format, qt.table)
     if round_table_to is not None:
@@ -208,6 +220,8 @@ def linear(
     if columns is not None and outliers is not None:
         w = add_outliers(w, columns, outliers)
     y = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+    if qt.format.rank:
+        y = y + low_rank_product(x.double(), *factors(qt))
     return y.to(x.dtype)
 
 

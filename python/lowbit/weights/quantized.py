@@ -22,8 +22,13 @@ SCALE_DTYPES = {
     **dict.fromkeys(INTEGER_SCALES, torch.int8),
 }
 _FLOAT8 = torch.float8_e4m3fn
+# The factors of a low-rank term: dense tensors of these names, or those of a quantized matrix, with its name in front.
+FACTORS = ("lowrank_l", "lowrank_r")
+# The tensors that a factor may have, canonical ones and operands alike.
+FACTOR_TENSORS = ("codes", "scales", "zeros", "table")
 TENSOR_NAMES = (
     "codes", "scales", "scales2", "scales2_offset", "zeros", "zeros2", "table", "outlier_columns", "outlier_values",
+    *FACTORS, *(f"{factor}_{name}" for factor in FACTORS for name in FACTOR_TENSORS),
 )  # fmt: skip
 
 
@@ -35,7 +40,11 @@ def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, .
     scales2_offset () fp32 for "dq8"; zeros (N, groups), uint8 for integer zeros, else the scales' dtype; zeros2: as
     scales2, for zeros "min" with integers; table fp32 (E,), (N, E) or (N, groups, E), only if it is fitted;
     outlier_columns (N, P) int32, ascending in each row, and outlier_values (N, P) fp16 or fp32, the rest of the
-    weights there, only with outliers.
+    weights there, only with outliers; lowrank_l (N, rank) and lowrank_r (rank, K), or the tensors of two quantized
+    matrices of these shapes, lowrank_l_codes and so on, only with a rank.
+
+    Raises:
+        ValueError: the rank is not below n and k.
     """
     groups = format.num_groups(k)
     specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -64,11 +73,34 @@ def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, .
         shape = (n, format.num_outliers(k))
         specs["outlier_columns"] = (shape, torch.int32)
         specs["outlier_values"] = (shape, SCALE_DTYPES[format.outlier_dtype])
+    if format.rank:
+        specs |= _factor_specs(format, n, k)
     return specs
 
 
+def factor_shapes(format: Format, n: int, k: int) -> dict[str, tuple[int, int]]:
+    """The shapes of L and R, by the names of `FACTORS`."""
+    return dict(zip(FACTORS, ((n, format.rank), (format.rank, k)), strict=True))
+
+
+def _factor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    if format.rank >= min(n, k):
+        raise ValueError(
+            f"rank must be below {min(n, k)} for a weight of shape ({n}, {k}), got {format.rank} in format "
+            f"{format.name!r}"
+        )
+    shapes, quantized = factor_shapes(format, n, k), format.factor_format
+    if quantized is None:
+        return {name: (shape, SCALE_DTYPES[format.factor]) for name, shape in shapes.items()}
+    return {
+        f"{name}_{key}": spec
+        for name, shape in shapes.items()
+        for key, spec in tensor_specs(quantized, *shape).items()
+    }
+
+
 def stored_bytes(format: Format, n: int, k: int) -> int:
-    """Bytes of all canonical tensors of an (n, k) weight: codes, scales, zeros, tables and outliers."""
+    """Bytes of all canonical tensors of an (n, k) weight: codes, scales, zeros, tables, outliers and factors."""
     specs = tensor_specs(format, n, k).values()
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
 
@@ -135,7 +167,7 @@ class QuantTensor:
 
     @property
     def bits_per_weight(self) -> float:
-        """Average stored bits of a weight: codes, scales, zeros, tables and outliers."""
+        """Average stored bits of a weight: codes, scales, zeros, tables, outliers and factors."""
         n, k = self.shape
         return 8 * self.nbytes / max(1, n * k)
 
@@ -197,6 +229,9 @@ class QuantTensor:
             raise ValueError(f"zeros must be below {2**self.format.bits} in {self.format.name!r}")
         self.check_columns()
         self.check_integers()
+        for factor in self.factors:
+            if isinstance(factor, QuantTensor):
+                factor.validate()
         return self
 
     def check_integers(self) -> None:
@@ -230,13 +265,30 @@ class QuantTensor:
             )
 
     @property
-    def without_outliers(self) -> QuantTensor:
-        """The weight without its sparse part, on the same tensors; itself if it has none."""
-        format = self.format.without_outliers
+    def matrix(self) -> QuantTensor:
+        """The weight without its outliers or its low-rank term, on the same tensors; itself if it has none."""
+        format = self.format.matrix
         if format is self.format:
             return self
         names = tensor_specs(format, *self.shape)
         return QuantTensor(format, self.shape, {name: self.tensors[name] for name in names})
+
+    @property
+    def factors(self) -> tuple[Tensor | QuantTensor, ...]:
+        """L and R of the low-rank term, on the same tensors; () without one."""
+        if not self.format.rank:
+            return ()
+        shapes, quantized = factor_shapes(self.format, *self.shape), self.format.factor_format
+        if quantized is None:
+            return tuple(self.tensors[name] for name in shapes)
+        return tuple(
+            QuantTensor(
+                quantized,
+                shape,
+                {key: self.tensors[f"{name}_{key}"] for key in tensor_specs(quantized, *shape)},
+            )
+            for name, shape in shapes.items()
+        )
 
     def __reduce__(self) -> tuple[object, ...]:
         # As bytes: torch can write float8 tensors with pickle but not read them.
