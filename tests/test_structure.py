@@ -27,6 +27,7 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
     ("codebooks", "files", "float8", "importing", "late", "modes", "strides", "text"),
+    ("structured",),
     ("formats", "_C", "_cuda"),
     ("forking", "packing"),
     ("weights",),
@@ -49,6 +50,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # `formats`, numpy anywhere.
 RESTRICTED = {
     "accelerate": {"integrations", "nn"},
+    "faiss": {"methods"},
     "gguf": {"export", "integrations", "io"},
     "matplotlib": {"ptq"},
     "rich": {"cli", "ptq"},

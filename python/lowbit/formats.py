@@ -18,20 +18,13 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
-from lowbit.codebooks.tables import (
-    E2M1_TABLE,
-    IQ4_NL_TABLE,
-    NF4_TABLE,
-    float8_values,
-    normal_float,
-    to_fp32,
-)
+from lowbit import structured
+from lowbit.codebooks import tables
 from lowbit.files import shown
 
-CODECS = ("affine", "lut", "e4m3", "e5m2")
+CODECS = ("affine", "lut", "e4m3", "e5m2", *structured.CODECS)
 BITS = (1, 2, 3, 4, 5, 6, 8)
 # Scales that are integers times a second level, and the least and the largest.
 INTEGER_SCALES = {"int8": (-128, 127), "int6": (-32, 31), "uint6": (0, 63), "uint4": (0, 15)}
@@ -55,8 +48,8 @@ class Format:
 
     Attributes:
         name: the string that selects it.
-        codec: how a code becomes a value: "affine", "lut", "e4m3" or "e5m2".
-        bits: bits of one code, one of 1, 2, 3, 4, 5, 6, 8.
+        codec: how a code becomes a value: "affine", "lut", "e4m3", "e5m2", or one of `structured.py`.
+        bits: bits of one code, one of 1, 2, 3, 4, 5, 6, 8; of structured codecs as said there.
         group: weights along K that share a scale; None means one scale per output row.
         scale: how scales are stored: "fp32", "fp16", "bf16", "e8m0" (a power of two in a byte),
             "e4m3" (with one fp32 factor per tensor), "dq8" (QLoRA double quantization: 8-bit dynamic
@@ -80,6 +73,7 @@ class Format:
             sparse part of SqueezeLLM's dense-and-sparse decomposition (arXiv 2306.07629). Interpretation: a
             fixed number in each row instead of one threshold for the matrix, so that shapes follow from the format.
         outlier_dtype: how that rest is stored, "fp16" or "fp32".
+        dim: weights along K of one code, 1 but with codecs "vector" and "e8p"; K is filled up to whole codes.
     """
 
     name: str
@@ -97,6 +91,7 @@ class Format:
     outlier_dtype: str = "fp16"
     scale2: str | None = None
     scale2_group: int | None = None
+    dim: int = 1
 
     def __hash__(self) -> int:
         # Equal formats have equal names; hashing a table of 256 values takes longer than a small product.
@@ -115,7 +110,9 @@ class Format:
             f"a non-empty string of at most {MAX_NAME} characters",
         )
         check(self.codec in CODECS, "codec", f"one of {CODECS}")
-        check(_is_int(self.bits) and self.bits in BITS, "bits", f"one of {BITS}")
+        bits, dims = structured.BITS.get(self.codec, BITS), structured.DIMS.get(self.codec, (1,))
+        check(_is_int(self.bits) and self.bits in bits, "bits", f"one of {bits}")
+        check(_is_int(self.dim) and self.dim in dims, "dim", f"one of {dims}")
         check(
             self.group is None or (_is_int(self.group) and 0 < self.group < 2**31),
             "group",
@@ -158,13 +155,15 @@ class Format:
                 "'tensor' when the format carries the table",
             )
         if base := self.base:
-            bits = (base - 1).bit_length()
+            size = (base - 1).bit_length()
             check(
-                self.bits == bits and self.table is not None and len(self.table) <= base,
+                self.bits == size and self.table is not None and len(self.table) <= base,
                 "packing",
-                f"'bits' unless the format is {bits}-bit with a table of at most {base} values",
+                f"'bits' unless the format is {size}-bit with a table of at most {base} values",
             )
         check(self.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}")
+        if self.structured:
+            structured.check_fields(self, check)
         if self.activation is not None:
             check(self.table_scope == "tensor", "table_scope", "'tensor' with int8 activations")
         if self.activation == "int8":
@@ -229,7 +228,7 @@ class Format:
                 isinstance(v, (int, float)) for v in values
             ):
                 raise TypeError(f"table must be a flat sequence of numbers, got {table!r}")
-            table = tuple(to_fp32(v) for v in values)
+            table = tuple(tables.to_fp32(v) for v in values)
         suffix = "row" if group is None else f"g{group}"
         suffix += f"_o{outliers}" if outliers else ""
         kind = "lut" if table is not None else "kmeans"
@@ -247,9 +246,18 @@ class Format:
         )
 
     @property
+    def structured(self) -> bool:
+        """Whether codes stand for several weights, or weights for several codes (`structured.py`)."""
+        return self.codec in structured.CODECS
+
+    @property
     def fitted(self) -> bool:
         """Whether the table is fitted to each weight and stored beside it."""
-        return self.codec == "lut" and self.table is None
+        return self.codec in ("lut", "vector") and self.table is None
+
+    def num_vectors(self, k: int) -> int:
+        """Codes of a row of k weights."""
+        return -(-k // self.dim)
 
     @property
     def num_codes(self) -> int:
@@ -263,8 +271,8 @@ class Format:
 
     @property
     def stored_bits(self) -> float:
-        """Bits of one code as packed (1.6 for five trits per byte)."""
-        return 8 / digits_per_byte(self.base) if self.base else float(self.bits)
+        """Bits of the code of a weight as packed (1.6 for five trits per byte)."""
+        return 8 / tables.digits_per_byte(self.base) if self.base else self.bits / self.dim
 
     def values(self) -> tuple[float, ...] | None:
         """The value of every code with scale 1 and zero 0; None if the table is fitted.
@@ -275,13 +283,13 @@ class Format:
             offset = 2 ** (self.bits - 1) if self.zero is None else 0
             return tuple(float(c - offset) for c in range(2**self.bits))
         if self.codec in ("e4m3", "e5m2"):
-            return float8_values(self.codec)
+            return tables.float8_values(self.codec)
         return self.table
 
     @property
     def int8_step(self) -> float | None:
         """The f with table = f * integers in -128 .. 127, or None: what makes int8 products exact."""
-        return 1.0 if self.codec == "affine" else _int8_step(self.values())
+        return 1.0 if self.codec == "affine" else tables.int8_step(self.values())
 
     @property
     def exact_in_bf16(self) -> bool:
@@ -315,8 +323,8 @@ class Format:
     def row_bytes(self, k: int) -> int:
         """Bytes of one canonical row of k codes (layout: `packing.py`)."""
         if self.base:
-            return -(-k // digits_per_byte(self.base))
-        return -(-k * self.bits // 8)
+            return -(-k // tables.digits_per_byte(self.base))
+        return -(-self.num_vectors(k) * self.bits // 8)
 
     @property
     def spec(self) -> str:
@@ -324,30 +332,10 @@ class Format:
         return _spec(self)
 
 
-def digits_per_byte(base: int) -> int:
-    """How many digits of a base fit a byte: the largest d with base^d <= 256."""
-    return next(d for d in range(8, 0, -1) if base**d <= 256)
-
-
 @functools.lru_cache(maxsize=4096)
 def _without_outliers(f: Format) -> Format:
     name = re.sub(r"_o\d+(fp32)?(?=_|$)", "", f.name) or f.name
     return dataclasses.replace(f, name=name, outliers=0, outlier_dtype="fp16")
-
-
-@functools.lru_cache(maxsize=4096)
-def _int8_step(table: tuple[float, ...] | None) -> float | None:
-    if table is None or not all(math.isfinite(v) for v in table):
-        return None
-    step = functools.reduce(_gcd, (Fraction(v) for v in table))
-    return float(step) if all(-128 <= v / step <= 127 for v in table) else None
-
-
-def _gcd(a: Fraction, b: Fraction) -> Fraction:
-    return Fraction(
-        math.gcd(a.numerator * b.denominator, b.numerator * a.denominator),
-        a.denominator * b.denominator,
-    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -376,17 +364,17 @@ def _builtin() -> dict[str, Format]:
         ]
     lut = functools.partial(Format, codec="lut")
     formats += [
-        lut(name="nf4", bits=4, group=64, table=NF4_TABLE),
-        lut(name="nf3", bits=3, group=64, table=normal_float(3)),
-        lut(name="fp4", bits=4, group=32, table=E2M1_TABLE),
+        lut(name="nf4", bits=4, group=64, table=tables.NF4_TABLE),
+        lut(name="nf3", bits=3, group=64, table=tables.normal_float(3)),
+        lut(name="fp4", bits=4, group=32, table=tables.E2M1_TABLE),
         lut(name="binary", bits=1, group=128, table=(-1.0, 1.0), scale_rule="mean"),
         lut(name="ternary", bits=2, group=128, table=(-1.0, 0.0, 1.0), scale_rule="mean"),
         lut(name="ternary_trits", bits=2, group=128, table=(-1.0, 0.0, 1.0), scale_rule="mean",
             packing="trits"),
         Format(name="e4m3", codec="e4m3", bits=8, group=None, scale="fp32"),
         Format(name="e5m2", codec="e5m2", bits=8, group=None, scale="fp32"),
-        lut(name="mxfp4", bits=4, group=32, scale="e8m0", table=E2M1_TABLE),
-        lut(name="nvfp4", bits=4, group=16, scale="e4m3", table=E2M1_TABLE),
+        lut(name="mxfp4", bits=4, group=32, scale="e8m0", table=tables.E2M1_TABLE),
+        lut(name="nvfp4", bits=4, group=16, scale="e4m3", table=tables.E2M1_TABLE),
     ]  # fmt: skip
     for b in (1, 2, 3, 4, 5, 6, 8):
         formats.append(lut(name=f"kmeans{b}", bits=b, group=64))
@@ -400,7 +388,7 @@ def _builtin() -> dict[str, Format]:
     formats += [affine(name=f"q{b}_0", bits=b, group=32) for b in (4, 5, 8)]
     q_1 = functools.partial(affine, group=32, zero="min", scale_rule="minmax")
     formats += [q_1(name="q4_1", bits=4), q_1(name="q5_1", bits=5)]
-    formats.append(lut(name="iq4_nl", bits=4, group=32, table=IQ4_NL_TABLE))
+    formats.append(lut(name="iq4_nl", bits=4, group=32, table=tables.IQ4_NL_TABLE))
     ternary = functools.partial(lut, bits=2, group=256, table=(-1.0, 0.0, 1.0))
     formats += [ternary(name="tq2_0"), ternary(name="tq1_0", packing="trits")]
     two_levels: dict[str, Any] = {"scale2": "fp16", "scale2_group": 256}
@@ -411,7 +399,7 @@ def _builtin() -> dict[str, Format]:
         affine(name="q4_k", bits=4, group=32, scale="uint6", **minima),
         affine(name="q5_k", bits=5, group=32, scale="uint6", **minima),
         affine(name="q6_k", bits=6, group=16, scale="int8", **two_levels),
-        lut(name="iq4_xs", bits=4, group=32, table=IQ4_NL_TABLE, scale="int6", **two_levels),
+        lut(name="iq4_xs", bits=4, group=32, table=tables.IQ4_NL_TABLE, scale="int6", **two_levels),
     ]
     return {f.name: f for f in formats}
 
@@ -468,10 +456,18 @@ def parse(spec: str) -> Format:
             changes["scale2_group"] = int(size) if size else None
         else:
             changes |= {"scale": match["scale"], "scale2": None, "scale2_group": None}
-    if base not in FORMATS:
-        raise ValueError(f"unknown format {shown(spec)}; expected one of {', '.join(sorted(FORMATS))}, optionally "
-                         "followed by _gN or _row, a scale dtype, _a8 or _a8t, _oP: 'int3_g64_bf16'")  # fmt: skip
-    return dataclasses.replace(FORMATS[base], name=spec, **changes)
+    fields = structured.fields_of(base)
+    found = Format(name=base, **fields) if fields else FORMATS.get(base)
+    if found is None:
+        names = ", ".join(sorted(all_formats()))
+        raise ValueError(f"unknown format {shown(spec)}; expected one of {names}, optionally followed by _gN or _row, "
+                         "a scale dtype, _a8 or _a8t, _oP: 'int3_g64_bf16'")  # fmt: skip
+    return dataclasses.replace(found, name=spec, **changes)
+
+
+def all_formats() -> dict[str, Format]:
+    """`FORMATS` and the structured ones that have names of their own."""
+    return FORMATS | {name: parse(name) for name in structured.NAMES}
 
 
 def _parse_json(spec: str) -> Format:
@@ -490,7 +486,7 @@ def _parse_json(spec: str) -> Format:
     if table is not None:
         if not isinstance(table, list) or not all(isinstance(v, (int, float)) for v in table):
             raise ValueError(f"format spec: table must be a list of numbers, got {shown(table)}")
-        fields["table"] = tuple(to_fp32(v) for v in table)
+        fields["table"] = tuple(tables.to_fp32(v) for v in table)
     return Format(**fields)
 
 

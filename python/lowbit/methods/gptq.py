@@ -73,7 +73,7 @@ def quantize(
     """
     format = as_format(format)
     grid.check_weight(weight, format)
-    _check_hessian(hessian, weight)
+    check_hessian(hessian, weight)
     if isinstance(damping, str):
         how = {"act_order": act_order, "block": block, "table": table}
         damping = _chosen_damping(weight, format, hessian, damping, held_out, how)
@@ -117,10 +117,10 @@ def _chosen_damping(
         raise ValueError(
             "damping 'auto' needs held_out, the second moment of inputs held out: use quantize_model"
         )
-    _check_hessian(held_out, weight, "held_out")
+    check_hessian(held_out, weight, "held_out")
     h = held_out.double()
     rest = hessian.double() - h
-    _check_hessian(rest, weight, "hessian without held_out")
+    check_hessian(rest, weight, "hessian without held_out")
     losses = []
     for value in DAMPINGS:
         made = quantize(weight, format, hessian=rest, damping=value, **how)
@@ -128,7 +128,8 @@ def _chosen_damping(
     return DAMPINGS[losses.index(min(losses))]
 
 
-def _check_hessian(hessian: Tensor, weight: Tensor, name: str = "hessian") -> None:
+def check_hessian(hessian: Tensor, weight: Tensor, name: str = "hessian") -> None:
+    """Raises TypeError or ValueError unless `hessian` is a second moment of the inputs of `weight`."""
     if not isinstance(hessian, Tensor) or hessian.dtype not in grid.WEIGHT_DTYPES:
         got = hessian.dtype if isinstance(hessian, Tensor) else type(hessian).__name__
         raise TypeError(f"{name} must be a floating tensor, got {got}")

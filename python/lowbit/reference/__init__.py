@@ -11,6 +11,12 @@ from lowbit.reference.activations import (
     table_int8,
 )
 from lowbit.reference.sparse import add_outliers, outlier_product
+from lowbit.reference.structured import (
+    e8p_values,
+    structured_values,
+    trellis_states,
+    trellis_values,
+)
 from lowbit.reference.weights import (
     apply_scales,
     code_values,
@@ -37,6 +43,7 @@ __all__ = [
     "dequantize",
     "dequantize_rows",
     "dynamic_map",
+    "e8p_values",
     "effective_scales",
     "effective_zeros",
     "embedding",
@@ -50,5 +57,8 @@ __all__ = [
     "quantize_int8",
     "requantize",
     "scale_values",
+    "structured_values",
     "table_int8",
+    "trellis_states",
+    "trellis_values",
 ]
