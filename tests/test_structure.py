@@ -27,8 +27,8 @@ LONG_CONTRACTS = {"python/lowbit/packing.py": 12}
 # A module may import modules of the lines above its own, and those of its own package.
 LAYERS = (
     ("codebooks", "files", "float8", "importing", "late", "modes", "strides", "text"),
-    ("format_checks", "format_names"),
-    ("format_aliases",),
+    ("format_names", "structured"),
+    ("format_aliases", "format_checks"),
     ("formats", "_C", "_cuda"),
     ("forking", "packing"),
     ("weights",),
@@ -51,6 +51,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # `formats`, numpy anywhere.
 RESTRICTED = {
     "accelerate": {"integrations", "nn"},
+    "faiss": {"methods"},
     "gguf": {"export", "integrations", "io"},
     "matplotlib": {"ptq"},
     "rich": {"cli", "ptq"},

@@ -21,6 +21,7 @@ void bind_scale_search(py::module_& m);             // scale_search.cpp
 void bind_optim(py::module_& m);                    // optim.cpp
 void bind_outliers(py::module_& m);                 // sparse.cpp
 void bind_pack(py::module_& m);                     // pack.cpp
+void bind_structured(py::module_& m);               // structured.cpp
 void bind_weights(py::module_& m);                  // weight_calls.cpp
 void append_fp8_matmul_kernels(py::list& entries);  // fp8_matmul.cpp
 
@@ -106,6 +107,7 @@ PYBIND11_MODULE(_C, m) {
   bind_optim(m);
   bind_outliers(m);
   bind_pack(m);
+  bind_structured(m);
   bind_tensor_calls(m);
   bind_weights(m);
 }

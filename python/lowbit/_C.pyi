@@ -73,6 +73,15 @@ def search_scales(
     ratios: NDArray[np.float32],
     threads: int = 1,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]: ...
+def encode_trellis(
+    numbers: NDArray[np.float32],
+    values: NDArray[np.float32],
+    bits: int,
+    next: NDArray[np.int32] | None = None,
+    first: NDArray[np.int32] | None = None,
+    threads: int = 1,
+    isa: str = "",
+) -> NDArray[np.uint8]: ...
 def quantize_int8_ptr(
     *,
     x: int,

@@ -17,7 +17,7 @@ if importlib.util.find_spec("torch") is not None:
 
 # Now, not when it is first used: it must know of a fork that happens in between.
 from lowbit import _C, importing, late
-from lowbit.formats import FORMATS, Format
+from lowbit.formats import Format, all_formats
 
 if TYPE_CHECKING:
     from lowbit import binary, codebooks, fp8, int8, integrations, methods, nn, optim, qat
@@ -119,7 +119,7 @@ if "torch" in sys.modules:
 
 def formats() -> dict[str, Format]:
     """The built-in formats by name."""
-    return dict(FORMATS)
+    return all_formats()
 
 
 def __getattr__(name: str) -> Any:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from lowbit import structured
 from lowbit.files import shown
 
-CODECS = ("affine", "lut", "e4m3", "e5m2")
+CODECS = ("affine", "lut", "e4m3", "e5m2", *structured.CODECS)
 BITS = (1, 2, 3, 4, 5, 6, 8)
 # Scales that are integers times a second level, and the least and the largest.
 INTEGER_SCALES = {"int8": (-128, 127), "int6": (-32, 31), "uint6": (0, 63), "uint4": (0, 15)}
@@ -44,7 +45,9 @@ def check_format(f: Any) -> None:
         f"a non-empty string of at most {MAX_NAME} characters",
     )
     check(f.codec in CODECS, "codec", f"one of {CODECS}")
-    check(_is_int(f.bits) and f.bits in BITS, "bits", f"one of {BITS}")
+    bits, dims = structured.BITS.get(f.codec, BITS), structured.DIMS.get(f.codec, (1,))
+    check(_is_int(f.bits) and f.bits in bits, "bits", f"one of {bits}")
+    check(_is_int(f.dim) and f.dim in dims, "dim", f"one of {dims}")
     check(
         f.group is None or (_is_int(f.group) and 0 < f.group < 2**31),
         "group",
@@ -83,13 +86,15 @@ def check_format(f: Any) -> None:
             "'tensor' when the format carries the table",
         )
     if base := f.base:
-        bits = (base - 1).bit_length()
+        size = (base - 1).bit_length()
         check(
-            f.bits == bits and f.table is not None and len(f.table) <= base,
+            f.bits == size and f.table is not None and len(f.table) <= base,
             "packing",
-            f"'bits' unless the format is {bits}-bit with a table of at most {base} values",
+            f"'bits' unless the format is {size}-bit with a table of at most {base} values",
         )
     check(f.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}")
+    if f.structured:
+        structured.check_fields(f, check)
     if f.activation is not None:
         check(f.table_scope == "tensor", "table_scope", "'tensor' with int8 activations")
     _check_activation_group(f, check)

@@ -13,21 +13,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import struct
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
-from lowbit import format_aliases, format_names
-from lowbit.codebooks.tables import (
-    E2M1_TABLE,
-    IQ4_NL_TABLE,
-    NF4_TABLE,
-    float8_values,
-    normal_float,
-    to_fp32,
-)
+from lowbit import format_aliases, format_names, structured
+from lowbit.codebooks import tables
 from lowbit.format_checks import (
     BITS,
     DIGIT_BASES,
@@ -41,7 +32,7 @@ from lowbit.format_checks import (
 
 __all__ = [
     "BITS", "DIGIT_BASES", "DQ_BLOCK", "FACTOR_DTYPES", "FORMATS", "INTEGER_SCALES", "SECOND_LEVELS", "Format",
-    "as_format", "digits_per_byte", "parse",
+    "all_formats", "as_format", "parse",
 ]  # fmt: skip
 
 
@@ -51,8 +42,8 @@ class Format:
 
     Attributes:
         name: the string that selects it.
-        codec: how a code becomes a value: "affine", "lut", "e4m3" or "e5m2".
-        bits: bits of one code, one of 1, 2, 3, 4, 5, 6, 8.
+        codec: how a code becomes a value: "affine", "lut", "e4m3", "e5m2", or one of `structured.py`.
+        bits: bits of one code, one of 1, 2, 3, 4, 5, 6, 8; of structured codecs as said there.
         group: weights along K that share a scale; None means one scale per output row.
         scale: how scales are stored: "fp32", "fp16", "bf16", "e8m0" (a power of two in a byte),
             "e4m3" (with one fp32 factor per tensor), "dq8" (QLoRA double quantization: 8-bit dynamic
@@ -82,6 +73,7 @@ class Format:
             2405.18886). Below N and K; 0 means none.
         factor: how L and R are stored: "fp32", "fp16", "bf16", or the name of a format, in which each is a quantized
             matrix of its own, with groups along its rows.
+        dim: weights along K of one code, 1 but with codecs "vector" and "e8p"; K is filled up to whole codes.
     """
 
     name: str
@@ -102,6 +94,7 @@ class Format:
     scale2: str | None = None
     scale2_group: int | None = None
     activation_group: int | None = None
+    dim: int = 1
 
     def __hash__(self) -> int:
         # Equal formats have equal names; hashing a table of 256 values takes longer than a small product.
@@ -142,7 +135,7 @@ class Format:
                 isinstance(v, (int, float)) for v in values
             ):
                 raise TypeError(f"table must be a flat sequence of numbers, got {table!r}")
-            table = tuple(to_fp32(v) for v in values)
+            table = tuple(tables.to_fp32(v) for v in values)
         suffix = "row" if group is None else f"g{group}"
         suffix += f"_o{outliers}" if outliers else ""
         kind = "lut" if table is not None else "kmeans"
@@ -161,9 +154,18 @@ class Format:
         )
 
     @property
+    def structured(self) -> bool:
+        """Whether codes stand for several weights, or weights for several codes (`structured.py`)."""
+        return self.codec in structured.CODECS
+
+    @property
     def fitted(self) -> bool:
         """Whether the table is fitted to each weight and stored beside it."""
-        return self.codec == "lut" and self.table is None
+        return self.codec in ("lut", "vector") and self.table is None
+
+    def num_vectors(self, k: int) -> int:
+        """Codes of a row of k weights."""
+        return -(-k // self.dim)
 
     @property
     def num_codes(self) -> int:
@@ -177,8 +179,8 @@ class Format:
 
     @property
     def stored_bits(self) -> float:
-        """Bits of one code as packed (1.6 for five trits per byte)."""
-        return 8 / digits_per_byte(self.base) if self.base else float(self.bits)
+        """Bits of the code of a weight as packed (1.6 for five trits per byte)."""
+        return 8 / tables.digits_per_byte(self.base) if self.base else self.bits / self.dim
 
     def values(self) -> tuple[float, ...] | None:
         """The value of every code with scale 1 and zero 0; None if the table is fitted.
@@ -189,13 +191,13 @@ class Format:
             offset = 2 ** (self.bits - 1) if self.zero is None else 0
             return tuple(float(c - offset) for c in range(2**self.bits))
         if self.codec in ("e4m3", "e5m2"):
-            return float8_values(self.codec)
+            return tables.float8_values(self.codec)
         return self.table
 
     @property
     def int8_step(self) -> float | None:
         """The f with table = f * integers in -128 .. 127, or None: what makes int8 products exact."""
-        return 1.0 if self.codec == "affine" else _int8_step(self.values())
+        return 1.0 if self.codec == "affine" else tables.int8_step(self.values())
 
     @property
     def exact_in_bf16(self) -> bool:
@@ -252,18 +254,13 @@ class Format:
     def row_bytes(self, k: int) -> int:
         """Bytes of one canonical row of k codes (layout: `packing.py`)."""
         if self.base:
-            return -(-k // digits_per_byte(self.base))
-        return -(-k * self.bits // 8)
+            return -(-k // tables.digits_per_byte(self.base))
+        return -(-self.num_vectors(k) * self.bits // 8)
 
     @property
     def spec(self) -> str:
         """The string that `parse` turns back into an equal format: the name if built in, else JSON."""
         return _spec(self)
-
-
-def digits_per_byte(base: int) -> int:
-    """How many digits of a base fit a byte: the largest d with base^d <= 256."""
-    return next(d for d in range(8, 0, -1) if base**d <= 256)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -276,21 +273,6 @@ def _matrix_of(f: Format) -> Format:
 def _with_activation(f: Format, activation: str | None, group: int | None) -> Format:
     name = format_names.with_activation(f.name, activation, group)
     return dataclasses.replace(f, name=name, activation=activation, activation_group=group)
-
-
-@functools.lru_cache(maxsize=4096)
-def _int8_step(table: tuple[float, ...] | None) -> float | None:
-    if table is None or not all(math.isfinite(v) for v in table):
-        return None
-    step = functools.reduce(_gcd, (Fraction(v) for v in table))
-    return float(step) if all(-128 <= v / step <= 127 for v in table) else None
-
-
-def _gcd(a: Fraction, b: Fraction) -> Fraction:
-    return Fraction(
-        math.gcd(a.numerator * b.denominator, b.numerator * a.denominator),
-        a.denominator * b.denominator,
-    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -315,17 +297,17 @@ def _builtin() -> dict[str, Format]:
         ]
     lut = functools.partial(Format, codec="lut")
     formats += [
-        lut(name="nf4", bits=4, group=64, table=NF4_TABLE),
-        lut(name="nf3", bits=3, group=64, table=normal_float(3)),
-        lut(name="fp4", bits=4, group=32, table=E2M1_TABLE),
+        lut(name="nf4", bits=4, group=64, table=tables.NF4_TABLE),
+        lut(name="nf3", bits=3, group=64, table=tables.normal_float(3)),
+        lut(name="fp4", bits=4, group=32, table=tables.E2M1_TABLE),
         lut(name="binary", bits=1, group=128, table=(-1.0, 1.0), scale_rule="mean"),
         lut(name="ternary", bits=2, group=128, table=(-1.0, 0.0, 1.0), scale_rule="mean"),
         lut(name="ternary_trits", bits=2, group=128, table=(-1.0, 0.0, 1.0), scale_rule="mean",
             packing="trits"),
         Format(name="e4m3", codec="e4m3", bits=8, group=None, scale="fp32"),
         Format(name="e5m2", codec="e5m2", bits=8, group=None, scale="fp32"),
-        lut(name="mxfp4", bits=4, group=32, scale="e8m0", table=E2M1_TABLE),
-        lut(name="nvfp4", bits=4, group=16, scale="e4m3", table=E2M1_TABLE),
+        lut(name="mxfp4", bits=4, group=32, scale="e8m0", table=tables.E2M1_TABLE),
+        lut(name="nvfp4", bits=4, group=16, scale="e4m3", table=tables.E2M1_TABLE),
     ]  # fmt: skip
     for b in (1, 2, 3, 4, 5, 6, 8):
         formats.append(lut(name=f"kmeans{b}", bits=b, group=64))
@@ -339,7 +321,7 @@ def _builtin() -> dict[str, Format]:
     formats += [affine(name=f"q{b}_0", bits=b, group=32) for b in (4, 5, 8)]
     q_1 = functools.partial(affine, group=32, zero="min", scale_rule="minmax")
     formats += [q_1(name="q4_1", bits=4), q_1(name="q5_1", bits=5)]
-    formats.append(lut(name="iq4_nl", bits=4, group=32, table=IQ4_NL_TABLE))
+    formats.append(lut(name="iq4_nl", bits=4, group=32, table=tables.IQ4_NL_TABLE))
     ternary = functools.partial(lut, bits=2, group=256, table=(-1.0, 0.0, 1.0))
     formats += [ternary(name="tq2_0"), ternary(name="tq1_0", packing="trits")]
     two_levels: dict[str, Any] = {"scale2": "fp16", "scale2_group": 256}
@@ -350,7 +332,7 @@ def _builtin() -> dict[str, Format]:
         affine(name="q4_k", bits=4, group=32, scale="uint6", **minima),
         affine(name="q5_k", bits=5, group=32, scale="uint6", **minima),
         affine(name="q6_k", bits=6, group=16, scale="int8", **two_levels),
-        lut(name="iq4_xs", bits=4, group=32, table=IQ4_NL_TABLE, scale="int6", **two_levels),
+        lut(name="iq4_xs", bits=4, group=32, table=tables.IQ4_NL_TABLE, scale="int6", **two_levels),
     ]
     return {f.name: f for f in formats}
 
@@ -377,9 +359,16 @@ def parse(spec: str) -> Format:
     if spec.startswith("{"):
         return Format(**format_names.fields_of(spec, [f.name for f in dataclasses.fields(Format)]))
     base, changes = format_names.split(spec, FORMATS, INTEGER_SCALES)
-    if base not in FORMATS:
-        return parse(format_aliases.resolve(spec, base, FORMATS))
-    return dataclasses.replace(FORMATS[base], name=spec, **changes)
+    fields = structured.fields_of(base)
+    found = Format(name=base, **fields) if fields else FORMATS.get(base)
+    if found is None:
+        return parse(format_aliases.resolve(spec, base, all_formats()))
+    return dataclasses.replace(found, name=spec, **changes)
+
+
+def all_formats() -> dict[str, Format]:
+    """`FORMATS` and the structured ones that have names of their own."""
+    return FORMATS | {name: parse(name) for name in structured.NAMES}
 
 
 def as_format(format: Format | str) -> Format:

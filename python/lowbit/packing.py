@@ -7,6 +7,8 @@ a row takes ceil(K * b / 8) bytes; the unused high bits of its last byte are zer
 Digits of base B. As many codes as fit a byte, d with B^d <= 256, make the byte c0 + B*c1 + B^2*c2 + ...: five of
 base 3 (0..242), three of base 5 or 6; a row takes ceil(K / d) bytes, the missing digits of its last byte are zero.
 
+A code of `dim` weights takes the place of theirs: ceil(K / dim) of up to 32 bits.
+
 Kernels read the layouts of `layouts/`, which are made of this one. They hold integer scales as such bits, too.
 """
 
@@ -16,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit.formats import Format, digits_per_byte
+from lowbit.codebooks.tables import digits_per_byte
+from lowbit.formats import Format
 
 # Rows are packed in slices of about this many codes, which bounds the temporaries to 16 MiB.
 _SLICE_CODES = 1 << 22
 
 
 def pack_codes(
-    codes: Tensor,  # (N, K) uint8
+    codes: Tensor,  # (N, C) uint8, or int64 with more than 8 bits; C is K, or ceil(K / dim)
     format: Format,
 ) -> Tensor:  # (N, format.row_bytes(K)) uint8
     """Packs codes into the canonical layout.
@@ -32,7 +35,7 @@ def pack_codes(
         ValueError: a code does not fit the format.
     """
     _check_codes(codes, format)
-    n, k = codes.shape
+    n, k = codes.shape[0], codes.shape[1] * format.dim
     out = torch.empty((n, format.row_bytes(k)), dtype=torch.uint8, device=codes.device)
     for rows in _row_slices(n, k):
         out[rows] = _pack_slice(codes[rows], format)
@@ -43,7 +46,7 @@ def unpack_codes(
     packed: Tensor,  # (N, format.row_bytes(K)) uint8
     format: Format,
     k: int,
-) -> Tensor:  # (N, K) uint8
+) -> Tensor:  # (N, C) uint8, or int64 with more than 8 bits
     """Inverse of `pack_codes`."""
     n = packed.shape[0]
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (n, format.row_bytes(k)):
@@ -51,7 +54,8 @@ def unpack_codes(
             f"packed must be uint8 of shape ({n}, {format.row_bytes(k)}) for K = {k} in format "
             f"{format.name!r}, got {packed.dtype} of shape {tuple(packed.shape)}"
         )
-    out = torch.empty((n, k), dtype=torch.uint8, device=packed.device)
+    dtype = _code_dtype(format)
+    out = torch.empty((n, format.num_vectors(k)), dtype=dtype, device=packed.device)
     for rows in _row_slices(n, k):
         out[rows] = _unpack_slice(packed[rows], format, k)
     return out
@@ -99,14 +103,23 @@ def check_padding_and_range(packed: Tensor, format: Format, k: int) -> None:
 
 
 def _check_codes(codes: Tensor, format: Format) -> None:
-    if codes.dtype != torch.uint8 or codes.dim() != 2:
+    dtype = _code_dtype(format)
+    if codes.dtype != dtype or codes.dim() != 2:
         raise ValueError(
-            f"codes must be a 2-D uint8 tensor, got {codes.dtype} of shape {tuple(codes.shape)}"
+            f"codes must be a 2-D {str(dtype)[6:]} tensor, got {codes.dtype} of shape {tuple(codes.shape)}"
         )
-    if codes.numel() and (highest := int(codes.max())) >= format.num_codes:
+    if not codes.numel():
+        return
+    lowest, highest = (int(bound) for bound in codes.aminmax())
+    if lowest < 0 or highest >= format.num_codes:
         raise ValueError(
-            f"codes must be below {format.num_codes} for format {format.name!r}, got {highest}"
+            f"codes must be below {format.num_codes} for format {format.name!r}, got "
+            f"{lowest if lowest < 0 else highest}"
         )
+
+
+def _code_dtype(format: Format) -> torch.dtype:
+    return torch.uint8 if format.bits <= 8 else torch.int64
 
 
 def _row_slices(n: int, k: int) -> list[slice]:
@@ -131,12 +144,14 @@ def _pack_slice(codes: Tensor, format: Format) -> Tensor:
         return torch.stack(place).sum(0, dtype=torch.uint8)
     if (b := format.bits) == 8:
         return codes
+    if b > 8:
+        return _pack_wide(codes, b)
     # A word holds 8 codes, a byte each; what lies between them is squeezed out.
     words = _units(codes, 8).view(torch.int64)
     for width, low, high in _halves(b):
         words = words & low | words >> width - b * width // 8 & high
     stream = words.view(torch.uint8)[..., :b]
-    return stream.reshape(len(codes), -1)[:, : format.row_bytes(codes.shape[1])]
+    return stream.reshape(len(codes), -1)[:, : -(-codes.shape[1] * b // 8)]
 
 
 def _unpack_slice(packed: Tensor, format: Format, k: int) -> Tensor:
@@ -145,8 +160,11 @@ def _unpack_slice(packed: Tensor, format: Format, k: int) -> Tensor:
             packed // format.base**i % format.base for i in range(digits_per_byte(format.base))
         ]
         return torch.stack(digits, dim=-1).view(len(packed), -1)[:, :k]
+    k = format.num_vectors(k)
     if (b := format.bits) == 8:
         return packed
+    if b > 8:
+        return _unpack_wide(packed, b, k)
     units = _units(packed, b)
     spread = units.new_zeros(*units.shape[:2], 8)
     spread[..., :b] = units
@@ -154,6 +172,32 @@ def _unpack_slice(packed: Tensor, format: Format, k: int) -> Tensor:
     for width, low, high in reversed(_halves(b)):
         words = words & low | (words & high) << width - b * width // 8
     return words.view(torch.uint8).view(len(packed), -1)[:, :k]
+
+
+def _places(bits: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first byte of each code of a row, and its first bit there."""
+    first = torch.arange(count, dtype=torch.int64, device=device) * bits
+    return first // 8, first % 8
+
+
+def _pack_wide(codes: Tensor, bits: int) -> Tensor:  # (N, C) int64 -> (N, row bytes) uint8
+    byte, shift = _places(bits, codes.shape[1], codes.device)
+    spread = codes << shift
+    # No bit is set twice, so that sums are unions.
+    stream = codes.new_zeros(len(codes), -(-codes.shape[1] * bits // 8) + 5)
+    for i in range((bits + 14) // 8):
+        stream.index_add_(1, byte + i, spread >> 8 * i & 255)
+    return stream[:, :-5].to(torch.uint8)
+
+
+def _unpack_wide(packed: Tensor, bits: int, count: int) -> Tensor:  # inverse of `_pack_wide`
+    byte, shift = _places(bits, count, packed.device)
+    last = max(0, packed.shape[1] - 1)
+    spread = torch.zeros((len(packed), count), dtype=torch.int64, device=packed.device)
+    for i in range((bits + 14) // 8):
+        # Bytes beyond the row have no bit of a code.
+        spread |= packed[:, (byte + i).clamp(max=last)].to(torch.int64) << 8 * i
+    return spread >> shift & (1 << bits) - 1
 
 
 def _halves(bits: int) -> list[tuple[int, int, int]]:

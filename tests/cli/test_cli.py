@@ -17,7 +17,7 @@ from torch import nn
 
 import lowbit
 from lowbit.cli import bench, main
-from lowbit.formats import FORMATS, parse
+from lowbit.formats import all_formats, parse
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,7 +64,7 @@ def dense_file(tmp_path: Path) -> Path:
 def test_formats(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(capsys, "formats").splitlines()
     printed = {line.split()[0]: line.split()[-1] for line in lines[1:]}
-    assert set(printed) == set(FORMATS)
+    assert set(printed) == set(all_formats())
     # 4 bits and an fp16 scale per 64; 8/5 bits and one per 128; a table of 256 fp32 per row of 4096.
     assert printed["nf4"] == "4.250"
     assert printed["ternary_trits"] == f"{820 * 8 / 4096 + 16 / 128:.3f}"
@@ -346,6 +346,6 @@ def test_without_torch_the_tables_still_work() -> None:
         "sys.modules['torch'] = None; import lowbit; from lowbit import _C; "
         "print(len(lowbit.formats()), len(lowbit.kernels())); lowbit.linear"
     )
-    assert ended.stdout.split() == [str(len(FORMATS)), str(len(lowbit.kernels()))]
+    assert ended.stdout.split() == [str(len(all_formats())), str(len(lowbit.kernels()))]
     assert "ModuleNotFoundError" in ended.stderr.splitlines()[-1]
     assert "torch" in ended.stderr.splitlines()[-1]

@@ -14,7 +14,7 @@ from lowbit.layouts import CANONICAL, K16, LAYOUTS, M16, N16, KernelWeight, to_k
 from lowbit.weights.quantized import QuantTensor
 
 _logger = logging.getLogger("lowbit")
-_m16 = LAYOUTS[M16]
+_m16, _n16 = LAYOUTS[M16], LAYOUTS[N16]
 
 
 def _find_cuda_obstacle() -> str | None:
@@ -41,8 +41,8 @@ def has_triton() -> bool:
 def kernel_layout(device: torch.device, format: Format) -> str:
     """The layout that the kernels of a device read for a format."""
     if device.type == "cpu":
-        return N16
-    if device.type != "cuda":
+        return N16 if _n16.fits(format) else CANONICAL
+    if device.type != "cuda" or not LAYOUTS[K16].fits(format):
         return CANONICAL
     if cuda_obstacle() is None and _m16.fits(format):
         return M16

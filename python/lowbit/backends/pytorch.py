@@ -21,6 +21,8 @@ from lowbit.layouts import Operands, group_terms
 from lowbit.weights.sparse import SparseTerm
 
 _logger = logging.getLogger("lowbit")
+# Of a product, 128 MiB in fp32; larger weights are decoded in slices of rows.
+_SLICE_WEIGHTS = 1 << 25
 
 
 class PyTorchBackend(Backend):
@@ -37,8 +39,17 @@ class PyTorchBackend(Backend):
         dtype = dtype or x.dtype
         if w.format.activation is not None:
             return self.activation_linear(x, w, bias).to(dtype)
-        weight = self.rows(None, w, torch.float32)
-        return F.linear(x.float(), weight, None if bias is None else bias.float()).to(dtype)
+        rows, bias = x.float(), None if bias is None else bias.float()
+        step = max(1, _SLICE_WEIGHTS // w.k)
+        if w.n <= step:
+            return F.linear(rows, self.rows(None, w, torch.float32), bias).to(dtype)
+        y = x.new_empty((x.shape[0], w.n), dtype=dtype)
+        for begin in range(0, w.n, step):
+            part = slice(begin, min(w.n, begin + step))
+            index = torch.arange(part.start, part.stop, dtype=torch.int64, device=x.device)
+            of_part = None if bias is None else bias[part]
+            y[:, part] = F.linear(rows, self.rows(index, w, torch.float32), of_part)
+        return y
 
     def rows(self, indices: Tensor | None, w: Operands, dtype: torch.dtype) -> Tensor:
         """Rows of the weight; only these are decoded."""
@@ -49,6 +60,7 @@ class PyTorchBackend(Backend):
                 table = table[indices]
             codes = codes[indices]
         values = reference.code_values(packing.unpack_codes(codes, format, w.k), format, table)
+        values = values[:, : w.k]
         return reference.apply_scales(values, format, *group_terms(w, indices)).to(dtype)
 
     def sparse_linear(self, x: Tensor, term: SparseTerm) -> Tensor:

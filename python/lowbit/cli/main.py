@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from lowbit.cli.export import export
-from lowbit.formats import FORMATS, Format, parse
+from lowbit.formats import Format, all_formats, parse
 from lowbit.text import as_json, one_line, printable
 
 app = typer.Typer(
@@ -107,7 +107,7 @@ def formats() -> None:
     numbers = ("bits", "group", "bits/weight")
     columns = ("name", "codec", "bits", "group", "scale", "zero", "table", "bits/weight")
     table = _table(None, columns, numbers)
-    for f in FORMATS.values():
+    for f in all_formats().values():
         group = "row" if f.group is None else str(f.group)
         values = f"fitted per {f.table_scope}" if f.fitted else "fixed" if f.table else "-"
         cells = (f.name, f.codec, str(f.bits), group, f.scale or "-", f.zero or "-", values)

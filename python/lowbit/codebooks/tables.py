@@ -4,10 +4,12 @@ floats, sums and steps of powers of two.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import struct
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from statistics import NormalDist
 
 import numpy as np
@@ -23,6 +25,27 @@ def to_fp32(v: float) -> float:
         return struct.unpack("<f", struct.pack("<f", float(v)))[0]
     except OverflowError:
         raise ValueError(f"table value {v!r} does not fit fp32") from None
+
+
+def digits_per_byte(base: int) -> int:
+    """How many digits of a base fit a byte: the largest d with base^d <= 256."""
+    return next(d for d in range(8, 0, -1) if base**d <= 256)
+
+
+@functools.lru_cache(maxsize=4096)
+def int8_step(table: Table | None) -> float | None:
+    """The f with table = f * integers in -128 .. 127, or None: what makes int8 products exact."""
+    if table is None or not all(math.isfinite(v) for v in table):
+        return None
+    step = functools.reduce(_gcd, (Fraction(v) for v in table))
+    return float(step) if all(-128 <= v / step <= 127 for v in table) else None
+
+
+def _gcd(a: Fraction, b: Fraction) -> Fraction:
+    return Fraction(
+        math.gcd(a.numerator * b.denominator, b.numerator * a.denominator),
+        a.denominator * b.denominator,
+    )
 
 
 def float8_values(codec: str) -> tuple[float, ...]:

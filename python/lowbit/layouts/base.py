@@ -43,8 +43,8 @@ class Layout:
     packs_scales = False
 
     def fits(self, format: Format) -> bool:
-        """Whether weights of a format can lie so."""
-        return True
+        """Whether weights of a format can lie so: here, those with a code for each weight."""
+        return not format.structured
 
     def specs(self, format: Format, n: int, k: int) -> Specs:
         """What the operands of an (n, k) weight are."""

@@ -18,6 +18,10 @@ class CanonicalLayout(Layout):
 
     name = CANONICAL
 
+    def fits(self, format: Format) -> bool:
+        """Every format does."""
+        return True
+
     def pack(self, codes: Tensor, format: Format, k: int) -> Tensor:
         """The codes themselves."""
         return codes

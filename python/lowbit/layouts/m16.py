@@ -34,7 +34,8 @@ class M16Layout(LanesLayout):
     def fits(self, format: Format) -> bool:
         """Whether a format has one table, no integer scales, and groups of 16, 32, multiples of 64 or whole rows."""
         whole_tiles = format.group is None or format.group in (16, 32) or format.group % 64 == 0
-        return format.table_scope == "tensor" and not format.integer_scales and whole_tiles
+        one_table = format.table_scope == "tensor" and not format.integer_scales
+        return super().fits(format) and one_table and whole_tiles
 
     def specs(self, format: Format, n: int, k: int) -> Specs:
         """What the operands of an (n, k) weight are."""

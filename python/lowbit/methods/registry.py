@@ -23,6 +23,7 @@ from lowbit.methods import (
     hqq,
     kde,
     kmeans,
+    lattice,
     lloyd,
     multibit,
     nuuq,
@@ -30,7 +31,9 @@ from lowbit.methods import (
     scales,
     search,
     sparse,
+    trellis,
     twn,
+    vq,
 )
 from lowbit.text import did_you_mean
 from lowbit.weights.quantized import QuantTensor, tensor_specs
@@ -45,13 +48,18 @@ METHODS: dict[str, Callable[..., QuantTensor]] = {
     "hqq": hqq.quantize,
     "kde": kde.quantize,
     "kmeans": kmeans.quantize,
+    "lattice": lattice.quantize,
     "lloyd": lloyd.quantize,
     "multibit": multibit.quantize,
     "nuuq": nuuq.quantize,
     "rtn": rtn.quantize,
     "search": search.quantize,
+    "trellis": trellis.quantize,
     "twn": twn.quantize,
+    "vq": vq.quantize,
 }
+# The methods of structured formats, by codec: others choose a code for each weight.
+_STRUCTURED = {"e8p": "lattice", "trellis": "trellis", "vector": "vq"}
 
 
 @alone_after_fork
@@ -78,12 +86,14 @@ def quantize(
             without values of its own, "kmeans" (the best ones), "lloyd" (Lloyd's algorithm), "kde"
             (from a sample), "distq" (quantiles), "multibit" (sums of signs) or "nuuq" (integers;
             the result has another format); by default "rtn", for such tables "kmeans", or "search"
-            where their scales are signed integers.
+            where their scales are signed integers. Structured formats have one method each, the
+            default: "lattice" (E8P), "trellis", or "vq" (tables of vectors).
         weights: (N, K) or (K,), the importance of each weight; only for "kmeans", "lloyd",
-            "multibit", "search" and the choice of outliers.
+            "multibit", "search", "vq" and the choice of outliers.
         table: the values of a fitted format, fp32 in the shape that its `table_scope` asks for;
             only for "rtn" and "gptq".
-        hessian: (K, K), the second moment of the inputs; only for "gptq" and "caldera", which need it.
+        hessian: (K, K), the second moment of the inputs; for "gptq" and "caldera", which need it, and
+            those of structured formats.
         options: further keywords of the method's own function, as `act_order` of "gptq".
 
     With outliers in the format, every method quantizes the rest of the weight as if they were not
@@ -102,9 +112,10 @@ def quantize(
     format = as_format(format)
     name = method
     if name is None:
-        name = default_method(format) if table is None else "rtn"
+        name = default_method(format) if table is None or format.structured else "rtn"
     check_options(name, options)
     tensors = {"weights": weights, "table": table, "hessian": hessian}
+    _check_codec(format, name)
     given = {key: value for key, value in tensors.items() if value is not None} | options
     known = keywords(name)
     if format.outliers:
@@ -123,6 +134,15 @@ def quantize(
     return made
 
 
+def _check_codec(format: Format, method: str) -> None:
+    fitting_method = _STRUCTURED.get(format.codec)
+    if fitting_method is not None and method != fitting_method:
+        raise ValueError(
+            f"method must be {fitting_method!r} for format {format.name!r}, whose codec is {format.codec!r}, "
+            f"got {method!r}"
+        )
+
+
 def _with_outliers(
     weight: Tensor, format: Format, method: str, given: dict[str, Any]
 ) -> QuantTensor:
@@ -139,6 +159,8 @@ def _with_outliers(
 
 def default_method(format: Format) -> str:
     """The method of a format where none is asked for."""
+    if format.structured:
+        return _STRUCTURED[format.codec]
     if not format.fitted:
         return "rtn"
     return "search" if search.by_default(format) else "kmeans"

@@ -102,7 +102,7 @@ def count_tiny(qt: QuantTensor) -> int:
         return 0
     # Below the normal numbers the step of a dtype is constant. Codes reach twice as far with a zero.
     info = torch.finfo(stored.dtype)
-    codes = 2.0 ** (format.bits - (1 if format.zero else 2))
+    codes = 2.0 ** (format.bits / format.dim - (1 if format.zero else 2))
     limit = min(info.smallest_normal, info.smallest_normal * info.eps * max(1.0, codes))
     scales = stored.to(torch.float32)
     return int(((scales != 0) & (scales.abs() <= limit)).sum())

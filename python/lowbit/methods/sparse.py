@@ -99,7 +99,7 @@ def add(
         values[rows] = stored
         # Half a code of the weight itself.
         error = (stored.to(torch.float32) - rest).abs()
-        lost += int((error > w.gather(1, index).abs() / 2**format.bits).sum())
+        lost += int((error > w.gather(1, index).abs() / 2 ** (format.bits / format.dim)).sum())
     if lost:
         warnings.warn(
             f"weight: {lost} of {values.numel()} outliers ({lost / values.numel():.2%}) are so small that "

@@ -81,6 +81,8 @@ def _expected(
             f"format {format.name!r} has {more}: operands are those of the quantized matrix alone, and "
             "another op multiplies the other term"
         )
+    if not layouts.find(layout).fits(format):
+        raise ValueError(f"format {format.name!r} does not fit the layout {layout!r}")
     specs = layouts.find(layout).specs(format, n, k)
     return format, tuple(
         _Expected(name, *specs[name], name in _LEARNABLE and specs[name][1].is_floating_point)
@@ -225,17 +227,27 @@ def check_indices(indices: Tensor) -> None:
 
 
 def check_codes(codes: Tensor, spec: str) -> Format:
-    """Checks shape and dtype of codes to pack and returns the format."""
+    """Checks shape and dtype of codes to pack and returns the format, whose codes stand for one weight each."""
+    format = _scalar(spec)
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise ValueError(
             f"codes must be 2-D uint8, got {codes.dtype} of shape {tuple(codes.shape)}"
         )
-    return parse(spec)
+    return format
+
+
+def _scalar(spec: str) -> Format:
+    format = parse(spec)
+    if format.dim > 1:
+        raise ValueError(
+            f"format {format.name!r} has codes of {format.dim} weights: this op takes a code per weight"
+        )
+    return format
 
 
 def check_packed(packed: Tensor, spec: str, k: int) -> Format:
     """Checks shape and dtype of canonical bytes of k codes a row and returns the format."""
-    format = parse(spec)
+    format = _scalar(spec)
     row_bytes = format.row_bytes(k) if k >= 0 else -1
     if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != row_bytes:
         raise ValueError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit import layouts, modes, packing, reference
@@ -22,7 +23,7 @@ from lowbit.layouts import Operands
 
 def dequantize(w: Operands, dtype: torch.dtype) -> Tensor:  # (N, K)
     """What lowbit::dequantize computes, bit for bit; differentiable in scales, zeros and table."""
-    values = reference.code_values(_codes(w), w.format, _table(w.table, w))
+    values = _values(_codes(w), w.table, w)
     return reference.apply_scales(values, w.format, *layouts.group_terms(w)).to(dtype)
 
 
@@ -31,10 +32,10 @@ def weight_tangent(
 ) -> Tensor:  # (N, K) fp32
     """How the weight moves with tangents of scales, zeros and table: W is linear in each of them."""
     f, unpacked = w.format, _codes(w)
-    values = reference.code_values(unpacked, f, _table(w.table, w))
+    values = _values(unpacked, w.table, w)
     moved = torch.zeros_like(values)
     if of_table is not None:
-        moved = moved + reference.code_values(unpacked, f, _table(of_table, w))
+        moved = moved + _values(unpacked, of_table, w)
     scales, zeros = layouts.group_terms(w)
     moved = reference.apply_scales(moved, f, scales, _rows(of_zeros, w))
     if of_scales is None:
@@ -60,7 +61,7 @@ def codebook_grad(
             raise ValueError(
                 f"format {f.name!r} has no floating-point {name}, so no gradient of it"
             )
-    if want_table and f.codec != "lut":
+    if want_table and not f.fitted and f.codec != "lut":
         raise ValueError(
             f"table of format {f.name!r} is fixed by its codec {f.codec!r}: no gradient"
         )
@@ -68,7 +69,7 @@ def codebook_grad(
     scales, zeros = layouts.group_terms(weight)
     grads = [grad_weight.new_empty(0) for _ in range(3)]
     if want_scales:
-        values = reference.code_values(unpacked, f, _table(weight.table, weight))
+        values = _values(unpacked, weight.table, weight)
         if zeros is not None and f.zero != "min":
             values = values - zeros[:, reference.group_index(f, weight.k, zeros.device)]
         grads[0] = _as_operand(_group_sum(grad_weight * values, f), weight.scales, weight)
@@ -82,8 +83,12 @@ def codebook_grad(
     return grads[0], grads[1], grads[2]
 
 
+def _values(codes: Tensor, table: Tensor | None, weight: Operands) -> Tensor:  # (N, K) fp32
+    return reference.code_values(codes, weight.format, _table(table, weight))[:, : weight.k]
+
+
 @modes.outside()
-def _codes(weight: Operands) -> Tensor:  # (N, K) uint8
+def _codes(weight: Operands) -> Tensor:  # as `packing.unpack_codes` gives them
     (n, k), f = weight.shape, weight.format
     packed = layouts.find(weight.layout).unpack(weight.codes, f, n, k)
     return packing.unpack_codes(packed, f, k)
@@ -117,6 +122,10 @@ def _entry_sum(values: Tensor, codes: Tensor, format: Format) -> Tensor:
     """Sums (N, K) values by code, within the scope of a table."""
     n, k = values.shape
     entries, index = 2**format.bits, codes.long()
+    if format.dim > 1:
+        vectors = F.pad(values, (0, -k % format.dim)).view(-1, format.dim)
+        sums = values.new_zeros(entries, format.dim)
+        return sums.index_add(0, index.flatten(), vectors)
     if format.table_scope == "group":
         groups = format.num_groups(k)
         index = index + reference.group_index(format, k, codes.device) * entries

@@ -15,6 +15,12 @@ from lowbit.reference.hadamard import order as hadamard_order
 from lowbit.reference.hadamard import transform as hadamard_transform
 from lowbit.reference.lowrank import add_low_rank, low_rank_product
 from lowbit.reference.sparse import add_outliers, outlier_product
+from lowbit.reference.structured import (
+    e8p_values,
+    structured_values,
+    trellis_states,
+    trellis_values,
+)
 from lowbit.reference.weights import (
     apply_scales,
     code_values,
@@ -45,6 +51,7 @@ __all__ = [
     "dequantize_rows",
     "dynamic_map",
     "dynamic_values",
+    "e8p_values",
     "effective_scales",
     "effective_zeros",
     "embedding",
@@ -63,5 +70,8 @@ __all__ = [
     "quantize_int8",
     "requantize",
     "scale_values",
+    "structured_values",
     "table_int8",
+    "trellis_states",
+    "trellis_values",
 ]

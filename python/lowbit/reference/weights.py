@@ -18,6 +18,7 @@ from lowbit.formats import DQ_BLOCK, Format
 from lowbit.reference.activations import int8_linear, quantize_int8
 from lowbit.reference.lowrank import add_low_rank, low_rank_product
 from lowbit.reference.sparse import add_outliers, outlier_product
+from lowbit.reference.structured import structured_values
 from lowbit.weights.quantized import QuantTensor
 
 
@@ -122,11 +123,13 @@ def per_weight(terms: Tensor, format: Format, k: int) -> Tensor:  # (N, groups) 
 
 
 def code_values(
-    codes: Tensor,  # (N, K) uint8
+    codes: Tensor,  # (N, K) uint8, or what `packing.unpack_codes` gives
     format: Format,
     table: Tensor | None,  # the fitted table
-) -> Tensor:  # (N, K) fp32
+) -> Tensor:  # (N, K) fp32; of structured formats K in whole codes
     """The value of every code before zero and scale."""
+    if format.structured:
+        return structured_values(codes, format, table)
     index = codes.long()
     if table is None:
         return torch.tensor(format.values(), dtype=torch.float32, device=codes.device)[index]
@@ -154,7 +157,7 @@ def dequantize_rows(
         table = table[rows]
     codes = packing.unpack_codes(qt.tensors["codes"][rows], qt.format, qt.shape[1])
     weight = apply_scales(
-        code_values(codes, qt.format, table),
+        code_values(codes, qt.format, table)[:, : qt.shape[1]],
         qt.format,
         None if scales is None else scales[rows],
         effective_zeros(qt, rows),
@@ -213,7 +216,7 @@ def linear(
         if qt.format.rank:
             y = y + low_rank_product(x.reshape(-1, x.shape[-1]).double(), *factors(qt)).float()
         return y.to(x.dtype).view(*x.shape[:-1], -1)
-    values = code_values(qt.unpack(), qt.format, qt.table)
+    values = code_values(qt.unpack(), qt.format, qt.table)[:, : qt.shape[1]]
     if round_table_to is not None:
         values = values.to(round_table_to).to(torch.float32)
     w = apply_scales(values, qt.format, effective_scales(qt), effective_zeros(qt))

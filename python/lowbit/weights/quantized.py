@@ -38,7 +38,8 @@ def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, .
     codes (N, row bytes) uint8; scales (N, groups), integers as int8; scales2: the second level, (N, super-blocks) in
     its dtype for integers, fp32 (ceil(N*groups/256),) for "dq8" over the flattened scales and fp32 (1,) for "e4m3";
     scales2_offset () fp32 for "dq8"; zeros (N, groups), uint8 for integer zeros, else the scales' dtype; zeros2: as
-    scales2, for zeros "min" with integers; table fp32 (E,), (N, E) or (N, groups, E), only if it is fitted;
+    scales2, for zeros "min" with integers; table fp32 (E,), (N, E), (N, groups, E), or (E, dim) of vectors, only if
+    it is fitted;
     outlier_columns (N, P) int32, ascending in each row, and outlier_values (N, P) fp16 or fp32, the rest of the
     weights there, only with outliers; lowrank_l (N, rank) and lowrank_r (rank, K), or the tensors of two quantized
     matrices of these shapes, lowrank_l_codes and so on, only with a rank.
@@ -68,7 +69,8 @@ def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, .
             specs["zeros2"] = second
     if format.fitted:
         lead = {"tensor": (), "row": (n,), "group": (n, groups)}[format.table_scope]
-        specs["table"] = ((*lead, 2**format.bits), torch.float32)
+        values = (format.dim,) if format.dim > 1 else ()
+        specs["table"] = ((*lead, 2**format.bits, *values), torch.float32)
     if format.outliers:
         shape = (n, format.num_outliers(k))
         specs["outlier_columns"] = (shape, torch.int32)
@@ -186,7 +188,7 @@ class QuantTensor:
         return html_table(("tensor", "dtype", "shape", "bytes"), rows, f"{head}, {self.device}")
 
     def unpack(self) -> Tensor:
-        """The codes, (N, K) uint8."""
+        """The codes, (N, K) uint8; of structured formats as `packing.unpack_codes` gives them."""
         return packing.unpack_codes(self.tensors["codes"], self.format, self.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

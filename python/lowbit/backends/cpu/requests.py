@@ -107,7 +107,11 @@ def plan(spec: str, layout: str, n: int, k: int) -> object | None:
     if not reads(layout):
         return None
     format = parse(spec)
-    if format.more_terms or not (0 < n < 2**31 and 0 < k < 2**31):
+    if (
+        format.more_terms
+        or not LAYOUTS[layout].fits(format)
+        or not (0 < n < 2**31 and 0 < k < 2**31)
+    ):
         return None
     return _C.plan(expected(format, n, k))
 
