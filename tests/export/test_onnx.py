@@ -60,7 +60,9 @@ def test_codes_by_division(bits: int) -> None:
     assert torch.equal(layout.unpack_by_division(packed, format, 70, 75), codes.int())
 
 
-@pytest.mark.parametrize("name", (*FORMATS, "mxfp4_g16", "int4_g32_a8", "nf4_a8t"))
+@pytest.mark.parametrize(
+    "name", (*FORMATS, "mxfp4_g16", "int4_g32_a8", "nf4_a8t", "int4_g64_a8b32")
+)
 def test_the_definitions_in_other_ops(name: str) -> None:
     """The weight bit for bit; the product too where it is one of integers."""
     qt = lowbit.quantize(torch.randn(70, 300), name)

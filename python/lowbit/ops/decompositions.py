@@ -90,7 +90,7 @@ def _e4m3(code: Tensor) -> Tensor:
 def _product(x: Tensor, w: Operands, bias: Tensor | None) -> Tensor:  # (..., N) fp32
     if w.format.activation is None:
         return F.linear(x.float(), _weight(w), None if bias is None else bias.float())
-    q, x_scales = reference.quantize_int8(x.reshape(-1, w.k))
+    q, x_scales = reference.quantize_int8(x.reshape(-1, w.k), w.format.activation_group)
     return _int8_product(q, x_scales, w, bias).view(*x.shape[:-1], w.n)
 
 
