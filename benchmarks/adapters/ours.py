@@ -14,16 +14,14 @@ from lowbit.ops.linear import linear
 from lowbit.ops.terms import kernel_weight
 from lowbit.weights.quantized import QuantTensor
 
-_MARKS = {"int8": "_a8", "int8_table": "_a8t"}
-
 
 def lowbit(weight: Tensor, name: str, dtype: torch.dtype = torch.bfloat16) -> Candidate:
     """`lowbit.linear` in a named format; formats with groups of 128 take the largest that divides K."""
     format = as_format(name)
     if format.group == 128:
-        base = format.name.split("_g")[0]
-        mark = _MARKS.get(format.activation or "", "")
-        format = as_format(f"{base}_g{group_of(weight.shape[1])}{mark}")
+        base = format.with_activation(None).name.split("_g")[0]
+        whole = as_format(f"{base}_g{group_of(weight.shape[1])}")
+        format = whole.with_activation(format.activation, format.activation_group)
     qt = quantize(weight, format)
     values = qt.dequantize()
     first = kernel_weight(qt)

@@ -1,15 +1,5 @@
-"""The names of formats: what the suffixes of a name say, and the JSON of what has no name. `formats.parse` puts a
-Format together from them.
-
-A name is that of a built-in format, optionally followed by, in any order and each once:
-    _gN, _row               the group: N weights, or the whole row
-    _fp16, _dq8, ...        a scale dtype of one level
-    _int8[sN][dtype]        an integer scale: its second level is fp32 per row, or with sN fp16 per N weights, or that
-    _a8[bN], _a8t[bN]       int8 activations, with t the table rounded to int8: a scale of x per row, or per N weights
-    _oP[fp32]               P outliers a row, in fp16 or fp32
-    _rR[factor]             a term of rank R with factors in bf16, another dtype or a built-in format
-"nf4", "int3_g64", "uint4_g32_bf16", "nf4_g64_dq8", "int4_g32_a8", "int4_g32_a8b32", "int3_g64_o16", "int2_g64_r32",
-"int2_g64_r64int4", "nf4_g32_int8", "int4_g16_int6s256", "int4_g16_int8s256fp32".
+"""The names of formats: what the suffixes of a name say (`split`), and the JSON of what has no name. `formats.parse`
+puts a Format together from them.
 """
 
 from __future__ import annotations
@@ -47,6 +37,18 @@ def split(
     name: str, bases: Collection[str], integer_scales: Collection[str]
 ) -> tuple[str, dict[str, Any]]:
     """The built-in name that a name begins with, and the fields of Format that its suffixes change.
+
+    The suffixes, in any order and of each kind one:
+        _gN, _row               the group: N weights, or the whole row
+        _fp16, _dq8, ...        a scale dtype of one level
+        _int8[sN][dtype]        an integer scale: its second level is fp32 per row, or with sN fp16 per N weights, or
+                                `dtype`
+        _a8[bN], _a8t[bN]       int8 activations, with t the table rounded to int8: a scale of x per row, or with bN
+                                per N values of one
+        _oP[fp32]               P outliers a row, in fp16 or fp32
+        _rR[factor]             a term of rank R with factors in bf16, another dtype or a built-in format
+    "nf4", "int3_g64", "uint4_g32_bf16", "nf4_g64_dq8", "int4_g32_a8", "int4_g32_a8b32", "int3_g64_o16",
+    "int2_g64_r32", "int2_g64_r64int4", "nf4_g32_int8", "int4_g16_int6s256", "int4_g16_int8s256fp32".
 
     What is left may be none of `bases`.
 

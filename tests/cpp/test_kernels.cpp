@@ -175,17 +175,21 @@ double expect_int8(const Kernel& kernel, const Problem& p, const Quantized& z, c
   return largest;
 }
 
-// Weights that share a scale of x, for each way in which that can be: the row (0), a group of the weight, several
-// groups, a part of one, and more than the row.
+// x of more numbers meets two ways of `blocks_of` alone, to save time.
+constexpr int64_t kMostForBlocks = 4096;
+
+// Weights that share a scale of x, for each way in which that can be: the row (0), a part of a group of the weight, a
+// group, several, and more than the row.
 std::vector<int64_t> blocks_of(const Kernel& kernel, Request request, const Launch& launch) {
   std::vector<int64_t> blocks;
   const int64_t group = launch.group;
   for (int64_t block :
-       {int64_t{0}, group, 3 * group, group % 2 ? group : group / 2, group % 3 ? group : group / 3, launch.k + group}) {
+       {int64_t{0}, group % 2 ? group : group / 2, group, 3 * group, group % 3 ? group : group / 3, launch.k + group}) {
     Launch l = launch;
     l.x_group = block;
     request.group = segments_of(l).size;
     if (!rejection(kernel, request, active_isa())) blocks.push_back(block);
+    if (launch.m * launch.k > kMostForBlocks && blocks.size() == 2) break;
   }
   return blocks;
 }

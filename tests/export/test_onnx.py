@@ -61,7 +61,7 @@ def test_codes_by_division(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", (*FORMATS, "mxfp4_g16", "int4_g32_a8", "int4_g32_a8b64", "nf4_a8t")
+    "name", (*FORMATS, "mxfp4_g16", "int4_g32_a8", "nf4_a8t", "int4_g64_a8b32")
 )
 def test_the_definitions_in_other_ops(name: str) -> None:
     """The weight bit for bit; the product too where it is one of integers."""

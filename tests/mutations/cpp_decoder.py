@@ -77,7 +77,7 @@ MUTANTS = [
         ("norm_before(d.model_.layers.size())", "nullptr"),
     ),
     *cpp("decoder/decoder.cpp", TEST)(
-        ("other.x_scale == part.x_scale && ", ""),
+        ("!other.kernel || other.x_scale != part.x_scale", "!other.kernel"),
     ),
     *cpp("decoder/decoder.cpp", ARCHITECTURES)(
         ("c.values = values_.data() + row * static_cast<size_t>(head_padded_)", "c.values = values_.data() + row * static_cast<size_t>(config_.head_dim)"),

@@ -11,7 +11,8 @@ MUTANTS = [
         ("return (x >= 0).to(torch.uint8), x.abs().mean(1)", "return (x > 0).to(torch.uint8), x.abs().mean(1)"),
         ("top = finite.abs().max() / 127\n", "top = finite.abs().max() / 128\n"),
         ("shift = zero * x.sum(1).float()[:, None]", "shift = zero * x.abs().sum(1).float()[:, None]"),
-        ("factor = table_step if x_scales.dim() == 2", "factor = 1.0 if x_scales.dim() == 2"),
+        ("factor = table_step if blocks", "factor = 1.0 if blocks"),
+        ("g, b = columns.start // size, columns.start // block", "g, b = columns.start // size, columns.start // size"),
         ("(y * inverse).clamp(-128, 127).nan_to_num(0)", "(y * inverse).clamp(-127, 127).nan_to_num(0)"),
     ),
     *python("ops/int8.py", "requantize", "int8")(
@@ -21,7 +22,7 @@ MUTANTS = [
         ("product = (left * multiplier + 2**30) >> 31", "product = (left * multiplier) >> 31"),
         ("- (product < 0).long(), 0)", "- (product > 0).long(), 0)"),
         (".clamp(bounds.min, bounds.max)", ""),
-        ("if x_scales.dim() == 2 and format.group is not None and format.group % CHUNK_K:", "if x_scales.dim() == 2 and format.group is not None and format.group % 16:"),
+        ("x_scales.dim() == 2 and format.group is not None and format.group % CHUNK_K:", "x_scales.dim() == 2 and format.group is not None and format.group % 16:"),
     ),
     *python("ops/int8.py", "static_int8")(
         ("_quantize(rows, None, x_scale.expand(rows.shape[0]).contiguous())", "_quantize(rows, None, None)"),
