@@ -13,8 +13,8 @@ import itertools
 
 import numpy as np
 
-# What points of the second stage are multiplied by: 1 / 3.45 and 1 / 2.04 of QuIP#, rounded so that sums of two points are
-# exact in 11 bits.
+# What points of the second stage are multiplied by: 1 / 3.45 and 1 / 2.04 of QuIP#, rounded so that sums of two points
+# are exact in 11 bits.
 SECOND_STAGE = {32: 37 / 128, 24: 63 / 128}
 
 

@@ -15,6 +15,7 @@ from lowbit.layouts.operands import (
     to_operands,
 )
 from lowbit.layouts.registry import LAYOUTS, find, fitting
+from lowbit.layouts.rows import ROWS
 
 __all__ = [
     "CANONICAL",
@@ -22,6 +23,7 @@ __all__ = [
     "LAYOUTS",
     "M16",
     "N16",
+    "ROWS",
     "KernelWeight",
     "Layout",
     "Operands",
