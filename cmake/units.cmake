@@ -49,6 +49,7 @@ lowbit_family(xnor cpu/activations/xnor KernelTable "table_of(kXnorKernels)" sca
 lowbit_family(embedding cpu/weights/embedding EmbedRows embed_rows scalar)
 lowbit_family(quantize cpu/activations/quantize_ops QuantizeOps kQuantizeOps scalar avx2 avx512)
 lowbit_family(outliers cpu/sparse/outliers OutlierKernel kOutlierKernel scalar avx2 avx512)
+lowbit_family(structured cpu/structured/structured StructuredKernel kStructuredKernel scalar avx2 avx512)
 lowbit_family(trellis cpu/structured/trellis TrellisKernel kTrellisKernel scalar avx2 avx512)
 lowbit_family(fp8 cpu/fp8/fp8_quantize Fp8Ops kFp8Ops scalar avx2 avx512)
 lowbit_family(fp8_matmul cpu/fp8/fp8_matmul_f32 Fp8MatmulKernel "fp8_matmul_kernel<Fp8F32Family>()" scalar avx512)

@@ -73,6 +73,51 @@ def search_scales(
     ratios: NDArray[np.float32],
     threads: int = 1,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]: ...
+
+class StructuredWeight:
+    def __init__(
+        self,
+        *,
+        codec: int,
+        bits: int,
+        dim: int,
+        n: int,
+        k: int,
+        row_bytes: int,
+        codes: int,
+        table: int,
+        signs: int,
+        second: float,
+        scales: int,
+        scale_dtype: int,
+        group: int,
+    ) -> None: ...
+
+def structured_rows(
+    weight: StructuredWeight,
+    *,
+    rows: int,
+    count: int,
+    out: int,
+    out_dtype: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def structured_linear(
+    weight: StructuredWeight,
+    *,
+    x: int,
+    x_dtype: int,
+    m: int,
+    x_stride: int,
+    bias: int,
+    bias_dtype: int,
+    out: int,
+    out_dtype: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def structured_isa() -> str: ...
 def encode_trellis(
     numbers: NDArray[np.float32],
     values: NDArray[np.float32],

@@ -8,12 +8,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from guarded import Guard
 from torch import nn
 
 import lowbit
 from lowbit import packing, reference
+from lowbit.backends.cpu import structured
 from lowbit.formats import Format, parse
-from lowbit.methods.lattice import nearest
 from lowbit.ops.weights import embedding
 from lowbit.weights.quantized import QuantTensor, tensor_specs
 
@@ -122,7 +123,7 @@ def test_identity_returns_the_weight_bit_for_bit(name):
 def test_gradients_are_those_of_the_dense_weight(name):
     qt = random_structured(name, 6, 43)
     w = lowbit.ops.terms.matrix(qt)
-    leaves = {"scales": w.scales.float(), **({} if w.table is None else {"table": w.table})}
+    leaves = {"scales": w.scales.float(), **({"table": w.table} if qt.format.fitted else {})}
     leaves = {key: t.clone().requires_grad_() for key, t in leaves.items()}
     x = torch.randn(5, 43, requires_grad=True)
     y = lowbit.linear(x, w._replace(**leaves))
@@ -221,8 +222,48 @@ def test_ops_of_single_codes_refuse_vectors():
         lowbit.linear(torch.ones(1, 16), w._replace(layout="n16"))
 
 
+@pytest.mark.parametrize("isa", ["scalar", "avx2", ""])
+@BY_NAME
+def test_kernels_of_every_instruction_set(name, isa):
+    for n, k in ((19, 75), (3, 600), (2, 5), (20, 256)):
+        qt = random_structured(name, n, k).without_outliers
+        w, exact = lowbit.ops.terms.matrix(qt), reference.dequantize(qt)
+        assert w.layout == "rows"
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert torch.equal(structured.decode(None, w, dtype, isa), exact.to(dtype))
+        indices = torch.tensor([n - 1, 0, n - 1])
+        assert torch.equal(structured.decode(indices, w, torch.float32, isa), exact[indices])
+        for m in range(1, 9):
+            x = torch.randn(m, k)
+            y = structured.few_rows(x, w, None, torch.float32, isa).double()
+            wanted = F.linear(x.double(), exact.double())
+            size = F.linear(x.double().abs(), exact.double().abs())
+            assert bool(((y - wanted).abs() <= 2 * (k + 2) * 2**-24 * size + 1e-30).all())
+
+
+def test_nothing_is_read_beyond_a_row():
+    """The last row ends where a page ends that is followed by one that nobody may read."""
+    guard = Guard()
+    for name in ("e8p", "e8p_rvq3", "trellis2", "trellis3", "trellis4", "vq9_d4", "vq5_d2"):
+        for k in (5, 8, 75, 256, 300):
+            qt = random_structured(name, 3, k)
+            w = lowbit.ops.terms.matrix(qt)
+            near_end = guard.all(w)
+            assert torch.equal(structured.decode(None, near_end, torch.float32), qt.dequantize())
+            x = guard.tensor(torch.randn(2, k))
+            assert torch.equal(lowbit.linear(x, near_end), lowbit.linear(x, w))
+
+
+def test_infinity_and_nan_reach_what_depends_on_them():
+    qt = random_structured("e8p", 5, 75)
+    for bad in (float("inf"), float("nan")):
+        x = torch.ones(2, 75)
+        x[1, 74] = bad
+        y = lowbit.linear(x, qt)
+        assert bool(y[0].isfinite().all()) and not bool(y[1].isfinite().any())
+
+
 def test_explain_says_what_runs():
-    assert (
-        lowbit.explain(torch.ones(1, 75), random_structured("e8p", 20, 75)).selected == "reference"
-    )
-    assert nearest(torch.zeros(1, 8), 16).shape == (1,)
+    qt = random_structured("e8p", 20, 75)
+    assert lowbit.explain(torch.ones(8, 75), qt).selected.startswith("gemv_e8p_rows_")
+    assert lowbit.explain(torch.ones(9, 75), qt).selected.startswith("panel_e8p_rows_")

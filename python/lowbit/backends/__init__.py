@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 
 from lowbit.backends.base import Backend
-from lowbit.backends.cpu import CPU
+from lowbit.backends.cpu import CPU, STRUCTURED
 from lowbit.backends.cuda import CUDA
 from lowbit.backends.pytorch import PYTORCH
 from lowbit.backends.triton import TRITON
-from lowbit.layouts import CANONICAL, K16, M16, N16
+from lowbit.layouts import CANONICAL, K16, M16, N16, ROWS
 
 _BACKENDS: dict[tuple[str, str], Backend] = {
     ("cpu", N16): CPU,
+    ("cpu", ROWS): STRUCTURED,
     ("cpu", CANONICAL): PYTORCH,
     ("cpu", K16): TRITON,  # under Triton's interpreter
     ("cuda", K16): TRITON,

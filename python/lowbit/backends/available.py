@@ -10,7 +10,7 @@ import os
 import torch
 
 from lowbit.formats import Format
-from lowbit.layouts import CANONICAL, K16, LAYOUTS, M16, N16, KernelWeight, to_kernel
+from lowbit.layouts import CANONICAL, K16, LAYOUTS, M16, N16, ROWS, KernelWeight, to_kernel
 from lowbit.weights.quantized import QuantTensor
 
 _logger = logging.getLogger("lowbit")
@@ -41,7 +41,7 @@ def has_triton() -> bool:
 def kernel_layout(device: torch.device, format: Format) -> str:
     """The layout that the kernels of a device read for a format."""
     if device.type == "cpu":
-        return N16 if _n16.fits(format) else CANONICAL
+        return N16 if _n16.fits(format) else ROWS
     if device.type != "cuda" or not LAYOUTS[K16].fits(format):
         return CANONICAL
     if cuda_obstacle() is None and _m16.fits(format):

@@ -19,6 +19,7 @@ from lowbit.layouts.operands import (
     to_operands,
 )
 from lowbit.layouts.registry import LAYOUTS, find, fitting
+from lowbit.layouts.rows import ROWS
 
 __all__ = [
     "CANONICAL",
@@ -26,6 +27,7 @@ __all__ = [
     "LAYOUTS",
     "M16",
     "N16",
+    "ROWS",
     "Added",
     "KernelWeight",
     "Layout",

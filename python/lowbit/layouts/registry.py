@@ -8,9 +8,11 @@ from lowbit.layouts.canonical import CanonicalLayout
 from lowbit.layouts.k16 import K16Layout
 from lowbit.layouts.m16 import M16Layout
 from lowbit.layouts.n16 import N16Layout
+from lowbit.layouts.rows import RowsLayout
 
 LAYOUTS: dict[str, Layout] = {
-    each.name: each for each in (CanonicalLayout(), N16Layout(), K16Layout(), M16Layout())
+    each.name: each
+    for each in (CanonicalLayout(), N16Layout(), K16Layout(), M16Layout(), RowsLayout())
 }
 
 

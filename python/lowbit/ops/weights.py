@@ -20,12 +20,17 @@ from lowbit.weights.quantized import QuantTensor
 def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight, (N, K): computed in fp32 and rounded once to `dtype` (fp32, bf16 or fp16).
 
-    A QuantTensor is read in its canonical layout, unless it has a copy in the kernel's layout already.
+    A QuantTensor is read in its canonical layout, unless it has a copy in the kernel's layout already, or needs none:
+    that of structured formats on the CPU is the canonical one.
     """
-    if isinstance(weight, QuantTensor) and weight._packed is None:
+    if isinstance(weight, QuantTensor) and weight._packed is None and not _same(weight):
         weight = layouts.to_kernel(weight, layouts.CANONICAL)
     w, others = terms(weight)
     return call_dequantize(w, dtype, *others)
+
+
+def _same(weight: QuantTensor) -> bool:
+    return weight.format.structured and weight.device.type == "cpu"
 
 
 @alone_after_fork
