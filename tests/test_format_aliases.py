@@ -78,5 +78,7 @@ def test_wrong_methods_and_options():
         ValueError, match="method 'gptq' takes no act_ordr; did you mean 'act_order'"
     ):
         lowbit.quantize(weight, "int4", "gptq", act_ordr=True)
-    with pytest.raises(ValueError, match="method 'twn' takes no bits; it takes threshold, granularity"):
+    with pytest.raises(
+        ValueError, match="method 'twn' takes no bits; it takes threshold, granularity"
+    ):
         lowbit.quantize(weight, "ternary", "twn", bits=2)
