@@ -240,7 +240,7 @@ def mark(model: nn.Module, *, in_config: bool = False) -> None:
     marked: Any = model
     config = LowbitConfig()
     marked.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
+    marked.is_quantized, marked.quantization_method = True, METHOD
     if in_config:
-        marked.is_quantized, marked.quantization_method = True, METHOD
         marked.config.quantization_config = config
         marked.config.dtype = marked.config.dtype or marked.dtype
