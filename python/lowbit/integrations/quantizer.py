@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.formats import Format, as_format
+from lowbit.nn.base import PackedModule
 from lowbit.nn.names import (
     DEFAULT_SKIP,
     Rule,
@@ -243,4 +244,12 @@ def mark(model: nn.Module, *, in_config: bool = False) -> None:
     marked.is_quantized, marked.quantization_method = True, METHOD
     if in_config:
         marked.config.quantization_config = config
-        marked.config.dtype = marked.config.dtype or marked.dtype
+        marked.config.dtype = marked.config.dtype or _dtype_of(marked)
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """That of what is dense, or, where all is packed, of what a weight stands for."""
+    dense = (p.dtype for p in model.parameters() if p.is_floating_point())
+    packed = (m.dtype for m in model.modules() if isinstance(m, PackedModule))
+    found: torch.dtype = next(dense, None) or next(packed)
+    return found
