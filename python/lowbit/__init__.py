@@ -99,6 +99,10 @@ def _add_adapters(lora: Any) -> None:
     importlib.import_module("lowbit.integrations.adapters")
 
 
+def _add_ia3(ia3: Any) -> None:
+    importlib.import_module("lowbit.integrations.adapters_ia3")
+
+
 def _keep_experts(conversion: Any) -> None:
     adapters = importlib.import_module("lowbit.integrations.adapters")
     if hasattr(conversion, "_convert_peft_config_moe"):
@@ -114,6 +118,7 @@ if "torch" in sys.modules:
     importing.when_imported("transformers.integrations.moe", _add_experts)
     importing.when_imported("transformers.quantizers.auto", _register)
     importing.when_imported("peft.tuners.lora", _add_adapters)
+    importing.when_imported("peft.tuners.ia3", _add_ia3)
     importing.when_imported("peft.utils.transformers_weight_conversion", _keep_experts)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from dense_weights import weight_of  # noqa: E402
 from test_cli import fail, run, run_json  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
@@ -75,20 +76,6 @@ def output(model: nn.Module, kind: str) -> torch.Tensor:
             pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
             return model(pixel_values=pixels)[0]
         return model(torch.arange(18).view(2, 9))[0]
-
-
-def weight_of(model: nn.Module, name: str) -> torch.Tensor:
-    """The weight (N, K) that the layer `name` of the quantized model stands for in a dense one, a view."""
-    path, _, last = name.rpartition(".")
-    if last.isdigit() and isinstance(fused := getattr(*place(model, path), None), nn.Parameter):
-        return fused[int(last)]
-    module = model.get_submodule(name)
-    return module.weight.t() if isinstance(module, Conv1D) else module.weight
-
-
-def place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    parent, _, key = path.rpartition(".")
-    return model.get_submodule(parent), key
 
 
 def dequantized(model: nn.Module, loaded: nn.Module) -> nn.Module:

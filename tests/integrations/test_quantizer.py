@@ -19,7 +19,8 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+from dense_weights import weight_of  # noqa: E402
 
 import lowbit  # noqa: E402
 from lowbit.nn import QuantEmbedding, QuantLinear  # noqa: E402
@@ -125,6 +126,14 @@ def test_on_load_and_back(tmp_path: Path, name: str):
         assert_same(lowbit.load_model(folder), model)
         again.save_pretrained(tmp_path / "again")
         assert_same(load(name, tmp_path / "again", device_map="cpu"), model)
+
+
+def test_layers_of_more_than_256_features(tmp_path: Path):
+    """Equal numbers of that size are not one object in Python."""
+    config = transformers.LlamaConfig(**{**SMALL, "intermediate_size": 300})
+    model = quantized(transformers.LlamaForCausalLM(config).eval(), "int4_g32")
+    model.save_pretrained(tmp_path)
+    assert_same(transformers.LlamaForCausalLM.from_pretrained(tmp_path), model)
 
 
 @every_model
@@ -234,14 +243,7 @@ def test_dequantize(tmp_path: Path, name: str):
         for layer, module in model.named_modules():
             if layer in packed(model):
                 values = module.weight.clone()
-                if ".experts." in layer:
-                    path, _, expert = layer.rpartition(".")
-                    owner = want.get_submodule(path.rpartition(".")[0])
-                    own = owner.get_parameter(path.rpartition(".")[2])
-                    own[int(expert)] = values.t() if owner.is_transposed else values
-                    continue
-                own = want.get_submodule(layer)
-                own.weight.copy_(values.t() if isinstance(own, Conv1D) else values)
+                weight_of(want, layer).copy_(values)
     made = model.dequantize()
     assert made is model
     assert not packed(model)

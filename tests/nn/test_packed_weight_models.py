@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_weights import weight_of
 from torch import nn
 
 import lowbit
@@ -77,7 +78,7 @@ def quantized(model: nn.Module, format: Any = "int8", **options: Any) -> nn.Modu
     assert made
     with torch.no_grad():
         for name, weight in made.items():
-            dense.get_submodule(name).weight.copy_(weight)
+            weight_of(dense, name).copy_(weight)
     return dense
 
 

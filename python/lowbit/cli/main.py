@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import math
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from lowbit.cli.export import export
+from lowbit.cli.method_help import MethodHelp
 from lowbit.formats import Format, all_formats, parse
 from lowbit.text import as_json, one_line, printable
 
@@ -105,13 +107,15 @@ def _print(table: Table) -> None:
 def formats() -> None:
     """Lists the built-in formats."""
     numbers = ("bits", "group", "bits/weight")
+    # What a weight takes is known to code that needs torch.
+    sizes = importlib.util.find_spec("torch") is not None
     columns = ("name", "codec", "bits", "group", "scale", "zero", "table", "bits/weight")
-    table = _table(None, columns, numbers)
+    table = _table(None, columns if sizes else columns[:-1], numbers)
     for f in all_formats().values():
         group = "row" if f.group is None else str(f.group)
         values = f"fitted per {f.table_scope}" if f.fitted else "fixed" if f.table else "-"
         cells = (f.name, f.codec, str(f.bits), group, f.scale or "-", f.zero or "-", values)
-        _row(table, *cells, f"{bits_per_weight(f):.3f}")
+        _row(table, *cells, *([f"{bits_per_weight(f):.3f}"] if sizes else []))
     _print(table)
 
 
@@ -122,7 +126,7 @@ def bits_per_weight(format: Format, n: int = _REFERENCE_K, k: int = _REFERENCE_K
     return 8 * stored_bytes(format, n, k) / (n * k)
 
 
-@app.command()
+@app.command(cls=MethodHelp)
 def quantize(
     source: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder with some; for "
                                                 "--calibrate a folder of transformers.")],
@@ -149,7 +153,8 @@ def quantize(
                                     "smoothquant.")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE for the method. May be repeated.")
+        list[str] | None, typer.Option(help="KEY=VALUE for the method, as --method NAME --help lists them. May be "
+                                            "repeated.")
     ] = None,
     skip: Annotated[
         list[str] | None,

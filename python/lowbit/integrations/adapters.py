@@ -1,4 +1,4 @@
-"""Adapters of PEFT on packed linears: LoRA and "all-linear".
+"""Adapters of PEFT on packed linears: LoRA, DoRA and "all-linear".
 
 PEFT has no registry, so `import lowbit` adds these to its LoRA when that is imported; nothing is to be registered, and
 an adapter loads as one of a dense model.
@@ -16,17 +16,22 @@ from lowbit.integrations.dense import dense_of
 from lowbit.nn import QuantExperts, QuantLinear
 
 
-class QuantLoraLinear(layer.Linear):  # type: ignore[misc]
-    """LoRA on a `QuantLinear`; only the adapter is trained.
+class MergesDense:
+    """What layers of PEFT on a `QuantLinear` share.
 
     Merging makes the layer dense, which holds the sum exactly; `lowbit.quantize_model` packs it
     again. Unmerging gives the packed layer back, bit for bit.
     """
 
+    get_base_layer: Any
+
+    def _as_layer(self) -> Any:
+        return self
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to a dense copy of the weight, which takes the place of the packed layer."""
-        base: Any = self.get_base_layer()
-        if tuners_utils.check_adapters_to_merge(self, adapter_names) and isinstance(
+        this, base = self._as_layer(), self.get_base_layer()
+        if tuners_utils.check_adapters_to_merge(this, adapter_names) and isinstance(
             base, QuantLinear
         ):
             self._packed = (base,)  # a tuple: no child
@@ -35,13 +40,17 @@ class QuantLoraLinear(layer.Linear):  # type: ignore[misc]
             if dense.bias is not None:
                 dense.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
             self.base_layer = dense
-        super().merge(safe_merge, adapter_names)
+        super().merge(safe_merge, adapter_names)  # type: ignore[misc]
 
     def unmerge(self) -> None:
         """Puts the packed layer back."""
-        super().unmerge()
+        super().unmerge()  # type: ignore[misc]
         if packed := self.__dict__.pop("_packed", None):
             (self.base_layer,) = packed
+
+
+class QuantLoraLinear(MergesDense, layer.Linear):  # type: ignore[misc]
+    """LoRA, or DoRA, on a `QuantLinear`; only the adapter is trained."""
 
 
 def _dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:

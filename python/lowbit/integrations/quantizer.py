@@ -21,7 +21,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.formats import Format, as_format
-from lowbit.nn.names import DEFAULT_SKIP, Rule, Rules, Selection, as_rule, compile_patterns
+from lowbit.nn.base import PackedModule
+from lowbit.nn.names import (
+    DEFAULT_SKIP,
+    Rule,
+    Rules,
+    Selection,
+    as_rule,
+    compile_patterns,
+    rules_of,
+    skip_of,
+)
 
 if TYPE_CHECKING:
     from lowbit.integrations.quantizing import Job
@@ -40,6 +50,7 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         method, options: as in `lowbit.quantize_model`; no calibration.
         skip: patterns of modules to leave as they are; by default the head, "lm_head".
         modules_to_not_convert: the name that other methods of transformers have for `skip`.
+        bits, group_size: as in `lowbit.quantize_model`; what is kept is the format that they stand for.
 
     Raises:
         TypeError: an argument is unknown, or of another type.
@@ -60,19 +71,22 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         options: Mapping[str, Any] | None = None,
         skip: Iterable[str] | None = None,
         modules_to_not_convert: Iterable[str] | None = None,
+        bits: int | None = None,
+        group_size: int | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
         if quant_method != METHOD:
             raise ValueError(f"quant_method must be {METHOD!r}, got {quant_method!r:.100}")
         if unknown:
-            known = "format, method, options, skip and modules_to_not_convert"
+            known = "format, method, options, skip, modules_to_not_convert, bits and group_size"
             raise TypeError(
                 f"LowbitConfig takes {known}, got {', '.join(sorted(unknown))} (in a config.json: of a newer version?)"
             )
-        if skip is not None and modules_to_not_convert is not None:
-            raise ValueError("give skip or modules_to_not_convert, which is the same, not both")
-        skip = modules_to_not_convert if skip is None else skip
+        if skip is not None or modules_to_not_convert is not None:
+            skip = skip_of(skip, modules_to_not_convert)
+        if bits is not None or group_size is not None:
+            format = rules_of(format, bits, group_size)
         self.quant_method: Any = METHOD
         self.format = None if format is None else _as_json(format)
         self.method = method
@@ -227,7 +241,15 @@ def mark(model: nn.Module, *, in_config: bool = False) -> None:
     marked: Any = model
     config = LowbitConfig()
     marked.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
+    marked.is_quantized, marked.quantization_method = True, METHOD
     if in_config:
-        marked.is_quantized, marked.quantization_method = True, METHOD
         marked.config.quantization_config = config
-        marked.config.dtype = marked.config.dtype or marked.dtype
+        marked.config.dtype = marked.config.dtype or _dtype_of(marked)
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """That of what is dense, or, where all is packed, of what a weight stands for."""
+    dense = (p.dtype for p in model.parameters() if p.is_floating_point())
+    packed = (m.dtype for m in model.modules() if isinstance(m, PackedModule))
+    found: torch.dtype = next(dense, None) or next(packed)
+    return found

@@ -29,3 +29,14 @@ def norms(weight: Tensor, qt: QuantTensor) -> tuple[float, float]:
         norm += float(w.double().square().sum())
         largest = max(largest, float(error.abs().max()))
     return math.sqrt(square / norm) if norm else math.inf if square else 0.0, largest
+
+
+def output_norm(weight: Tensor, qt: QuantTensor, hessian: Tensor) -> float:
+    """||X (W - W^)^T|| / ||X W^T|| of inputs X with X^T X = `hessian` (K, K), up to a factor."""
+    h = hessian.to(weight.device, torch.float64)
+    error = norm = 0.0
+    for w, e in errors(weight, qt):
+        dense = w.double()
+        error += float(((e @ h) * e).sum())
+        norm += float(((dense @ h) * dense).sum())
+    return math.sqrt(max(error, 0.0) / norm) if norm > 0 else math.inf if error > 0 else 0.0

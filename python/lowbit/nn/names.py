@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lowbit.formats import Format, as_format
+from lowbit.formats import FORMATS, Format, as_format
 from lowbit.text import printable
 
 # The parser of `re`, whose tree tells in how many ways a pattern can match.
@@ -108,6 +108,62 @@ class Selection:
         every = list(names)
         for where, patterns in self._patterns.items():
             warn_unmatched(where, patterns, every, stacklevel + 1)
+
+
+def rules_of(format: Rules | None, bits: int | None = None, group_size: int | None = None) -> Rules:
+    """The rules that are given as a format, or as other libraries take them: as bits of integers and a group.
+
+    Args:
+        format: as of `Selection`; None with `bits`.
+        bits: 2, 3, 4, 5, 6 or 8, of symmetric integers.
+        group_size: weights that share a scale, in place of those of the format; -1 for a row.
+
+    Raises:
+        TypeError, ValueError: both or none of `format` and `bits` are given, a number is out of range, or there is a
+            `group_size` and a recipe.
+    """
+    if (format is None) == (bits is None):
+        raise ValueError(
+            f"give a format, as 'nf4', or bits: got {'neither' if format is None else 'both'}"
+        )
+    if bits is not None:
+        known = [f.bits for name, f in FORMATS.items() if name == f"int{f.bits}"]
+        if isinstance(bits, bool) or bits not in known:
+            raise ValueError(f"bits must be one of {known}, got {bits!r}")
+        format = f"int{bits}"
+    if group_size is None:
+        return format  # type: ignore[return-value]
+    if isinstance(format, Mapping):
+        raise ValueError(
+            "group_size is for one format: in a recipe each has its own, as 'int4_g64'"
+        )
+    if (
+        isinstance(group_size, bool)
+        or not isinstance(group_size, int)
+        or group_size < -1
+        or not group_size
+    ):
+        raise ValueError(
+            f"group_size must be a positive integer, or -1 for a row, got {group_size!r}"
+        )
+    found = as_format(format)  # type: ignore[arg-type]
+    base = re.sub(r"_(?:g\d+|row)(?=_|$)", "", found.name)
+    group, suffix = (None, "row") if group_size == -1 else (group_size, f"g{group_size}")
+    return replace(found, name=f"{base}_{suffix}", group=group)
+
+
+def skip_of(
+    skip: Iterable[str] | None, modules_to_not_convert: Iterable[str] | None
+) -> Iterable[str]:
+    """What is skipped, by either name of the argument; by default the head.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if skip is not None and modules_to_not_convert is not None:
+        raise ValueError("give skip or modules_to_not_convert, which is the same, not both")
+    given = modules_to_not_convert if skip is None else skip
+    return DEFAULT_SKIP if given is None else given
 
 
 def as_rule(rule: Rule | Format | str | None) -> Rule:

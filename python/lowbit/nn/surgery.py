@@ -172,8 +172,13 @@ def _has_other(module: nn.Module, key: str, value: object) -> bool:
     """Whether a module has something else than `value` under a name, set or by its class."""
     for members in (vars(module), *(getattr(module, group) for group in _MEMBERS)):
         if key in members:
-            return members[key] is not value
+            return not _same(members[key], value)
     return hasattr(type(module), key)
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether two values are one object, or plain and equal: Python makes a large number anew."""
+    return a is b or (type(a) is type(b) and isinstance(a, (int, float, str)) and a == b)
 
 
 def _constants(module: nn.Module) -> set[str]:

@@ -23,7 +23,7 @@ from lowbit.methods.registry import calibrates, check_options, default_method, k
 from lowbit.nn import PackedModule, QuantLinear
 from lowbit.nn import fuse as fuse_siblings
 from lowbit.nn.embedding import packed_embedding
-from lowbit.nn.names import DEFAULT_SKIP, Rule, Rules, Selection, listed
+from lowbit.nn.names import Rule, Rules, Selection, listed, rules_of, skip_of
 from lowbit.nn.stand_ins import stand_ins
 from lowbit.ptq.calibration import (
     InputStatistics,
@@ -54,9 +54,9 @@ from lowbit.weights.quantized import QuantTensor
 
 def quantize_model(
     model: nn.Module,
-    format: Rules,
+    format: Rules | None = None,
     *,
-    skip: Iterable[str] = DEFAULT_SKIP,
+    skip: Iterable[str] | None = None,
     method: str | None = None,
     progress: bool = True,
     fuse: bool = False,
@@ -67,6 +67,9 @@ def quantize_model(
     importance: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
     on_layer: Callable[[str, Tensor, QuantTensor], object] | None = None,
     atomic: bool = True,
+    bits: int | None = None,
+    group_size: int | None = None,
+    modules_to_not_convert: Iterable[str] | None = None,
 ) -> Report:
     """Quantizes a model in place.
 
@@ -80,13 +83,14 @@ def quantize_model(
     in the report has a note, and there is one warning.
 
     Args:
-        model: any module. Its `nn.Linear` layers become `lowbit.nn.QuantLinear`; everything else
-            stays, but for an `nn.Embedding` that a recipe names.
+        model: any module. Its `nn.Linear` layers become `lowbit.nn.QuantLinear`, and so do GPT-2's Conv1D, Falcon's
+            linears and each of the fused experts of transformers, which are layers of a `lowbit.nn.QuantExperts`
+            then; everything else stays, but for an `nn.Embedding` that a recipe names.
         format: a Format or its name for every linear, or a recipe {pattern: format, `Rule` or
             None}, as a `Recipe` or `allocate` makes it: the first pattern that matches the module's
             name counts, and no match means None, "leave it". How a pattern matches:
             `lowbit.ptq.Selection`.
-        skip: patterns of modules to leave as they are.
+        skip: patterns of modules to leave as they are, by default the head, "lm_head".
         method: as in `lowbit.quantize`, for every layer whose rule has none; or "awq" (option
             `grid`) or "smoothquant" (`alpha`), which need calibration: scales are folded into the
             layers before, where the model stays the same function, and the weights then quantized
@@ -119,6 +123,9 @@ def quantize_model(
             weight that is quantized.
         atomic: whether the model is put back if something raises. If not, the layers before are
             quantized then; a note of the error says up to which.
+        bits, group_size: integers of so many bits instead of a format, and the weights that share a scale (-1: a
+            row) in place of those of the format: `lowbit.nn.names.rules_of`.
+        modules_to_not_convert: the name that transformers has for `skip`.
 
     Returns:
         Bytes and error per layer, and the reason for every parameter of two or more dimensions that
@@ -138,7 +145,7 @@ def quantize_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    selection = Selection(format, skip)
+    selection = Selection(rules_of(format, bits, group_size), skip_of(skip, modules_to_not_convert))
     report = Report()
     with stand_ins(model):
         plan = {
@@ -267,6 +274,14 @@ class Method:
 
     rule: Rule
     inputs: Inputs | None
+
+    @property
+    def hessian(self) -> Tensor | None:
+        """The second moment of the inputs up to a factor, if the method has asked for it."""
+        method = self.rule.method
+        if self.inputs is None or method is None or "hessian" not in keywords(method):
+            return None
+        return self.inputs.relative_hessian
 
     def __call__(self, dense: nn.Module | None, weight: Tensor) -> QuantTensor:
         """Quantizes the weight of `dense`; an embedding has no inputs, whatever the method."""
@@ -432,7 +447,7 @@ def _make(
     dense: Any = model.get_submodule(name)
     weight = dense.weight.detach()
     qt = first[1].quant_tensor() if first else method(dense, weight)
-    row = measure(name, weight, qt)
+    row = measure(name, weight, qt, None if first else method.hessian)
     if on_layer is not None and not first:
         on_layer(name, weight, qt)
     made: PackedModule

@@ -7,12 +7,13 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from lowbit.methods.errors import norms
+from lowbit.methods.errors import norms, output_norm
 from lowbit.nn.names import listed
-from lowbit.text import printable
+from lowbit.text import html_table, printable
 from lowbit.weights.quantized import QuantTensor
 
 # A larger share of the weights that stays dense unasked is worth a warning.
@@ -28,6 +29,8 @@ class LayerReport:
         max_error: the largest |W - W^|.
         tied_to: the layer whose bytes it shares, and which alone counts in totals.
         note: what was done otherwise than asked for, and why.
+        output_error: ||X (W - W^)^T|| / ||X W^T|| for the calibration's inputs X, where their second moment is known
+            (methods that take a Hessian).
     """
 
     name: str
@@ -39,6 +42,7 @@ class LayerReport:
     max_error: float
     tied_to: str | None = None
     note: str | None = None
+    output_error: float | None = None
 
 
 @dataclass
@@ -144,7 +148,24 @@ class Report:
             "relative_error": self.relative_error,
         }
 
-    def __str__(self) -> str:
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame with a row for every layer, and the fields of `LayerReport` as columns.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise ImportError(
+                "to_pandas needs pandas, which is not installed: pip install pandas"
+            ) from None
+        fields = [field.name for field in dataclasses.fields(LayerReport)]
+        return pandas.DataFrame([dataclasses.asdict(row) for row in self.layers], columns=fields)
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """The table: a head, a row for every layer, and totals."""
+        outputs = any(row.output_error is not None for row in self.layers)
         head = ("layer", "format", "shape", "bytes", "dense", "rel. error", "max error")
         rows = [
             (
@@ -160,7 +181,23 @@ class Report:
         ]
         total = f"{len(self.layers)} layers, {self.bits_per_weight:.3f} bits/weight"
         sizes = (f"{self.nbytes:,}", f"{self.dense_nbytes:,}", f"{self.relative_error:.3g}")
-        lines = text_table([head, *rows, (total, "", "", *sizes, "")], left=3).splitlines()
+        made: list[tuple[str, ...]] = [head, *rows, (total, "", "", *sizes, "")]
+        if not outputs:
+            return made
+        errors = ["" if r.output_error is None else f"{r.output_error:.3g}" for r in self.layers]
+        last = ["output error", *errors, ""]
+        return [(*cells, error) for cells, error in zip(made, last, strict=True)]
+
+    def _repr_html_(self) -> str:
+        """In a notebook."""
+        head, *rows = self._cells()
+        return html_table(head, rows, " | ".join(self._remarks()) or "report")
+
+    def __str__(self) -> str:
+        return "\n".join([*text_table(self._cells(), left=3).splitlines(), *self._remarks()])
+
+    def _remarks(self) -> list[str]:
+        lines = []
         if self.packed_share is not None:
             lines.append(f"{self.packed_share:.1%} of the weights in matrices are packed")
         lines += [printable(f"{row.name}: {row.note}") for row in self.layers if row.note]
@@ -168,7 +205,7 @@ class Report:
             printable(f"left dense: {name or 'the model'} ({why})")
             for name, why in self.left.items()
         ]
-        return "\n".join(lines)
+        return lines
 
 
 def text_table(rows: Sequence[Sequence[str]], left: int) -> str:
@@ -186,8 +223,15 @@ def text_table(rows: Sequence[Sequence[str]], left: int) -> str:
     )
 
 
-def measure(name: str, weight: Tensor, qt: QuantTensor) -> LayerReport:
-    """Compares a weight with its quantization, slice by slice."""
+def measure(
+    name: str, weight: Tensor, qt: QuantTensor, hessian: Tensor | None = None
+) -> LayerReport:
+    """Compares a weight with its quantization, slice by slice; with the second moment of its inputs, (K, K) up to a
+    factor, its outputs as well.
+    """
     relative, largest = norms(weight, qt)
     dense = weight.numel() * weight.element_size()
-    return LayerReport(name, qt.format.name, qt.shape, qt.nbytes, dense, relative, largest)
+    output = None if hessian is None else output_norm(weight, qt, hessian)
+    return LayerReport(
+        name, qt.format.name, qt.shape, qt.nbytes, dense, relative, largest, output_error=output
+    )

@@ -6,6 +6,7 @@ that is converted.
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit.formats import Format
+from lowbit.formats import Format, as_format
 from lowbit.nn import QuantConv2d, QuantLinear
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.names import compile_patterns, warn_unmatched
@@ -25,7 +26,9 @@ from lowbit.ptq.plan import READS_WEIGHTS, names_in
 from lowbit.ptq.swap import swapping
 from lowbit.qat.activations import ActivationQuantizer, Int8Activation
 from lowbit.qat.base import STE, WeightQuantizer
-from lowbit.qat.few_levels import BitNet
+from lowbit.qat.few_levels import BWN, TTQ, TWN, BitNet, DoReFa
+from lowbit.qat.learned_step import LSQ
+from lowbit.text import did_you_mean
 
 _SHAPE = ("in_features", "out_features")
 MakeWeight = Callable[[Tensor], WeightQuantizer]
@@ -57,6 +60,40 @@ class Spec:
             return None
         with device:  # a quantizer makes its parameters on the default device
             return self.activation().to(device)
+
+
+# What a name alone stands for; `qat.Spec` says it with other arguments.
+SPECS = {
+    "bitnet": Spec(BitNet, Int8Activation),
+    "bwn": Spec(BWN),
+    "dorefa": Spec(functools.partial(DoReFa, bits=4)),
+    "lsq": Spec(LSQ),
+    "ttq": Spec(TTQ),
+    "twn": Spec(TWN),
+}
+
+
+def as_spec(spec: Spec | str | None) -> Spec | None:
+    """The Spec that a name of `SPECS`, or that of a format, stands for.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if spec is None or isinstance(spec, Spec):
+        return spec
+    if not isinstance(spec, str):
+        raise TypeError(
+            f"recipe must be a qat.Spec, a name or a mapping, got {type(spec).__name__}"
+        )
+    if found := SPECS.get(spec.lower()):
+        return found
+    try:
+        return Spec(as_format(spec))
+    except ValueError as e:
+        hint = did_you_mean(spec.lower(), SPECS)
+        raise ValueError(
+            f"{spec!r} is no quantizer ({', '.join(SPECS)}){hint} and no format: {e}"
+        ) from e
 
 
 class FakeQuantLinear(nn.Module):
@@ -142,7 +179,7 @@ class BitLinear(FakeQuantLinear):
 
 def prepare(
     model: nn.Module,
-    recipe: Spec | Mapping[str, Spec | None],
+    recipe: Spec | str | Mapping[str, Spec | str | None],
     *,
     skip: Iterable[str] = (),
 ) -> list[str]:
@@ -156,7 +193,8 @@ def prepare(
         model: trained or not; subclasses of the two with a forward of their own, and linears whose weight
             torch's attention modules read themselves, are left.
         recipe: one Spec, or patterns with a Spec or None each; the first that matches counts. How
-            a pattern matches: `lowbit.ptq.Selection`.
+            a pattern matches: `lowbit.ptq.Selection`. For a Spec the name of one will do: "lsq" (4 bits),
+            "bitnet", "bwn", "twn", "ttq", "dorefa" (4 bits), or of a format.
         skip: patterns of modules to leave.
 
     Returns:
@@ -172,7 +210,8 @@ def prepare(
         Whatever is raised, the model is as it was before.
     """
     skipping = compile_patterns(skip)
-    rules = recipe if isinstance(recipe, Mapping) else {".*": recipe}
+    given = recipe if isinstance(recipe, Mapping) else {".*": recipe}
+    rules = {pattern: as_spec(spec) for pattern, spec in given.items()}
     chosen = compile_patterns([*rules])
     known = names_in(model)
     warn_unmatched("skip", skipping, known)
