@@ -2,9 +2,24 @@
 `import lowbit` alone does not.
 """
 
-from lowbit.ops import adamw, binary, fp8, fp8_matmul, int8, linear, many, sparse, weights
+from lowbit.ops import (
+    adamw,
+    binary,
+    fp8,
+    fp8_matmul,
+    int8,
+    linear,
+    many,
+    sparse,
+    weights,
+)
 from lowbit.ops.weights import embedding
 
+# isort: split
+# Of ops that are defined above.
+from lowbit.ops import decompositions
+
 __all__ = [
-    "adamw", "binary", "embedding", "fp8", "fp8_matmul", "int8", "linear", "many", "sparse", "weights",
+    "adamw", "binary", "decompositions", "embedding", "fp8", "fp8_matmul", "int8", "linear", "many", "sparse",
+    "weights",
 ]  # fmt: skip
