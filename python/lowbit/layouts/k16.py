@@ -3,10 +3,9 @@
 A chunk is 16 weights of a row. A plane holds p bits of each code, p one of 1, 2, 4, 8: word w of a block holds the
 fields of weights w of 32 / p chunks, the first chunk in the low bits. A plane is [block][row][16 words]: a tile of
 rows is one piece of memory. K is padded to whole blocks with zeros. Codes of 3, 5 and 6 bits take two planes, one after
-the other, low bits first. Scales and zeros are (groups, N), a second level (super-blocks, N) or, of one dimension, as
-in "canonical". Dtypes are those of "canonical", but of integer scales of 4 and 6 bits, and zeros that are such, the N
-are packed as `packing.pack_scales` does. Table: fp32 (2^bits,), padded with zeros, or (N, 2^bits), or
-(N, groups, 2^bits); none for integers.
+the other, low bits first. Dtypes are those of "canonical". Scales and zeros are (groups, N), integers of 4 and 6 bits
+packed along N as `packing.pack_scales` does; a second level (super-blocks, N), or as there. Table: fp32 (2^bits,),
+padded with zeros, or (N, 2^bits), or (N, groups, 2^bits); none for integers.
 """
 
 from __future__ import annotations

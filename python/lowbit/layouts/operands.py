@@ -287,7 +287,7 @@ def from_kernel(w: KernelWeight) -> QuantTensor:
         if t is not None:
             tensors[name] = t if t.dim() == 1 else layout.to_rows(t, n)
     if f.scale == "dq8" and not w.second:
-        tensors["scales2"], tensors["scales2_offset"] = _factors_and_offset(tensors["scales2"])
+        tensors["scales2"], tensors["scales2_offset"] = factors_and_offset(tensors["scales2"])
     if scales is not None and not w.second:
         if layout.keeps_codes(f):
             scales = scales.view(SCALE_DTYPES[f.scale or ""])
@@ -307,7 +307,7 @@ def from_kernel(w: KernelWeight) -> QuantTensor:
     return QuantTensor(f, w.shape, {name: _compact(tensors[name]) for name in specs})
 
 
-def _factors_and_offset(second: Tensor) -> tuple[Tensor, Tensor]:
+def factors_and_offset(second: Tensor) -> tuple[Tensor, Tensor]:
     """The two parts of the second level of "dq8"."""
     return second[:-1], second[-1]
 
@@ -359,7 +359,7 @@ def group_terms(op: Operands, rows: Tensor | None = None) -> tuple[Tensor | None
         zeros = layout.unpack_zeros(zeros, f, op.n) if rows is None else zeros[rows]
     if scales is not None:
         if f.scale == "dq8" and scales2 is not None:
-            of_weight = _factors_and_offset(scales2)
+            of_weight = factors_and_offset(scales2)
             scales = reference.of_double_quantization(scales, *of_weight, rows)
         else:
             if layout.keeps_codes(f):

@@ -50,6 +50,10 @@ def _group_terms(w: Operands) -> tuple[Tensor | None, Tensor | None]:  # (N, gro
     def finished(t: Tensor | None, second: Tensor | None) -> Tensor | None:
         if t is None:
             return None
+        if f.scale == "dq8" and second is not None:
+            rows = torch.arange(w.n, dtype=torch.int64, device=t.device)
+            codes, of_weight = layout.to_rows(t, w.n), layouts.factors_and_offset(second)
+            return reference.of_double_quantization(codes, *of_weight, rows)
         known = layout.integers_by_division(t, f) if f.integer_scales else _floats(t, f)
         rows = layout.to_rows(known, w.n)
         if second is None:
