@@ -37,7 +37,7 @@ LAYERS = (
     ("binary", "explanation", "int8", "methods", "optim"),
     ("fp8",),
     ("nn",),
-    ("decoder", "io"),
+    ("decoder", "integer", "io"),
     ("ptq",),
     ("qat", "integrations"),
     ("export",),
