@@ -39,7 +39,7 @@ LAYERS = (
     ("binary", "explanation", "int8", "methods", "optim"),
     ("fp8",),
     ("nn",),
-    ("decoder", "io"),
+    ("decoder", "integer", "io"),
     ("ptq",),
     ("qat", "integrations"),
     ("export",),

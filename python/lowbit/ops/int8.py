@@ -179,13 +179,26 @@ def requantize(
     for name, number in (("zero_point", zero_point), ("low", low)):
         if not -128 <= number <= 127:
             raise ValueError(f"{name} must be -128 to 127, got {number}")
+    return (rescale(acc, multiplier, shift) + zero_point).clamp(low, 127).to(torch.int8)
+
+
+def rescale(acc: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
+    """acc * multiplier / 2^31 / 2^shift as `requantize` rounds it, before the zero point, of numbers that are checked.
+
+    Args:
+        acc: of any integer dtype, with values of int32.
+        multiplier, shift: from `dyadic`, of shapes that go with that of acc.
+
+    Returns:
+        int64, with values of int32.
+    """
     bounds = torch.iinfo(torch.int32)
     by = shift.long()
     left = (acc.long() << (-by).clamp(min=0)).clamp(bounds.min, bounds.max)
     product = (left * multiplier + 2**30) >> 31
     right = by.clamp(min=0)
     nudge = torch.where(right > 0, (1 << right >> 1) - (product < 0).long(), 0)
-    return (((product + nudge) >> right) + zero_point).clamp(low, 127).to(torch.int8)
+    return (product + nudge) >> right
 
 
 def _static_scale(scale: float | Tensor, x: Tensor) -> Tensor:

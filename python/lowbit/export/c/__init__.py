@@ -1,0 +1,3 @@
+"""Networks of integers as C for microcontrollers: `project.export_c` writes a folder of C99 that computes them."""
+
+from __future__ import annotations
