@@ -50,6 +50,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # `formats`, numpy anywhere.
 RESTRICTED = {
     "accelerate": {"integrations", "nn"},
+    "constriction": {"io"},
     "gguf": {"export", "integrations", "io"},
     "matplotlib": {"ptq"},
     "rich": {"cli", "ptq"},
