@@ -64,6 +64,19 @@ class Layout:
         """Inverse of `pack`."""
         raise NotImplementedError
 
+    def unpack_by_division(self, codes: Tensor, format: Format, n: int, k: int) -> Tensor:
+        """`unpack`, a code an element, by arithmetic that exporters of graphs know."""
+        raise self._unknown_to_exporters()
+
+    def integers_by_division(self, scales: Tensor, format: Format) -> Tensor:
+        """Integer scales as numbers by such arithmetic, in the order in which they lie."""
+        raise self._unknown_to_exporters()
+
+    def _unknown_to_exporters(self) -> NotImplementedError:
+        return NotImplementedError(
+            f"weights of layout {self.name!r} are not exported: move the model to the CPU first"
+        )
+
     def from_rows(self, values: Tensor) -> Tensor:
         """Scales or float zeros (N, groups), or their second level, as they lie here. Differentiable."""
         return values

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lowbit import late, packing
-from lowbit.formats import Format
+from lowbit.formats import INTEGER_SCALES, Format
 from lowbit.layouts.base import Specs
 from lowbit.layouts.lanes import LanesLayout
 
 N16 = "n16"
+_LANES = 16  # csrc/core/n16.h kUnitLanes
 BLOCK_N = 64  # csrc/core/n16.h kBlockN
 CHUNK_K = 32  # csrc/core/n16.h kChunkK
 _PACKED_BITS = {"uint4": 4, "uint6": 6, "int6": 6}
@@ -72,3 +73,46 @@ class N16Layout(LanesLayout):
         threads = torch.get_num_threads()
         made = late.unprepack(codes.numpy(), n, k, format.bits, format.base, threads)
         return torch.from_numpy(made)
+
+    def unpack_by_division(self, codes: Tensor, format: Format, n: int, k: int) -> Tensor:
+        """Codes, (N, K) int32."""
+        blocks, chunks, vectors = -(-n // BLOCK_N), -(-k // CHUNK_K), BLOCK_N // _LANES
+        pairs = codes.int().view(blocks, chunks, vectors, format.bits, _LANES, 2, 2)
+        # (blocks, chunks, vectors, lane, parity) of each unit
+        words = (pairs[..., 0] + 256 * pairs[..., 1]).unbind(3)
+        by_code = []
+        for j in range(CHUNK_K // 2):
+            pieces = _pieces(format.bits, j)
+            found = [bit_field(words[u], shift, width) * 2**at for u, shift, width, at in pieces]
+            by_code.append(sum(found[1:], found[0]))
+        # (block, vector, lane, chunk, j, parity)
+        rows = torch.stack(by_code, -1).permute(0, 2, 3, 1, 5, 4)
+        return rows.reshape(blocks * BLOCK_N, chunks * CHUNK_K)[:n, :k]
+
+    def integers_by_division(self, scales: Tensor, format: Format) -> Tensor:
+        """Integer scales, or zeros that are such, int32, still in the lanes."""
+        packed = scales.int()
+        if not (bits := _PACKED_BITS.get(format.scale or "")):
+            return packed
+        per, size = (4, 3) if bits == 6 else (2, 1)
+        parts = packed.unflatten(-1, (-1, size)).unbind(-1)
+        word = sum((part * 256**i for i, part in enumerate(parts[1:], 1)), parts[0])
+        fields = [bit_field(word, bits * i, bits) for i in range(per)]
+        made = torch.stack(fields, -1).flatten(-2)
+        lowest = INTEGER_SCALES[format.scale or ""][0]
+        return (made - lowest) % 2**bits + lowest
+
+
+def bit_field(words: Tensor, shift: int, width: int) -> Tensor:
+    """Some bits of integers that are not negative, by division and remainder."""
+    return torch.div(words, 2**shift, rounding_mode="floor") % 2**width
+
+
+def _pieces(bits: int, j: int) -> list[tuple[int, int, int, int]]:
+    """Where the bits of code j of a word column lie (csrc/core/n16.h place_of): unit, shift, width, bit of the code."""
+    whole = 16 // bits
+    if j < whole * bits:
+        return [(j // whole, j % whole * bits, bits, 0)]
+    if bits == 6:
+        return [(j - 12, 12, 4, 0), (4 + (j - 12) // 2, 12 + j % 2 * 2, 2, 4)]
+    return [(i, 15, 1, i) for i in range(bits)]

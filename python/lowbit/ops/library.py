@@ -96,3 +96,18 @@ def gather(*lists: Sequence[Any]) -> list[Operands]:
 def scatter(weights: Sequence[Operands]) -> tuple[list[Any], ...]:
     """Inverse of `gather`, of at least one weight."""
     return tuple(map(list, zip(*weights, strict=True)))
+
+
+def decompose(name: str, definition: Callable[..., Any]) -> None:
+    """Gives lowbit::name a definition in ops of torch, which exporters to other programs put in its place.
+
+    Args:
+        name: of an op that is defined.
+        definition: takes what the op's implementation takes.
+    """
+    overload = getattr(torch.ops.lowbit, name).default
+    kinds = [str(a.type) for a in overload._schema.arguments]
+    names = [a.name for a in overload._schema.arguments]
+    at = names.index("codes") if "codes" in names else None
+    several = at is not None and kinds[at].startswith("List")
+    torch._decomp.register_decomposition(overload)(_whole(definition, at, several))
