@@ -51,6 +51,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # `formats`, numpy anywhere.
 RESTRICTED = {
     "accelerate": {"integrations", "nn"},
+    "constriction": {"io"},
     "faiss": {"methods"},
     "gguf": {"export", "integrations", "io"},
     "matplotlib": {"ptq"},

@@ -59,10 +59,36 @@ MUTANTS = [
     ),
     *python("ops/linear.py", "outliers", "ops", "fused_ops", "gradients")(
         ("if added is None:\n        y = backend.linear", "if added is not x:\n        y = backend.linear"),
-        ("added = sum_of_products(x, *sparse) if sparse else None\n    return _linear_epilogue", "added = None\n    return _linear_epilogue"),
+        ("added = sum_of_products(x, *others) if others else None\n    if modes", "added = None\n    if modes"),
+    ),
+    *python("ops/linear.py", "composite", "low_rank")(
+        ("total = y if total is None else total + y", "total = y"),
+        ("for factor in (term.right, term.left):", "for factor in (term.right,):"),
+    ),
+    *python("ops/lowrank.py", "low_rank")(
+        ("grads[1] = (rows[0].t() @ (rows[1] @ right.float().t()))", "grads[1] = (rows[0].t() @ (rows[1] @ right.float().t())).neg()"),
+        ("grads[2] = (inner.reshape(-1, inner.shape[-1]).t() @ rows[1])", "grads[2] = (inner.reshape(-1, inner.shape[-1]).t() @ rows[1].abs())"),
+    ),
+    *python("methods/caldera.py", "caldera")(
+        ("if best is None or error < best[0] * (1 - 1e-9):", "if True:"),
+        ("return self.moment - along @ along.T", "return self.moment"),
+        ("right = torch.linalg.solve_triangular(loss.root, (v * s).T, upper=False, left=False)", "right = (v * s).T"),
+        ("budget * n * k,\n", "1.1 * budget * n * k,\n"),
+    ),
+    *python("reference/hadamard.py", "hadamard")(
+        ("bordered[1:, 0] = -1", "bordered[1:, 0] = 1"),
+        ("torch.stack((a + b, a - b), -2)", "torch.stack((a + b, b - a), -2)"),
+        ("(factor.t() if transposed else factor) @ y", "factor @ y"),
+    ),
+    *python("weights/pruned.py", "deep_compression")(
+        ("longest = 2**index_bits", "longest = 2**index_bits - 1"),
+        ("reached > shape[0] * shape[1]", "reached > shape[0] * shape[1] + 1"),
+    ),
+    *python("io/huffman.py", "deep_compression")(
+        ("if total != 1 << _MOST:", "if total > 1 << _MOST:"),
+        ("if -(-bits // 32) != len(words):", "if -(-bits // 32) > len(words):"),
     ),
     *python("ops/sparse.py", "outliers", "transforms", "composite")(
-        ("total = y if total is None else total + y", "total = y"),
         ("grad_x = (grad @ dense(columns, values, ctx.k, grad.dtype)).to(ctx.dtype)", "grad_x = torch.zeros_like(grad @ dense(columns, values, ctx.k, grad.dtype)).to(ctx.dtype)"),
         ("return x.float() @ dense", "return -x.float() @ dense"),
     ),

@@ -27,6 +27,7 @@ from lowbit.methods import (
     lloyd,
     multibit,
     nuuq,
+    prune,
     rtn,
     scales,
     search,
@@ -52,6 +53,7 @@ METHODS: dict[str, Callable[..., QuantTensor]] = {
     "lloyd": lloyd.quantize,
     "multibit": multibit.quantize,
     "nuuq": nuuq.quantize,
+    "prune": prune.quantize,
     "rtn": rtn.quantize,
     "search": search.quantize,
     "trellis": trellis.quantize,
@@ -79,17 +81,17 @@ def quantize(
         weight: (N, K) in fp32, bf16, fp16 or fp64, finite, not empty; on any device, where the
             result is too.
         format: a Format, or a name that `lowbit.formats.parse` reads.
-        method: "rtn" (round to nearest), "gptq" (least error of outputs), "caldera" (that, with a low-rank
-            term), "hqq" (fits float zeros),
-            "search" (the best scales, of either sign, and tables), "twn" (ternary with a
-            threshold), "bitnet" (binary and ternary by mean|w|), or, for the tables of a format
-            without values of its own, "kmeans" (the best ones), "lloyd" (Lloyd's algorithm), "kde"
-            (from a sample), "distq" (quantiles), "multibit" (sums of signs) or "nuuq" (integers;
-            the result has another format); by default "rtn", for such tables "kmeans", or "search"
+        method: "rtn" (round to nearest), "gptq" (least error of outputs), "caldera" (that, with a
+            low-rank term), "hqq" (fits float zeros), "search" (the best scales, of either sign, and
+            tables), "twn" (ternary with a threshold), "bitnet" (binary and ternary by mean|w|), or,
+            for the tables of a format without values of its own, "kmeans" (the best ones), "lloyd"
+            (Lloyd's algorithm), "kde" (from a sample), "distq" (quantiles), "multibit" (sums of
+            signs), "prune" (k-means of what magnitude pruning leaves) or "nuuq" (integers; the
+            result has another format); by default "rtn", for such tables "kmeans", or "search"
             where their scales are signed integers. Structured formats have one method each, the
             default: "lattice" (E8P), "trellis", or "vq" (tables of vectors).
         weights: (N, K) or (K,), the importance of each weight; only for "kmeans", "lloyd",
-            "multibit", "search", "vq" and the choice of outliers.
+            "multibit", "prune", "search", "vq" and the choice of outliers.
         table: the values of a fitted format, fp32 in the shape that its `table_scope` asks for;
             only for "rtn" and "gptq".
         hessian: (K, K), the second moment of the inputs; for "gptq" and "caldera", which need it, and

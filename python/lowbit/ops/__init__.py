@@ -22,6 +22,6 @@ from lowbit.ops.weights import embedding
 from lowbit.ops import decompositions
 
 __all__ = [
-    "adamw", "binary", "decompositions", "embedding", "fp8", "fp8_matmul", "hadamard", "int8", "linear",
-    "lowrank", "many", "sparse", "weights",
+    "adamw", "binary", "decompositions", "embedding", "fp8", "fp8_matmul", "hadamard", "int8", "linear", "lowrank",
+    "many", "sparse", "weights",
 ]  # fmt: skip

@@ -21,8 +21,9 @@ def train_tables(model: nn.Module, bias: bool = True) -> list[nn.Parameter]:
     """Makes the tables of all packed linears with fitted formats learnable, and their biases.
 
     dL/dtable[e] is the sum of scale * dL/dw over the weights of entry e; of a format without scales,
-    `Format.lut(bits=b, group=None, scale=None)`, it is the rule of Deep Compression. The model
-    stays packed, and computes with the packed kernels, throughout.
+    `Format.lut(bits=b, group=None, scale=None)`, it is the rule of Deep Compression. Entries that are
+    0, as those of pruned weights, stay 0. The model stays packed, and computes with the packed
+    kernels, throughout.
 
     Returns:
         The Parameters, for an optimizer.
@@ -33,13 +34,18 @@ def train_tables(model: nn.Module, bias: bool = True) -> list[nn.Parameter]:
     layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.format.fitted]
     if not layers:
         raise ValueError("model has no QuantLinear whose format is fitted")
-    return [
-        p
-        for layer in layers
-        for p in layer.train_parameters(
-            ["table", "bias"] if bias and layer.bias is not None else ["table"]
-        )
-    ]
+    learned = []
+    for layer in layers:
+        names = ["table", "bias"] if bias and layer.bias is not None else ["table"]
+        learned += layer.train_parameters(names)
+        table = layer._parameters["table"]
+        assert table is not None
+        zeros = table.detach() == 0
+        if bool(zeros.any()):
+            table.register_hook(
+                lambda grad, zeros=zeros: grad.masked_fill(zeros.to(grad.device), 0)
+            )
+    return learned
 
 
 class ClusterMeans(WeightQuantizer):
