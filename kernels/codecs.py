@@ -15,7 +15,7 @@ TABLE_SHARED, TABLE_ROW, TABLE_GROUP = (tl.constexpr(i) for i in range(3))
 # What the bytes of a scale are, and whether one number for the weight or one for a super-block of a row multiplies it.
 SCALE_NONE, SCALE_NUMBER, SCALE_E4M3, SCALE_E8M0, SCALE_DQ8 = (tl.constexpr(i) for i in range(5))
 # Integers of less than a byte, as zeros that are added then are: a little-endian bit stream of N for each group.
-SCALE_UINT4, SCALE_UINT6, SCALE_INT6 = (tl.constexpr(i) for i in range(5, 8))
+SCALE_UINT4, SCALE_INT6 = tl.constexpr(5), tl.constexpr(6)
 SECOND_NONE, SECOND_ONE, SECOND_ROW = (tl.constexpr(i) for i in range(3))
 
 
@@ -132,11 +132,13 @@ def with_second(terms, second, group, columns, valid, n, super_groups, SECOND: t
 def packed_integers(packed, group, columns, valid, n, SCALE: tl.constexpr):
     """fp32 integers of 4 or 6 bits, (groups, ceil(N / 4) * 4 of them)."""
     bits: tl.constexpr = 4 if SCALE == SCALE_UINT4 else 6
-    at = packed + group * (tl.cdiv(n, 4) * (bits // 2)) + columns * bits // 8
-    shift = columns * bits % 8
-    both = tl.load(at, mask=valid, other=0).to(tl.int32)
+    # No masks, which would take registers: all columns that are not valid read the first one's.
+    bit = tl.where(valid, columns, 0) * bits
+    shift = bit % 8
+    at = group * (tl.cdiv(n, 4) * (bits // 2)) + bit // 8
+    both = tl.load(packed + at).to(tl.int32)
     if bits == 6:
-        both |= tl.load(at + 1, mask=valid & (shift > 2), other=0).to(tl.int32) << 8
+        both |= tl.load(packed + at + (shift > 2)).to(tl.int32) << 8
     code = (both >> shift) & ((1 << bits) - 1)
     if SCALE == SCALE_INT6:
         code = (code ^ 32) - 32

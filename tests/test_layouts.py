@@ -36,11 +36,12 @@ def file_bits(name: str) -> float:
 @pytest.mark.parametrize("layout", [N16, K16])
 @pytest.mark.parametrize("name", [*FILE_BITS, *GGUF_TYPES])
 def test_memory_is_that_of_the_file(name: str, layout: str) -> None:
-    """At most 2 % more, tables included."""
+    """At most 2 % more, tables included; 3 % where "k16" holds 6 bits in a byte."""
     n, k = 1024, 1024
     weight = layouts.to_kernel(random_weight(parse(name.lower()), n, k), layout)
     bits = 8 * weight.nbytes / (n * k)
-    assert file_bits(name) <= bits <= 1.02 * file_bits(name)
+    bytes_of_six_bits = layout == K16 and name in ("Q4_K", "Q5_K")
+    assert file_bits(name) <= bits <= (1.03 if bytes_of_six_bits else 1.02) * file_bits(name)
     assert not weight.second
 
 

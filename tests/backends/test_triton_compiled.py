@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 EVERY = (
     *("int4", "nf4", "uint4", "kmeans3", "kmeans4_pr", "int8", "e4m3", "q4_1", "binary"),
-    *("q4_k", "q6_k", "nvfp4", "mxfp4", "nf4_g64_dq8"),
+    *("q2_k", "q3_k", "q4_k", "q6_k", "nvfp4", "mxfp4", "nf4_g64_dq8"),
 )
 """Formats whose kernels differ in codec, zero, scope or planes."""
 # (kernel, format, dtype, M, architecture)

@@ -25,7 +25,7 @@ MUTANTS = [
     ),
     *python("triton_kernels/codecs.py", "triton")(
         ("code = (code ^ 32) - 32", "code = code ^ 32"),
-        ("shift = columns * bits % 8", "shift = columns * bits % 4"),
+        ("shift = bit % 8", "shift = bit % 4"),
         ("factor = tl.load(scales2 + flat // 256", "factor = tl.load(scales2 + flat // 255"),
     ),
     *python("layouts/lanes.py", "packing", "ops", "kernels", "gradients")(

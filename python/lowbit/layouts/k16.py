@@ -3,7 +3,7 @@
 A chunk is 16 weights of a row. A plane holds p bits of each code, p one of 1, 2, 4, 8: word w of a block holds the
 fields of weights w of 32 / p chunks, the first chunk in the low bits. A plane is [block][row][16 words]: a tile of
 rows is one piece of memory. K is padded to whole blocks with zeros. Codes of 3, 5 and 6 bits take two planes, one after
-the other, low bits first. Dtypes are those of "canonical". Scales and zeros are (groups, N), integers of 4 and 6 bits
+the other, low bits first. Dtypes are those of "canonical". Scales and zeros are (groups, N), "uint4" and "int6"
 packed along N as `packing.pack_scales` does; a second level (super-blocks, N), or as there. Table: fp32 (2^bits,),
 padded with zeros, or (N, 2^bits), or (N, groups, 2^bits); none for integers.
 """
@@ -29,6 +29,10 @@ class K16Layout(Layout):
 
     name = K16
     packs_scales = True
+
+    def packed_bits(self, format: Format) -> int:
+        """None of "uint6": with zeros of 6 bits beside them, products of many rows ran out of registers."""
+        return 0 if format.scale == "uint6" else super().packed_bits(format)
 
     def specs(self, format: Format, n: int, k: int) -> Specs:
         """What the operands of an (n, k) weight are."""

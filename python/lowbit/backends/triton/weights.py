@@ -38,7 +38,6 @@ def meaning(format: Format) -> dict[str, Any]:
         "e8m0": c.SCALE_E8M0,
         "dq8": c.SCALE_DQ8,
         "uint4": c.SCALE_UINT4,
-        "uint6": c.SCALE_UINT6,
         "int6": c.SCALE_INT6,
     }
     seconds: dict[str | None, Any] = {
