@@ -1,5 +1,5 @@
-// Overlapping windows of a bit stream, one a lane, and sums of bytes, for the vectors of the instruction set that a unit
-// is compiled for.
+// Overlapping windows of a bit stream, one a lane, and sums of bytes, for the vectors of the instruction set that a
+// unit is compiled for.
 #pragma once
 
 #include <cstdint>
