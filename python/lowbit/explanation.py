@@ -14,7 +14,6 @@ from lowbit.backends import fp8 as fp8_backends
 from lowbit.backends.cpu import CPU, requests
 from lowbit.backends.pytorch import PYTORCH
 from lowbit.formats import Format
-from lowbit.layouts import N16
 from lowbit.ops import fp8_matmul
 from lowbit.ops.terms import Weight
 from lowbit.weights.composite import CompositeWeight, describe
@@ -142,9 +141,10 @@ def explain_request(
     m: int,
     dtype: torch.dtype,
     device_type: str = "cpu",
-    layout: str = N16,
+    layout: str | None = None,
 ) -> Explanation:
-    """`explain` without tensors: an (m, k) x of `dtype` against an (n, k) weight."""
+    """`explain` without tensors: an (m, k) x of `dtype` against an (n, k) weight, by default as kernels read it."""
+    layout = layout or available.kernel_layout(torch.device(device_type), format)
     name = _DTYPE_NAMES[dtype]
     threads = requests.usable_threads(torch.get_num_threads())
     request = (

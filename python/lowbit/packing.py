@@ -7,9 +7,7 @@ a row takes ceil(K * b / 8) bytes; the unused high bits of its last byte are zer
 Digits of base B. As many codes as fit a byte, d with B^d <= 256, make the byte c0 + B*c1 + B^2*c2 + ...: five of
 base 3 (0..242), three of base 5 or 6; a row takes ceil(K / d) bytes, the missing digits of its last byte are zero.
 
-A code of `dim` weights takes the place of theirs: ceil(K / dim) of up to 32 bits.
-
-Kernels read the layouts of `layouts/`, which are made of this one. They hold integer scales as such bits, too.
+A code of `dim` weights takes the place of theirs: ceil(K / dim) of up to 32 bits. Kernels read `layouts/`, made of it.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
-#include "cpu/simd/windows.h"
 #include "cpu/structured/structured.h"
+#include "cpu/structured/windows-inl.h"
 #include "cpu/weights/common-inl.h"
 
 namespace lowbit {

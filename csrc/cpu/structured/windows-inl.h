@@ -1,4 +1,4 @@
-// Overlapping windows of a bit stream, one a lane, and sums of bytes, beside the vectors of whichever instruction set the
+// Overlapping windows of a bit stream, one a lane, and sums of bytes, for the vectors of the instruction set that a
 // unit is compiled for.
 #pragma once
 
