@@ -312,18 +312,22 @@ class QuantLinear(PackedModule):
                 learned[name] = layout.pack_table(p, self.format)
             else:
                 # Rounded to the stored dtype, kept in fp32: a gradient in fp16 could overflow.
-                rounded = p + (p.detach().to(self._stored_dtype(name)).to(p.dtype) - p.detach())
+                rounded = p + (p.detach().to(self._dtype_of(name)).to(p.dtype) - p.detach())
                 learned[name] = rounded if name in FACTORS else layout.from_rows(rounded)
         return learned
 
-    def _stored_dtype(self, name: str) -> torch.dtype:
-        return SCALE_DTYPES[self.format.factor if name in FACTORS else self.format.scale or "fp32"]
+    @property
+    def _stored_dtype(self) -> torch.dtype:
+        return SCALE_DTYPES[self.format.scale or "fp32"]
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return SCALE_DTYPES[self.format.factor] if name in FACTORS else self._stored_dtype
 
     def quant_tensor(self) -> QuantTensor:
         """The weight in canonical layout; learnable tensors are rounded to their stored dtype."""
         with torch.no_grad():
             learned = {
-                name: t.detach() if name == "table" else t.to(self._stored_dtype(name))
+                name: t.detach() if name == "table" else t.to(self._dtype_of(name))
                 for name, t in self._learned().items()
             }
             return layouts.from_kernel(self._make_weight(learned))
