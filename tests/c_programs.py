@@ -60,9 +60,7 @@ def on_host(folder: Path, *flags: str, files: Sequence[Path] | None = None) -> t
     command = ["gcc", *STRICT, *flags, f"-I{folder}", *map(str, sources), "-o", str(program), "-lm"]
     built = subprocess.run(command, check=False, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    ended = subprocess.run(
-        [str(program)], check=False, capture_output=True, text=True, timeout=60
-    )
+    ended = subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=60)
     return ended.returncode, ended.stdout + ended.stderr
 
 

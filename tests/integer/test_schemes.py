@@ -42,7 +42,9 @@ def test_shifts_and_divisions(rounding: str) -> None:
     half = Fraction(1, 2) if rounding == "nearest" else 0
     for shift in (-3, 0, 1, 4):
         got = power_of_two(torch.tensor([shift]), rounding, "a").apply(sums, 0).tolist()
-        assert got == [math.floor(Fraction(s) / Fraction(2) ** shift + half) for s in range(-40, 41)]
+        assert got == [
+            math.floor(Fraction(s) / Fraction(2) ** shift + half) for s in range(-40, 41)
+        ]
     for count in (1, 3, 4):
         got = divide(sums, torch.tensor(count), rounding).tolist()
         assert got == [math.floor(Fraction(s, count) + half) for s in range(-40, 41)]
@@ -61,7 +63,9 @@ def test_shifts_and_divisions(rounding: str) -> None:
     ],
     ids=str,
 )
-def test_a_layer_is_the_real_one(scheme: str, setting: dict[str, Any], codebook: int | None) -> None:
+def test_a_layer_is_the_real_one(
+    scheme: str, setting: dict[str, Any], codebook: int | None
+) -> None:
     """With the real numbers that the integers stand for, results differ by rounding alone: below a step for floor,
     half a step for nearest, and 2^-7 for gemmlowp's rounding of the product before a shift of 7 or more.
     """
