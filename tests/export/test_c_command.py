@@ -11,10 +11,9 @@ from torch import nn
 
 pytest.importorskip("sklearn")
 
-from test_cli import fail, run, run_json
-
 import integer_models
 from c_programs import needs_gcc, on_host
+from test_cli import fail, run, run_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = {"kernels.h", "main.c", "model.c", "model.h", "weights.h"}

@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 
 import integer_models
 from c_programs import SANITIZED, TRACED, needs_cortex_m4, needs_gcc, on_cortex_m4, on_host
+
 from lowbit.export.c import arena, project
 from lowbit.export.c.project import export_c
 from lowbit.integer import IntegerGraph, calibrate, quantize_qmn, quantize_tflite, trace

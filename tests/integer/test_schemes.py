@@ -6,11 +6,11 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import integer_models
 import pytest
 import torch
 from torch import Tensor, nn
 
-import integer_models
 from lowbit.integer import Graph, IntegerGraph, calibrate, quantize_qmn, quantize_tflite, trace
 from lowbit.integer.qmn import fraction_bits
 from lowbit.integer.rescaling import divide, power_of_two

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import integer_models
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import export
 
-import integer_models
 from lowbit.integer import trace
 from lowbit.integer.graph import Clamp, Conv, Linear
 
