@@ -24,8 +24,11 @@ class Build:
 
     def __init__(self, tree: Path) -> None:
         self.tree, self.folder = tree, tree / "build" / "mutants"
+        # The build tools of the interpreter's environment.
+        tools = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
         self.environment = {
             **os.environ,
+            "PATH": tools,
             "CCACHE_BASEDIR": str(tree),
             "CCACHE_SLOPPINESS": "locale",
         }
