@@ -82,7 +82,7 @@ def test_a_folder_of_lowbit(file: Path, tmp_path: Path, capsys: Any) -> None:
 def test_bad_input(file: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     said = fail(capsys, "export", file, out, "--to", "exl2")
-    assert "--to must be one of gguf, gptq, compressed-tensors, got 'exl2'" in said
+    assert "--to must be one of gguf, gptq, compressed-tensors, c, got 'exl2'" in said
     assert "--pre is for --to gguf" in fail(
         capsys, "export", file, out, "--to", "gptq", "--pre", "x"
     )

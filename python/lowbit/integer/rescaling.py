@@ -130,7 +130,7 @@ def by_dyadic(factor: Tensor, where: str) -> Rescale:
 
 def check_sums(bound: Tensor | int, where: str) -> None:
     """ValueError names a node whose sums, of at most `bound`, may leave int32."""
-    largest = int(torch.as_tensor(bound, device="cpu").max())
+    largest = int(torch.as_tensor(bound, dtype=torch.float64, device="cpu").max())
     if largest > INT32_MAX:
         raise ValueError(
             f"{where}: sums may reach {largest}, which overflows int32 ({INT32_MAX}); choose fewer fraction bits, or "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,12 @@ def trace(program: ExportedProgram) -> Graph:
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"program must be a torch.export.ExportedProgram, got {type(program)}")
-    # In-place ops become plain ones; composite ones, as conv2d and linear are, stay.
-    return fold(_Tracer(program.run_decompositions({})).graph())
+    with warnings.catch_warnings():
+        # torch's own, about itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        # In-place ops become plain ones; composite ones, as conv2d and linear are, stay.
+        program = program.run_decompositions({})
+    return fold(_Tracer(program).graph())
 
 
 def _module_of(node: fx.Node) -> str:
@@ -132,6 +137,9 @@ class _Tracer:
         return sizes
 
     def _add(self, node: fx.Node) -> None:
+        if isinstance(node.meta.get("val"), (int, torch.SymInt)):
+            # The batch, as a reshape takes it.
+            return
         name = str(node.target).removeprefix("aten.")
         if name not in _OPS:
             raise NotImplementedError(f"{_where(node)}: {node.target} has no integer form")

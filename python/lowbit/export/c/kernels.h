@@ -137,27 +137,48 @@ static inline void model_run_linear(const model_linear* layer, int bits, const m
   }
 }
 
+// The first of `taps` reads, `step` apart from `start`, that is not below 0, and the one behind the last below `size`.
+static inline void model_inside(int32_t start, int32_t step, int32_t taps, int32_t size, int32_t* first, int32_t* end) {
+  *first = start < 0 ? (step - 1 - start) / step : 0;
+  *end = start < size ? (size - start + step - 1) / step : 0;
+  if (*first > taps) *first = taps;
+  if (*end > taps) *end = taps;
+  if (*end < *first) *end = *first;
+}
+
 // x (C, H, W), weights (O, C / groups, kernel height, kernel width), y (O, H, W).
 static inline void model_run_conv(const model_conv* layer, int bits, const model_value* x, model_value* y) {
   const int32_t in_group = layer->in_channels / layer->groups, out_group = layer->out_channels / layer->groups;
+  const int32_t height = layer->kernel_height, width = layer->kernel_width;
   const size_t plane = (size_t)layer->in_height * (size_t)layer->in_width;
-  const size_t taps = (size_t)in_group * (size_t)layer->kernel_height * (size_t)layer->kernel_width;
+  const size_t taps = (size_t)in_group * (size_t)height * (size_t)width;
   for (int32_t o = 0; o < layer->out_channels; ++o) {
     const model_value* group = x + (size_t)(o / out_group) * (size_t)in_group * plane;
     for (int32_t oy = 0; oy < layer->out_height; ++oy) {
+      const int32_t y0 = oy * layer->stride_y - layer->top;
+      int32_t top, bottom;
+      model_inside(y0, layer->dilation_y, height, layer->in_height, &top, &bottom);
       for (int32_t ox = 0; ox < layer->out_width; ++ox) {
+        const int32_t x0 = ox * layer->stride_x - layer->left;
+        int32_t left, right;
+        model_inside(x0, layer->dilation_x, width, layer->in_width, &left, &right);
         size_t index = (size_t)o * taps;
         int32_t sum = layer->biases[o];
         for (int32_t c = 0; c < in_group; ++c) {
           const model_value* channel = group + (size_t)c * plane;
-          for (int32_t ky = 0; ky < layer->kernel_height; ++ky) {
-            const int32_t iy = oy * layer->stride_y + ky * layer->dilation_y - layer->top;
-            const int inside = iy >= 0 && iy < layer->in_height;
-            for (int32_t kx = 0; kx < layer->kernel_width; ++kx, ++index) {
-              const int32_t ix = ox * layer->stride_x + kx * layer->dilation_x - layer->left;
-              const int32_t value =
-                  inside && ix >= 0 && ix < layer->in_width ? channel[iy * layer->in_width + ix] : layer->padding;
-              sum += model_weight(layer->weights, layer->codes, bits, index) * value;
+          for (int32_t ky = 0; ky < height; ++ky) {
+            const int inside = ky >= top && ky < bottom;
+            const int32_t first = inside ? left : width, end = inside ? right : width;
+            int32_t place = (y0 + ky * layer->dilation_y) * layer->in_width + x0 + first * layer->dilation_x;
+            int32_t kx = 0;
+            for (; kx < first; ++kx) {
+              sum += model_weight(layer->weights, layer->codes, bits, index++) * layer->padding;
+            }
+            for (; kx < end; ++kx, place += layer->dilation_x) {
+              sum += model_weight(layer->weights, layer->codes, bits, index++) * (int32_t)channel[place];
+            }
+            for (; kx < width; ++kx) {
+              sum += model_weight(layer->weights, layer->codes, bits, index++) * layer->padding;
             }
           }
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} must be a program by torch.export.save{kind_of(file)}")
     try:
-        return torch.export.load(Path(path))
+        with warnings.catch_warnings():
+            # torch's own, about itself.
+            warnings.simplefilter("ignore", FutureWarning)
+            return torch.export.load(Path(path))
     # A damaged archive, or one of another kind, may raise anything.
     except Exception as e:
         raise ValueError(

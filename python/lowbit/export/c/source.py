@@ -49,7 +49,7 @@ class Source:
 
     def array(self, type: str, name: str, values: Tensor | Sequence[int]) -> str:
         """Declares a constant array; its name."""
-        numbers = torch.as_tensor(values, device="cpu").flatten().tolist()
+        numbers = torch.as_tensor(values, dtype=torch.int64, device="cpu").flatten().tolist()
         self.constants.append(array(f"static const {type} {name}", numbers))
         self.flash += len(numbers) * int(type.removeprefix("u")[3:].removesuffix("_t")) // 8
         return name
