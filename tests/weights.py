@@ -79,7 +79,10 @@ def random_weight(format: Format, n: int, k: int, seed: int = 0) -> QuantTensor:
 
 def random_codes(format: Format, n: int, k: int, g: torch.Generator) -> torch.Tensor:
     """Codes that stand for finite values."""
-    codes = torch.randint(0, format.num_codes, (n, k), generator=g, dtype=torch.uint8)
+    # Codes of structured formats stand for several weights, and may have more than 8 bits.
+    dtype = torch.uint8 if format.bits <= 8 else torch.int64
+    shape = (n, format.num_vectors(k))
+    codes = torch.randint(0, format.num_codes, shape, generator=g).to(dtype)
     if format.codec in ("e4m3", "e5m2"):
         finite = torch.tensor(format.values()).isfinite()[codes.long()]
         codes = torch.where(finite, codes, torch.tensor(1, dtype=torch.uint8))

@@ -114,7 +114,13 @@ def _add_experts(moe: Any) -> None:
     moe.ALL_EXPERTS_FUNCTIONS.register(experts.IMPLEMENTATION, experts.experts_forward)
 
 
+def _add_decompositions(exporter: Any) -> None:
+    importlib.import_module("lowbit.ops")
+    importlib.import_module("lowbit.ops.decompositions").add_to(exporter)
+
+
 if "torch" in sys.modules:
+    importing.when_imported("torch.onnx._internal.exporter._decomp", _add_decompositions)
     importing.when_imported("transformers.integrations.moe", _add_experts)
     importing.when_imported("transformers.quantizers.auto", _register)
     importing.when_imported("peft.tuners.lora", _add_adapters)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit import layouts, packing
 from lowbit.formats import parse
+from lowbit.ops import decompositions, library
 
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
@@ -67,7 +68,7 @@ def test_the_definitions_in_other_ops(name: str) -> None:
     """The weight bit for bit; the product too where it is one of integers."""
     qt = lowbit.quantize(torch.randn(70, 300), name)
     w = layouts.to_kernel(qt, "n16").operands
-    known = torch._decomp.decomposition_table
+    known = library.flat_calls(decompositions.DECOMPOSITIONS)
     expected = lowbit.dequantize(qt) if not qt.format.outliers else qt.matrix.dequantize()
     made = known[torch.ops.lowbit.dequantize.default](*w, torch.float32)
     assert torch.equal(made, expected)
@@ -139,7 +140,7 @@ def test_fused_layers(tmp_path: Path) -> None:
 def test_other_layouts_are_refused() -> None:
     qt = lowbit.quantize(torch.randn(32, 64), "nf4")
     w = layouts.to_operands(qt, "k16")
-    known = torch._decomp.decomposition_table[torch.ops.lowbit.linear.default]
+    known = library.flat_calls(decompositions.DECOMPOSITIONS)[torch.ops.lowbit.linear.default]
     with pytest.raises(NotImplementedError, match="weights of layout 'k16' are not exported"):
         known(torch.randn(2, 64), *w, None)
 

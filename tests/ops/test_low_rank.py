@@ -97,7 +97,7 @@ def test_names_and_specs() -> None:
     (
         ("int4_o2_r3", "rank must be 0 with outliers"),
         ("int4_r3_r4", "rank twice"),
-        ("int4_r3fp8", "unknown format 'fp8'"),
+        ("int4_r3xx8", "unknown format 'xx8'"),
         ("int4_r3mxfp4", "factor must be one of"),
         ("int4_r0int4", "factor must be 'bf16' without a rank"),
     ),

@@ -332,7 +332,7 @@ class TestBadInput:
         ("spec", "layout", "n", "k", "message"),
         (
             ("nf5", N16, 70, 128, "unknown format 'nf5'"),
-            ("uint4_zfloat", "rows", 70, 128, "layout must be"),
+            ("uint4_zfloat", "bricks", 70, 128, "layout must be"),
             ("uint4_zfloat", N16, -1, 128, "n >= 0"),
             ("uint4_zfloat", N16, 70, 2**40, "x must have shape"),
             ("uint4_zfloat", N16, 2**40, 128, "codes of a"),

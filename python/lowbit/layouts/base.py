@@ -87,7 +87,7 @@ class Layout:
 
     def _unknown_to_exporters(self) -> NotImplementedError:
         return NotImplementedError(
-            f"weights of layout {self.name!r} are not exported: move the model to the CPU first"
+            f"weights of layout {self.name!r} are not exported: only those on the CPU with a code for each weight are"
         )
 
     def from_rows(self, values: Tensor) -> Tensor:

@@ -17,11 +17,7 @@ from lowbit.ops import (
 )
 from lowbit.ops.weights import embedding
 
-# isort: split
-# Of ops that are defined above.
-from lowbit.ops import decompositions
-
 __all__ = [
-    "adamw", "binary", "decompositions", "embedding", "fp8", "fp8_matmul", "hadamard", "int8", "linear", "lowrank",
+    "adamw", "binary", "embedding", "fp8", "fp8_matmul", "hadamard", "int8", "linear", "lowrank",
     "many", "sparse", "weights",
 ]  # fmt: skip

@@ -2,12 +2,12 @@
 quantized model.
 
 The codes stay packed in the graph, as they lie in the layout "n16": integer division and remainder take them apart, a
-table gives their values. torch keeps such definitions in `torch._decomp`, where exporters look for an op that they do
-not know; torch.compile and torch.export keep the ops.
+table gives their values. torch.compile and torch.export keep the ops.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,10 +50,6 @@ def _group_terms(w: Operands) -> tuple[Tensor | None, Tensor | None]:  # (N, gro
     def finished(t: Tensor | None, second: Tensor | None) -> Tensor | None:
         if t is None:
             return None
-        if f.scale == "dq8" and second is not None:
-            rows = torch.arange(w.n, dtype=torch.int64, device=t.device)
-            codes, of_weight = layout.to_rows(t, w.n), layouts.factors_and_offset(second)
-            return reference.of_double_quantization(codes, *of_weight, rows)
         known = layout.integers_by_division(t, f) if f.integer_scales else _floats(t, f)
         rows = layout.to_rows(known, w.n)
         if second is None:
@@ -75,9 +71,8 @@ def _double(codes: Tensor, second: Tensor) -> Tensor:
         torch.full((), v, dtype=torch.float32, device=codes.device)
         for v in reference.dynamic_values()
     ]
-    return reference.of_double_quantization(
-        codes, second[:-1], second[-1], table=torch.stack(known)
-    )
+    of_weight = layouts.factors_and_offset(second)
+    return reference.of_double_quantization(codes, *of_weight, table=torch.stack(known))
 
 
 def _floats(scales: Tensor, f: Format) -> Tensor:
@@ -146,13 +141,17 @@ def _sparse_linear(x: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     return F.linear(x.float(), reference.add_outliers(zeros, columns, values))
 
 
+def _low_rank_linear(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return reference.low_rank_product(x.float(), left, right)
+
+
 def _int8_linear(q: Tensor, x_scales: Tensor, w: Operands, *rest: Any) -> Tensor:
     bias, dtype, out_scale = rest
     y = _int8_product(q, x_scales, w, bias)
     return y.to(dtype) if out_scale is None else reference.requantize(y, out_scale)
 
 
-_DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
+DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "dequantize": _dequantize,
     "embedding": _embedding,
     "int8_linear": _int8_linear,
@@ -161,7 +160,24 @@ _DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "linear_epilogue": _linear_epilogue,
     "linear_many": _linear_many,
     "linear_trainable": _linear,
+    "low_rank_linear": _low_rank_linear,
     "sparse_linear": _sparse_linear,
 }
-for _name, _made in _DECOMPOSITIONS.items():
-    library.decompose(_name, _made)
+
+
+def add_to(exporter: Any) -> None:
+    """Lets the table of definitions that torch.onnx makes have these too.
+
+    They are not in torch's own table, `torch._decomp`, as shapes that are not known would then be found by them.
+
+    Args:
+        exporter: the module of torch.onnx that makes the table.
+    """
+    create = exporter.create_onnx_friendly_decomposition_table
+
+    @functools.wraps(create)
+    def with_ours(registered: Any) -> Any:
+        ours = library.flat_calls(DECOMPOSITIONS)
+        return create(registered) | {op: made for op, made in ours.items() if op not in registered}
+
+    exporter.create_onnx_friendly_decomposition_table = with_ours

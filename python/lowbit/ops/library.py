@@ -8,7 +8,7 @@ the operands of several weights, a list for each field.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,16 +98,12 @@ def scatter(weights: Sequence[Operands]) -> tuple[list[Any], ...]:
     return tuple(map(list, zip(*weights, strict=True)))
 
 
-def decompose(name: str, definition: Callable[..., Any]) -> None:
-    """Gives lowbit::name a definition in ops of torch, which exporters to other programs put in its place.
-
-    Args:
-        name: of an op that is defined.
-        definition: takes what the op's implementation takes.
-    """
-    overload = getattr(torch.ops.lowbit, name).default
-    kinds = [str(a.type) for a in overload._schema.arguments]
-    names = [a.name for a in overload._schema.arguments]
-    at = names.index("codes") if "codes" in names else None
-    several = at is not None and kinds[at].startswith("List")
-    torch._decomp.register_decomposition(overload)(_whole(definition, at, several))
+def flat_calls(definitions: Mapping[str, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
+    """Overload -> a function of its flat arguments, for functions that take what the op's implementation takes."""
+    calls = {}
+    for name, definition in definitions.items():
+        overload = getattr(torch.ops.lowbit, name).default
+        kinds = {a.name: (at, str(a.type)) for at, a in enumerate(overload._schema.arguments)}
+        at, kind = kinds.get("codes", (None, ""))
+        calls[overload] = _whole(definition, at, kind.startswith("List"))
+    return calls

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowbit import _C
 from lowbit.formats import Format, parse
 from lowbit.layouts import LAYOUTS, N16, Operands
-from lowbit.reference import dynamic_map
+from lowbit.reference import dynamic_values
 from lowbit.strides import address, address_of_rows
 
 # csrc/core/kernel.h Dtype; uint8 holds eight signs.
@@ -34,7 +34,7 @@ _MAX_WEIGHTS = 4096
 
 # Whether the compiled calls read tensors by themselves: from torch 2.10 on.
 _C.use_tensor_class(torch.Tensor, torch.nn.Parameter)
-_C.use_dynamic_map(dynamic_map().tolist())
+_C.use_dynamic_map(list(dynamic_values()))
 linear_tensors, linear_many_tensors = _C.linear_tensors, _C.linear_many_tensors
 kernels, isa_active = _C.kernels, _C.isa_active
 # The kernels that ran since it was last called, and the threads that a call gets.
