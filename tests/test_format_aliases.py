@@ -40,7 +40,7 @@ def test_what_people_type(typed: str, meant: str):
         ("nf4_group64", "did you mean 'nf4'"),
         ("gptq", "'gptq' is a method: give it as method='gptq'"),
         ("awq_int4", "'awq' is a method"),
-        ("zzzz", "a name of lowbit.formats\\(\\) may be followed by"),
+        ("zzzz", "expected a name of lowbit.formats\\(\\), optionally followed by"),
     ],
 )
 def test_what_is_said_of_unknown_names(typed: str, hint: str):

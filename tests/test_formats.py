@@ -234,7 +234,7 @@ def test_bad_fields(fields, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("int7", "unknown format 'int7'; expected one of"),
+        ("int7", "unknown format 'int7'; expected a name of"),
         ("", "unknown format"),
         ("nf4_g0", "group must be a positive integer"),
         ("nf4_g64_g32", "gives its group twice"),

@@ -361,7 +361,7 @@ SETTINGS: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
 def test_results_do_not_depend_on(setting: str, name: str) -> None:
     x, w = (t.clone() for t in inputs())
     before = expected(name)
-    reference.weights._dynamic_values.cache_clear()
+    reference.weights.dynamic_values.cache_clear()
     torch.manual_seed(0)
     change, undo = SETTINGS[setting]
     change()
@@ -381,7 +381,7 @@ def test_dynamic_map_is_that_of_bitsandbytes() -> None:
         values += [
             s * 10.0 ** (i - 6) * (a + b) / 2 for a, b in itertools.pairwise(edges) for s in (1, -1)
         ]
-    reference.weights._dynamic_values.cache_clear()
+    reference.weights.dynamic_values.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
         made = reference.dynamic_map()
@@ -394,7 +394,7 @@ def test_dynamic_map_is_that_of_bitsandbytes() -> None:
 
 
 def test_a_first_use_under_inference_mode_leaves_nothing_behind() -> None:
-    reference.weights._dynamic_values.cache_clear()
+    reference.weights.dynamic_values.cache_clear()
     with torch.inference_mode():
         reference.dynamic_map()
     assert not reference.dynamic_map().is_inference()

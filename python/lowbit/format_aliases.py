@@ -61,5 +61,5 @@ def resolve(spec: str, base: str, known: Collection[str]) -> str:
         every = [*known, *ALIASES]
         hint = did_you_mean(base, every) or did_you_mean(words[0], every)
     raise ValueError(
-        f"unknown format {shown(spec)}{hint}; expected a name of lowbit.formats(), {EXPECTED}"
+        f"unknown format {shown(spec)}; expected a name of lowbit.formats(), {EXPECTED}{hint}"
     )

@@ -101,8 +101,8 @@ def test_bad_arguments(arguments, error, message):
 
 def test_methods_are_listed():
     assert set(METHODS) == {
-        "bitnet", "caldera", "distq", "gptq", "hqq", "kde", "kmeans", "lloyd", "multibit", "nuuq", "prune", "rtn",
-        "search", "twn",
+        "bitnet", "caldera", "distq", "gptq", "hqq", "kde", "kmeans", "lattice", "lloyd", "multibit", "nuuq", "prune",
+        "rtn", "search", "trellis", "twn", "vq",
     }  # fmt: skip
 
 

@@ -8,8 +8,10 @@ MUTANTS = [
     *python("formats.py", "formats")(
         ("return 1 if self.group is None else -(-k // self.group)", "return 1 if self.group is None else k // self.group"),
         ("offset = 2 ** (self.bits - 1) if self.zero is None else 0", "offset = 2 ** (self.bits - 1) - 1 if self.zero is None else 0"),
-        ("return float(step) if all(-128 <= v / step <= 127", "return float(step) if all(-128 <= v / step <= 128"),
         ('lut(name="mxfp4", bits=4, group=32, scale="e8m0"', 'lut(name="mxfp4", bits=4, group=16, scale="e8m0"'),
+    ),
+    *python("codebooks/tables.py", "formats")(
+        ("return float(step) if all(-128 <= v / step <= 127", "return float(step) if all(-128 <= v / step <= 128"),
         ('if base**d <= 256)', 'if base**d < 256 // 2)'),
     ),
     *python("packing.py", "packing", "io_bad_files")(

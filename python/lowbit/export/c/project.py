@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from lowbit.export.c import arena, selftest, source
 from lowbit.export.c.report import CExport, cycles_of, macs_of, stored_as
-from lowbit.files import staged
+from lowbit.files import staged, write_atomically
 from lowbit.integer import IntegerGraph, calibrate, quantize_qmn, quantize_tflite, trace
 from lowbit.integer.graph import Weighted
 from lowbit.integer.weights import CODEBOOK_BITS
@@ -119,7 +119,7 @@ def write_c(
             done.layers[n.node.path or n.node.name] = stored_as(n)
     with staged(folder, "model.c") as place:
         for name, content in files.items():
-            (place / name).write_text(content)
+            write_atomically(place / name, lambda file, text=content: file.write(text.encode()))
     return done
 
 

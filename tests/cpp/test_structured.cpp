@@ -1,0 +1,160 @@
+// Structured weights of every instruction set against plain loops, without Python: for sanitizers and for emulated
+// CPUs. Operands end at pages that nobody may touch (guarded.h). All values are such that every sum is exact in fp32.
+#include <cstdio>
+#include <random>
+#include <string>
+
+#include "core/dispatch.h"
+#include "cpu/structured/structured.h"
+#include "guarded.h"
+
+using namespace lowbit;
+
+namespace {
+
+int failures = 0;
+int checks = 0;
+
+// A weight whose codes are random; what it reads lies here.
+struct Problem {
+  StructuredWeight w{};
+  Guarded<uint8_t> codes;
+  Guarded<float> table, signs, scales;
+
+  Problem(StructuredCodec codec, int bits, int dim, int64_t n, int64_t k, int64_t group, std::mt19937& rng) {
+    const int64_t row_bytes = ((k + dim - 1) / dim * bits + 7) / 8, size = group ? group : k;
+    codes = Guarded<uint8_t>(static_cast<size_t>(n * row_bytes));
+    for (uint8_t& c : codes) c = static_cast<uint8_t>(rng());
+    const size_t entries = codec == StructuredCodec::kVector ? size_t{1} << bits : bits == 24 ? 512 : 256;
+    table = Guarded<float>(codec == StructuredCodec::kTrellis ? 0 : entries * dim);
+    for (float& v : table) v = static_cast<float>(rng() % 9) / 2;
+    signs = Guarded<float>(codec == StructuredCodec::kE8p ? 128 * 8 : 0);
+    for (float& v : signs) v = rng() % 2 ? 1.0f : -1.0f;
+    w.groups = (k + size - 1) / size;
+    scales = Guarded<float>(static_cast<size_t>(n * w.groups));
+    for (float& v : scales) v = static_cast<float>(rng() % 3) - 1;
+    w.codec = codec;
+    w.bits = bits;
+    w.dim = dim;
+    w.n = n;
+    w.k = k;
+    w.row_bytes = row_bytes;
+    w.codes = codes.data();
+    w.table = table.data();
+    w.signs = signs.data();
+    w.second = 0.5f;
+    w.scales = scales.data();
+    w.scale_dtype = Dtype::kF32;
+    w.group = size;
+  }
+
+  // `count` bits of a row from bit `at` on; the first follow the last of `length`.
+  uint64_t bits_of(int64_t row, int64_t at, int count, int64_t length) const {
+    uint64_t found = 0;
+    for (int b = 0; b < count; ++b) {
+      const int64_t bit = (at + b) % length;
+      found |= uint64_t{codes[row * w.row_bytes + bit / 8] >> (bit % 8) & 1u} << b;
+    }
+    return found;
+  }
+
+  double point(uint64_t code, int j) const {
+    return table[(code & 255) * 8 + j] * signs[(code >> 8 & 127) * 8 + j] + (code >> 15 & 1 ? 0.25 : -0.25);
+  }
+
+  double value(int64_t row, int64_t k) const {
+    const double scale = scales[row * w.groups + k / w.group];
+    if (w.codec == StructuredCodec::kTrellis) {
+      const uint64_t state = bits_of(row, k * w.bits, 16, w.k * w.bits);
+      const auto word = static_cast<uint32_t>(state * kTrellisFactor + kTrellisAddend);
+      const int sum = static_cast<int>((word & 255) + (word >> 8 & 255) + (word >> 16 & 255) + (word >> 24));
+      return scale * (sum - 510) / 128;
+    }
+    const int64_t at = k / w.dim * w.bits;
+    const int j = static_cast<int>(k % w.dim);
+    const uint64_t code = bits_of(row, at, w.bits, 8 * w.row_bytes);
+    if (w.codec == StructuredCodec::kVector) return scale * table[code * w.dim + j];
+    double v = point(code & 0xFFFF, j);
+    if (w.bits == 32) v += point(code >> 16, j) * w.second;
+    if (w.bits == 24) v += table[(256 + (code >> 16)) * 8 + j] * double{w.second};
+    return scale * v;
+  }
+};
+
+void check(uint32_t isa, const char* name, const Problem& p, int64_t m, std::mt19937& rng) {
+  const StructuredWeight& w = p.w;
+  const int64_t stride = w.k + 3;
+  const auto fail = [&](const char* what, int64_t i) {
+    std::printf("FAIL %s: codec %d bits %d dim %d n %lld k %lld group %lld m %lld: %s at %lld\n", name,
+                static_cast<int>(w.codec), w.bits, w.dim, (long long)w.n, (long long)w.k, (long long)w.group,
+                (long long)m, what, (long long)i);
+    ++failures;
+  };
+  Guarded<float> rows(w.n * w.k), x((m - 1) * stride + w.k), bias(w.n), y(m * w.n);
+  for (float& v : x) v = static_cast<float>(rng() % 9) - 4;
+  for (float& v : bias) v = static_cast<float>(rng() % 9) - 4;
+  StructuredRows r{};
+  r.w = w;
+  r.count = w.n;
+  r.out = rows.data();
+  r.out_dtype = Dtype::kF32;
+  StructuredLinear l{};
+  l.w = w;
+  l.x = x.data();
+  l.x_dtype = l.bias_dtype = l.out_dtype = Dtype::kF32;
+  l.m = m;
+  l.x_stride = stride;
+  l.bias = bias.data();
+  l.out = y.data();
+  ++checks;
+  if (!same_when_poisoned(rows, [&] { structured_rows(r, isa, 2); })) fail("poisoned memory reaches a row", 0);
+  if (!same_when_poisoned(y, [&] { structured_linear(l, isa, 2); })) fail("poisoned memory reaches a product", 0);
+  std::vector<double> weight(static_cast<size_t>(w.n * w.k));
+  for (int64_t i = 0; i < w.n * w.k; ++i) {
+    weight[i] = p.value(i / w.k, i % w.k);
+    if (rows[i] != weight[i]) return fail("another weight", i);
+  }
+  for (int64_t i = 0; i < m * w.n; ++i) {
+    double exact = bias[i % w.n];
+    for (int64_t k = 0; k < w.k; ++k) exact += weight[i % w.n * w.k + k] * x[i / w.n * stride + k];
+    if (y[i] != exact) return fail("another sum", i);
+  }
+}
+
+struct Kind {
+  StructuredCodec codec;
+  int bits, dim;
+};
+constexpr Kind kKinds[] = {
+    {StructuredCodec::kVector, 1, 2},  {StructuredCodec::kVector, 5, 4},  {StructuredCodec::kVector, 12, 8},
+    {StructuredCodec::kE8p, 16, 8},    {StructuredCodec::kE8p, 24, 8},    {StructuredCodec::kE8p, 32, 8},
+    {StructuredCodec::kTrellis, 2, 1}, {StructuredCodec::kTrellis, 3, 1}, {StructuredCodec::kTrellis, 4, 1},
+};
+
+}  // namespace
+
+int main() {
+  std::mt19937 rng(1);
+  int ran = 0;
+  for (uint32_t set : {kScalar, kAvx2, kAvx512}) {
+    if (!(active_isa() & set)) continue;
+    ++ran;
+    const char* name = isa_name(static_cast<Isa>(set));
+    const uint32_t isa = cap_isa(active_isa(), name);
+    count_for(std::string("structured, ") + name);
+    for (const Kind& kind : kKinds) {
+      for (int64_t n : {1, 19}) {
+        for (int64_t k : {1, 37, 256, 600}) {
+          for (int64_t group : {0, 24}) {
+            const Problem p(kind.codec, kind.bits, kind.dim, n, k, group, rng);
+            for (int64_t m : {1, 2, 5, 8}) check(isa, name, p, m, rng);
+          }
+        }
+      }
+    }
+  }
+  std::printf("isa mask %u: structured weights of %d instruction sets ran, %d checks, %d failures\n", active_isa(), ran,
+              checks, failures);
+  print_memory_checks();
+  return failures != 0;
+}
