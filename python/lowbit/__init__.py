@@ -145,7 +145,7 @@ def __getattr__(name: str) -> Any:
         extra = _EXTRAS.get((e.name or "").partition(".")[0])
         if extra is None:
             raise
-        raise ImportError(
+        raise ModuleNotFoundError(
             f"lowbit.{name} needs {e.name}, which is not installed: pip install 'lowbit[{extra}]'"
         ) from e
     value = module if home is None else getattr(module, name)

@@ -52,7 +52,8 @@ def resolve(spec: str, base: str, known: Collection[str]) -> str:
     Raises:
         ValueError: there is none; the message says what may have been meant.
     """
-    if (other := known_name(spec)) != spec:
+    other = known_name(spec)
+    if other != spec and any(f"{other}_".startswith(f"{name}_") for name in known):
         return other
     words = base.split("_")
     if method := next((word for word in words if word in _METHODS), None):
