@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -119,8 +121,12 @@ def write_c(
             done.layers[n.node.path or n.node.name] = stored_as(n)
     with staged(folder, "model.c") as place:
         for name, content in files.items():
-            write_atomically(place / name, lambda file, text=content: file.write(text.encode()))
+            write_atomically(place / name, _written(content))
     return done
+
+
+def _written(content: str) -> Callable[[BinaryIO], object]:
+    return lambda file: file.write(content.encode())
 
 
 def _check(
