@@ -8,6 +8,7 @@ from torch import nn
 
 import lowbit
 from lowbit.nn import QuantExperts, QuantLinear
+from lowbit.ops import library
 from lowbit.ops.experts import linear_experts
 
 # Groups that do not divide K, odd N, a table of its own for each weight, and a float8.
@@ -61,7 +62,7 @@ def test_the_op_is_that_of_the_layers(format: str):
         assert torch.equal(
             linear_experts(x, torch.tensor(counts), *plain), experts.grouped(x, counts)
         )
-    args = x, torch.tensor(counts), *lowbit.ops.library.scatter(plain[0]), plain[1]
+    args = x, torch.tensor(counts), *library.scatter(plain[0]), plain[1]
     torch.library.opcheck(torch.ops.lowbit.linear_experts.default, args)
 
 
