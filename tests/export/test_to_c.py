@@ -199,7 +199,7 @@ def test_a_failure_writes_nothing(
     def fail(*_: Any) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(project.Path, "write_text", fail)
+    monkeypatch.setattr(project, "write_atomically", fail)
     for place in (folder, tmp_path / "new"):
         with pytest.raises(OSError, match="no space"):
             export_c(case.program, case.inputs, place, scheme="tflite")

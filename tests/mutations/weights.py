@@ -25,7 +25,7 @@ MUTANTS = [
     *python("layouts/operands.py", "layouts", "packing")(
         ("return second[:-1], second[-1]", "return second[1:], second[0]"),
     ),
-    *python("triton_kernels/codecs.py", "triton")(
+    *python("../../kernels/codecs.py", "triton")(
         ("code = (code ^ 32) - 32", "code = code ^ 32"),
         ("shift = bit % 8", "shift = bit % 4"),
         ("factor = tl.load(scales2 + flat // 256", "factor = tl.load(scales2 + flat // 255"),
