@@ -57,14 +57,14 @@ CPP_TESTS := test_kernels test_activations test_decoder test_fp8 test_fp8_mm tes
 cpp: $(VENV)/.built
 	set -e; for test in $(CPP_TESTS) test_cuda; do $(BUILD)/$$test; done
 
-# The same on CPUs without AVX2 and, where this one has it, without AVX-512. Where each product takes long, rows of the
-# identity are a sample.
+# The same on CPUs without AVX2 and, where this one has it, without AVX-512: whether the choice of kernels holds there. Each
+# product takes long, so that rows of the identity and cases are a sample.
 EMULATED := Nehalem $(shell grep -qw avx512f /proc/cpuinfo && echo Haswell)
 emulate: $(VENV)/.built
 	@if command -v qemu-x86_64 >/dev/null; then \
 	  set -e; for cpu in $(EMULATED); do for test in $(CPP_TESTS); do \
 	    echo "qemu-x86_64 -cpu $$cpu $$test"; \
-	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu $(BUILD)/$$test --sample 2>$(BUILD)/qemu.log || \
+	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu $(BUILD)/$$test --sample 4 2>$(BUILD)/qemu.log || \
 	      { cat $(BUILD)/qemu.log; exit 1; }; done; done; \
 	else echo "SKIPPED: qemu-x86_64 not found (Debian package qemu-user): rows not run on emulated CPUs"; fi
 

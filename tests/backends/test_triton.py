@@ -72,7 +72,7 @@ def test_random_x_with_bias(format: Format) -> None:
     for dtype in DTYPES.values():
         weight = weight_of(qt, dtype).double()
         bias = torch.randn(n).to(dtype)
-        for m, splits in ((1, 1), (3, 2), (17, 1)):
+        for m, splits in ((1, 1), (3, 2), (17, 1)) if dtype == torch.float32 else ((3, 2),):
             x = torch.randn(k + 3, m).to(dtype).T[:, :k]
             c = config(k, format, splits=splits, chunks_per_split=-(-9 // splits) // 4 * 4 + 4)
             y = linear(w, x, bias, config=c)
