@@ -159,7 +159,7 @@ REFUSED = {
     "a causal encoder": ("bert", {}, {"bert.attention.causal": None}, "causal True; expected False"),
     "a classifier": ("bert", {"cls.weight": BIAS}, {}, "a BertModel has no tensors 'cls.weight'"),
     "experts": (
-        "nomic-bert", {}, {"nomic-bert.expert_count": 8}, "experts are not packed yet; load a folder",
+        "nomic-bert", {}, {"nomic-bert.expert_count": 8}, "expert_count 8; expected 0: load a folder",
     ),
     "factors": ("smollm3", {"rope_freqs.weight": (np.ones(8, np.float32), None)}, {}, "no tensors 'rope_freqs"),
 }  # fmt: skip

@@ -18,8 +18,8 @@ _Array = np.ndarray[Any, Any]
 # A linear of a QuantExperts; transformers has one parameter of all, and another one of their biases.
 _SPLIT = re.compile(r"(.+\.(?:gate_up|up|down)_proj)\.(\d+)\.(weight|bias)")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
-# GraniteMoeModel finds gates in the first half of the rows, and what they multiply in the second; GptOssModel finds them
-# by turns. The names are those of other classes: gguf's map has them for all architectures.
+# GraniteMoeModel finds gates in the first half of the rows, and what they multiply in the second; GptOssModel finds
+# them by turns. The names are those of other classes: gguf's map has them for all architectures.
 _PULLED_APART = {
     "block_sparse_moe.input_linear.weight": ("mlp.experts.{}_proj.weight", False),
     "shared_mlp.input_linear.weight": ("mlp.shared_expert.{}_proj.weight", False),

@@ -15,7 +15,15 @@ from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import without_weights
 from lowbit.integrations.gguf_configs import architecture, config_of
-from lowbit.integrations.gguf_rows import ROPE_FACTORS, Part, Source, dense, joined, rows_of, sources
+from lowbit.integrations.gguf_rows import (
+    ROPE_FACTORS,
+    Part,
+    Source,
+    dense,
+    joined,
+    rows_of,
+    sources,
+)
 from lowbit.integrations.inexact import Inexact, quantize_anew
 from lowbit.io.readers.codes import NEAREST
 from lowbit.io.readers.gguf import GGUFFile

@@ -145,19 +145,16 @@ class _Numbered:
 
     def columns(self, numbers: _Array) -> tuple[int, ...]:
         """Of the parameter that the first of these rows is in; none of a bias."""
-        return self._columns[self._owners(numbers.reshape(-1)[:1])[0]]
-
-    def _owners(self, numbers: _Array) -> _Array:
-        return np.searchsorted(self._edges, numbers, side="right") - 1
+        return self._columns[np.searchsorted(self._edges, numbers.flat[0], side="right") - 1]
 
     def add(self, stored: str, numbers: _Array, order: _Array) -> None:
         """The rows with these numbers are the rows `order` of a tensor."""
-        owners = self._owners(numbers)
-        for i in np.unique(owners):
-            mine = owners == i
-            at, rows = numbers[mine] - self._edges[i], order[mine]
-            by = np.argsort(at)
-            self._parts[i].append((stored, at[by], rows[by]))
+        by = np.argsort(numbers)
+        numbers, rows = numbers[by], order[by]
+        starts = np.searchsorted(numbers, self._edges)
+        for i in np.flatnonzero(np.diff(starts)):
+            mine = slice(starts[i], starts[i + 1])
+            self._parts[i].append((stored, numbers[mine] - self._edges[i], rows[mine]))
 
     def sources(self) -> dict[str, Source]:
         """Of every parameter."""
@@ -232,9 +229,7 @@ def _may_lack(file: GGUFFile, stored: str, optional: str) -> bool:
     return first not in file.tensors and re.fullmatch(optional, stored) is not None
 
 
-def _check_room(
-    file: GGUFFile, model: PreTrainedModel, parameters: Mapping[str, Tensor]
-) -> None:
+def _check_room(file: GGUFFile, model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> None:
     """Raises ValueError if a parameter has more rows than the file has numbers: they need not be numbered."""
     most = sum(math.prod(t.shape) for t in file.tensors.values())
     for name, p in parameters.items():

@@ -105,8 +105,8 @@ class GGUFFile(Mapping[str, "QuantTensor | Tensor"]):
         )
 
     def dequantized(self, name: str, rows: range | None = None) -> Tensor:
-        """The fp32 values of a tensor of any type that package `gguf` knows, or as a matrix some `rows` of it; errors as
-        a look-up.
+        """The fp32 values of a tensor of any type that package `gguf` knows, or of some `rows` as a matrix; errors as a
+        look-up.
         """
         info = self.tensors[name]
         columns, shape = info.shape[-1], info.shape
