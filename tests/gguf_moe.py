@@ -42,8 +42,8 @@ def granite(arrays: Arrays, config: Any) -> Arrays:
     """GraniteMoeModel: gates are the first half of a matrix."""
     done: Arrays = {}
     for name, a in permuted(arrays, config).items():
-        layer = name.split(".")[2]
         if name.endswith("input_linear.weight"):
+            layer = name.split(".")[2]
             what = "shexp" if "shared_mlp" in name else "exps"
             half = config.shared_intermediate_size if what == "shexp" else config.intermediate_size
             done[f"blk.{layer}.ffn_gate_{what}.weight"] = a[..., :half, :]
@@ -57,7 +57,7 @@ def gpt_oss(arrays: Arrays, config: Any) -> Arrays:
     """GptOssModel: transposed, and gates at even places."""
     done: Arrays = {}
     for name, a in arrays.items():
-        layer = name.split(".")[2]
+        layer = name.removeprefix("model.layers.").partition(".")[0]
         if "gate_up_proj" in name:
             leaf = "bias" if name.endswith("bias") else "weight"
             rows = a if leaf == "bias" else a.swapaxes(1, 2)
@@ -76,6 +76,7 @@ _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _MANY = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _EXPERTS = {**FIELDS, "expert_count": 4, "expert_used_count": 2}
 _APART = {**_EXPERTS, "expert_feed_forward_length": 32}
+_ONE, _ONE_FIELD = {"num_hidden_layers": 1}, {"block_count": 1}
 _YARN = {
     "rope_type": "yarn", "rope_theta": 5e4, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
     "original_max_position_embeddings": 16,
@@ -100,8 +101,8 @@ MOE = {
     "mixtral": Case("llama", "MixtralForCausalLM", {**SIZES, **ROPE, **_LOCAL}, _EXPERTS, mixtral),
     "qwen2moe": Case(
         "qwen2moe", "Qwen2MoeForCausalLM",
-        {**SIZES, **ROPE, **_MANY, "shared_expert_intermediate_size": 64},
-        {**_APART, "expert_shared_feed_forward_length": 64}, stacked, reads=True,
+        {**SIZES, **ROPE, **_MANY, **_ONE, "shared_expert_intermediate_size": 64},
+        {**_APART, **_ONE_FIELD, "expert_shared_feed_forward_length": 64}, stacked, reads=True,
     ),
     "qwen3moe": Case(
         "qwen3moe", "Qwen3MoeForCausalLM",
@@ -110,22 +111,22 @@ MOE = {
         stacked, reads=True,
     ),
     "olmoe": Case(
-        "olmoe", "OlmoeForCausalLM", {**SIZES, **ROPE, "num_experts": 4, "num_experts_per_tok": 2},
-        _EXPERTS, stacked,
+        "olmoe", "OlmoeForCausalLM", {**SIZES, **ROPE, "num_experts": 4, "num_experts_per_tok": 2, **_ONE},
+        {**_EXPERTS, **_ONE_FIELD}, stacked,
     ),
     "granitemoe": Case(
-        "granitemoe", "GraniteMoeForCausalLM", {**SIZES, **ROPE, **GRANITE, **_LOCAL},
-        {**_EXPERTS, **GRANITE_FIELDS}, granite,
+        "granitemoe", "GraniteMoeForCausalLM", {**SIZES, **ROPE, **GRANITE, **_LOCAL, **_ONE},
+        {**_EXPERTS, **_ONE_FIELD, **GRANITE_FIELDS}, granite,
     ),
     "granitemoe with a shared expert": Case(
         "granitemoe", "GraniteMoeSharedForCausalLM",
-        {**SIZES, **ROPE, **GRANITE, **_LOCAL, "shared_intermediate_size": 32},
-        {**_EXPERTS, **GRANITE_FIELDS, "expert_shared_feed_forward_length": 32}, granite,
+        {**SIZES, **ROPE, **GRANITE, **_LOCAL, **_ONE, "shared_intermediate_size": 32},
+        {**_EXPERTS, **_ONE_FIELD, **GRANITE_FIELDS, "expert_shared_feed_forward_length": 32}, granite,
     ),
     "gpt-oss": Case("gpt-oss", "GptOssForCausalLM", _GPT_OSS, _GPT_OSS_FIELDS, gpt_oss),
     "gpt-oss, not scaled": Case(
-        "gpt-oss", "GptOssForCausalLM", {**_GPT_OSS, **ROPE},
-        {**_GPT_OSS_FIELDS, **dict.fromkeys(_YARN_FIELDS)}, gpt_oss,
+        "gpt-oss", "GptOssForCausalLM", {**_GPT_OSS, **ROPE, **_ONE},
+        {**_GPT_OSS_FIELDS, **_ONE_FIELD, **dict.fromkeys(_YARN_FIELDS)}, gpt_oss,
     ),
 }  # fmt: skip
 # As the files of gpt-oss have them.

@@ -5,6 +5,7 @@ Where llama.cpp takes a value from the code of an architecture, and not from the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,9 @@ from lowbit.integrations.gguf_rows import FalconProcessor
 from lowbit.io.readers.gguf import GGUFFile
 
 _Arguments = dict[str, Any]
+_INSIDE = {
+    "intermediate_size", "ffn_hidden_size", "n_inner", "shared_expert_intermediate_size", "shared_intermediate_size",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +128,13 @@ def config_of(file: GGUFFile) -> PreTrainedConfig:
     check_neutral(file, arch, causal=not found.encoder, experts=found.experts)
     arguments, dim = _common(file, arch, found)
     found.more(file, arguments, dim)
+    # Numbers of rows that no tensor has been compared with yet, of which no more shall be made.
+    most = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
+    for name in arguments.keys() & _INSIDE:
+        if arguments[name] > most:
+            raise ValueError(
+                f"{file.path}: {name} must be at most {most}, the numbers in the file, got {arguments[name]}"
+            )
     arguments = {found.config.attribute_map.get(k, k): v for k, v in arguments.items()}
     with errors_of(f"{file.path}: transformers refuses the configuration"), quiet():
         return found.config(**arguments)

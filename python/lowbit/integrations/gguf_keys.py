@@ -49,7 +49,7 @@ def check_neutral(file: GGUFFile, arch: str, causal: bool, experts: bool) -> Non
 
 
 def want(file: GGUFFile, name: str, default: Any, *expected: Any, way: str = "") -> None:
-    """Raises NotImplementedError unless a value of the metadata, or the default, is expected; `way`: the message's end."""
+    """Raises NotImplementedError unless a value of the metadata or the default is expected; `way` ends what it says."""
     value = file.metadata.get(name, default)
     if not np.isscalar(value) or value not in expected:
         raise NotImplementedError(

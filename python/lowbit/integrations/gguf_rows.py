@@ -6,7 +6,6 @@ are known to transformers as functions of tensors: here they are given the numbe
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +89,6 @@ def sources(
         for name, p in model.state_dict().items()
         if name != _HEAD or not model.config.tie_word_embeddings
     }
-    _check_room(file, model, parameters)
     converted = any(known.get_name(name.rpartition(".")[0]) is None for name in parameters)
     found: dict[str, Source] = {}
     used: set[str] = {ROPE_FACTORS} if factors else set()
@@ -227,17 +225,6 @@ def _as_range(rows: _Array) -> range | Tensor:
 def _may_lack(file: GGUFFile, stored: str, optional: str) -> bool:
     first = re.sub(r"^blk\.\d+\.", "blk.0.", stored)
     return first not in file.tensors and re.fullmatch(optional, stored) is not None
-
-
-def _check_room(file: GGUFFile, model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> None:
-    """Raises ValueError if a parameter has more rows than the file has numbers: they need not be numbered."""
-    most = sum(math.prod(t.shape) for t in file.tensors.values())
-    for name, p in parameters.items():
-        if len(p) > most:
-            raise ValueError(
-                f"{file.path}: {name} of the {type(model).__name__} that the metadata describe has {len(p)} rows, the "
-                f"file has {most} numbers"
-            )
 
 
 def _check_shape(file: GGUFFile, stored: str, expected: tuple[int, ...]) -> None:
