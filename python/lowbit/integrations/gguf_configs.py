@@ -111,7 +111,7 @@ def architecture(file: GGUFFile) -> Architecture:
             f"{other_way(file, arch)}"
         )
     if has_experts(file, arch):
-        shared = arch == "granitemoe" and unless_zero(file, _SHARED, int)
+        shared = arch == "granitemoe" and unless_zero(file, _SHARED, int) is not None
         return _WITH_EXPERTS.get(_SHARED if shared else arch, _ARCHITECTURES[arch])
     return _ARCHITECTURES[arch]
 
