@@ -5,6 +5,7 @@ The converter sees the tensors that `save_pretrained` writes; what it does to th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,9 @@ from gguf_files import write
 KINDS = {
     "token_embd": GGMLType.Q8_0, "output": GGMLType.Q8_0, "attn_q": GGMLType.Q4_0, "attn_k": GGMLType.Q5_0,
     "attn_v": GGMLType.Q4_1, "attn_qkv": GGMLType.Q5_1, "attn_output": GGMLType.Q8_0, "ffn_gate": GGMLType.Q4_1,
-    "ffn_up": GGMLType.Q4_0, "ffn_down": GGMLType.Q5_1,
+    "ffn_up": GGMLType.Q4_0, "ffn_down": GGMLType.Q5_1, "ffn_gate_exps": GGMLType.Q4_0, "ffn_up_exps": GGMLType.Q4_0,
+    "ffn_down_exps": GGMLType.Q5_1, "ffn_gate_shexp": GGMLType.Q4_1, "ffn_up_shexp": GGMLType.Q4_1,
+    "ffn_down_shexp": GGMLType.Q8_0,
 }  # fmt: skip
 Arrays = dict[str, np.ndarray]
 
@@ -82,37 +85,37 @@ class Case:
         return "Bert" in self.model
 
 
-_SIZES = {
+SIZES = {
     "vocab_size": 90, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
     "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
-_FIELDS = {
+FIELDS = {
     "block_count": 2, "context_length": 128, "embedding_length": 64, "feed_forward_length": 96,
     "attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5,
     "rope.freq_base": 5e4, "rope.dimension_count": 16,
 }  # fmt: skip
-_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}, "rms_norm_eps": 1e-5}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}, "rms_norm_eps": 1e-5}
 _BIASES = {"attention_bias": True, "mlp_bias": True}
 _FALCON = {
-    **{k: v for k, v in _SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")},
+    **{k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")},
     "ffn_hidden_size": 96, "layer_norm_epsilon": 1e-5,
 }  # fmt: skip
 _FALCON_FIELDS = {
     "block_count": 2, "context_length": 128, "embedding_length": 64, "feed_forward_length": 96,
     "attention.head_count": 4, "attention.layer_norm_epsilon": 1e-5, "tensor_data_layout": "jploski",
 }  # fmt: skip
-_BERT = {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"} | {"layer_norm_eps": 1e-12}
+_BERT = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"} | {"layer_norm_eps": 1e-12}
 _BERT_FIELDS = {
     "block_count": 2, "context_length": 128, "embedding_length": 64, "feed_forward_length": 96,
     "attention.head_count": 4, "attention.layer_norm_epsilon": 1e-12, "attention.causal": False,
     "pooling_type": 1,
 }  # fmt: skip
-_GRANITE = {
+GRANITE = {
     "embedding_multiplier": 12.0, "residual_multiplier": 0.25, "attention_multiplier": 0.0625,
     "logits_scaling": 4.0,
 }  # fmt: skip
-_GRANITE_FIELDS = {
+GRANITE_FIELDS = {
     "embedding_scale": 12.0, "residual_scale": 0.25, "attention.scale": 0.0625, "logit_scale": 4.0,
     "vocab_size": 90,
 }  # fmt: skip
@@ -122,23 +125,23 @@ _GPT2 = {
 }  # fmt: skip
 CASES = {
     "smollm3": Case(
-        "smollm3", "SmolLM3ForCausalLM", {**_SIZES, **_ROPE, "num_hidden_layers": 5},
-        {**_FIELDS, "block_count": 5, "vocab_size": 90}, permuted,
+        "smollm3", "SmolLM3ForCausalLM", {**SIZES, **ROPE, "num_hidden_layers": 5},
+        {**FIELDS, "block_count": 5, "vocab_size": 90}, permuted,
     ),
     "smollm3 with biases": Case(
-        "smollm3", "SmolLM3ForCausalLM", {**_SIZES, **_ROPE, **_BIASES, "tie_word_embeddings": False},
-        _FIELDS, permuted,
+        "smollm3", "SmolLM3ForCausalLM", {**SIZES, **ROPE, **_BIASES, "tie_word_embeddings": False},
+        FIELDS, permuted,
     ),
     "granite": Case(
-        "granite", "GraniteForCausalLM", {**_SIZES, **_ROPE, **_GRANITE, "tie_word_embeddings": True},
-        {**_FIELDS, **_GRANITE_FIELDS}, permuted,
+        "granite", "GraniteForCausalLM", {**SIZES, **ROPE, **GRANITE, "tie_word_embeddings": True},
+        {**FIELDS, **GRANITE_FIELDS}, permuted,
     ),
     "granite, nothing scaled but logits": Case(
         "granite", "GraniteForCausalLM",
-        {**_SIZES, **_ROPE, **_BIASES, "attention_multiplier": 16**-0.5, "logits_scaling": 2.0},
-        {**_FIELDS, "logit_scale": 2.0}, permuted,
+        {**SIZES, **ROPE, **_BIASES, "attention_multiplier": 16**-0.5, "logits_scaling": 2.0},
+        {**FIELDS, "logit_scale": 2.0}, permuted,
     ),
-    "olmo2": Case("olmo2", "Olmo2ForCausalLM", {**_SIZES, **_ROPE}, _FIELDS),
+    "olmo2": Case("olmo2", "Olmo2ForCausalLM", {**SIZES, **ROPE}, FIELDS),
     "falcon 7b": Case(
         "falcon", "FalconForCausalLM", {**_FALCON, "num_kv_heads": 1, "ffn_hidden_size": 256},
         {**_FALCON_FIELDS, "attention.head_count_kv": 1, "feed_forward_length": 256}, ungrouped, reads=True,
@@ -198,9 +201,10 @@ def make(
     names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
     tensors: dict[str, Any] = {}
     for name, a in arrays.items():
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert stored is not None, name
-        kind = kinds.get(stored.split(".")[-2]) if a.ndim == 2 else None
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        assert re.match(r"blk\.|token|output|position", stored), name
+        is_matrix = a.ndim > 1 and stored.endswith("weight")
+        kind = kinds.get(stored.split(".")[-2]) if is_matrix else None
         tensors[stored] = (gguf.quantize(a, kind), kind) if kind else (a, None)
     _round(model, case, names, kinds)
     tensors = {n: t for n, t in {**tensors, **(more or {})}.items() if t is not None}
@@ -223,7 +227,17 @@ def _round(model: Any, case: Case, names: Any, kinds: dict[str, GGMLType]) -> No
         "o_proj": "attn_output",
     }
     own |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    own |= {"router": "ffn_gate_inp", "input_linear": "ffn_gate_shexp"}
     for name, module in model.named_modules():
+        if hasattr(module, "gate_up_proj"):
+            for part, stored in (("gate_up", "gate"), ("down", "down")):
+                weight = getattr(module, f"{part}_proj")
+                rows = weight.transpose(1, 2) if module.is_transposed else weight
+                kind = kinds[f"ffn_{stored}_exps"]
+                if kind is None:
+                    continue
+                values = gguf.dequantize(gguf.quantize(rows.contiguous().numpy(), kind), kind)
+                rows.copy_(torch.from_numpy(values))
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() != 2:
             continue

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 import lowbit
 from lowbit.cli import baseline
 from lowbit.cli.run import RunOptions, run
-from lowbit.integrations.load import load_decoded
+from lowbit.integrations.load import load_decoded, load_tokenizer
 from lowbit.integrations.transformers import load_gguf, load_gguf_decoded, packed_modules
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES
@@ -86,6 +86,15 @@ def test_an_encoder_generates_no_text(tmp_path: Path) -> None:
     path, _ = make(CASES["bert"], tmp_path)
     with pytest.raises(ValueError, match=r"a\.gguf: a BertModel generates no text"):
         run(RunOptions(model=path, json=True))
+
+
+def test_a_tokenizer_that_transformers_cannot_make_is_missed_when_it_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    path, _ = make(CASES["bert"], tmp_path, **{"tokenizer.ggml.model": "bert"})
+    assert lowbit.load_model(path).config.model_type == "bert"
+    with pytest.raises(ValueError, match=r"a\.gguf: transformers cannot make its tokenizer"):
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "falcon 40b", "bert", "nomic-bert", "smollm3"])
@@ -159,7 +168,7 @@ REFUSED = {
     "a causal encoder": ("bert", {}, {"bert.attention.causal": None}, "causal True; expected False"),
     "a classifier": ("bert", {"cls.weight": BIAS}, {}, "a BertModel has no tensors 'cls.weight'"),
     "experts": (
-        "nomic-bert", {}, {"nomic-bert.expert_count": 8}, "experts are not packed yet; load a folder",
+        "nomic-bert", {}, {"nomic-bert.expert_count": 8}, "expert_count 8; expected 0: load a folder",
     ),
     "factors": ("smollm3", {"rope_freqs.weight": (np.ones(8, np.float32), None)}, {}, "no tensors 'rope_freqs"),
 }  # fmt: skip

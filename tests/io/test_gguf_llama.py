@@ -229,8 +229,8 @@ def test_numbers_for_each_layer(tmp_path, key):
 HALF = SPEC.head_dim // 2
 REFUSED = {
     "experts": (
-        {}, {"llama.expert_count": 8}, NotImplementedError,
-        "expert_count 8; expected 0: experts are not packed yet; load a folder of transformers",
+        {}, {"llama.expert_count": 8, "llama.expert_used_count": 2}, ValueError,
+        "'blk.0.ffn_down_exps.weight' is missing",
     ),
     "an encoder": (
         {}, {"llama.attention.causal": False}, NotImplementedError, "causal False; expected True"

@@ -24,6 +24,7 @@ from gguf_architectures import (  # noqa: E402
     write_model,
 )
 from gguf_converted import CASES  # noqa: E402
+from gguf_moe import MOE  # noqa: E402
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
@@ -81,7 +82,8 @@ def assert_same(model, oracle) -> None:
 
 def test_every_architecture_is_tested():
     here = {spec.arch for spec in SPECS.values()}
-    assert here | {case.arch for case in CASES.values()} | {"llama"} == set(_ARCHITECTURES)
+    converted = {case.arch for case in (*CASES.values(), *MOE.values())}
+    assert here | converted | {"llama"} == set(_ARCHITECTURES)
     assert here <= set(GGUF_SUPPORTED_ARCHITECTURES)
 
 

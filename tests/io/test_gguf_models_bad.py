@@ -116,7 +116,7 @@ REFUSED = {
         "gemma3", {}, {"gemma3.attention.sliding_window": -5.0}, ValueError, "must be int",
     ),
     "experts": ("qwen3", {}, {"qwen3.expert_count": 8}, NotImplementedError,
-        "qwen3.expert_count 8; expected 0: experts are not packed yet; load a folder of transformers"),
+        "qwen3.expert_count 8; expected 0: load a folder of transformers"),
     "an encoder": ("gemma3", {}, {"gemma3.attention.causal": False}, NotImplementedError, "causal False"),
     "no epsilon": (
         "starcoder2", {}, {"starcoder2.attention.layer_norm_epsilon": None}, ValueError,
@@ -134,12 +134,12 @@ REFUSED = {
         "qwen2", {}, {"arch": "mpt"}, NotImplementedError, "'mpt'.*load a folder of transformers",
     ),
     "experts that transformers reads": (
-        "qwen2", {}, {"arch": "qwen2moe", "qwen2moe.expert_count": 8}, NotImplementedError,
-        r"'qwen2moe'; .*experts are not packed yet; transformers reads it dense: AutoModel.*gguf_file=name",
+        "qwen2", {}, {"arch": "minimax-m2", "minimax-m2.expert_count": 8}, NotImplementedError,
+        r"'minimax-m2'; .*transformers reads it dense: AutoModel.*gguf_file=name",
     ),
     "experts that it does not read": (
-        "qwen2", {"blk.0.ffn_up_exps.weight": BIAS}, {"arch": "granitemoe"}, NotImplementedError,
-        "'granitemoe'; .*experts are not packed yet; load a folder of transformers",
+        "qwen2", {"blk.0.ffn_up_exps.weight": BIAS}, {"arch": "deepseek2"}, NotImplementedError,
+        "'deepseek2'; .*load a folder of transformers",
     ),
     "no architecture": ("qwen2", {}, {"arch": ""}, ValueError, "architecture' is missing"),
 }  # fmt: skip

@@ -37,10 +37,26 @@ MUTANTS = [
         ("if unknown := sorted(file.tensors.keys() - used):", "if unknown := ():"),
         ('"blk.0.", stored)', 'r"\\g<0>", stored)'),
         ("grouped = [p.reshape(kv_heads, -1,", "grouped = [p.reshape(1, -1,"),
-        ("found[stored] = {names[i]: at[owners == i]", "found[stored] = {names[i]: at[owners == owners[0]]"),
+        ("mine = slice(starts[i], starts[i + 1])", "mine = slice(starts[0], starts[i + 1])"),
+    ),
+    *python("integrations/gguf_rows.py", "gguf_experts")(
+        ("None if order is None or _is_run(order) else torch.from_numpy(order),", "None,"),
+        ("and (1, *shape) == expected", "and (0, *shape) == expected"),
+    ),
+    *python("integrations/gguf_experts.py", "gguf_experts")(
+        ("(rows[..., ::2], rows[..., 1::2])", "(rows[..., 1::2], rows[..., ::2])"),
+        ("np.stack([rows[e] for e in sorted(rows)])", "np.stack([rows[e] for e in sorted(rows)[::-1]])"),
+    ),
+    *python("integrations/gguf_expert_configs.py", "gguf_experts")(
+        ('arguments["norm_topk_prob"] = True', 'arguments["norm_topk_prob"] = False'),
+        ('arguments["rope_parameters"]["truncate"] = False', 'arguments["rope_parameters"]["truncate"] = True'),
+        ("if used > count:", "if used > count + 1:"),
+    ),
+    *python("io/readers/gguf.py", "gguf_experts")(
+        ("self._bytes(info, rows.start * size, len(rows) * size)", "self._bytes(info, 0, len(rows) * size)"),
     ),
     *python("integrations/gguf_models.py", "gguf_llama", "gguf_models", "gguf_models_bad", "gguf_converted")(
-        ("values = self.processor.process(weight.float().numpy(), source.stored).weights", "values = weight.float().numpy()"),
+        ("processed = self.processor.process(values, part.stored).weights", "processed = values"),
         ("isinstance(module, nn.Linear) and parent != _HEAD", "isinstance(module, nn.Linear)"),
         ("scaled = frequencies / factors.to(torch.float32)", "scaled = frequencies * factors.to(torch.float32)"),
     ),

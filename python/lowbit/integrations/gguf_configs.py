@@ -5,25 +5,32 @@ Where llama.cpp takes a value from the code of an architecture, and not from the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from transformers import (
     BertConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     GraniteConfig,
+    GraniteMoeConfig,
+    GraniteMoeSharedConfig,
     LlamaConfig,
+    MixtralConfig,
     NomicBertConfig,
     Olmo2Config,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
@@ -32,21 +39,33 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from lowbit.files import shown
 from lowbit.integrations.configuration import errors_of, quiet
+from lowbit.integrations.gguf_expert_configs import (
+    gpt_oss,
+    granitemoe,
+    mixtral,
+    olmoe,
+    qwen2moe,
+    qwen3moe,
+)
 from lowbit.integrations.gguf_keys import (
+    MOST_POSITIONS,
     check_neutral,
+    has_experts,
     key,
     of_all_layers,
     other_way,
     rope_parameters,
     token_id,
     unless_zero,
+    want,
 )
 from lowbit.integrations.gguf_rows import FalconProcessor
 from lowbit.io.readers.gguf import GGUFFile
 
 _Arguments = dict[str, Any]
-# Some models keep a number for each position.
-_MOST_POSITIONS = 1 << 24
+_INSIDE = {
+    "intermediate_size", "ffn_hidden_size", "n_inner", "shared_expert_intermediate_size", "shared_intermediate_size",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +81,8 @@ class Architecture:
         optional: a pattern of tensors that a file may leave out, in all layers alike; they are zero.
         factors: whether the file may hold factors of the rotary embedding's frequencies.
         encoder: whether the model is an encoder, without a head.
+        experts: whether it is a mixture of experts.
+        yarn: whether its rotary embedding may be scaled by YaRN.
     """
 
     config: type[PreTrainedConfig]
@@ -72,6 +93,8 @@ class Architecture:
     optional: str = ""
     factors: bool = False
     encoder: bool = False
+    experts: bool = False
+    yarn: bool = False
 
 
 def architecture(file: GGUFFile) -> Architecture:
@@ -79,7 +102,7 @@ def architecture(file: GGUFFile) -> Architecture:
 
     Raises:
         ValueError: the file names none.
-        NotImplementedError: it is none of these, or has experts.
+        NotImplementedError: it is none of these.
     """
     arch = key(file, "general.architecture", str)
     if arch not in _ARCHITECTURES:
@@ -87,6 +110,9 @@ def architecture(file: GGUFFile) -> Architecture:
             f"{file.path}: architecture {shown(arch)}; expected one of {sorted(_ARCHITECTURES)}: "
             f"{other_way(file, arch)}"
         )
+    if has_experts(file, arch):
+        shared = arch == "granitemoe" and unless_zero(file, _SHARED, int) is not None
+        return _WITH_EXPERTS.get(_SHARED if shared else arch, _ARCHITECTURES[arch])
     return _ARCHITECTURES[arch]
 
 
@@ -99,9 +125,16 @@ def config_of(file: GGUFFile) -> PreTrainedConfig:
     """
     found = architecture(file)
     arch = key(file, "general.architecture", str)
-    check_neutral(file, arch, causal=not found.encoder)
+    check_neutral(file, arch, causal=not found.encoder, experts=found.experts)
     arguments, dim = _common(file, arch, found)
     found.more(file, arguments, dim)
+    # Numbers of rows that no tensor has been compared with yet, of which no more shall be made.
+    most = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
+    for name in arguments.keys() & _INSIDE:
+        if arguments[name] > most:
+            raise ValueError(
+                f"{file.path}: {name} must be at most {most}, the numbers in the file, got {arguments[name]}"
+            )
     arguments = {found.config.attribute_map.get(k, k): v for k, v in arguments.items()}
     with errors_of(f"{file.path}: transformers refuses the configuration"), quiet():
         return found.config(**arguments)
@@ -131,7 +164,7 @@ def _common(file: GGUFFile, arch: str, found: Architecture) -> tuple[_Arguments,
                 f"{file.path}: tensor {name!r} must have shape (N, {columns}), got {shape}"
             )
     vocab = file.tensors["token_embd.weight"].shape[0]
-    rope = rope_parameters(file, arch)
+    rope = rope_parameters(file, arch, found.yarn)
     rotated = key(file, f"{arch}.rope.dimension_count", int, default=dim)
     if rotated % 2 or rotated > dim or (rotated < dim and not found.partial):
         raise NotImplementedError(
@@ -152,7 +185,7 @@ def _common(file: GGUFFile, arch: str, found: Architecture) -> tuple[_Arguments,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "max_position_embeddings": key(file, f"{arch}.context_length", int, most=_MOST_POSITIONS),
+        "max_position_embeddings": key(file, f"{arch}.context_length", int, most=MOST_POSITIONS),
         found.eps: key(file, f"{arch}.attention.{norm}", float),
         "rope_parameters": rope,
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -209,18 +242,20 @@ def _llama(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
 
 
 def _granite(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
+    arch = file.metadata["general.architecture"]
     _llama(file, arguments, dim)
-    rotated = file.metadata.get("granite.rope.scaling.finetuned", True)
-    if rotated is not True:
-        raise NotImplementedError(
-            f"{file.path}: granite.rope.scaling.finetuned {shown(rotated)}; expected True"
-        )
-    scale = unless_zero(file, "granite.attention.scale", float)
+    want(file, f"{arch}.rope.scaling.finetuned", True, True)
+    scale = unless_zero(file, f"{arch}.attention.scale", float)
     arguments["attention_multiplier"] = dim**-0.5 if scale is None else scale
     for name in ("embedding", "residual"):
-        scale = unless_zero(file, f"granite.{name}_scale", float)
+        scale = unless_zero(file, f"{arch}.{name}_scale", float)
         arguments[f"{name}_multiplier"] = 1.0 if scale is None else scale
-    arguments["logits_scaling"] = key(file, "granite.logit_scale", float)
+    arguments["logits_scaling"] = key(file, f"{arch}.logit_scale", float)
+
+
+def _granitemoe(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
+    _granite(file, arguments, dim)
+    granitemoe(file, arguments, dim)
 
 
 def _olmo2(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
@@ -234,11 +269,7 @@ def _olmo2(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
 
 def _falcon(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
     _check_heads(file, arguments, dim)
-    layout = file.metadata.get("falcon.tensor_data_layout", "jploski")
-    if layout != "jploski":
-        raise NotImplementedError(
-            f"{file.path}: falcon.tensor_data_layout {shown(layout)}; expected 'jploski'"
-        )
+    want(file, "falcon.tensor_data_layout", "jploski", "jploski")
     kv_heads = arguments.pop("num_key_value_heads")
     # One norm for the attention and one for the MLP, of the same input.
     two = "blk.0.attn_norm_2.weight" in file.tensors
@@ -307,13 +338,12 @@ def _gemma(
     arguments["layer_types"] = [
         "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)
     ]
-    name = f"{arch}.attention.sliding_window_pattern"
-    said = file.metadata.get(name, pattern)
-    if not np.isscalar(said) or said != pattern:
-        raise NotImplementedError(f"{file.path}: {name} {shown(said)}; expected {pattern}")
+    want(file, f"{arch}.attention.sliding_window_pattern", pattern, pattern)
 
 
-# As in the converter's class of llama, from which these inherit.
+# As in the converter's class of llama, which permutes q and k. Those of SmolLM3, Granite and GraniteMoe inherit from
+# it, those of Qwen, Olmo and GptOss do not (conversion/ of llama.cpp, in the source of llama-cpp-python 0.3.36);
+# llama.cpp rotates pairs of neighbours of the former, and of the latter halves of a head, as transformers does.
 _LIKE_LLAMA: dict[str, Any] = {
     "processor": TENSOR_PROCESSORS["llama"],
     "optional": r"blk\.\d+\..*\.bias",
@@ -324,6 +354,8 @@ _ENCODER: dict[str, Any] = {
     "encoder": True,
 }
 _LIKE_GEMMA: dict[str, Any] = {"processor": TENSOR_PROCESSORS["gemma2"]}
+_EXPERTS: dict[str, Any] = {"experts": True}
+_SHARED = "granitemoe.expert_shared_feed_forward_length"
 _ARCHITECTURES = {
     "bert": Architecture(config=BertConfig, more=_bert, **_ENCODER),
     "falcon": Architecture(
@@ -331,17 +363,34 @@ _ARCHITECTURES = {
     ),
     "gemma2": Architecture(config=Gemma2Config, more=_gemma2, **_LIKE_GEMMA),
     "gemma3": Architecture(config=Gemma3TextConfig, more=_gemma3, **_LIKE_GEMMA),
+    "gpt-oss": Architecture(config=GptOssConfig, more=gpt_oss, yarn=True, **_EXPERTS),
     "gpt2": Architecture(config=GPT2Config, eps="layer_norm_epsilon", more=_gpt2),
     "granite": Architecture(config=GraniteConfig, more=_granite, **_LIKE_LLAMA),
+    "granitemoe": Architecture(
+        config=GraniteMoeConfig, more=_granitemoe, **_LIKE_LLAMA, **_EXPERTS
+    ),
     "llama": Architecture(config=LlamaConfig, more=_llama, factors=True, **_LIKE_LLAMA),
     "nomic-bert": Architecture(config=NomicBertConfig, more=_nomic_bert, **_ENCODER),
     "olmo2": Architecture(config=Olmo2Config, more=_olmo2),
+    "olmoe": Architecture(config=OlmoeConfig, more=olmoe, **_EXPERTS),
     "phi3": Architecture(config=Phi3Config, partial=True, more=_phi3),
     "qwen2": Architecture(config=Qwen2Config),
+    # Their processors join the tensors of experts, as `sources` does for all, and nothing else.
+    "qwen2moe": Architecture(config=Qwen2MoeConfig, more=qwen2moe, **_EXPERTS),
     "qwen3": Architecture(config=Qwen3Config),
+    "qwen3moe": Architecture(config=Qwen3MoeConfig, more=qwen3moe, **_EXPERTS),
     "smollm3": Architecture(config=SmolLM3Config, more=_llama, **_LIKE_LLAMA),
     "stablelm": Architecture(
         config=StableLmConfig, eps="layer_norm_eps", partial=True, more=_stablelm
     ),
     "starcoder2": Architecture(config=Starcoder2Config, eps="norm_epsilon", more=_starcoder2),
+}
+# Of those that have another class with experts, or with one that is shared.
+_WITH_EXPERTS = {
+    "llama": Architecture(
+        config=MixtralConfig, more=mixtral, factors=True, **_LIKE_LLAMA, **_EXPERTS
+    ),
+    _SHARED: Architecture(
+        config=GraniteMoeSharedConfig, more=_granitemoe, **_LIKE_LLAMA, **_EXPERTS
+    ),
 }

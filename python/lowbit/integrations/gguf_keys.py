@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import gguf
 import numpy as np
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS
 
@@ -12,45 +13,66 @@ from lowbit.io.readers.gguf import GGUFFile
 
 T = TypeVar("T")
 
-_CAUSAL = "{}.attention.causal"
-# What a file may say and no model here can do: the value that changes nothing.
-_NEUTRAL = {
-    "general.type": "model",
-    "{}.expert_count": 0,
-    _CAUSAL: True,
-    "{}.rope.scaling.attn_factor": 1.0,
+# Some models keep a number for each position.
+MOST_POSITIONS = 1 << 24
+
+_CAUSAL, _EXPERTS = "{}.attention.causal", "{}.expert_count"
+# What a file may say and no model here can do: the values that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "general.type": ("model",),
+    _EXPERTS: (0,),
+    _CAUSAL: (True,),
+    "{}.rope.scaling.attn_factor": (1.0,),
+    # Of 0 or 1 group or step there is but one way; a scale of 0 is none; scores are a softmax.
+    "{}.expert_group_count": (0, 1),
+    "{}.expert_weights_scale": (1.0, 0.0),
+    "{}.expert_gating_func": (gguf.ExpertGatingFuncType.SOFTMAX.value, 0),
+    "{}.leading_dense_block_count": (0,),
+    "{}.moe_every_n_layers": (0, 1),
+    "{}.interleave_moe_layer_step": (0, 1),
 }
 
 
-def check_neutral(file: GGUFFile, arch: str, causal: bool) -> None:
-    """Raises NotImplementedError if the file asks for what no model here can do; `causal`: what the model is."""
+def check_neutral(file: GGUFFile, arch: str, causal: bool, experts: bool) -> None:
+    """Raises NotImplementedError if the file asks for what no model here can do.
+
+    Args:
+        file: open.
+        arch: its architecture.
+        causal, experts: what the model is, and has.
+    """
+    way = f": {other_way(file, arch)}" if has_experts(file, arch) and not experts else ""
     for pattern, neutral in _NEUTRAL.items():
-        name = pattern.format(arch)
-        value = file.metadata.get(name, neutral)
-        expected = causal if pattern is _CAUSAL else neutral
-        if not np.isscalar(value) or value != expected:
-            way = f": {other_way(file, arch)}" if _has_experts(file, arch) else ""
-            raise NotImplementedError(
-                f"{file.path}: {name} {shown(value)}; expected {expected!r}{way}"
-            )
+        if not experts or pattern is not _EXPERTS:
+            expected = (causal,) if pattern is _CAUSAL else neutral
+            want(file, pattern.format(arch), neutral[0], *expected, way=way)
+
+
+def want(file: GGUFFile, name: str, default: Any, *expected: Any, way: str = "") -> None:
+    """Raises NotImplementedError unless a value of the metadata or the default is expected; `way` ends what it says."""
+    value = file.metadata.get(name, default)
+    if not np.isscalar(value) or value not in expected:
+        raise NotImplementedError(
+            f"{file.path}: {name} {shown(value)}; expected {expected[0]!r}{way}"
+        )
 
 
 def other_way(file: GGUFFile, arch: str) -> str:
     """What can be done with a model that cannot be loaded."""
-    experts = _has_experts(file, arch)
+    experts = has_experts(file, arch)
     # Its reader of models without experts would leave them out.
     readers = TENSOR_PROCESSORS if experts else GGUF_SUPPORTED_ARCHITECTURES
-    way = (
+    return (
         "transformers reads it dense: AutoModelForCausalLM.from_pretrained(folder, gguf_file=name), then "
         "lowbit.quantize_model"
-        if arch in readers and not (experts and arch == "llama")
+        if arch in readers
         else "load a folder of transformers with this model instead"
     )
-    return f"experts are not packed yet; {way}" if experts else way
 
 
-def _has_experts(file: GGUFFile, arch: str) -> bool:
-    count = file.metadata.get(f"{arch}.expert_count", 0)
+def has_experts(file: GGUFFile, arch: str) -> bool:
+    """Whether a model is a mixture of experts, as its metadata or its tensors say."""
+    count = file.metadata.get(_EXPERTS.format(arch), 0)
     return bool(np.any(count != 0)) or any("_exps." in name for name in file.tensors)
 
 
@@ -106,24 +128,38 @@ def of_all_layers(file: GGUFFile, name: str, layers: int, default: int | None = 
     return _checked(file, name, value, int)
 
 
-def rope_parameters(file: GGUFFile, arch: str) -> dict[str, Any]:
-    """The rotary embedding, in the words of transformers.
+def rope_parameters(file: GGUFFile, arch: str, yarn: bool = False) -> dict[str, Any]:
+    """The rotary embedding, in the words of transformers; `yarn`: whether it may be scaled in this way, too.
 
     Raises:
         ValueError: a key is out of range.
-        NotImplementedError: it is scaled in another way than linearly.
+        NotImplementedError: it is scaled in another way.
     """
     theta = key(file, f"{arch}.rope.freq_base", float, default=10000.0)
+    prefix = f"{arch}.rope.scaling"
     # As llama.cpp: linear is the default, and a factor of zero is none.
-    kind = key(file, f"{arch}.rope.scaling.type", str, default="linear")
-    if kind not in ("none", "linear"):
+    kind = key(file, f"{prefix}.type", str, default="linear")
+    kinds = ("none", "linear", "yarn") if yarn else ("none", "linear")
+    if kind not in kinds:
         raise NotImplementedError(
-            f"{file.path}: rope scaling {shown(kind)}; expected 'none' or 'linear'"
+            f"{file.path}: rope scaling {shown(kind)}; expected {' or '.join(map(repr, kinds))}"
         )
-    name = f"{arch}.rope.scaling.factor"
+    name = f"{prefix}.factor"
     if name not in file.metadata:
         name = f"{arch}.rope.scale_linear"
     factor = unless_zero(file, name, float) or 1.0
     if kind == "none" or factor == 1:
         return {"rope_type": "default", "rope_theta": theta}
-    return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+    found: dict[str, Any] = {"rope_type": kind, "rope_theta": theta, "factor": factor}
+    if kind == "linear":
+        return found
+    for name, neutral in (("ext_factor", 1.0), ("attn_factor", 1.0), ("log_multiplier", 0.0)):
+        want(file, f"{prefix}.yarn_{name}", neutral, neutral)
+    length = key(file, f"{arch}.context_length", int, most=MOST_POSITIONS)
+    return found | {
+        "beta_fast": key(file, f"{prefix}.yarn_beta_fast", float, default=32.0),
+        "beta_slow": key(file, f"{prefix}.yarn_beta_slow", float, default=1.0),
+        "original_max_position_embeddings": key(
+            file, f"{prefix}.original_context_length", int, default=length
+        ),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from typing import Any
 
@@ -14,7 +15,15 @@ from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import without_weights
 from lowbit.integrations.gguf_configs import architecture, config_of
-from lowbit.integrations.gguf_rows import ROPE_FACTORS, Source, sources
+from lowbit.integrations.gguf_rows import (
+    ROPE_FACTORS,
+    Part,
+    Source,
+    dense,
+    joined,
+    rows_of,
+    sources,
+)
 from lowbit.integrations.inexact import Inexact, quantize_anew
 from lowbit.io.readers.codes import NEAREST
 from lowbit.io.readers.gguf import GGUFFile
@@ -99,10 +108,10 @@ class _Filling:
         module = self.model.get_submodule(parent)
         weight = self._read(module, leaf, source)
         packable = leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding)
-        if packable and not self.decoded and source.stored is not None:
-            weight = self._packed(parent, module, weight, source.stored)
+        if packable and not self.decoded and source.parts:
+            weight = self._packed(parent, module, weight, source)
         if not packable or self.decoded or not isinstance(weight, QuantTensor):
-            values = _dense(weight).to(self.dtype)
+            values = dense(weight).to(self.dtype)
             module.register_parameter(leaf, nn.Parameter(values))
             return
         made: PackedModule
@@ -117,9 +126,12 @@ class _Filling:
         """Names the tensors, with their types, that are quantized anew because no format holds them."""
         if self.lossy:
             assert isinstance(self.nearest, Format)
-            kinds = ", ".join(sorted({self.file.tensors[name].type.name for name in self.lossy}))
+            types = {self.file.tensors[name].type for name in self.lossy}
+            # Those that a format does hold, alone.
+            joint = ", some joined to one weight" if types & BLOCK_TYPES.keys() else ""
             warnings.warn(
-                f"{self.file.path}: no format holds {len(self.lossy)} tensors of type {kinds}; they are quantized anew "
+                f"{self.file.path}: no format holds {len(self.lossy)} tensors of type "
+                f"{', '.join(sorted(t.name for t in types))}{joint}; they are quantized anew "
                 f"to {self.nearest.name}, with a loss: a relative error of up to {max(self.lossy.values()):.2g}: "
                 f"{', '.join(list(self.lossy)[:8])}",
                 stacklevel=5,
@@ -127,46 +139,45 @@ class _Filling:
 
     def _read(self, module: nn.Module, leaf: str, source: Source) -> QuantTensor | Tensor:
         """What the file has for a parameter, in transformers' order."""
-        if source.stored is None:
-            return torch.zeros(module.get_parameter(leaf).shape, dtype=torch.float32, device="cpu")
-        held = self._is_held(source.stored)
-        weight = self.file[source.stored] if held else self.file.dequantized(source.stored)
-        if not isinstance(weight, QuantTensor) and weight.dim() == 1:
-            values = self.processor.process(weight.float().numpy(), source.stored).weights
-            weight = torch.from_numpy(values)
-        rows = source.rows
-        if rows is None:
-            return weight
-        if not isinstance(weight, QuantTensor):
-            return weight[rows]
-        count = weight.shape[0]
-        tensors = {
-            # The second level of NVFP4 is of all rows.
-            key: t[rows] if len(t) == count else t
-            for key, t in weight.tensors.items()
-        }
-        return QuantTensor(weight.format, (len(rows), weight.shape[1]), tensors)
+        shape = module.get_parameter(leaf).shape
+        if not source.parts:
+            return torch.zeros(shape, dtype=torch.float32, device="cpu")
+        weight = joined([self._part(part, shape[1:]) for part in source.parts])
+        return weight if source.order is None else rows_of(weight, source.order)
+
+    def _part(self, part: Part, columns: torch.Size) -> QuantTensor | Tensor:
+        """(N, *columns)."""
+        info, rows, width = self.file.tensors[part.stored], part.rows, math.prod(columns)
+        read = rows if isinstance(rows, range) else range(math.prod(info.shape) // width)
+        weight: QuantTensor | Tensor
+        if len(info.shape) == 1 and not columns:
+            values = dense(self.file[part.stored]).numpy()
+            processed = self.processor.process(values, part.stored).weights
+            weight = torch.from_numpy(processed)[read.start : read.stop]
+        elif info.type in BLOCK_TYPES or info.type in DENSE_TYPES:
+            weight = self.file.rows(part.stored, read, width)
+        else:
+            weight = self.file.dequantized(part.stored, read)
+        if isinstance(weight, Tensor):
+            weight = weight.reshape(len(read), *columns)
+        return weight if isinstance(rows, range) else rows_of(weight, rows)
 
     def _packed(
-        self, parent: str, module: nn.Module, weight: QuantTensor | Tensor, stored: str
+        self, parent: str, module: nn.Module, weight: QuantTensor | Tensor, source: Source
     ) -> QuantTensor | Tensor:
         """The weight in the format that it shall have, if any."""
         if self.target is not None and isinstance(module, nn.Linear) and parent != _HEAD:
-            return quantize_anew(_dense(weight), self.target)[0]
-        if self._is_held(stored) or not isinstance(self.nearest, Format):
+            return quantize_anew(dense(weight), self.target)[0]
+        stored = [part.stored for part in source.parts]
+        kinds = {self.file.tensors[name].type for name in stored}
+        # A format holds them, or a dense tensor; of several types a dense one would.
+        held = kinds <= DENSE_TYPES.keys() or (len(kinds) == 1 and kinds <= BLOCK_TYPES.keys())
+        if held or not isinstance(self.nearest, Format):
             return weight
-        made, error = quantize_anew(_dense(weight), self.nearest)
-        self.lossy[stored] = max(error, self.lossy.get(stored, 0.0))
+        made, error = quantize_anew(dense(weight), self.nearest)
+        for name in stored:
+            self.lossy[name] = max(error, self.lossy.get(name, 0.0))
         return made
-
-    def _is_held(self, stored: str) -> bool:
-        """Whether a format, or a dense tensor, holds the values of a tensor."""
-        kind = self.file.tensors[stored].type
-        return kind in BLOCK_TYPES or kind in DENSE_TYPES
-
-
-def _dense(weight: QuantTensor | Tensor) -> Tensor:  # fp32
-    return weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
 
 
 def _tie(model: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ are known to transformers as functions of tensors: here they are given the numbe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +20,32 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_gguf_pytorch_utils import GGUFTensor, TensorProcessor
 
 from lowbit.files import shown
+from lowbit.integrations.gguf_experts import as_converter, experts_apart, experts_together
 from lowbit.io.readers.gguf import GGUFFile
+from lowbit.weights.quantized import QuantTensor
 
 ROPE_FACTORS = "rope_freqs.weight"
 _HEAD = "lm_head.weight"
+_Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """`rows` of the tensor `stored`, all dimensions of which but the last of a weight count rows; of a bias all."""
+
+    stored: str
+    rows: range | Tensor
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a parameter is made of: the tensor `stored`, or zeros if that is None; `rows` of it, or None for all."""
+    """What a parameter is made of: the rows of `parts` one after the other, in this `order` unless that is None.
 
-    stored: str | None
-    rows: Tensor | None
+    Zeros if there is no part.
+    """
+
+    parts: tuple[Part, ...]
+    order: Tensor | None = None
 
 
 class FalconProcessor(TensorProcessor):  # type: ignore[misc]
@@ -70,35 +84,30 @@ def sources(
     arch = str(file.metadata["general.architecture"])
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     known = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
-    found: dict[str, Source] = {}
-    used: set[str] = {ROPE_FACTORS} if factors else set()
     parameters = {
         name: p
         for name, p in model.state_dict().items()
         if name != _HEAD or not model.config.tie_word_embeddings
     }
-    checkpoint = {name: {name: np.arange(len(p))} for name, p in parameters.items()}
-    if any(known.get_name(name.rpartition(".")[0]) is None for name in parameters):
-        checkpoint = _converted(model, parameters)
-    for name, parts in checkpoint.items():
-        module, _, leaf = name.rpartition(".")
-        stored = f"{known.get_name(module)}.{leaf}"
-        shape = (
-            sum(len(rows) for rows in parts.values()),
-            *parameters[next(iter(parts))].shape[1:],
-        )
-        if stored not in file.tensors and _may_lack(file, stored, optional):
-            found.update(dict.fromkeys(parts, Source(None, None)))
-            continue
-        _check_shape(file, stored, shape)
-        used.add(stored)
-        order = np.arange(shape[0])
-        if len(shape) > 1:
-            order = processor.process(order, stored).weights
-        for parameter, rows in parts.items():
-            at = torch.from_numpy(order[rows])
-            whole = torch.equal(at, torch.arange(shape[0], dtype=at.dtype, device="cpu"))
-            found[parameter] = Source(stored, None if whole else at)
+    converted = any(known.get_name(name.rpartition(".")[0]) is None for name in parameters)
+    found: dict[str, Source] = {}
+    used: set[str] = {ROPE_FACTORS} if factors else set()
+    # A layer at a time: the numbers of all rows of many experts would be as large as the model.
+    for some in _by_layers(parameters):
+        numbered = _Numbered(some)
+        checkpoint = numbered.checkpoint(model) if converted else numbered.numbers
+        for name, numbers in checkpoint.items():
+            module, _, leaf = name.rpartition(".")
+            stored = f"{known.get_name(module)}.{leaf}"
+            if stored not in file.tensors and _may_lack(file, stored, optional):
+                continue
+            _check_shape(file, stored, (*numbers.shape, *numbered.columns(numbers)))
+            used.add(stored)
+            order = np.arange(numbers.size)
+            if numbers.ndim == 1 and numbered.columns(numbers):
+                order = processor.process(order, stored).weights
+            numbered.add(stored, numbers.reshape(-1), order)
+        found.update(numbered.sources())
     if unknown := sorted(file.tensors.keys() - used):
         raise NotImplementedError(
             f"{file.path}: a {type(model).__name__} has no tensors {', '.join(map(shown, unknown[:8]))}"
@@ -106,22 +115,111 @@ def sources(
     return found
 
 
-def _converted(
-    model: PreTrainedModel, parameters: Mapping[str, Tensor]
-) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
-    """For every tensor of a checkpoint that transformers converts: the parameters in it, and the rows of each."""
-    starts, numbered, start = {}, {}, 0
+class _Numbered:
+    """Parameters whose rows are numbered, over all of them, and what they turn out to be made of.
+
+    Attributes:
+        numbers: of the rows of each.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        counts = [len(p) for p in parameters.values()]
+        self._edges = np.cumsum([0, *counts])
+        self._names = list(parameters)
+        self._columns = [tuple(p.shape[1:]) for p in parameters.values()]
+        self._parts: list[list[tuple[str, _Array, _Array]]] = [[] for _ in parameters]
+        self.numbers: dict[str, _Array] = {
+            name: np.arange(start, start + count)
+            for name, start, count in zip(self._names, self._edges, counts, strict=False)
+        }
+
+    def checkpoint(self, model: PreTrainedModel) -> dict[str, _Array]:
+        """The numbers of the rows of what llama.cpp's converter makes of the model's checkpoint: (N,), of all experts
+        (E, N).
+        """
+        fused = {n: torch.from_numpy(a) for n, a in experts_together(self.numbers).items()}
+        stored = {n: t.numpy() for n, t in revert_weight_conversion(model, fused).items()}
+        return as_converter(experts_apart(stored))
+
+    def columns(self, numbers: _Array) -> tuple[int, ...]:
+        """Of the parameter that the first of these rows is in; none of a bias."""
+        return self._columns[np.searchsorted(self._edges, numbers.flat[0], side="right") - 1]
+
+    def add(self, stored: str, numbers: _Array, order: _Array) -> None:
+        """The rows with these numbers are the rows `order` of a tensor."""
+        by = np.argsort(numbers)
+        numbers, rows = numbers[by], order[by]
+        starts = np.searchsorted(numbers, self._edges)
+        for i in np.flatnonzero(np.diff(starts)):
+            mine = slice(starts[i], starts[i + 1])
+            self._parts[i].append((stored, numbers[mine] - self._edges[i], rows[mine]))
+
+    def sources(self) -> dict[str, Source]:
+        """Of every parameter."""
+        made = {}
+        for name, parts in zip(self._names, self._parts, strict=True):
+            rows_of_all = sum(len(rows) for _, _, rows in parts)
+            assert rows_of_all in (0, len(self.numbers[name])), name
+            order = None
+            if len(parts) > 1:
+                order = np.argsort(np.concatenate([at for _, at, _ in parts]))
+            made[name] = Source(
+                tuple(Part(stored, _as_range(rows)) for stored, _, rows in parts),
+                None if order is None or _is_run(order) else torch.from_numpy(order),
+            )
+        return made
+
+
+def rows_of(weight: QuantTensor | Tensor, rows: Tensor) -> QuantTensor | Tensor:
+    """Some rows of a weight of the file, in this order."""
+    if not isinstance(weight, QuantTensor):
+        return weight[rows]
+    tensors = {k: t if _is_of_all(weight, k) else t[rows] for k, t in weight.tensors.items()}
+    return QuantTensor(weight.format, (len(rows), weight.shape[1]), tensors)
+
+
+def joined(weights: Sequence[QuantTensor | Tensor]) -> QuantTensor | Tensor:
+    """The rows of one weight of the file after the other; in fp32 if a format does not hold all."""
+    if len(weights) == 1:
+        return weights[0]
+    packed = [w for w in weights if isinstance(w, QuantTensor)]
+    if len(packed) < len(weights) or len({weight.format for weight in packed}) > 1:
+        return torch.cat([dense(weight) for weight in weights])
+    tensors = {
+        k: t if _is_of_all(packed[0], k) else torch.cat([weight.tensors[k] for weight in packed])
+        for k, t in packed[0].tensors.items()
+    }
+    shape = sum(weight.shape[0] for weight in packed), packed[0].shape[1]
+    return QuantTensor(packed[0].format, shape, tensors)
+
+
+def _is_of_all(weight: QuantTensor, key: str) -> bool:
+    """Whether a tensor is of all rows: the second level of NVFP4, which is 1 in the file."""
+    return weight.format.scale == "e4m3" and key == "scales2"
+
+
+def dense(weight: QuantTensor | Tensor) -> Tensor:  # fp32
+    """The values of a weight."""
+    return weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
+
+
+def _by_layers(parameters: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The parameters of each layer, and those of none."""
+    found: dict[str, dict[str, Tensor]] = {}
     for name, p in parameters.items():
-        starts[name] = start
-        numbered[name] = torch.arange(start, start + len(p), dtype=torch.int64, device="cpu")
-        start += len(p)
-    names, edges = list(starts), np.array([*starts.values(), start])
-    found: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
-    for stored, numbers in revert_weight_conversion(model, numbered).items():
-        at = np.argsort(numbers.numpy())
-        owners = np.searchsorted(edges, numbers.numpy()[at], side="right") - 1
-        found[stored] = {names[i]: at[owners == i] for i in np.unique(owners)}
-    return found
+        number = re.search(r"\.\d+\.", name)
+        found.setdefault(number[0] if number else "", {})[name] = p
+    return list(found.values())
+
+
+def _is_run(rows: _Array) -> bool:
+    return bool((np.diff(rows) == 1).all())
+
+
+def _as_range(rows: _Array) -> range | Tensor:
+    if _is_run(rows):
+        return range(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows)
 
 
 def _may_lack(file: GGUFFile, stored: str, optional: str) -> bool:
@@ -133,5 +231,6 @@ def _check_shape(file: GGUFFile, stored: str, expected: tuple[int, ...]) -> None
     if stored not in file.tensors:
         raise ValueError(f"{file.path}: tensor {stored!r} is missing")
     shape = file.tensors[stored].shape
-    if shape != expected:
+    # A matrix of one row may be a vector: the gate of qwen2moe's shared expert is.
+    if shape != expected and not (len(expected) == 2 and (1, *shape) == expected):
         raise ValueError(f"{file.path}: tensor {stored!r} must have shape {expected}, got {shape}")
