@@ -46,6 +46,7 @@ lowbit_family(int8 cpu/activations/int8_any KernelTable "table_of(kInt8Kernels)"
 lowbit_family(int8 cpu/activations/int8 KernelTable "table_of(kInt8Kernels)" avx2 avx512vnni)
 lowbit_family(nibbles cpu/weights/nibbles KernelTable "table_of(kNibbleKernels)" avx2)
 lowbit_family(xnor cpu/activations/xnor KernelTable "table_of(kXnorKernels)" scalar avx2 avx512vpopcntdq)
+lowbit_family(trits cpu/weights/trits ExpandTrits expand_trits scalar avx2 avx512)
 lowbit_family(embedding cpu/weights/embedding EmbedRows embed_rows scalar)
 lowbit_family(quantize cpu/activations/quantize_ops QuantizeOps kQuantizeOps scalar avx2 avx512)
 lowbit_family(outliers cpu/sparse/outliers OutlierKernel kOutlierKernel scalar avx2 avx512)

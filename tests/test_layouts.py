@@ -1,11 +1,14 @@
-"""What the layouts of kernels hold of scales that have two levels: no more than files do, and all of it."""
+"""What the layouts of kernels hold: no more than files do, and all of it."""
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
-from lowbit import layouts, reference
+from lowbit import _C, layouts, packing, reference
 from lowbit.formats import parse
 from lowbit.layouts import CANONICAL, K16, M16, N16
 from lowbit.nn import QuantLinear
@@ -33,8 +36,10 @@ def file_bits(name: str) -> float:
     return 8 * size / weights
 
 
-@pytest.mark.parametrize("layout", [N16, K16])
-@pytest.mark.parametrize("name", [*FILE_BITS, *GGUF_TYPES])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [*itertools.product((*FILE_BITS, *GGUF_TYPES), (N16, K16)), ("TQ1_0", N16)],
+)
 def test_memory_is_that_of_the_file(name: str, layout: str) -> None:
     """At most 2 % more, tables included; 3 % where "k16" holds 6 bits in a byte."""
     n, k = 1024, 1024
@@ -43,6 +48,36 @@ def test_memory_is_that_of_the_file(name: str, layout: str) -> None:
     bytes_of_six_bits = layout == K16 and name in ("Q4_K", "Q5_K")
     assert file_bits(name) <= bits <= (1.03 if bytes_of_six_bits else 1.02) * file_bits(name)
     assert not weight.second
+
+
+@pytest.mark.parametrize("k", [40, 256, 600])
+def test_trits_lie_as_documented(k: int) -> None:
+    """csrc/core/trits.h, computed code by code from the units of 2 bits."""
+    n = 70
+    codes = torch.randint(0, 3, (n, k), dtype=torch.uint8)
+    packed = packing.pack_codes(codes, parse("ternary_trits")).numpy()
+    trits = torch.from_numpy(_C.prepack(packed, n, k, 2, 3)).int()
+    words = torch.from_numpy(
+        _C.prepack(packing.pack_codes(codes, parse("ternary")).numpy(), n, k, 2)
+    ).int()
+    chunks, spans = -(-k // 32), -(-k // 32) // 8
+    words, trits = words.view(2, chunks, 4, 2, 64), trits.view(2, -1)
+    assert torch.equal(trits[:, spans * 4 * 13 * 64 :], words[:, spans * 8 :].flatten(1))
+    for block, span, vector in itertools.product(range(2), range(spans), range(4)):
+        found = trits[block].narrow(0, (span * 4 + vector) * 13 * 64, 13 * 64).view(13, 64)
+        units = words[block, span * 8 : span * 8 + 8, vector].reshape(16, 64)
+        fields = [units >> 2 * field & 3 for field in range(4)]
+        for i, t in itertools.product(range(3), range(4)):
+            f0, f1, f2, f3 = (f[5 * i + t] for f in fields)
+            fifth = fields[t][5 * i + 4]
+            assert torch.equal(found[4 * i + t], 85 * fifth + 27 * (-f1 % 3) + 9 * f0 + 3 * f3 + f2)
+        assert torch.equal(found[12], units[15])
+    assert np.array_equal(_C.unprepack(trits.flatten().byte().numpy(), n, k, 2, 3), packed)
+
+
+def test_trits_are_of_two_bits() -> None:
+    with pytest.raises(ValueError, match="trits need bits 2, got 3"):
+        _C.Weight(n=1, k=1, bits=3, group=1, trits=True)
 
 
 def test_a_layer_holds_no_more() -> None:

@@ -46,7 +46,7 @@ Bytes py_unpack(const Bytes& packed, int64_t k, int bits, int base, int threads)
 Bytes py_prepack(const Bytes& packed, int64_t n, int64_t k, int bits, int base, int threads) {
   const CanonicalCodes s = canonical(n, k, bits, base);
   want_shape("packed", packed, s.n, s.row_bytes);
-  Bytes out(static_cast<py::ssize_t>(packed_bytes(n, k, bits)));
+  Bytes out(static_cast<py::ssize_t>(s.n16_bytes()));
   const uint8_t* in = packed.data();
   uint8_t* to = out.mutable_data();
   py::gil_scoped_release unlocked;
@@ -56,8 +56,8 @@ Bytes py_prepack(const Bytes& packed, int64_t n, int64_t k, int bits, int base, 
 
 Bytes py_unprepack(const Bytes& n16, int64_t n, int64_t k, int bits, int base, int threads) {
   const CanonicalCodes s = canonical(n, k, bits, base);
-  if (n16.size() != packed_bytes(n, k, bits)) {
-    fail("codes must have " + std::to_string(packed_bytes(n, k, bits)) + " bytes, got " + std::to_string(n16.size()));
+  if (n16.size() != s.n16_bytes()) {
+    fail("codes must have " + std::to_string(s.n16_bytes()) + " bytes, got " + std::to_string(n16.size()));
   }
   Bytes out({s.n, s.row_bytes});
   const uint8_t* in = n16.data();

@@ -5,7 +5,7 @@
 #include "bindings/names.h"
 #include "core/address.h"
 #include "core/int8_table.h"
-#include "core/n16.h"
+#include "core/trits.h"
 
 namespace lowbit {
 namespace {
@@ -17,7 +17,7 @@ void use_dynamic_map(const std::array<float, 256>& values) { dynamic_map = value
 Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string& codec_name, bool column_table,
                int64_t table_groups, const std::string& zero_mode, const std::optional<std::string>& scale,
                const std::optional<std::string>& zero_type, const std::optional<std::string>& scale2,
-               int64_t scale2_extent, bool int8_x, int64_t x_group, float table_step, bool bf16_table)
+               int64_t scale2_extent, bool int8_x, int64_t x_group, float table_step, bool bf16_table, bool trits)
     : n(n),
       k(k),
       group(group < k ? group : k),
@@ -26,11 +26,13 @@ Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string&
       scale2_extent(scale2_extent),
       int8_x(int8_x),
       table_step(table_step),
-      bf16_table(bf16_table) {
+      bf16_table(bf16_table),
+      trits(trits) {
   if (n < 0 || k < 1 || n > INT32_MAX || k > INT32_MAX) {
     fail("shape must be (n >= 0, k >= 1) and below 2^31, got (" + std::to_string(n) + ", " + std::to_string(k) + ")");
   }
   if (bits < 1 || bits > 8 || bits == 7) fail("bits must be 1, 2, 3, 4, 5, 6 or 8, got " + std::to_string(bits));
+  if (trits && bits != kTritBits) fail("trits need bits 2, got " + std::to_string(bits));
   if (group < 1) fail("group must be positive, got " + std::to_string(group));
   set_x_group(x_group);
   if (table_groups != 1 && (!column_table || table_groups != groups())) {
@@ -76,7 +78,7 @@ Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string&
 }
 
 int64_t Weight::groups() const { return ceil_div(k, group); }
-int64_t Weight::code_bytes() const { return packed_bytes(n, k, bits); }
+int64_t Weight::code_bytes() const { return num_blocks(n) * block_bytes(k, bits, trits); }
 int64_t Weight::lane_terms() const { return num_blocks(n) * groups() * kBlockN; }
 int64_t Weight::table_size() const {
   return scope == Scope::kShared ? int64_t{1} << bits : (num_blocks(n) * table_groups << bits) * kBlockN;
@@ -113,6 +115,7 @@ Launch Weight::launch() const {
            .group = group,
            .num_groups = groups(),
            .x_group = x_group,
+           .trits = trits,
            .scale_dtype = scale_dtype.value_or(Dtype::kF32),
            .zero_dtype = zero_dtype.value_or(Dtype::kF32),
            .zero = zero,

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "core/address.h"
 #include "core/costs.h"
 #include "core/int8_table.h"
 #include "core/n16.h"
@@ -12,6 +13,7 @@
 #include "core/parallel.h"
 #include "core/registry.h"
 #include "core/scratch.h"
+#include "core/trits.h"
 #include "units.h"
 
 #define LOWBIT_DECLARE_TABLE(family, isa) \
@@ -23,6 +25,7 @@
 namespace lowbit {
 
 LOWBIT_REGISTRY(embedding)
+LOWBIT_REGISTRY(trits)
 LOWBIT_FOREACH_TABLE(LOWBIT_DECLARE_TABLE)
 
 namespace {
@@ -137,6 +140,27 @@ void note(const Kernel& kernel) {
   }
 }
 
+// Tasks of a kernel. Trits of a block become codes of 2 bits for all of its tasks.
+void run_kernel(const Kernel& kernel, const Launch& l, int64_t begin, int64_t end) {
+  note(kernel);
+  if (!l.trits) return kernel.run(l, begin, end);
+  const ExpandTrits expand = *newest(units::trits::kAll, active_isa()).given;
+  const int64_t bytes = num_chunks(l.k) * chunk_bytes(kTritBits), tasks = tasks_of(kernel, l.m, kBlockN);
+  thread_local Scratch scratch;
+  auto* codes = static_cast<uint8_t*>(scratch.get(static_cast<size_t>(bytes)));
+  Launch expanded = l;
+  expanded.trits = false;
+  for (int64_t task = begin; task < end;) {
+    const int64_t block = task / tasks, last = std::min((block + 1) * tasks, end);
+    expand(l.codes + block * block_bytes(l.k, kTritBits, true), l.k, codes);
+    // A kernel adds the offset of its block.
+    expanded.codes = pointer<const uint8_t>(reinterpret_cast<uintptr_t>(codes) - static_cast<uintptr_t>(block * bytes));
+    kernel.run(expanded, task, last);
+    task = last;
+  }
+  scratch.trim();
+}
+
 // Whether an infinity in x may meet terms of both signs in place of one weight: zeros that are multiplied apart from
 // the codes, and 8-bit integers as two bf16 numbers (bf16_int8-inl.h).
 bool splits_weights(const Kernel& kernel, const Launch& l) {
@@ -184,8 +208,7 @@ void run_block(const Kernel& kernel, Launch l, int64_t block, int64_t first, int
   place_prepared(kernel, scratch.get(prepared_bytes(kernel, l)), &l);
   kernel.prepare(l, 0, l.m);
   const int64_t tasks = tasks_of(kernel, l.m, kBlockN);
-  note(kernel);
-  kernel.run(l, block * tasks, (block + 1) * tasks);
+  run_kernel(kernel, l, block * tasks, (block + 1) * tasks);
   scratch.trim();
 }
 
@@ -289,8 +312,7 @@ void set_int8_table(Codec codec, int bits, int8_t* memory, Launch* l) {
 }
 
 void run_tasks(const Kernel& kernel, const Launch& l, int64_t begin, int64_t end) {
-  note(kernel);
-  kernel.run(l, begin, end);
+  run_kernel(kernel, l, begin, end);
   if (!splits_weights(kernel, l)) return;
   if (l.m == 1 && all_finite(l.out, l.out_dtype, begin * kBlockN, std::min(end * kBlockN, l.n))) return;
   const int64_t rows_per_task = kernel.rows_per_task ? kernel.rows_per_task : l.m;

@@ -73,6 +73,7 @@ struct Launch {
   float* x_scales = nullptr;
   int64_t x_group = 0;
   const uint8_t* codes = nullptr;
+  bool trits = false;            // codes are as trits.h says; those that kernels read are of 2 bits
   const void* scales = nullptr;  // may be null
   Dtype scale_dtype = Dtype::kF32;
   const void* zeros = nullptr;  // null if zero is kNone
@@ -145,6 +146,9 @@ template <int kCount>
 consteval KernelTable table_of(const Kernel (&kernels)[kCount]) {
   return {kernels, kCount};
 }
+
+// Codes of 2 bits of a block of 64 columns, from trits (trits.h).
+using ExpandTrits = void (*)(const uint8_t* trits, int64_t k, uint8_t* codes);
 
 // out[row begin..end) = W[indices[row]]; `codes` is scratch for k codes.
 using EmbedRows = void (*)(const Launch& l, int bits, Scope scope, const int64_t* indices, int64_t begin, int64_t end,

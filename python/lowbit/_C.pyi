@@ -354,6 +354,7 @@ class Weight:
         x_group: int = 0,
         table_step: float = 0.0,
         bf16_table: bool = False,
+        trits: bool = False,
     ) -> None: ...
     def linear(
         self,

@@ -59,6 +59,17 @@ def unpack_codes(
     return out
 
 
+# Bits of integer scales of less than a byte.
+_SCALE_BITS = {"uint4": 4, "uint6": 6, "int6": 6}
+
+
+def scale_bits(format: Format) -> int:
+    """Bits of the integer scales of a format, and of zeros that are such, where they are packed; 0 if they fill bytes
+    or the format has none.
+    """
+    return _SCALE_BITS.get(format.scale or "", 0)
+
+
 def pack_scales(
     scales: Tensor,  # (..., C) int8
     bits: int,  # 4 or 6

@@ -107,6 +107,7 @@ struct Case {
   Dtype second = Dtype::kF32;  // and of what these are multiplied by,
   int64_t super_groups = 0;    // for so many groups; 0: one fp32 for the weight, if scales are integers or E4M3, and
                                // factors and an offset with kDq8
+  bool trits = false;          // codes below 3, which lie as core/trits.h says
 };
 
 // What a code of scales stands for, by the formats' definition.
@@ -137,11 +138,12 @@ struct Problem {
     const bool integer = kernel.codec == Codec::kInt || kernel.compute == Dtype::kI8;
     const int64_t groups = ceil_div(c.k, c.group), blocks = num_blocks(c.n);
     const int entries = 1 << bits;
-    const CanonicalCodes shape{c.n, c.k, ceil_div(c.k * bits, 8), bits, false};
+    const int64_t row_bytes = c.trits ? ceil_div(c.k, digits_per_byte(kTritBase)) : ceil_div(c.k * bits, 8);
+    const CanonicalCodes shape{c.n, c.k, row_bytes, bits, c.trits ? kTritBase : 0};
     codes = Guarded<uint8_t>(c.n * c.k);
     const bool float8 = kernel.codec == Codec::kE4m3 || kernel.codec == Codec::kE5m2;
     for (uint8_t& code : codes) {
-      code = static_cast<uint8_t>(rng() % entries);
+      code = static_cast<uint8_t>(rng() % (c.trits ? kTritBase : entries));
       if (float8 && !std::isfinite(float8_value(kernel.codec, code))) code = 0;
     }
     packed = Guarded<uint8_t>(c.n * shape.row_bytes);
@@ -149,7 +151,7 @@ struct Problem {
     Guarded<uint8_t> again(codes.size());
     unpack_rows(packed.data(), shape, again.data(), 1);
     expect(again == codes, "pack_rows", "round trip", bits, 0, 0);
-    n16 = Guarded<uint8_t>(packed_bytes(c.n, c.k, bits));
+    n16 = Guarded<uint8_t>(shape.n16_bytes());
     prepack(packed.data(), shape, n16.data(), 2);
     Guarded<uint8_t> back(packed.size());
     unprepack(n16.data(), shape, back.data(), 2);
@@ -262,6 +264,7 @@ struct Problem {
     l.group = c.group;
     l.num_groups = ceil_div(c.k, c.group);
     l.codes = n16.data();
+    l.trits = c.trits;
     l.scales = coded() ? static_cast<const void*>(scale_codes.data()) : scales.data();
     l.scales2 = second_level() ? scales2.data() : nullptr;
     l.zeros = c.zero == ZeroMode::kNone ? nullptr : zeros.data();

@@ -377,6 +377,13 @@ int main(int argc, char** argv) {
     std::mt19937 rng(1);
     std::vector<Case> chosen(std::begin(cases), std::end(cases));
     if (kernel->compute == Dtype::kI8) chosen.insert(chosen.end(), std::begin(long_cases), std::end(long_cases));
+    if (kernel->bits == kTritBits && kernel->compute != Dtype::kB1) {
+      for (Case c : cases) {
+        c.trits = true;
+        // A span and more, of groups of all lengths; how scales are stored has no part in it.
+        if (c.k >= kTritChunks * kChunkK && (c.scale == Dtype::kF32 || c.scale == Dtype::kI8)) chosen.push_back(c);
+      }
+    }
     for (size_t i = ran % every; i < chosen.size(); i += every) {
       const Case& c = chosen[i];
       Request request{.op = kernel->op,

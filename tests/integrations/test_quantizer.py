@@ -131,7 +131,7 @@ def test_on_load_and_back(tmp_path: Path, name: str):
 def test_layers_of_more_than_256_features(tmp_path: Path):
     """Equal numbers of that size are not one object in Python."""
     config = transformers.LlamaConfig(**{**SMALL, "intermediate_size": 300})
-    model = quantized(transformers.LlamaForCausalLM(config).eval(), "int4_g32")
+    model = quantized(transformers.LlamaForCausalLM(config).eval(), "q4_k")
     model.save_pretrained(tmp_path)
     assert_same(transformers.LlamaForCausalLM.from_pretrained(tmp_path), model)
 
@@ -145,7 +145,7 @@ def test_save_pretrained_after_quantize_model(tmp_path: Path, name: str):
 
 @every_model
 def test_folders_of_lowbit_save(tmp_path: Path, name: str):
-    model = quantized(dense(name), "int4_g32")
+    model = quantized(dense(name), "q4_k")
     for folder, size in (("one", None), ("many", 20_000)):
         lowbit.save(model, tmp_path / folder, max_shard_size=size)
         model.config.save_pretrained(tmp_path / folder)
@@ -343,7 +343,7 @@ def damage(folder: Path, change: Any) -> None:
 
 
 DAMAGES: dict[str, tuple[Any, str]] = {
-    "a newer version": (lambda h, t: h.update(version=2), "version must be 1, got 2"),
+    "a newer version": (lambda h, t: h.update(version=3), "version must be 1 or 2, got 3"),
     "an unknown format": (
         lambda h, t: h["layers"]["model.layers.0.mlp.up_proj"].update(format="nf5"),
         "layers.0.mlp.up_proj.*nf5",

@@ -67,14 +67,6 @@ def ggml_quantize(lib: ctypes.CDLL, w: np.ndarray, kind: GGMLType) -> np.ndarray
     return out
 
 
-# Bits of a weight beyond the file's: scales of 4 and 6 bits take 8 in memory.
-MORE_BITS = {
-    GGMLType.Q2_K: 0.5,
-    GGMLType.Q3_K: 0.125,
-    GGMLType.Q4_K: 0.125,
-    GGMLType.Q5_K: 0.125,
-    GGMLType.IQ4_XS: 0.0625,
-}
 NAMES = {GGMLType.Q1_0: "binary"}
 
 
@@ -103,7 +95,7 @@ def test_random_blocks_equal_gguf(tmp_path, kind, n, blocks):
     assert qt.format.name == NAMES.get(kind, kind.name.lower())
     assert parse(qt.format.spec) == qt.format
     k = qt.shape[1]
-    bits = 8 * data.size / (n * k) + MORE_BITS.get(kind, 0)
+    bits = 8 * data.size / (n * k)
     if kind == GGMLType.NVFP4:
         bits += 32 / (n * k)  # one number for the tensor
     if kind == GGMLType.TQ1_0:

@@ -50,9 +50,9 @@ def test_the_undamaged_file_is_read(tmp_path: Path):
 BAD_HEADERS = {
     "not JSON": ("nonsense", "the 'lowbit' metadata are not JSON"),
     "deep JSON": (DEEP, "the 'lowbit' metadata are not JSON"),
-    "a list": ([], r"version must be 1, got \[\]"),
-    "no version": ({}, "version must be 1, got None"),
-    "a later version": ({"version": 2, "layers": {}}, "version must be 1, got 2"),
+    "a list": ([], r"version must be 1 or 2, got \[\]"),
+    "no version": ({}, "version must be 1 or 2, got None"),
+    "a later version": ({"version": 3, "layers": {}}, "version must be 1 or 2, got 3"),
     "no layers": ({"version": 1}, "'layers' and 'tied' of the header must be objects"),
     "layers in a list": ({"version": 1, "layers": ["w"]}, "must be objects"),
     "tied is no object": ({"version": 1, "layers": {}, "tied": 3}, "must be objects"),

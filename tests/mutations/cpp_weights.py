@@ -39,6 +39,19 @@ MUTANTS = [
         ("? scale * v + z : scale * (v - z)", "? scale * v - z : scale * (v - z)"),
         ("<< bits) * kBlockN + lane;\n        const float v", "<< bits) * kBlockN;\n        const float v"),
     ),
+    *cpp("core/trits.h", "test_kernels", "scalar")(
+        ("(last > 2) + (last > 5)", "(last > 2)"),
+        ("fifths[b] | (fifths_of(in[b]) & field)", "fifths[b] | fifths_of(in[b])"),
+        ("words + word_unit(15, stride), trits + (kTritUnits - 1) * kUnitBytes, kCount", "words + word_unit(15, stride), trits, kCount"),
+    ),
+    *cpp("cpu/weights/trits-inl.h", "test_kernels", "avx2")(
+        ("c + kTritChunks <= chunks", "c + kTritChunks < chunks"),
+        ("trits += vector_bytes(kTritUnits);", ""),
+    ),
+    *cpp("core/dispatch.cpp", "test_kernels")(
+        ("const int64_t block = task / tasks, last", "const int64_t block = task, last"),
+        ("l.codes + block * block_bytes(l.k, kTritBits, true)", "l.codes"),
+    ),
     *cpp("cpu/weights/nibbles-inl.h", "test_kernels", "avx2")(
         ("_mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)", "_mm256_setr_epi32(0, 4, 1, 5, 2, 7, 3, 6)"),
         ("return bit_and(shift_right<4>(bytes), mask);", "return bit_and(shift_right<3>(bytes), mask);"),

@@ -56,10 +56,9 @@ void pack_row(const uint8_t* codes, const CanonicalCodes& s, uint8_t* out) {
   }
 }
 
-// The first unit of 16 columns of a chunk.
-int64_t vector_offset(int64_t n, int64_t chunk, int64_t k, int bits) {
-  const int64_t block = n / kBlockN, vector = n % kBlockN / kUnitLanes;
-  return (block * num_chunks(k) + chunk) * chunk_bytes(bits) + vector * vector_bytes(bits);
+// The first unit of 16 columns of a chunk, from the first one of a block.
+int64_t vector_offset(int64_t n, int64_t chunk, int bits) {
+  return chunk * chunk_bytes(bits) + n % kBlockN / kUnitLanes * vector_bytes(bits);
 }
 
 // Adds the 32 codes of one column of one chunk to words that hold none of their bits.
@@ -91,6 +90,18 @@ void read_chunk(const uint8_t* vector, int lane, int bits, uint8_t* codes) {
   }
 }
 
+// A block of codes of 2 bits as trits.
+void pack_block(const uint8_t* words, int64_t k, uint8_t* to) {
+  constexpr int64_t kStride = chunk_bytes(kTritBits);
+  int64_t left = num_chunks(k);
+  for (; left >= kTritChunks; left -= kTritChunks, words += kTritChunks * kStride) {
+    for (int v = 0; v < kBlockN / kUnitLanes; ++v, to += vector_bytes(kTritUnits)) {
+      trits::pack_span(words + v * vector_bytes(kTritBits), kStride, to);
+    }
+  }
+  std::memcpy(to, words, static_cast<size_t>(left * kStride));
+}
+
 template <class Fn>
 void for_rows(int64_t rows, int threads, const Fn& fn) {
   parallel(rows, threads, [&](int64_t begin, int64_t end) {
@@ -115,25 +126,43 @@ void unpack_rows(const uint8_t* packed, const CanonicalCodes& s, uint8_t* codes,
 }
 
 void prepack(const uint8_t* packed, const CanonicalCodes& s, uint8_t* n16, int threads) {
-  const int64_t chunks = num_chunks(s.k);
+  const int64_t chunks = num_chunks(s.k), bytes = block_bytes(s.k, s.bits, s.trits());
   for_rows(num_blocks(s.n), threads, [&](int64_t block) {
-    std::memset(n16 + block * chunks * chunk_bytes(s.bits), 0, static_cast<size_t>(chunks * chunk_bytes(s.bits)));
-    std::vector<uint8_t> codes(static_cast<size_t>(chunks * kChunkK));
+    std::vector<uint8_t> codes(static_cast<size_t>(chunks * kChunkK)), words;
+    const auto size = static_cast<size_t>(chunks * chunk_bytes(s.bits));
+    if (s.trits()) words.resize(size);
+    uint8_t* to = s.trits() ? words.data() : n16 + block * bytes;
+    std::memset(to, 0, size);
     const int64_t n_end = (block + 1) * kBlockN < s.n ? (block + 1) * kBlockN : s.n;
     for (int64_t n = block * kBlockN; n < n_end; ++n) {
       unpack_row(packed + n * s.row_bytes, s, codes.data());
       for (int64_t c = 0; c < chunks; ++c) {
-        write_chunk(n16 + vector_offset(n, c, s.k, s.bits), static_cast<int>(n % kUnitLanes), s.bits,
+        write_chunk(to + vector_offset(n, c, s.bits), static_cast<int>(n % kUnitLanes), s.bits,
                     codes.data() + c * kChunkK);
       }
     }
+    if (s.trits()) pack_block(words.data(), s.k, n16 + block * bytes);
   });
 }
 
-void read_row(const uint8_t* n16, int64_t n, int64_t k, int bits, uint8_t* codes) {
-  for (int64_t c = 0; c < num_chunks(k); ++c) {
+void read_row(const uint8_t* n16, int64_t n, int64_t k, int bits, bool trits, uint8_t* codes) {
+  const int lane = static_cast<int>(n % kUnitLanes);
+  const int64_t chunks = num_chunks(k), spans = trits ? chunks / kTritChunks : 0;
+  uint8_t words[kTritChunks * vector_bytes(kTritBits)];  // of a span, those of the column alone
+  const uint8_t* at = n16 + n / kBlockN * block_bytes(k, bits, trits);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const uint8_t* vector = at + vector_offset(n, 0, bits);
+    if (c < spans * kTritChunks) {
+      if (c % kTritChunks == 0) {
+        trits::expand_span<4>(at + vector_offset(n, 0, kTritUnits) + 4 * lane, words + 4 * lane, vector_bytes(bits));
+        at += chunk_bytes(kTritUnits);
+      }
+      vector = words + c % kTritChunks * vector_bytes(bits);
+    } else {
+      at += chunk_bytes(bits);
+    }
     uint8_t chunk[kChunkK];
-    read_chunk(n16 + vector_offset(n, c, k, bits), static_cast<int>(n % kUnitLanes), bits, chunk);
+    read_chunk(vector, lane, bits, chunk);
     const int64_t count = k - c * kChunkK < kChunkK ? k - c * kChunkK : kChunkK;
     std::memcpy(codes + c * kChunkK, chunk, static_cast<size_t>(count));
   }
@@ -142,7 +171,7 @@ void read_row(const uint8_t* n16, int64_t n, int64_t k, int bits, uint8_t* codes
 void unprepack(const uint8_t* n16, const CanonicalCodes& s, uint8_t* packed, int threads) {
   for_rows(s.n, threads, [&](int64_t n) {
     std::vector<uint8_t> codes(static_cast<size_t>(s.k));
-    read_row(n16, n, s.k, s.bits, codes.data());
+    read_row(n16, n, s.k, s.bits, s.trits(), codes.data());
     pack_row(codes.data(), s, packed + n * s.row_bytes);
   });
 }

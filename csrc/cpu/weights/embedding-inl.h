@@ -15,7 +15,7 @@ void embed_rows(const Launch& l, int bits, Scope scope, const int64_t* indices, 
     const int64_t n = indices[row], block = n / kBlockN, lane = n % kBlockN;
     int64_t last = -1;
     float scale = 1, z = 0;
-    read_row(l.codes, n, l.k, bits, codes);
+    read_row(l.codes, n, l.k, bits, l.trits, codes);
     for (int64_t k0 = 0; k0 < l.k; k0 += kVecLanes) {
       const int64_t count = l.k - k0 < kVecLanes ? l.k - k0 : kVecLanes;
       alignas(64) float values[kVecLanes] = {};

@@ -20,6 +20,7 @@ from lowbit.integrations.dense import dense_of
 from lowbit.integrations.pretrained import put
 from lowbit.io.native import marker_of, prefix_of
 from lowbit.io.readers.native import NativeReader
+from lowbit.io.safetensors_file import Specs
 from lowbit.io.save_load import module_sources
 from lowbit.methods.grid import check_weight
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
@@ -31,7 +32,7 @@ from lowbit.nn.weight import HasPackedWeight
 from lowbit.ptq.model import Method, check_rules
 from lowbit.ptq.plan import plan_layers
 from lowbit.ptq.report import Report
-from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, tensor_specs
+from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor
 
 _SHOWN = 8
 
@@ -190,11 +191,13 @@ class _Slot(HasPackedWeight):
     dtype: torch.dtype
     shape: tuple[int, int]
 
-    def __init__(self, dense: nn.Linear | nn.Embedding, format: Format | None) -> None:
+    def __init__(
+        self, dense: nn.Linear | nn.Embedding, format: Format | None, specs: Specs
+    ) -> None:
         super().__init__()
         self.dense, self.format = (dense,), format  # a tuple: no child
         self.dtype, self.shape = dense.weight.dtype, tuple(dense.weight.shape)  # type: ignore[assignment]
-        specs = {} if format is None else tensor_specs(format, *self.shape)
+        self.specs = specs
         for name, (shape, dtype) in specs.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.register_parameter("bias", dense._parameters.get("bias"))
@@ -216,10 +219,9 @@ class _Slot(HasPackedWeight):
         if first is not None:
             return _packed(self.dense[0], None, first, self._parameters["bias"])
         assert self.format is not None
-        specs = tensor_specs(self.format, *self.shape)
         # Models keep some layers in fp32, by their names: their scales come back to their own dtype.
-        tensors = {name: self._buffers[name].to(dtype) for name, (_, dtype) in specs.items()}  # type: ignore[union-attr]
-        weight = QuantTensor(self.format, self.shape, tensors).validate()
+        tensors = {name: self._buffers[name].to(dtype) for name, (_, dtype) in self.specs.items()}  # type: ignore[union-attr]
+        weight = QuantTensor.from_file(self.format, self.shape, tensors).validate()
         order = self._parameters.get("input_order")
         made = _packed(self.dense[0], weight, None, self._parameters["bias"], order)
         if (scale := self._parameters.get("input_scale")) is not None:
@@ -230,7 +232,8 @@ class _Slot(HasPackedWeight):
     @property
     def own(self) -> list[str]:
         """What does not move on to the packed module."""
-        return ["dense", "format", "dtype", "shape", "input_order", "input_scale", *TENSOR_NAMES]
+        own = ["dense", "format", "specs", "dtype", "shape", "input_order", "input_scale"]
+        return [*own, *TENSOR_NAMES]
 
 
 class Stored(Job):
@@ -326,7 +329,7 @@ class Stored(Job):
                 f"{self._path}: layer {shown(name)} has shape {tuple(dense.weight.shape)} in the model, {shape} in "
                 "the file"
             )
-        slot = _Slot(dense, format)
+        slot = _Slot(dense, format, {} if format is None else self._reader.specs(stored))
         for own in ("input_scale", "input_order"):
             if (spec := self._dense.get(f"{prefix_of(stored)}{own}")) is not None:
                 empty = torch.empty(spec[0], dtype=spec[1], device="meta")

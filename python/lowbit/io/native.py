@@ -1,11 +1,10 @@
-"""What a lowbit checkpoint holds: safetensors files of canonical tensors and a JSON header that
-gives them meaning.
+"""What a lowbit checkpoint holds: safetensors files of canonical tensors and a JSON header that gives them meaning.
 
-The metadata key "lowbit" holds {"version": 1, "layers": {module: {"format": spec, "shape": [N,
-K]}}, "tied": {}}. The tensors of layer m are m.codes, m.scales, ... (`weights.quantized.tensor_specs`); every
-other tensor is dense, the bias of a layer (m.bias) among them. "tied" maps the names of layers and
-dense tensors that are not stored to those that they share: {"lm_head": "model.embed_tokens"}. "extra", if
-it is there, maps m._extra_state to its content (`extra_state.py`), whose tensors are m._extra_state.0, ...
+The metadata key "lowbit" holds {"version": 1, "layers": {module: {"format": spec, "shape": [N, K]}}, "tied": {}}. The
+tensors of layer m are m.codes, m.scales, ... (`weights.quantized.file_specs`; in version 1 `tensor_specs`, and version
+is 2 where the two differ); every other tensor is dense, the bias of a layer (m.bias) among them. "tied" maps names of
+layers and dense tensors that are not stored to those that they share: {"lm_head": "model.embed_tokens"}. "extra", if it
+is there, maps m._extra_state to its content (`extra_state.py`), whose tensors are m._extra_state.0, ...
 """
 
 from __future__ import annotations
@@ -24,20 +23,22 @@ from lowbit.formats import Format, as_format
 from lowbit.io import extra_state
 from lowbit.io.safetensors_file import Source, write
 from lowbit.nn import states
-from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, tensor_specs
+from lowbit.packing import scale_bits
+from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, file_specs, tensor_specs
 
-VERSION = 1
+_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the metadata say: format and shape of each layer, the names that share another's tensors, and
-    the extra states that are no tensors, encoded.
+    """What the metadata say: format and shape of each layer, the names that share another's tensors, the
+    extra states that are no tensors, encoded, and whether integer scales of less than a byte are packed.
     """
 
     layers: dict[str, tuple[Format, tuple[int, int]]]
     tied: dict[str, str]
     extra: dict[str, Any] = field(default_factory=dict)
+    packs_scales: bool = True
 
     def metadata(self) -> dict[str, str]:
         """The header as safetensors metadata."""
@@ -45,7 +46,8 @@ class Header:
             name: {"format": format.spec, "shape": list(shape)}
             for name, (format, shape) in self.layers.items()
         }
-        content = {"version": VERSION, "layers": layers, "tied": self.tied}
+        packs = any(scale_bits(format) for format, _ in self.layers.values())
+        content = {"version": _VERSIONS[packs], "layers": layers, "tied": self.tied}
         if self.extra:
             content["extra"] = self.extra
         return {"format": "pt", "lowbit": json.dumps(content, separators=(",", ":"))}
@@ -61,8 +63,8 @@ def layer_source(
 ) -> Source:
     """The tensors of one layer, to be written."""
     prefix = prefix_of(name)
-    specs = {prefix + key: spec for key, spec in tensor_specs(format, *shape).items()}
-    return Source(specs, lambda: {prefix + key: t for key, t in make().tensors.items()})
+    specs = {prefix + key: spec for key, spec in file_specs(format, *shape).items()}
+    return Source(specs, lambda: {prefix + key: t for key, t in make().to_file().items()})
 
 
 def dense_source(name: str, t: Tensor) -> Source:
@@ -136,9 +138,9 @@ def parse_header(file: Path, metadata: Mapping[str, str]) -> Header:
         content = json.loads(metadata["lowbit"])
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: the 'lowbit' metadata are not JSON: {e}") from e
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        version = content.get("version") if isinstance(content, dict) else content
-        raise ValueError(f"{file}: version must be {VERSION}, got {shown(version)}")
+    version = content.get("version") if isinstance(content, dict) else content
+    if not isinstance(content, dict) or version not in _VERSIONS:
+        raise ValueError(f"{file}: version must be 1 or 2, got {shown(version)}")
     layers, tied, extra = (content.get(key, {}) for key in ("layers", "tied", "extra"))
     if "layers" not in content or not all(isinstance(v, dict) for v in (layers, tied, extra)):
         raise ValueError(f"{file}: 'layers' and 'tied' of the header must be objects, and 'extra'")
@@ -151,7 +153,7 @@ def parse_header(file: Path, metadata: Mapping[str, str]) -> Header:
                 f"{file}: {shown(name)} is tied to {shown(first)}, which is not a name"
             )
     parsed = {name: _parse_layer(file, name, entry) for name, entry in layers.items()}
-    return Header(parsed, tied, extra)
+    return Header(parsed, tied, extra, version == 2)
 
 
 def _parse_layer(file: Path, name: str, entry: object) -> tuple[Format, tuple[int, int]]:

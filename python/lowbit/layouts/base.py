@@ -19,8 +19,6 @@ CODE_DTYPES = {
     "e8m0": torch.uint8,
     "dq8": torch.uint8,
 }
-# Bits of integer scales of less than a byte, where a layout packs them.
-_PACKED_BITS = {"uint4": 4, "uint6": 6, "int6": 6}
 # The scales that an op reads of other kinds and layouts: a second level is multiplied out, a power of two is a bf16
 # value.
 _PRODUCT_DTYPES = {
@@ -67,7 +65,7 @@ class Layout:
 
     def packed_bits(self, format: Format) -> int:
         """Bits of the integer scales of a format if they are packed here, else 0."""
-        return _PACKED_BITS.get(format.scale or "", 0) if self.packs_scales else 0
+        return packing.scale_bits(format) if self.packs_scales else 0
 
     def pack(self, codes: Tensor, format: Format, k: int) -> Tensor:
         """Codes in canonical packing, (N, row bytes), as they lie here."""

@@ -1,6 +1,7 @@
 """The layout "n16", which the CPU kernels read: N in the lanes, padded to whole blocks of 64 columns and 32 weights
 along K. Codes are flat uint8, as csrc/core/n16.h says; scales, zeros and table as `lanes.py` says, in blocks of 64.
 Integer scales of 4 and 6 bits, and zeros that are such, are the bits of the 64 as `packing.pack_scales` makes them.
+Codes packed as trits are of 2 bits, but of each 256 along K 16 columns lie in 13 units, as csrc/core/trits.h says.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ N16 = "n16"
 _LANES = 16  # csrc/core/n16.h kUnitLanes
 BLOCK_N = 64  # csrc/core/n16.h kBlockN
 CHUNK_K = 32  # csrc/core/n16.h kChunkK
+_UNIT_BYTES = 64  # csrc/core/n16.h kUnitBytes
+_TRIT_UNITS = 13  # csrc/core/trits.h kTritUnits
+_TRIT_CHUNKS = 8  # csrc/core/trits.h kTritChunks
+_VECTORS = BLOCK_N // _LANES
 
 
 class N16Layout(LanesLayout):
@@ -28,8 +33,9 @@ class N16Layout(LanesLayout):
 
     def specs(self, format: Format, n: int, k: int) -> Specs:
         """What the operands of an (n, k) weight are."""
-        blocks, chunks = -(-n // BLOCK_N), -(-k // CHUNK_K)
-        codes = ((blocks * chunks * BLOCK_N * CHUNK_K * format.bits // 8,), torch.uint8)
+        blocks, (spans, rest) = -(-n // BLOCK_N), _spans_and_rest(format, k)
+        units = spans * _TRIT_UNITS + rest * format.bits
+        codes = ((blocks * units * _VECTORS * _UNIT_BYTES,), torch.uint8)
         specs = {**super().specs(format, n, k), "codes": codes}
         if bits := self.packed_bits(format):
             terms = (blocks, format.num_groups(k), BLOCK_N * bits // 8), torch.uint8
@@ -52,8 +58,14 @@ class N16Layout(LanesLayout):
 
     def unpack_by_division(self, codes: Tensor, format: Format, n: int, k: int) -> Tensor:
         """Codes, (N, K) int32."""
-        blocks, chunks, vectors = -(-n // BLOCK_N), -(-k // CHUNK_K), BLOCK_N // _LANES
-        pairs = codes.int().view(blocks, chunks, vectors, format.bits, _LANES, 2, 2)
+        blocks, chunks = -(-n // BLOCK_N), -(-k // CHUNK_K)
+        spans, rest = _spans_and_rest(format, k)
+        count = spans * _VECTORS * _TRIT_UNITS
+        units = codes.int().view(blocks, count + rest * _VECTORS * format.bits, _UNIT_BYTES)
+        if spans:
+            expanded = _expand_by_division(units[:, :count].unflatten(1, (spans, _VECTORS, -1)))
+            units = torch.cat((expanded, units[:, count:]), 1) if rest else expanded
+        pairs = units.reshape(blocks, chunks, _VECTORS, format.bits, _LANES, 2, 2)
         # (blocks, chunks, vectors, lane, parity) of each unit
         words = (pairs[..., 0] + 256 * pairs[..., 1]).unbind(3)
         by_code = []
@@ -77,6 +89,34 @@ class N16Layout(LanesLayout):
         made = torch.stack(fields, -1).flatten(-2)
         lowest = INTEGER_SCALES[format.scale or ""][0]
         return (made - lowest) % 2**bits + lowest
+
+
+def _spans_and_rest(format: Format, k: int) -> tuple[int, int]:
+    """Spans of chunks that lie as trits, and chunks of bits after them."""
+    chunks = -(-k // CHUNK_K)
+    spans = chunks // _TRIT_CHUNKS if format.packing == "trits" else 0
+    return spans, chunks - spans * _TRIT_CHUNKS
+
+
+def _expand_by_division(trits: Tensor) -> Tensor:
+    """Bytes of spans of trits, (blocks, spans, vectors, 13, 64), as those of 2 bits, (blocks, units, 64), integers
+    (csrc/core/trits.h).
+    """
+    fives = trits[:, :, :, :-1].unflatten(3, (3, 4))
+    fifths, rest = _divide(fives, 85)
+    f1, rest = _divide(rest, 27)
+    f0, rest = _divide(rest, 9)
+    f3, f2 = _divide(rest, 3)
+    fields = f0 + 4 * ((3 - f1) % 3) + 16 * f2 + 64 * f3
+    fifth = sum((fifths[..., t, :] * 4**t for t in range(1, 4)), fifths[..., 0, :])
+    units = torch.cat((fields, fifth.unsqueeze(4)), 4).flatten(3, 4)
+    units = torch.cat((units, trits[:, :, :, -1:]), 3).unflatten(3, (_TRIT_CHUNKS, 2))
+    # (blocks, spans, chunks, vectors, units, 64)
+    return units.transpose(2, 3).flatten(1, 4)
+
+
+def _divide(values: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    return torch.div(values, by, rounding_mode="floor"), values % by
 
 
 def bit_field(words: Tensor, shift: int, width: int) -> Tensor:

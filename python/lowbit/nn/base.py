@@ -395,7 +395,8 @@ class PackedModule(HasPackedWeight):
         weight = None
         device = self._buffers["codes"].device
         if not names - given.keys():
-            weight = QuantTensor(self.format, self.shape, {n: given[n] for n in names}).validate()
+            tensors = {n: given[n] for n in names}
+            weight = QuantTensor.from_file(self.format, self.shape, tensors).validate()
             # A module on the meta device takes its device from what it is given.
             device = weight.device if assign or device.type == "meta" else device
             weight = weight.to(device).map(_own)

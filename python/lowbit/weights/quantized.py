@@ -80,6 +80,26 @@ def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, .
     return specs
 
 
+def file_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of an (n, k) weight in a file: those of `tensor_specs`, but integer scales of 4
+    and 6 bits, and zeros that are such, are rows of `packing.pack_scales`, (N, ceil(groups / 4) * bits / 2) uint8.
+
+    Raises:
+        ValueError: as `tensor_specs`.
+    """
+    specs = tensor_specs(format, n, k)
+    for name in _packed_in_files(format):
+        fours = -(-format.num_groups(k) // 4)
+        specs[name] = ((n, fours * packing.scale_bits(format) // 2), torch.uint8)
+    return specs
+
+
+def _packed_in_files(format: Format) -> tuple[str, ...]:
+    if not packing.scale_bits(format):
+        return ()
+    return ("scales", "zeros") if format.zero == "min" else ("scales",)
+
+
 def factor_shapes(format: Format, n: int, k: int) -> dict[str, tuple[int, int]]:
     """The shapes of L and R, by the names of `FACTORS`."""
     return dict(zip(FACTORS, ((n, format.rank), (format.rank, k)), strict=True))
@@ -102,8 +122,8 @@ def _factor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, 
 
 
 def stored_bytes(format: Format, n: int, k: int) -> int:
-    """Bytes of all canonical tensors of an (n, k) weight: codes, scales, zeros, tables, outliers and factors."""
-    specs = tensor_specs(format, n, k).values()
+    """Bytes of an (n, k) weight in a file: codes, scales, zeros, tables, outliers and factors."""
+    specs = file_specs(format, n, k).values()
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
 
 
@@ -162,10 +182,42 @@ class QuantTensor:
         """How many weights it stands for: N K."""
         return self.shape[0] * self.shape[1]
 
+    @classmethod
+    def from_file(
+        cls, format: Format | str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
+    ) -> QuantTensor:
+        """Inverse of `to_file`; takes scales of a byte each too, which files of before held.
+
+        Raises:
+            TypeError, ValueError: as the constructor; a shape is that of neither `file_specs` nor `tensor_specs`.
+        """
+        f, (n, k) = as_format(format), shape
+        whole = dict(tensors)
+        for name in _packed_in_files(f):
+            t, spec = whole.get(name), file_specs(f, n, k)[name]
+            if isinstance(t, Tensor) and (tuple(t.shape), t.dtype) == spec:
+                codes = packing.unpack_scales(t, packing.scale_bits(f), f.scale == "int6")
+                whole[name] = codes[:, : f.num_groups(k)].contiguous()
+        return cls(f, shape, whole)
+
+    def to_file(self) -> dict[str, Tensor]:
+        """What a file holds: the tensors of `file_specs`.
+
+        Raises:
+            ValueError: an integer scale, or a zero, is beyond the format's range.
+        """
+        self.check_integers()
+        bits = packing.scale_bits(self.format)
+        packed = {
+            name: packing.pack_scales(self.tensors[name], bits)
+            for name in _packed_in_files(self.format)
+        }
+        return {**self.tensors, **packed}
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all canonical tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        """Bytes in a file: of all tensors, integer scales of 4 and 6 bits packed."""
+        return stored_bytes(self.format, *self.shape)
 
     @property
     def bits_per_weight(self) -> float:

@@ -70,6 +70,7 @@ def weight(
         x_group=format.activation_group or 0,
         table_step=_table_step(format),
         bf16_table=format.exact_in_bf16,
+        trits=format.packing == "trits",
     )
     if len(_weights) >= _MAX_WEIGHTS:
         _weights.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from lowbit.io.native import Header, parse_header, prefix_of
 from lowbit.io.readers.base import Reader, TensorInfo, dense_info
 from lowbit.io.safetensors_file import SafetensorsFile, Specs, tensor_files
 from lowbit.nn import states
-from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, stored_bytes, tensor_specs
+from lowbit.weights.quantized import TENSOR_NAMES, QuantTensor, file_specs, tensor_specs
 
 
 class NativeReader(Reader):
@@ -43,6 +44,7 @@ class NativeReader(Reader):
         self.header = Header({}, {})
         self.beside: set[str] = set()
         self._files: dict[str, SafetensorsFile] = {}
+        self._packs_scales: dict[str, bool] = {}
         specs: Specs = {}
         for file in tensor_files(self.path):
             opened = SafetensorsFile(file, mmap)
@@ -61,6 +63,7 @@ class NativeReader(Reader):
                             f"{file}: {shown(name)} is in another file of the checkpoint too"
                         )
             self.header.layers.update(header.layers)
+            self._packs_scales.update(dict.fromkeys(header.layers, header.packs_scales))
             self.header.tied.update(header.tied)
             self.header.extra.update(header.extra)
             self._files.update(dict.fromkeys(opened.specs, opened))
@@ -89,16 +92,25 @@ class NativeReader(Reader):
         """Layers with their formats, then dense tensors; names that share another's are left out."""
         return [
             *(
-                TensorInfo(name, format.name, shape, stored_bytes(format, *shape), True)
+                TensorInfo(name, format.name, shape, self._bytes(name), True)
                 for name, (format, shape) in self.header.layers.items()
             ),
             *(dense_info(name, spec) for name, spec in self.dense.items()),
         ]
 
+    def _bytes(self, name: str) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.specs(name).values())
+
     def layer(self, name: str) -> QuantTensor | Tensor:
         """A layer or a dense tensor, of its own or shared."""
         stored = self.header.tied.get(name, name)
         return self.weight(stored) if stored in self.header.layers else self.tensor(stored)
+
+    def specs(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of a stored layer, as the files hold it."""
+        format, shape = self.header.layers[name]
+        specs = file_specs if self._packs_scales[name] else tensor_specs
+        return specs(format, *shape)
 
     def _check_layer(
         self,
@@ -109,7 +121,7 @@ class NativeReader(Reader):
     ) -> None:
         """Compares the tensors of a layer with its format and takes them out of `specs`."""
         prefix = prefix_of(name)
-        expected = tensor_specs(format, *shape)
+        expected = self.specs(name)
         if specs.get(f"{prefix}weight") == states.MARKER:
             del specs[f"{prefix}weight"]
             self.beside.add(f"{prefix}weight")
@@ -185,10 +197,10 @@ class NativeReader(Reader):
         prefix = prefix_of(name)
         tensors = {
             key: self._files[prefix + key].tensor(prefix + key).to(device)
-            for key in tensor_specs(format, *shape)
+            for key in self.specs(name)
         }
         try:
-            return QuantTensor(format, shape, tensors).validate()
+            return QuantTensor.from_file(format, shape, tensors).validate()
         except ValueError as e:
             raise ValueError(f"{self.path}: layer {shown(name)}: {e}") from e
 
