@@ -136,11 +136,10 @@ def test_the_compiled_search_refuses_what_it_cannot_choose():
             _C.search_scales(*given, tables, RATIOS, chosen)
 
 
-@pytest.mark.parametrize("name", ["km4x2", "km2x2_g16"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("kind", ["normal", "heavy", "sparse", "rows"])
-def test_error_never_rises_and_is_below_that_of_kmeans(name: str, weighted: bool, kind: str):
-    weight = normal(24, 200)
+def test_error_never_rises_and_is_below_that_of_kmeans(weighted: bool, kind: str):
+    name, weight = ("km4x2" if weighted else "km2x2_g16"), normal(24, 200)
     if kind == "heavy":
         weight = weight**3
     elif kind == "sparse":
@@ -163,7 +162,7 @@ def test_error_never_rises_and_is_below_that_of_kmeans(name: str, weighted: bool
 
 @pytest.mark.parametrize("name", NAMES)
 def test_error_is_well_below_that_of_one_table(name: str):
-    weight = normal(96, 1536)
+    weight = normal(48, 512)
     one, two = (error_of(quantize(weight, n), weight) for n in (name.replace("x2", ""), name))
     assert two < 0.95 * one
 
