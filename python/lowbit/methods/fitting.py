@@ -123,10 +123,10 @@ def fit_tables(qt: QuantTensor, weight: Tensor, importance: Tensor | None, solve
         return
     if scope == "pair":
         members = [chosen_weights(qt, number) for number in range(2)]
-        for number, own in enumerate(members):
-            counts = own if bool(own.any()) else members[1 - number]
-            counts = counts if importance is None else counts * importance
-            table[number].copy_(solve(whole(qt, weight, counts), entries)[0])
+        for number, mine in enumerate(members):
+            counted = mine if bool(mine.any()) else members[1 - number]
+            counted = counted if importance is None else counted * importance
+            table[number].copy_(solve(whole(qt, weight, counted), entries)[0])
         return
     for rows, points, count in weight_points(qt, weight, importance):
         if scope == "row":
