@@ -55,6 +55,8 @@ def format_for(kernel: dict[str, Any], group: int) -> Format:
         return parse("binary_row")
     if kernel["codec"] == "int":
         return parse(f"int{bits}_g{group}" + ("_a8" if kernel["compute"] == "int8" else ""))
+    if kernel["scope"] == "pair":
+        return parse(f"km{bits}x2_g{group}")
     count = 1 << bits
     # Integers up to 127 are exact in int8 and in bf16, and no progression of step 1.
     table = (

@@ -150,6 +150,7 @@ def sf(bits: int) -> Format:
 
 
 INT, UINT, KMEANS, KMEANS_ROW = "int{}_g64", "uint{}_g64", "kmeans{}", "kmeans{}_pr"
+SEARCH, SEARCH_PAIR = "km{}", "km{}x2"
 OUTLIERS = "_o4"
 METHODS = [
     Method("int", each(INT)),
@@ -168,6 +169,11 @@ METHODS = [
     ),
     Method("int, outliers", each(INT + OUTLIERS)),
     Method("int, allocated", allocated("rtn"), (4, 3)),
+    Method("search", each(SEARCH)),
+    Method("search, two tables", each(SEARCH_PAIR)),
+    Method("search, groups of 16", each(SEARCH + "_g16")),
+    Method("search, two tables, groups of 16", each(SEARCH_PAIR + "_g16")),
+    Method("search, two tables, weighted", each(SEARCH_PAIR, "search", given=diagonal)),
     Method("KDE", each(KMEANS_ROW, "kde", sample=0.1)),
     Method("Lloyd", each(KMEANS_ROW, "lloyd")),
     Method(
@@ -187,6 +193,8 @@ METHODS = [
     Method("GPTQ, NF", each(nf, "gptq", given=hessian)),
     Method("GPTQ, k-means", each(KMEANS, "gptq", given=hessian)),
     Method("GPTQ, k-means per row", each(KMEANS_ROW, "gptq", given=hessian)),
+    Method("GPTQ, search", each(SEARCH, "gptq", given=hessian)),
+    Method("GPTQ, search, two tables", each(SEARCH_PAIR, "gptq", given=hessian)),
 ]
 
 

@@ -66,6 +66,10 @@ CASES = (
     Case("distq, Student's t, to absmax", "distq", plain("group", 64), 0.008,
          {"distribution": "student_t", "tail": "absmax"}),
     Case("distq, Beta", "distq", plain("group", 64), 0.0232, {"distribution": "beta"}),
+    Case("search, km4 (4.25 bits)", "search", "km4", 0.0055),
+    Case("search, km4x2 (4.25 bits)", "search", "km4x2", 0.0051),
+    Case("search, km4_g16 (4.5 bits)", "search", "km4_g16", 0.0042),
+    Case("search, km4x2_g16 (4.5 bits)", "search", "km4x2_g16", 0.0039),
     Case("nuuq, 16 levels in groups of 128", "nuuq", "kmeans4_g128", 1.01 * LLOYD_MAX),
     Case("nuuq, 4 levels in groups of 128", "nuuq", "kmeans2_g128", 0.1175),
 )  # fmt: skip

@@ -11,11 +11,14 @@ CHUNK = tl.constexpr(_CHUNK)
 # How codes become values and where zeros stand: constants of the kernels.
 AFFINE, LUT = tl.constexpr(0), tl.constexpr(1)
 ZERO_NONE, ZERO_INT, ZERO_FLOAT, ZERO_MIN = (tl.constexpr(i) for i in range(4))
-TABLE_SHARED, TABLE_ROW, TABLE_GROUP = (tl.constexpr(i) for i in range(3))
+TABLE_SHARED, TABLE_ROW, TABLE_GROUP, TABLE_PAIR = (tl.constexpr(i) for i in range(4))
 # What the bytes of a scale are, and whether one number for the weight or one for a super-block of a row multiplies it.
-SCALE_NONE, SCALE_NUMBER, SCALE_E4M3, SCALE_E8M0, SCALE_DQ8 = (tl.constexpr(i) for i in range(5))
+# Of SCALE_INT7 the lowest bit is the number of a table, of a pair.
+SCALE_NONE, SCALE_NUMBER, SCALE_E4M3, SCALE_E8M0, SCALE_DQ8, SCALE_INT7 = (
+    tl.constexpr(i) for i in range(6)
+)
 # Integers of less than a byte, as zeros that are added then are: a little-endian bit stream of N for each group.
-SCALE_UINT4, SCALE_INT6 = tl.constexpr(5), tl.constexpr(6)
+SCALE_UINT4, SCALE_INT6 = tl.constexpr(6), tl.constexpr(7)
 SECOND_NONE, SECOND_ONE, SECOND_ROW = (tl.constexpr(i) for i in range(3))
 
 
@@ -48,9 +51,11 @@ def decode(codes, chunk, rows, valid, n, k, BITS: tl.constexpr, CHUNKS: tl.const
 @triton.jit
 def table_values(
     codes,  # (rows, weights) int32
-    table,  # fp32: (E,), (N, E) or (N, groups, E)
+    table,  # fp32: (E,), (2, E), (N, E) or (N, groups, E)
+    scales,  # (groups, N), of TABLE_PAIR
     rows,  # (rows,)
     group,  # of each weight, (1, weights), or a scalar
+    n,
     num_groups,
     CODEC: tl.constexpr,
     BITS: tl.constexpr,
@@ -62,9 +67,12 @@ def table_values(
         values = (codes - OFFSET).to(tl.float32)
     else:
         entries: tl.constexpr = 1 << BITS
-        if SCOPE == TABLE_SHARED:
+        if SCOPE == TABLE_PAIR:
+            codes += (tl.load(scales + group * n + rows[:, None]).to(tl.int32) & 1) * entries
+        if SCOPE == TABLE_SHARED or SCOPE == TABLE_PAIR:
             # From shared memory: a load that depends on a load would be fetched ahead one entry at a time.
-            shared = tl.load(table + tl.arange(0, entries))
+            every: tl.constexpr = 2 * entries if SCOPE == TABLE_PAIR else entries
+            shared = tl.load(table + tl.arange(0, every))
             flat = tl.reshape(codes, (codes.shape[0] * codes.shape[1],))
             values = tl.reshape(tl.gather(shared, flat, 0), codes.shape)
         else:
@@ -94,6 +102,8 @@ def scale_of(
     at = group * n + columns
     if SCALE == SCALE_NUMBER:
         scale = tl.load(scales + at, mask=valid, other=0.0).to(tl.float32)
+    elif SCALE == SCALE_INT7:
+        scale = (tl.load(scales + at, mask=valid, other=0).to(tl.int32) >> 1).to(tl.float32)
     elif SCALE >= SCALE_UINT4:
         scale = packed_integers(scales, group, columns, valid, n, SCALE)
     elif SCALE == SCALE_E4M3:

@@ -46,7 +46,17 @@ def dequantize_kernel(
     g = (tl.minimum(ks, k - 1) // group)[None, :]
     fields = decode(codes, chunk, rows, valid, n, k, BITS, CHUNKS)
     values = table_values(
-        fields, table, tl.where(valid, rows, 0), g, num_groups, CODEC, BITS, OFFSET, SCOPE
+        fields,
+        table,
+        scales,
+        tl.where(valid, rows, 0),
+        g,
+        n,
+        num_groups,
+        CODEC,
+        BITS,
+        OFFSET,
+        SCOPE,
     )
     values = scaled(
         values,

@@ -87,7 +87,7 @@ def linear_kernel(
                 zero = tl.load(zeros + at, mask=in_n, other=0).to(tl.int32)
                 fields -= zero[:, None]
             values = table_values(
-                fields, table, table_rows, g, num_groups, CODEC, BITS, OFFSET, SCOPE
+                fields, table, scales, table_rows, g, n, num_groups, CODEC, BITS, OFFSET, SCOPE
             )
             values = tl.trans(rounded(values, COMPUTE, WIDENS))
             if WHOLE:
@@ -116,7 +116,7 @@ def linear_kernel(
         else:
             g = (tl.minimum(ks, k - 1) // group)[None, :]
             weight = table_values(
-                fields, table, table_rows, g, num_groups, CODEC, BITS, OFFSET, SCOPE
+                fields, table, scales, table_rows, g, n, num_groups, CODEC, BITS, OFFSET, SCOPE
             )
             weight = scaled(
                 weight,
@@ -152,7 +152,7 @@ def linear_kernel(
                 fields = decode(codes, chunk, columns, in_n, n, k, BITS, CHUNKS)
                 g = chunk * CHUNK // group
                 values = table_values(
-                    fields, table, table_rows, g, num_groups, CODEC, BITS, OFFSET, SCOPE
+                    fields, table, scales, table_rows, g, n, num_groups, CODEC, BITS, OFFSET, SCOPE
                 )
                 weight = scaled(
                     values,

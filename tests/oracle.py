@@ -20,10 +20,10 @@ def candidates(qt: QuantTensor) -> torch.Tensor:
     inf.
     """
     n, k = qt.shape
-    every = []
+    every, chosen = [], reference.chosen_tables(qt.scales, qt.format)
     for code in range(qt.format.num_codes):
         codes = torch.full((n, k), code, dtype=torch.uint8)
-        values = reference.code_values(codes, qt.format, qt.table)
+        values = reference.code_values(codes, qt.format, qt.table, chosen)
         scales = reference.effective_scales(qt)
         every.append(
             reference.apply_scales(

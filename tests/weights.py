@@ -60,7 +60,7 @@ def random_weight(format: Format, n: int, k: int, seed: int = 0) -> QuantTensor:
         elif format.scale == "e8m0" and name == "scales":
             tensors[name] = torch.randint(110, 140, shape, generator=g, dtype=dtype)
         elif format.integer_scales and dtype == torch.int8:
-            low, high = INTEGER_SCALES[format.scale]
+            low, high = INTEGER_SCALES["int8" if format.scale == "int7" else format.scale]
             tensors[name] = torch.randint(low, high + 1, shape, generator=g, dtype=dtype)
         elif name == "outlier_columns":
             scores = torch.rand(n, k, generator=g)

@@ -73,6 +73,7 @@ inline Type type_of(Dtype dtype) {
     case Dtype::kF16:
       return kFloat16;
     case Dtype::kI8:
+    case Dtype::kI7:
       return kInt8;
     default:
       return kUint8;

@@ -47,7 +47,7 @@ py::list py_kernels() {
     entry["compute"] = dtype_name(k->compute);
     entry["codec"] = kCodecNames[static_cast<int>(k->codec)];
     entry["bits"] = k->bits;
-    entry["scope"] = k->scope == Scope::kShared ? "shared" : "column";
+    entry["scope"] = kScopeNames[static_cast<int>(k->scope)];
     entry["isa"] = isa_name(k->isa);
     entry["available"] = (detect_isa() & k->isa) != 0;
     entry["group_multiple"] = k->chunk_groups ? k->span : 1;

@@ -10,15 +10,17 @@
 namespace lowbit {
 
 // By Dtype.
-inline constexpr const char* kDtypeNames[] = {"fp32", "bf16",  "fp16",  "int8", "b1", "e4m3",
-                                              "e8m0", "uint4", "uint6", "int6", "dq8"};
+inline constexpr const char* kDtypeNames[] = {"fp32", "bf16",  "fp16",  "int8", "b1",  "e4m3",
+                                              "e8m0", "uint4", "uint6", "int6", "dq8", "int7"};
 inline const char* dtype_name(Dtype dtype) { return kDtypeNames[static_cast<int>(dtype)]; }
 inline Dtype dtype_of(const std::string& name) {
   for (size_t i = 0; i < std::size(kDtypeNames); ++i) {
     if (name == kDtypeNames[i]) return static_cast<Dtype>(i);
   }
-  fail("dtype must be fp32, bf16, fp16, int8 or b1, and of scales also e4m3, e8m0, uint4, uint6, int6 or dq8, got '" +
-       name + "'");
+  fail(
+      "dtype must be fp32, bf16, fp16, int8 or b1, and of scales also e4m3, e8m0, uint4, uint6, int6, dq8 or int7, "
+      "got '" +
+      name + "'");
 }
 
 // By Codec.
@@ -28,6 +30,15 @@ inline Codec codec_of(const std::string& name) {
     if (name == kCodecNames[i]) return static_cast<Codec>(i);
   }
   fail("codec must be lut, int, e4m3 or e5m2, got '" + name + "'");
+}
+
+// By Scope.
+inline constexpr const char* kScopeNames[] = {"shared", "column", "pair"};
+inline Scope scope_of(const std::string& name) {
+  for (size_t i = 0; i < std::size(kScopeNames); ++i) {
+    if (name == kScopeNames[i]) return static_cast<Scope>(i);
+  }
+  fail("scope must be shared, column or pair, got '" + name + "'");
 }
 
 inline Op op_of(const std::string& name) {

@@ -122,13 +122,21 @@ bool read_operands(const Plan& plan, const Input& x, PyObject* const operands[kO
     const int bits = packed_scale_bits(d);
     return bits ? kBlockN * bits / 8 : kBlockN;
   };
-  const bool shared = plan.request.scope == Scope::kShared;
+  const auto table_given = [&](PyObject* object, uint64_t* address) {
+    switch (plan.request.scope) {
+      case Scope::kColumn:
+        return operand(object, true, dlpack::kFloat32, {blocks, l->table_groups, entries, kBlockN}, address);
+      case Scope::kPair:
+        return operand(object, true, dlpack::kFloat32, {2, entries}, address);
+      default:
+        return operand(object, true, dlpack::kFloat32, {entries}, address);
+    }
+  };
   uint64_t codes, scales, zeros, table;
   if (!operand(operands[0], true, dlpack::kUint8, {plan.code_bytes}, &codes) ||
       !operand(operands[1], plan.has_scales, scale_type, {blocks, groups, lanes(l->scale_dtype)}, &scales) ||
       !operand(operands[2], plan.has_zeros, zero_type, {blocks, groups, lanes(l->zero_dtype)}, &zeros) ||
-      !(shared ? operand(operands[3], true, dlpack::kFloat32, {entries}, &table)
-               : operand(operands[3], true, dlpack::kFloat32, {blocks, l->table_groups, entries, kBlockN}, &table))) {
+      !table_given(operands[3], &table)) {
     return false;
   }
   l->codes = pointer<const uint8_t>(codes);

@@ -14,10 +14,11 @@ std::optional<std::array<float, 256>> dynamic_map;  // of Dtype::kDq8
 
 void use_dynamic_map(const std::array<float, 256>& values) { dynamic_map = values; }
 
-Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string& codec_name, bool column_table,
-               int64_t table_groups, const std::string& zero_mode, const std::optional<std::string>& scale,
-               const std::optional<std::string>& zero_type, const std::optional<std::string>& scale2,
-               int64_t scale2_extent, bool int8_x, int64_t x_group, float table_step, bool bf16_table, bool trits)
+Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string& codec_name,
+               const std::string& scope_name, int64_t table_groups, const std::string& zero_mode,
+               const std::optional<std::string>& scale, const std::optional<std::string>& zero_type,
+               const std::optional<std::string>& scale2, int64_t scale2_extent, bool int8_x, int64_t x_group,
+               float table_step, bool bf16_table, bool trits)
     : n(n),
       k(k),
       group(group < k ? group : k),
@@ -35,16 +36,16 @@ Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string&
   if (trits && bits != kTritBits) fail("trits need bits 2, got " + std::to_string(bits));
   if (group < 1) fail("group must be positive, got " + std::to_string(group));
   set_x_group(x_group);
-  if (table_groups != 1 && (!column_table || table_groups != groups())) {
+  scope = scope_of(scope_name);
+  if (table_groups != 1 && (scope != Scope::kColumn || table_groups != groups())) {
     fail("table_groups must be 1 or the number of groups, got " + std::to_string(table_groups));
   }
   codec = codec_of(codec_name);
   if (codec == Codec::kInt) this->bf16_table = true;
-  if ((codec == Codec::kE4m3 || codec == Codec::kE5m2) && (bits != 8 || column_table)) {
-    fail("codec " + codec_name + " needs bits 8 and no column table, got bits " + std::to_string(bits) +
-         (column_table ? " and a column table" : ""));
+  if ((codec == Codec::kE4m3 || codec == Codec::kE5m2) && (bits != 8 || scope != Scope::kShared)) {
+    fail("codec " + codec_name + " needs bits 8 and scope shared, got bits " + std::to_string(bits) + " and scope " +
+         scope_name);
   }
-  scope = column_table ? Scope::kColumn : Scope::kShared;
   if (zero_mode != "none" && zero_mode != "subtract" && zero_mode != "add") {
     fail("zero must be none, subtract or add, got '" + zero_mode + "'");
   }
@@ -56,6 +57,13 @@ Weight::Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string&
   if (zero_dtype && static_cast<int>(*zero_dtype) >= kDtypes &&
       !(packed_scales && zero == ZeroMode::kAdd && zero_dtype == scale_dtype)) {
     fail("zero_dtype must be a number, or packed as the scales are with zero add, got " + *zero_type);
+  }
+  if ((scope == Scope::kPair) != (scale_dtype == Dtype::kI7)) {
+    fail("scale_dtype int7 needs scope pair, and scope pair it, got scope " + scope_name + " and scale_dtype " +
+         scale.value_or("none"));
+  }
+  if (scope == Scope::kPair && (codec != Codec::kLut || bits < 2 || bits > 4 || zero_dtype || int8_x || !scale2)) {
+    fail("scope pair needs codec lut, bits 2, 3 or 4, a second level of scales, no zeros and no int8 x");
   }
   if (packed_scales && !scale2) fail("scale_dtype " + *scale + " needs a second level of scales");
   if (scale_dtype == Dtype::kDq8) {
@@ -81,7 +89,8 @@ int64_t Weight::groups() const { return ceil_div(k, group); }
 int64_t Weight::code_bytes() const { return num_blocks(n) * block_bytes(k, bits, trits); }
 int64_t Weight::lane_terms() const { return num_blocks(n) * groups() * kBlockN; }
 int64_t Weight::table_size() const {
-  return scope == Scope::kShared ? int64_t{1} << bits : (num_blocks(n) * table_groups << bits) * kBlockN;
+  if (scope == Scope::kColumn) return (num_blocks(n) * table_groups << bits) * kBlockN;
+  return int64_t{1} << (scope == Scope::kPair ? bits + 1 : bits);
 }
 
 void Weight::set_x_group(int64_t size) {

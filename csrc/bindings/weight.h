@@ -30,7 +30,7 @@ struct Weight {
   bool trits;  // how codes lie (core/trits.h)
 
   // Throws std::invalid_argument for what contradicts itself.
-  Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string& codec_name, bool column_table,
+  Weight(int64_t n, int64_t k, int bits, int64_t group, const std::string& codec_name, const std::string& scope_name,
          int64_t table_groups, const std::string& zero_mode, const std::optional<std::string>& scale,
          const std::optional<std::string>& zero_type, const std::optional<std::string>& scale2, int64_t scale2_extent,
          bool int8_x, int64_t x_group, float table_step, bool bf16_table, bool trits);

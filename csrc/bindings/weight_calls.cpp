@@ -204,10 +204,10 @@ void bind_weights(py::module_& m) {
   using py::arg;
   using py::kw_only;
   py::class_<Weight>(m, "Weight", "What a weight in n16 layout is, apart from its bytes (csrc/bindings/weight.h).")
-      .def(py::init<int64_t, int64_t, int, int64_t, const std::string&, bool, int64_t, const std::string&,
+      .def(py::init<int64_t, int64_t, int, int64_t, const std::string&, const std::string&, int64_t, const std::string&,
                     std::optional<std::string>, std::optional<std::string>, std::optional<std::string>, int64_t, bool,
                     int64_t, float, bool, bool>(),
-           kw_only(), arg("n"), arg("k"), arg("bits"), arg("group"), arg("codec") = "lut", arg("column_table") = false,
+           kw_only(), arg("n"), arg("k"), arg("bits"), arg("group"), arg("codec") = "lut", arg("scope") = "shared",
            arg("table_groups") = 1, arg("zero") = "none", arg("scale_dtype") = py::none(),
            arg("zero_dtype") = py::none(), arg("scale2_dtype") = py::none(), arg("scale2_extent") = 0,
            arg("int8_x") = false, arg("x_group") = 0, arg("table_step") = 0.0f, arg("bf16_table") = false,

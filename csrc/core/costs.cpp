@@ -2,16 +2,39 @@
 
 #include <algorithm>
 #include <iterator>
+#include <string>
 #include <string_view>
 
 #include "core/costs/zen5.h"
 
 namespace lowbit {
 
+namespace {
+
+const KernelCost* find(std::string_view name) {
+  const auto* found = std::ranges::find_if(kZen5, [&](const KernelCost& c) { return name == c.name; });
+  return found == std::end(kZen5) ? nullptr : found;
+}
+
+// Of a pair of tables that was not measured: as of one with the entries of both; where there is none, as of one table,
+// by the instructions of the two (cpu/weights/nibbles-inl.h).
+Cost pair_cost(const Kernel& kernel) {
+  const std::string pair = "pairlut" + std::to_string(kernel.bits), name = kernel.name;
+  const auto as = [&](int bits) {
+    return find(std::string(name).replace(name.find(pair), pair.size(), "lut" + std::to_string(bits)));
+  };
+  if (const KernelCost* both = as(kernel.bits + 1)) return both->cost;
+  const KernelCost* one = as(kernel.bits);
+  Cost cost = one ? one->cost : Cost{};
+  for (float& row : cost.rows) row *= 58.0f / 38.0f;
+  return cost;
+}
+
+}  // namespace
+
 Cost cost_of(const Kernel& kernel) {
-  const auto named = [&](const KernelCost& c) { return std::string_view(c.name) == kernel.name; };
-  const KernelCost* found = std::ranges::find_if(kZen5, named);
-  return found == std::end(kZen5) ? Cost{} : found->cost;
+  if (const KernelCost* found = find(kernel.name)) return found->cost;
+  return kernel.scope == Scope::kPair ? pair_cost(kernel) : Cost{};
 }
 
 // Rows between two points, and beyond the last, lie on the line through them.

@@ -12,13 +12,14 @@ enum class Op : int32_t { kLinear, kDequantize };
 // kB1: signs of x, eight to a byte from the least significant bit; 1 is +1 and 0 is -1. The first five are those of x.
 // Of scales alone: kE4m3, and kE8m0, the power of two 2^(byte - 127), NaN for 255, and kDq8, see Launch. Of scales with
 // a second level, and their zeros: kU4, kU6 and kI6, integers of which the 64 of a block and group are a little-endian
-// bit stream.
-enum class Dtype : int32_t { kF32, kBf16, kF16, kI8, kB1, kE4m3, kE8m0, kU4, kU6, kI6, kDq8 };
+// bit stream; and kI7, a byte that holds twice a signed integer plus the number of a table, see Scope.
+enum class Dtype : int32_t { kF32, kBf16, kF16, kI8, kB1, kE4m3, kE8m0, kU4, kU6, kI6, kDq8, kI7 };
 constexpr int kDtypes = 5;
 // kInt: the table is code + table[0], so arithmetic may replace the lookup.
 enum class Codec : int32_t { kLut, kInt, kE4m3, kE5m2 };
-// One table for the weight, or one per column (and possibly per group).
-enum class Scope : int32_t { kShared, kColumn };
+// One table for the weight, one per column (and possibly per group), or a pair of them for the weight, of which the
+// lowest bit of the scale of every group, a kI7, chooses one.
+enum class Scope : int32_t { kShared, kColumn, kPair };
 // gelu with erf, as torch's default, and its approximation with tanh.
 enum class Activation : int32_t { kNone, kRelu, kSilu, kGelu, kGeluTanh };
 enum class ZeroMode : int32_t { kNone, kSubtract, kAdd };
@@ -54,7 +55,8 @@ constexpr int packed_scale_bits(Dtype d) { return d == Dtype::kU4 ? 4 : d == Dty
 constexpr int kFactorBits = 8;
 
 // W[n, k] = scale * (T - zero) or scale * T + zero, T = table[code]; y = x W^T + bias. Layouts: n16.h; scales and
-// zeros are (n / 64, groups, 64), a column table is (n / 64, table_groups, 2^bits, 64), all padded to whole blocks.
+// zeros are (n / 64, groups, 64), a column table is (n / 64, table_groups, 2^bits, 64), all padded to whole blocks; a
+// pair of tables is (2, 2^bits).
 // With a second level scale is scales * scales2 in fp32, and the zero of kAdd zeros * zeros2: each is
 // (n / 64, num_supers, 64), one number for `super_groups` groups, or, if num_supers is 0, one fp32 for the weight.
 // Scales of kDq8 are scale_map[code] * factor + offset in fp32, each operation rounded; scales2 is num_supers fp32

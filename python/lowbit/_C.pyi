@@ -71,8 +71,9 @@ def search_scales(
     floats: tuple[int, int, float],
     table: NDArray[np.float32],
     ratios: NDArray[np.float32],
+    chosen: NDArray[np.uint8] | None = None,
     threads: int = 1,
-) -> tuple[NDArray[np.float32], NDArray[np.float64]]: ...
+) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.uint8]]: ...
 
 class StructuredWeight:
     def __init__(
@@ -343,7 +344,7 @@ class Weight:
         bits: int,
         group: int,
         codec: str = "lut",
-        column_table: bool = False,
+        scope: str = "shared",
         table_groups: int = 1,
         zero: str = "none",
         scale_dtype: str | None = None,

@@ -12,12 +12,15 @@ from lowbit.files import shown
 CODECS = ("affine", "lut", "e4m3", "e5m2", *structured.CODECS)
 BITS = (1, 2, 3, 4, 5, 6, 8)
 # Scales that are integers times a second level, and the least and the largest.
-INTEGER_SCALES = {"int8": (-128, 127), "int6": (-32, 31), "uint6": (0, 63), "uint4": (0, 15)}
+INTEGER_SCALES = {
+    "int8": (-128, 127), "int7": (-64, 63), "int6": (-32, 31), "uint6": (0, 63), "uint4": (0, 15),
+}  # fmt: skip
 SCALES = (None, "fp32", "fp16", "bf16", "e8m0", "e4m3", "dq8", *INTEGER_SCALES)
 SECOND_LEVELS = ("fp32", "fp16", "bf16")
 SCALE_RULES = ("absmax", "rms", "mean", "minmax")
 ZEROS = (None, "int", "float", "min")
-SCOPES = ("tensor", "row", "group")
+SCOPES = ("tensor", "row", "group", "pair")
+PAIR_BITS = (2, 3, 4)
 # The bases whose digits take less than whole bits.
 DIGIT_BASES = {"trits": 3, "base5": 5, "base6": 6}
 PACKINGS = ("bits", *DIGIT_BASES)
@@ -67,6 +70,11 @@ def check_format(f: Any) -> None:
         integers = f.zero == "min" and f.scale in INTEGER_SCALES
         check(integers or f.scale in SECOND_LEVELS, "scale", "a float dtype with a float zero")
     _check_second_level(f, check)
+    if f.table_scope == "pair":
+        check(f.scale == "int7", "scale", "'int7' with table_scope 'pair'")
+        check(f.bits in PAIR_BITS, "bits", f"one of {PAIR_BITS} with table_scope 'pair'")
+    else:
+        check(f.scale != "int7", "scale", "another one than 'int7' without table_scope 'pair'")
     if f.codec in ("e4m3", "e5m2"):
         check(f.bits == 8, "bits", f"8 with codec {f.codec!r}")
     if f.codec != "lut":

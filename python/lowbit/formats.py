@@ -48,7 +48,8 @@ class Format:
         scale: how scales are stored: "fp32", "fp16", "bf16", "e8m0" (a power of two in a byte),
             "e4m3" (with one fp32 factor per tensor), "dq8" (QLoRA double quantization: 8-bit dynamic
             code, one fp32 factor per 256 scales, one fp32 offset per tensor), "int8", "int6", "uint6" or "uint4" (an
-            integer times `scale2`, as in GGUF's K-quants: the product in fp32, rounded once), or None (scale 1).
+            integer times `scale2`, as in GGUF's K-quants: the product in fp32, rounded once), "int7" (likewise, twice
+            the integer plus the number of the group's table in a byte), or None (scale 1).
         scale2: with an integer scale, the dtype of its second level: "fp32", "fp16" or "bf16"; else None.
         scale2_group: weights along K that share one of `scale2`, a multiple of `group`; None means the whole row.
         scale_rule: what round-to-nearest fits the scale to: "absmax", "rms" or "mean" of |w|, or "minmax"
@@ -57,7 +58,8 @@ class Format:
             second level of its own), or None.
         table: values of the codes of a "lut" codec, 2 .. 2^bits of them; None means that the table is fitted
             to the weight and stored beside it.
-        table_scope: one table per "tensor", per output "row", or per row and "group".
+        table_scope: one table per "tensor", per output "row", or per row and "group"; or a "pair" of tables for the
+            tensor, of which the scale of each group, an "int7", says the group's: fitted, of 2, 3 or 4 bits.
         packing: "bits" (little-endian bit stream), or codes as digits of bytes: "trits" (base 3, five per
             byte), "base5" and "base6" (three per byte), for tables of no more values than the base.
         activation: None takes activations as given. "int8" quantizes x to int8 (absmax / 127) and
@@ -317,6 +319,9 @@ def _builtin() -> dict[str, Format]:
     for b in (2, 3, 4):
         km = functools.partial(lut, bits=b, scale="int8", scale2="bf16")
         formats += [km(name=f"km{b}", group=32), km(name=f"km{b}_g16", group=16)]
+        # And a bit of that byte chooses one of two tables.
+        two = functools.partial(km, scale="int7", table_scope="pair")
+        formats += [two(name=f"km{b}x2", group=32), two(name=f"km{b}x2_g16", group=16)]
     # GGUF block types (ggml-common.h), as stored.
     formats += [affine(name=f"q{b}_0", bits=b, group=32) for b in (4, 5, 8)]
     q_1 = functools.partial(affine, group=32, zero="min", scale_rule="minmax")

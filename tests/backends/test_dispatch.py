@@ -83,15 +83,15 @@ def test_fp16_is_split_where_the_table_is_exact_in_bf16() -> None:
 def test_codecs_are_checked() -> None:
     with pytest.raises(ValueError, match="codec must be lut, int, e4m3 or e5m2, got 'fp8'"):
         int4(codec="fp8")
-    with pytest.raises(ValueError, match="codec e4m3 needs bits 8 and no column table, got bits 4"):
+    with pytest.raises(ValueError, match="codec e4m3 needs bits 8 and scope shared, got bits 4"):
         int4(codec="e4m3")
 
 
 def test_every_request_has_a_row_and_every_other_row_a_reason() -> None:
     for group in (1, 7, 32, 100, 64):
         for bits in (1, 2, 3, 4, 5, 6, 8):
-            for column in (False, True):
-                w = _C.Weight(n=100, k=100, bits=bits, group=group, column_table=column)
+            for scope in ("shared", "column"):
+                w = _C.Weight(n=100, k=100, bits=bits, group=group, scope=scope)
                 for x in ("fp32", "bf16", "fp16"):
                     for m in (1, 4, 1000):
                         chosen = w.select("linear", x, m)

@@ -19,6 +19,7 @@ from weights import ALL_FORMATS, assert_close, random_weight
 
 KERNELS = _C.kernels()
 FLOAT_KERNELS = [k for k in KERNELS if k["compute"] not in ("int8", "b1")]
+SCOPES = {"tensor": "shared", "row": "column", "group": "column", "pair": "pair"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # (N, K) around the 64-column block and the 32-weight chunk.
 SHAPES = ((70, 96), (64, 300), (1, 33), (130, 64), (63, 1))
@@ -31,7 +32,7 @@ def legal(format: Format, kernel: dict, op: str) -> bool:
     return (
         kernel["op"] == op
         and kernel["bits"] == format.bits
-        and (kernel["scope"] == "shared") == (format.table_scope == "tensor")
+        and kernel["scope"] == SCOPES[format.table_scope]
         and kernel["codec"] in ("lut", "int" if format.codec == "affine" else format.codec)
         and (format.exact_in_bf16 or not kernel["bf16_table"])
         and not (kernel["x"] == ["fp16"] and kernel["bits"] == 8 and format.codec == "affine")
@@ -65,7 +66,7 @@ def linear(
 
 def expected_weight(qt, kernel: dict) -> torch.Tensor:
     """The weight that a row multiplies with: table entries rounded to bf16 where it multiplies in bf16."""
-    values = reference.code_values(qt.unpack(), qt.format, qt.table)
+    values = reference.values_of(qt)
     if kernel["compute"] == "bf16":
         values = values.to(torch.bfloat16).to(torch.float32)
     return reference.apply_scales(

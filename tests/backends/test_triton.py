@@ -45,7 +45,7 @@ def weight_of(qt: QuantTensor, dtype: torch.dtype) -> torch.Tensor:
     f, k = qt.format, qt.shape[1]
     compute = compute_dtype(dtype, f)
     if config(k, f).apart:
-        values = reference.code_values(qt.unpack(), f, qt.table).to(compute).float()
+        values = reference.values_of(qt).to(compute).float()
         return reference.apply_scales(
             values, f, reference.effective_scales(qt), reference.effective_zeros(qt)
         )

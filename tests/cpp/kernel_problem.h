@@ -116,6 +116,7 @@ inline float scale_value(Dtype dtype, uint8_t code) {
     const bool negative = dtype == Dtype::kI6 && code >> (bits - 1);
     return static_cast<float>(code - (negative ? 1 << bits : 0));
   }
+  if (dtype == Dtype::kI7) return static_cast<float>(code / 2 - (code >= 128 ? 128 : 0));
   return dtype == Dtype::kI8     ? static_cast<float>(static_cast<int8_t>(code))
          : dtype == Dtype::kE4m3 ? float8_value(Codec::kE4m3, code)
                                  : std::ldexp(1.0f, code - 127);
@@ -158,7 +159,7 @@ struct Problem {
     expect(back == packed, "prepack", "round trip", bits, 0, 0);
 
     std::normal_distribution<float> normal;
-    const int64_t tables = scope == Scope::kShared ? 1 : blocks * groups * kBlockN;
+    const int64_t tables = scope == Scope::kColumn ? blocks * groups * kBlockN : scope == Scope::kPair ? 2 : 1;
     table = Guarded<float>(tables * entries);
     // Tables of 8 bits whose upper half is the lower one negated, as that of e4m3, are looked up in another way.
     const bool symmetric = kernel.bits == 8 && scope == Scope::kShared && !integer && c.zero == ZeroMode::kNone;
@@ -187,7 +188,8 @@ struct Problem {
         const int64_t group = k / c.group, term = (n / kBlockN * groups + group) * kBlockN + n % kBlockN;
         const int code = codes[n * c.k + k];
         const int64_t column = ((n / kBlockN * groups + group) * entries + code) * kBlockN + n % kBlockN;
-        const float t = scope == Scope::kShared ? table[code] : table[column];
+        const int chosen = scope == Scope::kPair ? scale_codes[term] % 2 : 0;
+        const float t = scope == Scope::kColumn ? table[column] : table[chosen * entries + code];
         // volatile: one rounding an operation, whatever the compiler would fuse.
         volatile float inner = c.zero == ZeroMode::kAdd ? scales[term] * t : t;
         if (c.zero == ZeroMode::kSubtract) inner = inner - zeros[term];
@@ -275,7 +277,7 @@ struct Problem {
     }
     l.zero = c.zero;
     l.table = table.data();
-    l.table_groups = scope == Scope::kShared ? 1 : l.num_groups;
+    l.table_groups = scope == Scope::kColumn ? l.num_groups : 1;
     return l;
   }
 };

@@ -359,6 +359,12 @@ int main(int argc, char** argv) {
       {6, 65, 352, 32, ZeroMode::kSubtract, Dtype::kDq8},
       {2, 67, 50, 20, ZeroMode::kAdd, Dtype::kI8, Dtype::kF32, 2},
       {3, 65, 50, 20, ZeroMode::kNone, Dtype::kU4, Dtype::kF32, 2},
+      // A pair of tables: of groups of all kinds.
+      {1, 65, 272, 16, ZeroMode::kNone, Dtype::kI7, Dtype::kBf16, 17},
+      {2, 130, 200, 32, ZeroMode::kNone, Dtype::kI7, Dtype::kBf16, 7},
+      {9, 64, 320, 64, ZeroMode::kNone, Dtype::kI7, Dtype::kF16, 4},
+      {98, 66, 528, 16, ZeroMode::kNone, Dtype::kI7, Dtype::kBf16, 33},
+      {4, 63, 50, 20, ZeroMode::kNone, Dtype::kI7, Dtype::kF32, 3},
   };
   // A group longer than an int32 sum allows, and more of them than are summed in one chain: of int8 products alone.
   const Case long_cases[] = {{3, 2, 65536 + 40, 65536 + 40, ZeroMode::kAdd}, {2, 3, 4160, 32, ZeroMode::kAdd}};
@@ -398,7 +404,8 @@ int main(int argc, char** argv) {
                       .group = c.group,
                       .bf16_table = true};
       if (kernel->terms == 2) request.x = Dtype::kF16;
-      if (rejection(*kernel, request, active_isa())) continue;
+      const bool pair = kernel->scope == Scope::kPair;
+      if (rejection(*kernel, request, active_isa()) || pair != (c.scale == Dtype::kI7)) continue;
       Problem p(c, *kernel, rng);
       if (kernel->compute == Dtype::kI8) {
         check_int8(*kernel, request, p, rng);

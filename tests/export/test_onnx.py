@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 FORMATS = (
     "nf4", "int2_g32", "int3_g64", "int4_g16", "int5_row", "int6_g64", "int8_g32", "uint4_g32", "uint4_zfloat_g64",
     "q4_1", "q4_k", "q6_k", "iq4_xs", "q2_k", "mxfp4", "nvfp4", "e4m3", "nf4_g64_dq8", "kmeans3_g32", "tq1_0", "km4",
-    "int4_g32_o2", "binary", "fp4", "kmeans4_pr", "ternary_trits",
+    "km4x2", "int4_g32_o2", "binary", "fp4", "kmeans4_pr", "ternary_trits",
 )  # fmt: skip
 
 

@@ -25,7 +25,11 @@ KINDS = [
     Format(name="i3", codec="affine", bits=3, group=200),
     Format(name="z3", codec="affine", bits=3, group=20, zero="float", scale_rule="minmax"),
     *(f for f in ALL_FORMATS if f.name in ("nf4", "mxfp4", "nvfp4", "e5m2", "ternary_trits")),
-    *(f for f in ALL_FORMATS if f.name in ("kmeans3", "kmeans4_pr", "row_tables_g32", "km3")),
+    *(
+        f
+        for f in ALL_FORMATS
+        if f.name in ("kmeans3", "kmeans4_pr", "row_tables_g32", "km3", "km3x2")
+    ),
     *(f for f in ALL_FORMATS if f.name in ("group_tables_g32", "affine3_int_dq8_g7", "q4_1")),
 ]
 
@@ -117,8 +121,9 @@ def column_by_column(
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
     w = weight.double().clone()
     scales, result = reference.effective_scales(qt), torch.zeros_like(w)
+    chosen = reference.chosen_tables(qt.scales, format)
     group = format.group or k
-    follows = format.group is not None and format.scale not in ("e4m3", "dq8", "int8")
+    follows = format.group is not None and format.scale not in ("e4m3", "dq8", "int8", "int7")
     for j in range(k):
         if follows and j % group == 0:
             part = w[:, j : j + group].float()
@@ -134,7 +139,7 @@ def column_by_column(
         candidates = []
         for code in range(format.num_codes):
             codes = torch.full(w.shape, code, dtype=torch.uint8)
-            values = reference.code_values(codes, format, qt.table)
+            values = reference.code_values(codes, format, qt.table, chosen)
             candidates.append(reference.apply_scales(values, format, scales, qt.zeros)[:, j])
         table = torch.stack(candidates, 1).double().nan_to_num(nan=torch.inf)
         q = table.gather(1, (table - w[:, j, None]).abs().argmin(1, keepdim=True))[:, 0]

@@ -72,7 +72,7 @@ def test_scales_against_every_integer(bits: int, weighted: bool, top: int):
     steps = np.repeat(np.abs(w).max(1, keepdims=True) * np.float32(1.2 / top), 3, 1)
     given = importance if weighted else None
     zero = np.zeros_like(steps)
-    scales, errors = _C.search_scales(w, given, group, zero, steps, top, FP32, table, RATIOS)
+    scales, errors, _ = _C.search_scales(w, given, group, zero, steps, top, FP32, table, RATIOS)
     assert (np.abs(np.rint(scales / steps)) <= top).all()
     np.testing.assert_array_equal(np.rint(scales / steps).astype(np.float32) * steps, scales)
     mine = least = 0.0
@@ -101,7 +101,7 @@ def test_scales_at_hand_are_kept_unless_others_are_better():
     errors = ((w[:, None, :, None] - values[None, :, None, :]) ** 2).min(3).sum(2)
     best = every[errors.argmin(1)][:, None]
     for ratios in (RATIOS, RATIOS[:0]):
-        scales, found = _C.search_scales(w, None, 8, best, steps, 127, FP32, table, ratios)
+        scales, found, _ = _C.search_scales(w, None, 8, best, steps, 127, FP32, table, ratios)
         np.testing.assert_array_equal(scales, best)
         np.testing.assert_allclose(found, errors.min(1), rtol=1e-6)
 
@@ -113,7 +113,7 @@ def test_threads_do_not_show(threads: int):
     table = np.array([-0.9, -0.2, 0.3, 1.0], np.float32)
     args = (w, None, 16, steps * 50, steps, 127, FP32, table, RATIOS)
     for one, other in zip(
-        _C.search_scales(*args, 1), _C.search_scales(*args, threads), strict=True
+        _C.search_scales(*args, None, 1), _C.search_scales(*args, None, threads), strict=True
     ):
         np.testing.assert_array_equal(one, other)
 
@@ -214,7 +214,7 @@ def test_scales_are_rounded_to_their_dtype(digits: int, dtype: torch.dtype):
     wanted = (normal(400, 1).double() * torch.logspace(-9, 5.5, 400).double()[:, None]).float()
     # One weight a row, of value 1: the refitted scale is the weight.
     one, zero = np.ones(1, np.float32), np.zeros((400, 1), np.float32)
-    scales, _ = _C.search_scales(wanted.numpy(), None, 1, zero, None, 0, floats, one, one)
+    scales, *_ = _C.search_scales(wanted.numpy(), None, 1, zero, None, 0, floats, one, one)
     expected = wanted.to(dtype).float().clamp(-info.max, info.max)
     assert torch.equal(torch.from_numpy(scales), expected + 0.0)
 
@@ -324,5 +324,6 @@ def test_an_interrupt_stops_the_search():
     ratios = np.linspace(0.1, 2, 64, dtype=np.float32)
     """
     assert_stops(
-        "_C.search_scales(w, None, 32, scales, None, 0, (24, -149, 1e38), table, ratios, 2)", setup
+        "_C.search_scales(w, None, 32, scales, None, 0, (24, -149, 1e38), table, ratios, None, 2)",
+        setup,
     )

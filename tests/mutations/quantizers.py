@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations import python
+from mutations import cpp, python
 
 MUTANTS = [
     *python("methods/scales.py", "quantize", "rtn_options")(
@@ -30,6 +30,16 @@ MUTANTS = [
         ("for sign in (1, -1) for ratio in ratios]", "for sign in (1,) for ratio in ratios]"),
         ("unit = 1.0 if qt.format.fitted else float(table.abs().max())", "unit = 1.0"),
         ("digits = 1 - round(math.log2(info.eps))", "digits = 2 - round(math.log2(info.eps))"),
+    ),
+    *python("methods/search.py", "two_tables")(
+        ("tables[1] += PAIR_SHIFT", "tables[1] += 0"),
+    ),
+    *python("methods/fitting.py", "two_tables")(
+        ("reference.per_weight(chosen == number, qt.format", "reference.per_weight(chosen != number, qt.format"),
+    ),
+    *cpp("cpu/offline/scale_search.cpp", "tests/methods/test_two_tables.py")(
+        ("*chosen = static_cast<uint8_t>(table);", ""),
+        ("middle_ = middles_.data() + table * (s_.entries - 1);", "middle_ = middles_.data();"),
     ),
     *python("methods/gptq.py", "gptq")(
         ("lost[j - begin] = (w - q) / self.factor[j, j]", "lost[j - begin] = w - q"),

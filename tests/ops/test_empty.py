@@ -141,7 +141,7 @@ def _weight(**sizes: Any) -> None:
         (lambda: _decoder(heads=3, kv_heads=2, head_dim=2), "heads % kv_heads must be 0, got 1"),
         (lambda: _weight(k=0), r"k >= 1\) and below 2\^31, got \(4, 0\)"),
         (lambda: _weight(group=0), "group must be positive, got 0"),
-        (lambda: _weight(column_table=True, table_groups=0), "table_groups must be 1 or"),
+        (lambda: _weight(scope="column", table_groups=0), "table_groups must be 1 or"),
         (lambda: _C.kmeans_1d(np.zeros(0, np.float32), None, 4), "not empty"),
         (lambda: _C.kmeans_rows(np.zeros((3, 0), np.float32), None, 4), "not empty"),
         (lambda: _C.kmeans_1d(np.zeros(3, np.float32), None, 0), "k must be 1 to 256, got 0"),

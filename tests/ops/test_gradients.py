@@ -20,7 +20,7 @@ LAYOUTS = (CANONICAL, N16)
 FORMATS = (
     *(parse(s) for s in ("nf4", "int4_g32", "uint3_g32", "uint4_zfloat_g20", "q5_1", "e4m3")),
     *(parse(s) for s in ("kmeans2_g32", "kmeans3_pr", "mxfp4", "nvfp4", "q4_k", "ternary_trits")),
-    *(f for f in ALL_FORMATS if f.fitted and "tables" in f.name),
+    *(f for f in ALL_FORMATS if f.fitted and ("tables" in f.name or f.table_scope == "pair")),
 )
 
 
@@ -44,6 +44,8 @@ def dense_weight(qt: QuantTensor, leaves: dict[str, torch.Tensor]) -> torch.Tens
         w = torch.tensor(f.values(), dtype=torch.float64)[codes]
     elif f.table_scope == "tensor":
         w = leaves["table"][codes]
+    elif f.table_scope == "pair":
+        w = leaves["table"][reference.chosen_tables(qt.scales, f)[:, group], codes]
     else:
         table = leaves["table"].view(n, -1, 2**f.bits)
         w = table[torch.arange(n)[:, None], group if f.table_scope == "group" else 0, codes]

@@ -49,7 +49,7 @@ def assert_linear(y: torch.Tensor, x: torch.Tensor, qt: QuantTensor, w: Operands
     """
     table = torch.bfloat16 if computes_in_bf16(x, w) else None
     exact = reference.linear(x.double(), qt, round_table_to=table)
-    values = reference.code_values(qt.unpack(), qt.format, qt.table).abs()
+    values = reference.values_of(qt).abs()
     zeros = None if qt.zeros is None else reference.effective_zeros(qt).abs()
     positive = Format(name="sum", codec="affine", bits=8, group=qt.format.group, zero="min")
     scales = reference.effective_scales(qt)

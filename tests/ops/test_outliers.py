@@ -120,7 +120,7 @@ def assert_close(y: torch.Tensor, x: torch.Tensor, qt: QuantTensor, exact: torch
     """Products and sums of both parts are fp32: 2 (K + P) roundings of 2^-24 of sum |x| (|Q'| + |S|), where |Q'|
     counts code and zero apart; the table may be rounded to bf16, which moves an entry by 2^-9. y is rounded once.
     """
-    codes = reference.code_values(qt.unpack(), qt.format, qt.table).abs()
+    codes = reference.values_of(qt).abs()
     zeros = None if qt.zeros is None else -reference.effective_zeros(qt).abs()
     scales = reference.effective_scales(qt)
     if qt.format.zero == "min":

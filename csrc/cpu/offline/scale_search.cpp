@@ -18,7 +18,10 @@ class Searcher {
   explicit Searcher(const ScaleSearch& s) : s_(s) {
     const int64_t padded = (std::min(s.group, s.k) + kLanes - 1) / kLanes * kLanes;
     for (std::vector<float>* v : {&x_, &w_, &ratio_, &value_}) v->resize(static_cast<size_t>(padded));
-    for (int e = 1; e < s.entries; ++e) middle_.push_back((s.table[e - 1] + s.table[e]) / 2);
+    for (int t = 0; t < s.tables; ++t) {
+      const float* table = s.table + t * s.entries;
+      for (int e = 1; e < s.entries; ++e) middles_.push_back((table[e - 1] + table[e]) / 2);
+    }
   }
 
   void row(int64_t r) {
@@ -30,7 +33,7 @@ class Searcher {
       weights_ = s_.weights + first;
       importance_ = s_.importance ? s_.importance + first : nullptr;
       step_ = s_.steps ? s_.steps + at : nullptr;
-      error += group(s_.scales + at);
+      error += group(s_.scales + at, s_.chosen + at);
     }
     s_.errors[r] = error;
   }
@@ -40,11 +43,13 @@ class Searcher {
     float product = 0, square = 0;  // of importance * weight * value and importance * value^2
   };
 
-  double group(float* scale) {
+  double group(float* scale, uint8_t* chosen) {
+    use(*chosen);
     double error = error_of(*scale);
     const float largest = normalize();
     if (largest == 0) return error;
-    float best = std::numeric_limits<float>::infinity(), found = *scale, last = *scale;
+    float best = std::numeric_limits<float>::infinity(), found = *scale;
+    int table = *chosen;
     const auto offer = [&](float candidate) {
       const Sums sums = sums_of(candidate / largest);
       const float fitted = sums.square > 0 ? snapped(largest * (sums.product / sums.square)) : candidate;
@@ -54,20 +59,33 @@ class Searcher {
       if (gain < best) {
         best = gain;
         found = fitted;
+        table = used_;
       }
     };
-    offer(last);
-    for (int i = 0; i < s_.num_ratios; ++i) {
-      const float candidate = snapped(largest * s_.ratios[i]);
-      if (candidate != last) offer(candidate);
-      last = candidate;
+    for (int t = 0; t < s_.tables; ++t) {
+      use(t);
+      float last = *scale;
+      offer(last);
+      for (int i = 0; i < s_.num_ratios; ++i) {
+        const float candidate = snapped(largest * s_.ratios[i]);
+        if (candidate != last) offer(candidate);
+        last = candidate;
+      }
     }
+    use(table);
     const double wanted = error_of(found);
     if (wanted < error) {
       error = wanted;
       *scale = found;
+      *chosen = static_cast<uint8_t>(table);
     }
     return error;
+  }
+
+  void use(int table) {
+    used_ = table;
+    table_ = s_.table + table * s_.entries;
+    middle_ = middles_.data() + table * (s_.entries - 1);
   }
 
   // Weights over the largest one that counts, which is returned, and importance over the largest; 0 if none counts.
@@ -109,13 +127,13 @@ class Searcher {
     float* value = value_.data();
     if (s_.entries > kCompared) {
       for (size_t i = 0; i < size; ++i) {
-        value[i] = s_.table[std::lower_bound(middle_.begin(), middle_.end(), ratio[i]) - middle_.begin()];
+        value[i] = table_[std::lower_bound(middle_, middle_ + s_.entries - 1, ratio[i]) - middle_];
       }
       return;
     }
-    std::fill(value, value + size, s_.table[0]);
-    for (size_t e = 0; e < middle_.size(); ++e) {
-      const float middle = middle_[e], entry = s_.table[e + 1];
+    std::fill(value, value + size, table_[0]);
+    for (int e = 0; e + 1 < s_.entries; ++e) {
+      const float middle = middle_[e], entry = table_[e + 1];
       for (size_t i = 0; i < size; ++i) value[i] = ratio[i] > middle ? entry : value[i];
     }
   }
@@ -157,7 +175,10 @@ class Searcher {
   const ScaleSearch& s_;
   int64_t size_ = 0;
   const float *weights_ = nullptr, *importance_ = nullptr, *step_ = nullptr;
-  std::vector<float> middle_, x_, w_, ratio_, value_;
+  // The table in use, and what lies in the middle of two of its entries.
+  int used_ = 0;
+  const float *table_ = nullptr, *middle_ = nullptr;
+  std::vector<float> middles_, x_, w_, ratio_, value_;
 };
 
 }  // namespace

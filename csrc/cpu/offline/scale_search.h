@@ -1,6 +1,7 @@
-// The scale of every group of weights that leaves the least squared error with a given table: candidates of the scale
-// are tried, each is refitted by least squares to the codes that it gives, and the best one is kept if it is better
-// than the scale that the group has. All values are finite, importance is not negative; the caller checks.
+// The scale of every group of weights that leaves the least squared error with a given table, or with the best of some
+// tables: candidates of the scale are tried, each is refitted by least squares to the codes that it gives, and the best
+// one is kept if it is better than the scale and the table that the group has. All values are finite, importance is not
+// negative; the caller checks.
 #pragma once
 
 #include <cstdint>
@@ -21,12 +22,13 @@ struct ScaleSearch {
   int top;
   int digits, least;
   float most;
-  const float* table;  // (entries), ascending
-  int entries;
+  const float* table;  // (tables, entries), each ascending
+  int tables, entries;
   const float* ratios;  // (num_ratios): candidates of a scale over the largest weight of importance, of any sign
   int num_ratios;
-  float* scales;   // (rows, groups): those at hand, then the best ones
-  double* errors;  // (rows): importance * (weight - scale * nearest entry)^2, summed
+  float* scales;    // (rows, groups): those at hand, then the best ones
+  uint8_t* chosen;  // (rows, groups): numbers of tables, likewise
+  double* errors;   // (rows): importance * (weight - scale * nearest entry)^2, summed
 };
 
 // `scales` and `errors` are not to be used if it was stopped.

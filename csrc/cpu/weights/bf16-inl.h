@@ -3,12 +3,34 @@
 // vdpbf16ps: latency 6 / 6, one every cycle / cycle on Zen 5 / Sapphire Rapids; vpermw and vpermt2w 1 a cycle.
 #pragma once
 
+#include <cstddef>
+
 #include "cpu/weights/gemv-inl.h"
 #include "cpu/weights/symmetric-inl.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
+
+// What it takes to have code J of the pair (2 J, 2 J + 1) of 16 columns in the low bits of each word, but for a shift
+// by kLeft bits. Higher bits are arbitrary.
+template <int B, int J, int kLeft = 0>
+LOWBIT_INLINE inline __m512i word_code(const uint8_t* block) {
+  constexpr Place kPlace = place_of(B, J);
+  __m512i code;
+  unroll<kPlace.count>([&](auto i) LOWBIT_INLINE {
+    constexpr Piece piece = kPlace.pieces[i];
+    constexpr int kDown = piece.shift - piece.at - kLeft;
+    __m512i bits = load_i(block + piece.unit * kUnitBytes);
+    if constexpr (kDown > 0) bits = _mm512_srli_epi16(bits, kDown);
+    if constexpr (i == 0) {
+      code = bits;
+    } else {
+      code = select_bits(_mm512_set1_epi16((1 << piece.at) - 1), code, bits);
+    }
+  });
+  return code;
+}
 
 // Tables of bf16 in registers, indexed by 16-bit words. vpermw reads 5 bits of an index and ignores the rest, so that
 // a code of 1 or 2 bits may stand anywhere in them: table `i` is that of codes whose first bit is bit i * B. A word is
@@ -37,20 +59,8 @@ struct WordTable {
   // The entries of the pair (2 J, 2 J + 1) of 16 columns.
   template <int J>
   LOWBIT_INLINE __m512i value(const uint8_t* block) const {
-    constexpr Place kPlace = place_of(B, J);
-    __m512i code;
-    constexpr int kShift = kPlace.pieces[0].shift, kTable = kPlaces > 1 ? kShift / B % kPlaces : 0;
-    unroll<kPlace.count>([&](auto i) LOWBIT_INLINE {
-      constexpr Piece piece = kPlace.pieces[i];
-      constexpr int kDown = piece.shift - piece.at - kTable * B;
-      __m512i bits = load_i(block + piece.unit * kUnitBytes);
-      if constexpr (kDown > 0) bits = _mm512_srli_epi16(bits, kDown);
-      if constexpr (i == 0) {
-        code = bits;
-      } else {
-        code = select_bits(_mm512_set1_epi16((1 << piece.at) - 1), code, bits);
-      }
-    });
+    constexpr int kShift = place_of(B, J).pieces[0].shift, kTable = kPlaces > 1 ? kShift / B % kPlaces : 0;
+    const __m512i code = word_code<B, J, kTable * B>(block);
     if constexpr (kVecs == 1) {
       return _mm512_permutexvar_epi16(code, t[kTable]);
     } else {
@@ -82,6 +92,29 @@ struct WordLut {
   static constexpr int kBits = B;
   WordTable<B> table;
   explicit WordLut(const Launch& l) : table(l.table) {}
+  static std::nullptr_t at(int64_t, int64_t, int) { return nullptr; }
+  template <int J>
+  LOWBIT_INLINE __m512i value(const uint8_t* block, std::nullptr_t) const {
+    return table.template value<J>(block);
+  }
+};
+
+// A pair of tables, of which every column and group has one.
+template <int B>
+struct WordPairLut {
+  static constexpr int kBits = B;
+  const Launch& l;
+  WordTable<B + 1> table;
+  explicit WordPairLut(const Launch& launch) : l(launch), table(launch.table) {}
+  LOWBIT_INLINE __m512i at(int64_t block, int64_t group, int lane) const {
+    const __m512i scales = pair_scales(l, block, group, lane);
+    return shift_left<B>(or_i(scales, shift_left<16>(scales)));
+  }
+  template <int J>
+  LOWBIT_INLINE __m512i value(const uint8_t* block, __m512i chosen) const {
+    const __m512i code = select_bits(_mm512_set1_epi16((1 << B) - 1), word_code<B, J>(block), chosen);
+    return _mm512_permutexvar_epi16(code, table.t[0]);
+  }
 };
 
 // A weight that SymmetricTable can look up.
@@ -97,6 +130,11 @@ struct SymmetricLut {
     }
   } table;
   explicit SymmetricLut(const Launch& l) : table(l.table) {}
+  static std::nullptr_t at(int64_t, int64_t, int) { return nullptr; }
+  template <int J>
+  LOWBIT_INLINE __m512i value(const uint8_t* block, std::nullptr_t) const {
+    return table.template value<J>(block);
+  }
   static bool serves(const float* values) {
     for (int i = 0; i < kHalf; ++i) {
       const float a = values[i], b = values[kHalf + i];
@@ -114,9 +152,9 @@ struct ComputeBf16 {
   static constexpr Dtype kType = Dtype::kBf16;
   static constexpr int kStepK = 2;
   static constexpr int kTerms = kXTerms;
-  template <int S>
-  LOWBIT_INLINE static __m512i value(const Codec& codec, const uint8_t* block) {
-    return codec.table.template value<S>(block);
+  template <int S, class OfGroup>
+  LOWBIT_INLINE static __m512i value(const Codec& codec, const uint8_t* block, OfGroup of_group) {
+    return codec.template value<S>(block, of_group);
   }
   LOWBIT_INLINE static __m512i broadcast(const uint16_t* x) {
     int32_t pair;
@@ -185,29 +223,33 @@ constexpr int kWordPanelRows = 6;
 constexpr int kPairsPerChunk = kChunkK / 2;
 constexpr int kColumnVecs = kBlockN / kUnitLanes;
 
-// panel[pair][64 columns][2] in bf16: table entries, not yet scaled.
-template <int B>
-inline void decode_words(const Launch& l, const WordLut<B>& codec, int64_t block, int64_t chunk_begin,
-                         int64_t chunk_end, uint16_t* panel) {
-  const uint8_t* codes = l.codes + (block * num_chunks(l.k) + chunk_begin) * chunk_bytes(B);
-  for (int64_t c = chunk_begin; c < chunk_end; ++c) {
-    unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
-      unroll<kPairsPerChunk>([&](auto s) LOWBIT_INLINE {
-        const __m512i value = ComputeBf16<B>::template value<s>(codec, codes + v * vector_bytes(B));
-        _mm512_store_si512(panel + s * 2 * kBlockN + v * 2 * kUnitLanes, value);
-      });
-    });
-    codes += chunk_bytes(B);
-    panel += kPairsPerChunk * 2 * kBlockN;
-  }
-}
-
 // Where a panel stands in the groups. A panel holds whole groups, or, if it `carries`, a part of one.
 struct Span {
   int64_t block, first_row, chunk, chunk_end, chunks_per_group;
   bool carries, halves;
   int64_t group_of(int64_t chunk) const { return halves ? 2 * chunk : chunk / chunks_per_group; }
 };
+
+// panel[pair][64 columns][2] in bf16: table entries, not yet scaled.
+template <class C>
+inline void decode_words(const Launch& l, const C& codec, const Span& span, uint16_t* panel) {
+  constexpr int kBits = C::kBits;
+  const uint8_t* codes = l.codes + (span.block * num_chunks(l.k) + span.chunk) * chunk_bytes(kBits);
+  for (int64_t c = span.chunk; c < span.chunk_end; ++c) {
+    const int64_t first = span.group_of(c), second = span.halves && first + 1 < l.num_groups ? first + 1 : first;
+    unroll<kColumnVecs>([&](auto v) LOWBIT_INLINE {
+      const auto of_first = codec.at(span.block, first, v * kUnitLanes);
+      const auto of_second = codec.at(span.block, second, v * kUnitLanes);
+      unroll<kPairsPerChunk>([&](auto s) LOWBIT_INLINE {
+        const auto of_group = 2 * s < kPairsPerChunk ? of_first : of_second;
+        const __m512i value = codec.template value<s>(codes + v * vector_bytes(kBits), of_group);
+        _mm512_store_si512(panel + s * 2 * kBlockN + v * 2 * kUnitLanes, value);
+      });
+    });
+    codes += chunk_bytes(kBits);
+    panel += kPairsPerChunk * 2 * kBlockN;
+  }
+}
 
 // Scales and zeros of a panel's groups in fp32: all tiles of rows need them.
 struct PanelTerms {
@@ -285,9 +327,9 @@ inline void multiply_words(const Launch& l, const Span& span, const uint16_t* pa
   });
 }
 
-template <int B, int kTerms = 1>
+template <class C, int kTerms = 1>
 void gemm_words_run(const Launch& l, int64_t begin, int64_t end) {
-  const WordLut<B> codec(l);
+  const C codec(l);
   alignas(64) uint16_t panel[kWordPanelChunks * kChunkK * kBlockN];
   PanelTerms terms;
   alignas(64) float carry[kWordRowsPerTask * kBlockN];
@@ -308,7 +350,7 @@ void gemm_words_run(const Launch& l, int64_t begin, int64_t end) {
     __builtin_memset(y, 0, rows * kBlockN * sizeof(float));
     for (span.chunk = 0; span.chunk < chunks; span.chunk = span.chunk_end) {
       span.chunk_end = span.chunk + panel_chunks < chunks ? span.chunk + panel_chunks : chunks;
-      decode_words<B>(l, codec, span.block, span.chunk, span.chunk_end, panel);
+      decode_words(l, codec, span, panel);
       terms.read(l, span);
       const auto multiply = [&]<int kRows>(int64_t r) {
         multiply_words<kRows, kTerms>(l, span, panel, terms, r, carry + r * kBlockN, y + r * kBlockN);
@@ -352,7 +394,21 @@ constexpr Kernel gemm_bf16(const char* name) {
   Kernel kernel = gemv_bf16<B>(name);
   kernel.prepare = prepare_bf16_chunks;
   kernel.rows_per_task = kWordRowsPerTask;
-  kernel.run = gemm_words_run<B>;
+  kernel.run = gemm_words_run<WordLut<B>>;
+  return kernel;
+}
+template <int B>
+constexpr Kernel pair_gemv_bf16(const char* name) {
+  Kernel kernel = gemv_bf16<B>(name);
+  kernel.scope = Scope::kPair;
+  kernel.run = gemv_run<ComputeBf16<B, 1, WordPairLut<B>>>;
+  return kernel;
+}
+template <int B>
+constexpr Kernel pair_gemm_bf16(const char* name) {
+  Kernel kernel = gemm_bf16<B>(name);
+  kernel.scope = Scope::kPair;
+  kernel.run = gemm_words_run<WordPairLut<B>>;
   return kernel;
 }
 

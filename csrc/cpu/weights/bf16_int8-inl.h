@@ -20,6 +20,7 @@ struct WordSigned {
   __m512i mantissa = _mm512_set1_epi16(0x007F), from_128 = _mm512_set1_epi16(0x4300);
   __m512i exponent = _mm512_set1_epi16(0x0080), minus_256 = _mm512_set1_epi16(static_cast<int16_t>(0xC380));
   explicit WordSigned(const Launch&) {}
+  static std::nullptr_t at(int64_t, int64_t, int) { return nullptr; }
   LOWBIT_INLINE WordPair operator()(__m512i code) const {
     return {_mm512_ternarylogic_epi32(code, mantissa, from_128, 0xEA),    // code & mantissa | from_128
             _mm512_ternarylogic_epi32(code, exponent, minus_256, 0x6A)};  // code & exponent ^ minus_256
@@ -41,6 +42,7 @@ struct WordShifted {
     low = words(lows);
     high = words(highs);
   }
+  static std::nullptr_t at(int64_t, int64_t, int) { return nullptr; }
   static __m512i words(const float* values) {
     alignas(64) uint16_t w[32];
     store_bf16(w, load(values));
@@ -56,7 +58,7 @@ template <class Words>
 struct ComputeInt8Bf16 : ComputeBf16<8> {
   using Codec = Words;
   template <int S>
-  LOWBIT_INLINE static WordPair value(const Words& words, const uint8_t* block) {
+  LOWBIT_INLINE static WordPair value(const Words& words, const uint8_t* block, std::nullptr_t) {
     const __m512i code = load_i(block + S / 2 * kUnitBytes);
     return words(S % 2 ? _mm512_srli_epi16(code, 8) : code);
   }

@@ -2,6 +2,7 @@
 // that codes are decoded in place, 32 bytes at a time.
 //
 // A Table has kBits, kSums vectors of sums for 8 columns, kRowsOfTwo (rows up to which a tile has 16 columns), and:
+//   at:      what it needs to know of 8 columns in a group.
 //   step<i>: adds 32 products for each row; `codes` are 4 bytes of each of 8 columns, step i takes the i-th kBits of a
 //            byte, x is that of a unit.
 //   reduce: the sums of 8 columns.
@@ -60,12 +61,14 @@ inline void bytes_tile(const Launch& l, const Table& table, int64_t block, int64
         for (int r = 0; r < kRows; ++r) {
           x[r] = static_cast<const float*>(l.prepared) + (m0 + r) * l.prepared_stride + h * kHalfChunk;
         }
+        decltype(table.at(l, 0, 0, 0)) of_group[kVecs];
+        for (int v = 0; v < kVecs; ++v) of_group[v] = table.at(l, block, group, lane + v * kVecLanes);
         for (int64_t half = h; half < piece_end; ++half) {
           unroll<kHalfUnits>([&](auto u) LOWBIT_INLINE {
             if (!kStream && lane % kUnitLanes == 0) prefetch(codes + kBytesPrefetch + u * kUnitBytes);
             const auto at = [&](auto v) LOWBIT_INLINE { return load_i(codes + u * kUnitBytes + v * kVecLanes * 4); };
             unroll<kSteps>([&](auto i) LOWBIT_INLINE {
-              unroll<kVecs>([&](auto v) LOWBIT_INLINE { table.template step<i>(at(v), x, acc[v]); });
+              unroll<kVecs>([&](auto v) LOWBIT_INLINE { table.template step<i>(at(v), of_group[v], x, acc[v]); });
             });
             for (int r = 0; r < kRows; ++r) x[r] += kUnitWeights;
           });

@@ -1,9 +1,10 @@
 // Codecs of the fp32 products: bits of the n16 layout (core/n16.h) to fp32 lanes. Compiled once per instruction set.
 //
-// A codec has kBits and value<S>(block, columns): the fp32 values of weight S (0..31) of a chunk for kVecLanes columns.
-// `block` points at the first unit of those columns; `columns` is what `at` returned for them. Products that need
-// another form of the values have their decoders beside them: bf16-inl.h, bf16_int8-inl.h, int8-inl.h, int8_any-inl.h,
-// nibbles-inl.h, columns-inl.h, symmetric-inl.h, xnor-inl.h, embedding-inl.h and float8-inl.h.
+// A codec has kBits and value<S>(block, of_group): the fp32 values of weight S (0..31) of a chunk for kVecLanes
+// columns. `block` points at the first unit of those columns; `of_group` is what `at` returned for them and the group
+// of the weight. Products that need another form of the values have their decoders beside them: bf16-inl.h,
+// bf16_int8-inl.h, int8-inl.h, int8_any-inl.h, nibbles-inl.h, columns-inl.h, symmetric-inl.h, xnor-inl.h,
+// embedding-inl.h and float8-inl.h.
 #pragma once
 
 #include <utility>
@@ -43,6 +44,11 @@ LOWBIT_INLINE inline I code_of(const uint8_t* block) {
   return code;
 }
 
+// Scales of kI7, of which the lowest bit is the number of a table.
+LOWBIT_INLINE inline I pair_scales(const Launch& l, int64_t block, int64_t group, int lane) {
+  return load_u8_lanes(static_cast<const uint8_t*>(l.scales) + (block * l.num_groups + group) * kBlockN + lane);
+}
+
 // One table for all columns.
 template <int B>
 struct Lut {
@@ -73,6 +79,24 @@ struct ColumnLut {
   template <int S>
   LOWBIT_INLINE F value(const uint8_t* block, const float* columns) const {
     return gather_column(columns, bit_and(code_of<B, S>(block), set1_i((1 << B) - 1)), kBlockN);
+  }
+};
+
+// A pair of tables, of which every column and group has one.
+template <int B>
+struct PairLut {
+  static constexpr int kBits = B;
+  static constexpr Codec kCodec = Codec::kLut;
+  static constexpr Scope kScope = Scope::kPair;
+  const Launch& l;
+  Table<B + 1> table;
+  explicit PairLut(const Launch& launch) : l(launch), table(launch.table) {}
+  LOWBIT_INLINE I at(int64_t block, int64_t group, int lane) const {
+    return shift_left<B>(pair_scales(l, block, group, lane));
+  }
+  template <int S>
+  LOWBIT_INLINE F value(const uint8_t* block, I chosen) const {
+    return table(select_bits(set1_i((1 << B) - 1), code_of<B, S>(block), chosen));
   }
 };
 

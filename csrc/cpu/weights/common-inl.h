@@ -9,6 +9,7 @@
 #define LOWBIT_STR(x) LOWBIT_STR_(x)
 #define LOWBIT_NAME(op, act, codec) op "_" act "_" codec "_n16_" LOWBIT_STR(LOWBIT_ISA)
 #define LOWBIT_FOREACH_BITS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(8)
+#define LOWBIT_FOREACH_PAIR_BITS(X) X(2) X(3) X(4)
 
 namespace lowbit {
 namespace LOWBIT_ISA {
@@ -84,6 +85,10 @@ LOWBIT_INLINE inline F first_level(const void* terms, Dtype dtype, int64_t i) {
   const uint8_t* bytes = static_cast<const uint8_t*>(terms);
   const uint64_t at = static_cast<uint64_t>(i);  // unsigned: divisions are shifts
   if (dtype == Dtype::kI8) return load_i8(static_cast<const int8_t*>(terms) + i);
+  if (dtype == Dtype::kI7) {
+    const F table = to_float(bit_and(load_u8_lanes(bytes + i), set1_i(1)));
+    return mul(sub(load_i8(static_cast<const int8_t*>(terms) + i), table), set1(0.5f));  // exact
+  }
   if (dtype == Dtype::kU4) return to_float(load_packed<4, false>(bytes, at));
   if (dtype == Dtype::kU6) return to_float(load_packed<6, false>(bytes, at));
   if (dtype == Dtype::kI6) return to_float(load_packed<6, true>(bytes, at));
@@ -249,9 +254,9 @@ struct ComputeF32 {
   static constexpr Dtype kType = Dtype::kF32;
   static constexpr int kStepK = 1;
   static constexpr int kTerms = 1;
-  template <int S>
-  LOWBIT_INLINE static F value(const C& codec, const uint8_t* block) {
-    return codec.template value<S>(block, nullptr);
+  template <int S, class OfGroup>
+  LOWBIT_INLINE static F value(const C& codec, const uint8_t* block, OfGroup of_group) {
+    return codec.template value<S>(block, of_group);
   }
   LOWBIT_INLINE static F broadcast(const float* x) { return set1(*x); }
   LOWBIT_INLINE static F dot(F acc, F x, F value) { return fma(x, value, acc); }

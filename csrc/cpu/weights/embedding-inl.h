@@ -22,7 +22,13 @@ void embed_rows(const Launch& l, int bits, Scope scope, const int64_t* indices, 
       for (int64_t i = 0; i < count; ++i) {
         const int64_t group = (k0 + i) / l.group, g = l.table_groups == 1 ? 0 : group;
         const int64_t column = ((block * l.table_groups + g) << bits) * kBlockN + lane;
-        const float v = scope == Scope::kShared ? l.table[codes[k0 + i]] : l.table[column + codes[k0 + i] * kBlockN];
+        int64_t entry = codes[k0 + i];
+        if (scope == Scope::kColumn) entry = column + entry * kBlockN;
+        if (scope == Scope::kPair) {
+          const int64_t term = (block * l.num_groups + group) * kBlockN + lane;
+          entry += (static_cast<const uint8_t*>(l.scales)[term] & 1) << bits;
+        }
+        const float v = l.table[entry];
         if (group != last) {
           const GroupTerms terms = group_terms(l, block, group, static_cast<int>(lane / kVecLanes * kVecLanes));
           scale = terms.scale.v[lane % kVecLanes];

@@ -81,7 +81,7 @@ template <int B>
 constexpr Kernel gemm_f16(const char* name) {
   Kernel kernel = half_kernel(gemm_bf16<B>(name));
   kernel.prepare = prepare_f16_chunks;
-  kernel.run = gemm_words_run<B, kHalfTerms>;
+  kernel.run = gemm_words_run<WordLut<B>, kHalfTerms>;
   return kernel;
 }
 

@@ -5,6 +5,8 @@
 #include "cpu/weights/gemv-inl.h"
 
 #define LOWBIT_KERNELS(B) gemv_f32<Lut<B>>(LOWBIT_NAME("gemv", "f32", "lut" #B)), LOWBIT_PANEL_KERNELS_OF(B)
+#define LOWBIT_PAIR_KERNELS(B) \
+  gemv_f32<PairLut<B>>(LOWBIT_NAME("gemv", "f32", "pairlut" #B)), LOWBIT_PAIR_PANEL_KERNELS(B)
 
 namespace lowbit {
 namespace LOWBIT_ISA {
@@ -21,7 +23,7 @@ constexpr Kernel gemv_f32(const char* name) {
 
 constexpr Kernel kF32Kernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_KERNELS)
                                       gemv_f32<Int8>(LOWBIT_NAME("gemv", "f32", "int8")),
-                                  LOWBIT_PANEL_KERNELS(Int8, "int8")};
+                                  LOWBIT_PANEL_KERNELS(Int8, "int8") LOWBIT_FOREACH_PAIR_BITS(LOWBIT_PAIR_KERNELS)};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

@@ -9,6 +9,7 @@
 #define LOWBIT_PANEL_KERNELS_OF(B)       \
   LOWBIT_PANEL_KERNELS(Lut<B>, "lut" #B) \
   LOWBIT_PANEL_KERNELS(ColumnLut<B>, "columnlut" #B)
+#define LOWBIT_PAIR_PANEL_KERNELS(B) LOWBIT_PANEL_KERNELS(PairLut<B>, "pairlut" #B)
 
 namespace lowbit {
 namespace LOWBIT_ISA {
@@ -38,7 +39,8 @@ constexpr Kernel dequantize_f32(const char* name) {
   return kernel;
 }
 
-constexpr Kernel kPanelKernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_PANEL_KERNELS_OF) LOWBIT_PANEL_KERNELS(Int8, "int8")};
+constexpr Kernel kPanelKernels[] = {LOWBIT_FOREACH_BITS(LOWBIT_PANEL_KERNELS_OF) LOWBIT_PANEL_KERNELS(Int8, "int8")
+                                        LOWBIT_FOREACH_PAIR_BITS(LOWBIT_PAIR_PANEL_KERNELS)};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

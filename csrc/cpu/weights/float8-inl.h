@@ -1,6 +1,8 @@
 // Weights that are FP8: decoded by arithmetic, where tables of 256 entries would take a load for each.
 #pragma once
 
+#include <cstddef>
+
 #include "cpu/fp8/fp8_f16c-inl.h"
 #include "cpu/weights/bytes_gemv-inl.h"
 #include "cpu/weights/panel-inl.h"
@@ -19,8 +21,9 @@ struct Float8Words {
   static constexpr int kSums = 2;
   static constexpr int kRowsOfTwo = 2;
   explicit Float8Words(const Launch&) {}
+  static std::nullptr_t at(const Launch&, int64_t, int64_t, int) { return nullptr; }
   template <int, int kRows, int kParts>
-  LOWBIT_INLINE void step(I codes, const float* const* x, F (&acc)[kParts][kRows][kSums]) const {
+  LOWBIT_INLINE void step(I codes, std::nullptr_t, const float* const* x, F (&acc)[kParts][kRows][kSums]) const {
     const I first = words_of<T>(_mm256_slli_epi16(codes, 8));
     const I second = words_of<T>(bit_and(codes, _mm256_set1_epi16(static_cast<int16_t>(0xFF00))));
     const F first_sums[] = {low_halves(first), high_halves(first)};

@@ -88,8 +88,12 @@ inline void gemv_tile(const Launch& l, const typename Compute::Codec& codec, int
       unroll<kParts>([&](auto p) LOWBIT_INLINE { each([&](auto r, auto v) LOWBIT_INLINE { acc[p][r][v] = zero(); }); });
       for (; c < piece_end; ++c) {
         const uint8_t* columns[kVecs];
+        decltype(codec.at(0, 0, 0)) of_group[2][kVecs];  // of each half of the chunk
         unroll<kVecs>([&](auto v) LOWBIT_INLINE {
           const int lane = lane0 + v * kVecLanes;
+          const int64_t at = halves ? 2 * c : group;
+          of_group[0][v] = codec.at(block, at, lane);
+          of_group[1][v] = halves && at + 1 < l.num_groups ? codec.at(block, at + 1, lane) : of_group[0][v];
           columns[v] = codes + c * chunk_bytes(kBits) + lane / kUnitLanes * vector_bytes(kBits) + lane % kUnitLanes * 4;
         });
         if (fetches) prefetch_chunk<kBits>(codes + c * chunk_bytes(kBits));
@@ -103,7 +107,7 @@ inline void gemv_tile(const Launch& l, const typename Compute::Codec& codec, int
               });
             }
           }
-          const auto value = Compute::template value<step>(codec, columns[v]);
+          const auto value = Compute::template value<step>(codec, columns[v], of_group[2 * step / kSteps][v]);
           add_products<Compute, step>(std::make_integer_sequence<int, kTerms * kRows>{}, acc, v, x, c, value);
         });
       }

@@ -27,8 +27,8 @@ inline void decode_panel(const Launch& l, const C& codec, int64_t block, int64_t
       const uint8_t* columns =
           codes + c * chunk_bytes(kBits) + lane / kUnitLanes * vector_bytes(kBits) + lane % kUnitLanes * 4;
       unroll<kChunkK>([&](auto s) LOWBIT_INLINE {
-        const float* table = codec.at(block, group_of[s], lane);
-        store(out + s * kBlockN + lane, codec.template value<s>(columns, table));
+        const auto of_group = codec.at(block, group_of[s], lane);
+        store(out + s * kBlockN + lane, codec.template value<s>(columns, of_group));
       });
       for (int64_t i = 0; i < valid;) {
         const int64_t group = group_of[i];

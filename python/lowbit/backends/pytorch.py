@@ -17,7 +17,7 @@ from lowbit import packing, reference
 from lowbit.backends import available
 from lowbit.backends.base import Backend
 from lowbit.forking import alone_after_fork
-from lowbit.layouts import Operands, group_terms
+from lowbit.layouts import Operands, chosen_tables, group_terms
 from lowbit.weights.sparse import SparseTerm
 
 _logger = logging.getLogger("lowbit")
@@ -56,11 +56,11 @@ class PyTorchBackend(Backend):
         codes, table, format = w.codes, w.table, w.format
         if indices is not None:
             _log_once(indices.device.type)
-            if table is not None and format.table_scope != "tensor":
+            if table is not None and format.table_scope in ("row", "group"):
                 table = table[indices]
             codes = codes[indices]
-        values = reference.code_values(packing.unpack_codes(codes, format, w.k), format, table)
-        values = values[:, : w.k]
+        unpacked, chosen = packing.unpack_codes(codes, format, w.k), chosen_tables(w, indices)
+        values = reference.code_values(unpacked, format, table, chosen)[:, : w.k]
         return reference.apply_scales(values, format, *group_terms(w, indices)).to(dtype)
 
     def sparse_linear(self, x: Tensor, term: SparseTerm) -> Tensor:

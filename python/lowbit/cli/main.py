@@ -114,6 +114,7 @@ def formats() -> None:
     for f in all_formats().values():
         group = "row" if f.group is None else str(f.group)
         values = f"fitted per {f.table_scope}" if f.fitted else "fixed" if f.table else "-"
+        values = "two fitted" if f.table_scope == "pair" else values
         cells = (f.name, f.codec, str(f.bits), group, f.scale or "-", f.zero or "-", values)
         _row(table, *cells, *([f"{bits_per_weight(f):.3f}"] if sizes else []))
     _print(table)

@@ -122,7 +122,7 @@ class Layout:
         return None
 
     def pack_table(self, table: Tensor, format: Format) -> Tensor:
-        """A fitted table, (E,), (N, E) or (N, groups, E) by scope, as it lies here. Differentiable."""
+        """A fitted table, (E,), (2, E), (N, E) or (N, groups, E) by scope, as it lies here. Differentiable."""
         return table
 
     def unpack_table(self, table: Tensor, format: Format, n: int) -> Tensor:

@@ -5,7 +5,7 @@ fields of weights w of 32 / p chunks, the first chunk in the low bits. A plane i
 rows is one piece of memory. K is padded to whole blocks with zeros. Codes of 3, 5 and 6 bits take two planes, one after
 the other, low bits first. Dtypes are those of "canonical". Scales and zeros are (groups, N), "uint4" and "int6"
 packed along N as `packing.pack_scales` does; a second level (super-blocks, N), or as there. Table: fp32 (2^bits,),
-padded with zeros, or (N, 2^bits), or (N, groups, 2^bits); none for integers.
+padded with zeros, or (2, 2^bits), or (N, 2^bits), or (N, groups, 2^bits); none for integers.
 """
 
 from __future__ import annotations

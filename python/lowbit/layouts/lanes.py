@@ -2,7 +2,8 @@
 a second level (ceil(N / lanes), super-blocks, lanes), one number for the weight, or what "canonical" has for "dq8".
 
 Integer tables are centred by 2^(bits-1), and integer zeros are int8 holding zero - 2^(bits-1). The table is fp32:
-(2^bits,), padded with zeros, or (ceil(N / lanes), 1 or groups, 2^bits, lanes) for a table per row or group.
+(2^bits,), padded with zeros, (2, 2^bits) for a pair, or (ceil(N / lanes), 1 or groups, 2^bits, lanes) for a table per
+row or group.
 """
 
 from __future__ import annotations
@@ -30,9 +31,13 @@ class LanesLayout(Layout):
                 specs[name] = ((blocks, shape[1], self.lanes), dtype)
         if format.zero == "int":
             specs["zeros"] = (specs["zeros"][0], torch.int8)
-        table_groups = {"tensor": 0, "row": 1, "group": groups}[format.table_scope]
-        table = (blocks, table_groups, entries, self.lanes) if table_groups else (entries,)
-        specs["table"] = (table, torch.float32)
+        shapes = {
+            "tensor": (entries,),
+            "pair": (2, entries),
+            "row": (blocks, 1, entries, self.lanes),
+            "group": (blocks, groups, entries, self.lanes),
+        }
+        specs["table"] = (shapes[format.table_scope], torch.float32)
         return specs
 
     def from_rows(self, values: Tensor) -> Tensor:
@@ -68,7 +73,7 @@ class LanesLayout(Layout):
 
     def pack_table(self, table: Tensor, format: Format) -> Tensor:
         """Brings the rows of a table per row or group into the last dimension. Differentiable."""
-        if format.table_scope == "tensor":
+        if format.table_scope in ("tensor", "pair"):
             return table
         table = table.unsqueeze(1) if table.dim() == 2 else table  # (N, 1 or groups, E)
         n, groups, entries = table.shape
@@ -77,7 +82,7 @@ class LanesLayout(Layout):
 
     def unpack_table(self, table: Tensor, format: Format, n: int) -> Tensor:
         """Inverse of `pack_table`. Differentiable."""
-        if format.table_scope == "tensor":
+        if format.table_scope in ("tensor", "pair"):
             return table
         blocks, groups, entries, lanes = table.shape
         rows = table.permute(0, 3, 1, 2).reshape(blocks * lanes, groups, entries)[:n]

@@ -80,6 +80,8 @@ class N16Layout(LanesLayout):
     def integers_by_division(self, scales: Tensor, format: Format) -> Tensor:
         """Integer scales, or zeros that are such, int32, still in the lanes."""
         packed = scales.int()
+        if format.scale == "int7":
+            return torch.div(packed, 2, rounding_mode="floor")
         if not (bits := self.packed_bits(format)):
             return packed
         per, size = (4, 3) if bits == 6 else (2, 1)

@@ -340,6 +340,14 @@ def canonical_tensors(op: Operands) -> tuple[Tensor, Tensor | None, Tensor | Non
     )
 
 
+def chosen_tables(op: Operands, rows: Tensor | None = None) -> Tensor | None:
+    """`reference.chosen_tables` of all rows, or of some in canonical layout."""
+    if op.scales is None or op.format.table_scope != "pair":
+        return None
+    by_row = find(op.layout).to_rows(op.scales, op.n) if rows is None else op.scales[rows]
+    return reference.chosen_tables(by_row, op.format)
+
+
 def group_terms(op: Operands, rows: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
     """Scales and zeros of all rows, or of some in canonical layout, (R, groups) fp32, the second level multiplied in:
     what `reference.apply_scales` takes. Differentiable in scales and zeros.

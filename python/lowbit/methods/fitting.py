@@ -114,12 +114,19 @@ def check_importance(weights: Tensor | None, weight: Tensor) -> Tensor | None:  
 
 def fit_tables(qt: QuantTensor, weight: Tensor, importance: Tensor | None, solve: Solver) -> None:
     """Fills the tables of `qt` for the scales that it has; where all points of a problem would
-    count 0 each counts 1.
+    count 0 each counts 1. Of a pair, a table that no group has becomes as the other.
     """
     table, scope = qt.tensors["table"], qt.format.table_scope
     entries = table.shape[-1]
     if scope == "tensor":
         table.copy_(solve(whole(qt, weight, importance), entries)[0])
+        return
+    if scope == "pair":
+        members = [chosen_weights(qt, number) for number in range(2)]
+        for number, mine in enumerate(members):
+            counted = mine if bool(mine.any()) else members[1 - number]
+            counted = counted if importance is None else counted * importance
+            table[number].copy_(solve(whole(qt, weight, counted), entries)[0])
         return
     for rows, points, count in weight_points(qt, weight, importance):
         if scope == "row":
@@ -133,6 +140,13 @@ def fit_tables(qt: QuantTensor, weight: Tensor, importance: Tensor | None, solve
             groups = slice(begin, begin + part.shape[1])
             table[rows, groups] = tables.unflatten(0, part.shape[:2]).to(table)
             begin = groups.stop
+
+
+def chosen_weights(qt: QuantTensor, number: int) -> Tensor:  # (N, K) bool
+    """The weights of the groups that have one of a pair of tables."""
+    chosen = reference.chosen_tables(qt.tensors["scales"], qt.format)
+    assert chosen is not None
+    return reference.per_weight(chosen == number, qt.format, qt.shape[1]).expand(qt.shape)
 
 
 def weight_points(

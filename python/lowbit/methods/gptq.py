@@ -230,6 +230,10 @@ class _Grids:
         table, scope = self.qt.tensors["table"], self.qt.format.table_scope
         if scope == "tensor":
             return table
+        if scope == "pair":
+            chosen = reference.chosen_tables(self.qt.tensors["scales"][self.rows], self.qt.format)
+            assert chosen is not None
+            return table[chosen[:, group]]
         return table[self.rows] if scope == "row" else table[self.rows][:, group]
 
     def fit(self, group: int, columns: slice, w: Tensor) -> None:  # w (R, group) fp64

@@ -206,6 +206,14 @@ def _codes(
     if not format.fitted:
         return find_codes(ratio, format, zero, fixed_table(format, ratio.device), round)
     table = qt.tensors["table"]
+    chosen = (
+        reference.chosen_tables(qt.tensors["scales"][rows], format)
+        if qt.scales is not None
+        else None
+    )
+    if chosen is not None:
+        first, second = (find_codes(ratio, format, zero, each) for each in table)
+        return torch.where(reference.per_weight(chosen, format, ratio.shape[1]) > 0, second, first)
     if format.table_scope != "group":
         return find_codes(ratio, format, zero, table if table.dim() == 1 else table[rows])
     begin, codes = 0, []

@@ -176,7 +176,12 @@ def _store_integers(qt: QuantTensor, name: str, values: Tensor) -> None:  # (N, 
     codes = torch.where(wide != 0, blocks / wide, 0.0).round()
     codes = codes.clamp(-top if _negative(f) else 0, top)
     codes = torch.where((blocks > 0) & (codes == 0), 1.0, codes) if name == "scales" else codes
-    qt.tensors[name].copy_(codes.view(n, -1)[:, :groups])
+    qt.tensors[name].copy_(stored_integers(codes.view(n, -1)[:, :groups], f))
+
+
+def stored_integers(integers: Tensor, format: Format, chosen: Tensor | int = 0) -> Tensor:
+    """Integer scales as they are stored; with a pair of tables beside the number of each group's."""
+    return integers * 2 + chosen if format.scale == "int7" else integers
 
 
 def _store_zeros(qt: QuantTensor, zero: Tensor) -> None:

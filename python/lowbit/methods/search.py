@@ -2,8 +2,8 @@
 
 A signed scale lets one table of the whole weight be asymmetric: the largest weight of every group is then at the same
 end of it. For a given table the scales of all groups are independent: candidates around the largest weight are tried,
-refitted by least squares to their codes, and rounded as the format stores them (csrc/cpu/offline/scale_search.h). For
-given scales a fitted table is that of `kmeans`.
+refitted by least squares to their codes, and rounded as the format stores them (csrc/cpu/offline/scale_search.h); of
+a pair of tables every group takes the better one. For given scales a fitted table is that of `kmeans`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
 # fitted to such scales, and for others.
 FITTED_RATIOS = tuple(0.75 + 0.05 * i for i in range(13))
 FIXED_RATIOS = tuple(0.3 + 0.05 * i for i in range(20))
+# How far the second of a pair of tables begins from the first, in steps between its entries.
+PAIR_SHIFT = 0.25
 
 
 def by_default(format: Format) -> bool:
@@ -38,7 +40,7 @@ def _takes(format: Format) -> bool:
     return (
         format.codec in ("affine", "lut")
         and format.zero is None
-        and format.table_scope == "tensor"
+        and format.table_scope in ("tensor", "pair")
         and (signed or format.scale in SECOND_LEVELS)
     )
 
@@ -59,8 +61,8 @@ def quantize(
 
     Args:
         weight: (N, K) in fp32, bf16, fp16 or fp64, finite, not empty; computed in fp32.
-        format: a format, or its name, of integers without a zero or of one table, with scales in fp32, fp16, bf16 or
-            signed integers: "km4", "kmeans3_g32", "nf4", "q4_0", "iq4_nl", "q6_k".
+        format: a format, or its name, of integers without a zero or of one table or a pair, with scales in fp32, fp16,
+            bf16 or signed integers: "km4", "km4x2", "kmeans3_g32", "nf4", "q4_0", "iq4_nl", "q6_k".
         weights: the importance of each weight, (N, K) or (K,), finite and not negative; where all are 0 each counts
             1. A weight of importance 0 has no part in the fit.
         iterations: how often scales, and a fitted table, are improved, 1 or more; fewer if nothing changes any more.
@@ -75,8 +77,8 @@ def quantize(
     format = as_format(format)
     if not _takes(format):
         raise ValueError(
-            "method 'search' needs integers without a zero or one table, and scales in fp32, fp16, bf16 or signed "
-            f"integers, format {format.name!r} has others"
+            "method 'search' needs integers without a zero or one table or a pair, and scales in fp32, fp16, bf16 or "
+            f"signed integers, format {format.name!r} has others"
         )
     if iterations < 1:
         raise ValueError(f"iterations must be 1 or more, got {iterations}")
@@ -111,8 +113,10 @@ def _fit(weight: Tensor, format: Format, weights: Tensor | None, iterations: int
     least = _search(best, weight, weights, ())
     qt = _start(weight, format)
     previous = math.inf
-    for _ in range(iterations):
+    for i in range(iterations):
         fitting.fit_tables(qt, weight, weights, kmeans.solve)
+        if i == 0 and format.table_scope == "pair":
+            _part(qt.tensors["table"])
         error = _search(qt, weight, weights, FITTED_RATIOS)
         if error < least:
             least, best = error, qt.map(torch.clone)
@@ -120,6 +124,12 @@ def _fit(weight: Tensor, format: Format, weights: Tensor | None, iterations: int
             break
         previous = error
     return best
+
+
+def _part(tables: Tensor) -> None:
+    """Moves the second of two equal tables (2, E) away from the first."""
+    entries = tables.shape[1]
+    tables[1] += PAIR_SHIFT * (tables[0].max() - tables[0].min()) / (entries - 1)
 
 
 def _start(weight: Tensor, format: Format) -> QuantTensor:
@@ -143,8 +153,9 @@ def _search(
     """Replaces the scales of `qt` by better ones for its table, and returns the error that is left."""
     steps, at_hand = _steps(qt), reference.effective_scales(qt)
     assert at_hand is not None
+    chosen = reference.chosen_tables(qt.tensors["scales"], qt.format)
     table = qt.tensors["table"] if qt.format.fitted else grid.fixed_table(qt.format, qt.device)
-    table = table.cpu().sort().values
+    table = table.cpu().sort(-1).values
     unit = 1.0 if qt.format.fitted else float(table.abs().max())
     both = [sign * ratio / unit for sign in (1, -1) for ratio in ratios]
     candidates = torch.tensor(both, dtype=torch.float32, device="cpu")
@@ -153,10 +164,11 @@ def _search(
     every = []
     for rows, w, importance in _slices(weight, weights):
         mine = None if steps is None else steps[rows].cpu()
-        found, errors = search_scales(
-            w, importance, group, at_hand[rows].cpu(), mine, *kinds, table, candidates
+        numbers = None if chosen is None else chosen[rows].to(torch.uint8).cpu()
+        found, errors, numbers = search_scales(
+            w, importance, group, at_hand[rows].cpu(), mine, *kinds, table, candidates, numbers
         )
-        _set_scales(qt, rows, found, mine)
+        _set_scales(qt, rows, found, mine, numbers)
         every.append(errors)
     return float(torch.cat(every).sum())
 
@@ -188,8 +200,11 @@ def _floats(format: Format) -> tuple[int, int, float]:
     return digits, round(math.log2(info.smallest_normal)) + 1 - digits, info.max
 
 
-def _set_scales(qt: QuantTensor, rows: slice, values: Tensor, steps: Tensor | None) -> None:
+def _set_scales(
+    qt: QuantTensor, rows: slice, values: Tensor, steps: Tensor | None, chosen: Tensor | int = 0
+) -> None:
     if steps is not None:
         top = _top(qt.format)
         values = torch.where(steps != 0, values / steps, 0.0).round().clamp(-top, top)
+        values = scales.stored_integers(values, qt.format, chosen)
     qt.tensors["scales"][rows] = values.to(qt.tensors["scales"])

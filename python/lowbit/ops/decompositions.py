@@ -29,7 +29,7 @@ def _weight(w: Operands) -> Tensor:  # (N, K) fp32
     A row for each group, so that no graph holds a scale for each weight: what it computes of constants is stored.
     """
     f, size = w.format, w.format.group or w.k
-    values = reference.code_values(_codes(w), f, _table(w))
+    values = reference.code_values(_codes(w), f, _table(w), _chosen(w))
     by_group = F.pad(values, (0, -w.k % size)).reshape(-1, size)
     terms = (None if t is None else t.reshape(-1, 1) for t in _group_terms(w))
     return reference.apply_scales(by_group, f, *terms).reshape(w.n, -1)[:, : w.k]
@@ -41,6 +41,12 @@ def _codes(w: Operands) -> Tensor:  # (N, K) int32
 
 def _table(w: Operands) -> Tensor | None:
     return None if w.table is None else layouts.find(w.layout).unpack_table(w.table, w.format, w.n)
+
+
+def _chosen(w: Operands) -> Tensor | None:  # (N, groups) int32
+    if w.scales is None or w.format.table_scope != "pair":
+        return None
+    return layouts.find(w.layout).to_rows(w.scales.int() % 2, w.n)
 
 
 def _group_terms(w: Operands) -> tuple[Tensor | None, Tensor | None]:  # (N, groups) fp32

@@ -78,13 +78,15 @@ def codebook_grad(
         grad = grad if f.zero == "min" or scales is None else -scales * grad
         grads[1] = _as_operand(grad, weight.zeros, weight)
     if want_table:
-        grad = _entry_sum(reference.apply_scales(grad_weight, f, scales, None), unpacked, f)
+        grad = reference.apply_scales(grad_weight, f, scales, None)
+        grad = _entry_sum(grad, unpacked, f, layouts.chosen_tables(weight))
         grads[2] = layouts.find(weight.layout).pack_table(grad, f)
     return grads[0], grads[1], grads[2]
 
 
 def _values(codes: Tensor, table: Tensor | None, weight: Operands) -> Tensor:  # (N, K) fp32
-    return reference.code_values(codes, weight.format, _table(table, weight))[:, : weight.k]
+    chosen = layouts.chosen_tables(weight)
+    return reference.code_values(codes, weight.format, _table(table, weight), chosen)[:, : weight.k]
 
 
 @modes.outside()
@@ -118,7 +120,7 @@ def _group_sum(values: Tensor, format: Format) -> Tensor:  # (N, K) -> (N, group
     return values.new_zeros(n, format.num_groups(k)).index_add(1, index, values)
 
 
-def _entry_sum(values: Tensor, codes: Tensor, format: Format) -> Tensor:
+def _entry_sum(values: Tensor, codes: Tensor, format: Format, chosen: Tensor | None) -> Tensor:
     """Sums (N, K) values by code, within the scope of a table."""
     n, k = values.shape
     entries, index = 2**format.bits, codes.long()
@@ -131,6 +133,10 @@ def _entry_sum(values: Tensor, codes: Tensor, format: Format) -> Tensor:
         index = index + reference.group_index(format, k, codes.device) * entries
         sums = values.new_zeros(n, groups * entries).scatter_add(1, index, values)
         return sums.view(n, groups, entries)
+    if chosen is not None:
+        index = index + reference.per_weight(chosen, format, k) * entries
+        sums = values.new_zeros(n, 2 * entries).scatter_add(1, index, values)
+        return sums.sum(0).view(2, entries)
     # Rows first: one running sum over the whole weight would lose digits.
     sums = values.new_zeros(n, entries).scatter_add(1, index, values)
     return sums if format.table_scope == "row" else sums.sum(0)

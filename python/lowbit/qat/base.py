@@ -100,7 +100,7 @@ class WeightQuantizer(nn.Module):
         """What `quant_tensor(weight)` dequantizes to, in the dtype of `weight`."""
         qt = self.quant_tensor(weight)
         codes = torch.ops.lowbit.unpack(qt.codes, self.format.spec, weight.shape[1])
-        values = reference.code_values(codes, self.format, qt.table)
+        values = reference.values_of(qt)
         values = reference.apply_scales(
             values, self.format, reference.effective_scales(qt), reference.effective_zeros(qt)
         )

@@ -23,6 +23,7 @@ from lowbit.reference.structured import (
 )
 from lowbit.reference.weights import (
     apply_scales,
+    chosen_tables,
     code_values,
     dequantize,
     dequantize_rows,
@@ -37,6 +38,7 @@ from lowbit.reference.weights import (
     of_two_levels,
     per_weight,
     scale_values,
+    values_of,
 )
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "apply_epilogue",
     "apply_scales",
     "binary_linear",
+    "chosen_tables",
     "code_values",
     "dequantize",
     "dequantize_rows",
@@ -74,4 +77,5 @@ __all__ = [
     "table_int8",
     "trellis_states",
     "trellis_values",
+    "values_of",
 ]

@@ -76,11 +76,23 @@ def of_double_quantization(
 
 def scale_values(codes: Tensor, format: Format) -> Tensor:  # fp32, the shape of `codes`
     """What scales that are codes of a byte stand for, before a second level: integers, E4M3 or E8M0."""
+    if format.scale == "int7":
+        codes = codes >> 1
     if format.scale == "e8m0":
         return e8m0_values(codes)
     if format.scale == "e4m3":
         return codes.view(torch.float8_e4m3fn).to(torch.float32)
     return codes.to(torch.float32)
+
+
+def chosen_tables(
+    scales: Tensor | None,  # (N, groups) int8, as stored
+    format: Format,
+) -> Tensor | None:  # (N, groups) int64, 0 or 1
+    """The table of every group, of a pair; None in formats of another scope."""
+    if format.table_scope != "pair" or scales is None:
+        return None
+    return (scales & 1).long()
 
 
 def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
@@ -91,7 +103,7 @@ def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
     if qt.format.scale == "e8m0":
         return e8m0_values(scales)
     if qt.format.scale == "e4m3" or qt.format.integer_scales:
-        return of_two_levels(scales, qt.tensors["scales2"], qt.format)
+        return of_two_levels(scale_values(scales, qt.format), qt.tensors["scales2"], qt.format)
     if qt.format.scale == "dq8":
         offset = qt.tensors["scales2_offset"]
         return of_double_quantization(scales, qt.tensors["scales2"], offset)
@@ -126,6 +138,7 @@ def code_values(
     codes: Tensor,  # (N, K) uint8, or what `packing.unpack_codes` gives
     format: Format,
     table: Tensor | None,  # the fitted table
+    chosen: Tensor | None = None,  # (N, groups), what `chosen_tables` gives, with a pair of tables
 ) -> Tensor:  # (N, K) fp32; of structured formats K in whole codes
     """The value of every code before zero and scale."""
     if format.structured:
@@ -135,6 +148,10 @@ def code_values(
         return torch.tensor(format.values(), dtype=torch.float32, device=codes.device)[index]
     if format.table_scope == "tensor":
         return table[index]
+    if format.table_scope == "pair":
+        if chosen is None:
+            raise ValueError(f"chosen must be given: format {format.name!r} has a pair of tables")
+        return table.flatten()[per_weight(chosen, format, codes.shape[1]) * 2**format.bits + index]
     if format.table_scope == "row":
         return table.gather(1, index)
     rows = torch.arange(codes.shape[0], dtype=torch.int64, device=codes.device).unsqueeze(1)
@@ -152,12 +169,8 @@ def dequantize_rows(
     scales: Tensor | None,  # (N, groups) fp32, of all rows
 ) -> Tensor:  # (R, K) fp32
     """Some rows of the weight."""
-    table = qt.table
-    if table is not None and qt.format.table_scope != "tensor":
-        table = table[rows]
-    codes = packing.unpack_codes(qt.tensors["codes"][rows], qt.format, qt.shape[1])
     weight = apply_scales(
-        code_values(codes, qt.format, table)[:, : qt.shape[1]],
+        values_of(qt, rows),
         qt.format,
         None if scales is None else scales[rows],
         effective_zeros(qt, rows),
@@ -168,6 +181,16 @@ def dequantize_rows(
     if qt.outlier_columns is None or qt.outlier_values is None:
         return weight
     return add_outliers(weight, qt.outlier_columns[rows], qt.outlier_values[rows])
+
+
+def values_of(qt: QuantTensor, rows: slice = slice(None)) -> Tensor:  # (R, K) fp32
+    """The value of every code of some rows, before zero and scale."""
+    table, scales = qt.table, qt.scales
+    if table is not None and qt.format.table_scope in ("row", "group"):
+        table = table[rows]
+    codes = packing.unpack_codes(qt.tensors["codes"][rows], qt.format, qt.shape[1])
+    chosen = chosen_tables(None if scales is None else scales[rows], qt.format)
+    return code_values(codes, qt.format, table, chosen)[:, : qt.shape[1]]
 
 
 def factors(qt: QuantTensor) -> tuple[Tensor, Tensor]:  # (N, r) and (r, K) fp32
@@ -216,7 +239,7 @@ def linear(
         if qt.format.rank:
             y = y + low_rank_product(x.reshape(-1, x.shape[-1]).double(), *factors(qt)).float()
         return y.to(x.dtype).view(*x.shape[:-1], -1)
-    values = code_values(qt.unpack(), qt.format, qt.table)[:, : qt.shape[1]]
+    values = values_of(qt)
     if round_table_to is not None:
         values = values.to(round_table_to).to(torch.float32)
     w = apply_scales(values, qt.format, effective_scales(qt), effective_zeros(qt))

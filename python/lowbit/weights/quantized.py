@@ -38,8 +38,8 @@ def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, .
     codes (N, row bytes) uint8; scales (N, groups), integers as int8; scales2: the second level, (N, super-blocks) in
     its dtype for integers, fp32 (ceil(N*groups/256),) for "dq8" over the flattened scales and fp32 (1,) for "e4m3";
     scales2_offset () fp32 for "dq8"; zeros (N, groups), uint8 for integer zeros, else the scales' dtype; zeros2: as
-    scales2, for zeros "min" with integers; table fp32 (E,), (N, E), (N, groups, E), or (E, dim) of vectors, only if
-    it is fitted;
+    scales2, for zeros "min" with integers; table fp32 (E,), (N, E), (N, groups, E), (2, E) for a pair, or (E, dim) of
+    vectors, only if it is fitted;
     outlier_columns (N, P) int32, ascending in each row, and outlier_values (N, P) fp16 or fp32, the rest of the
     weights there, only with outliers; lowrank_l (N, rank) and lowrank_r (rank, K), or the tensors of two quantized
     matrices of these shapes, lowrank_l_codes and so on, only with a rank.
@@ -68,7 +68,7 @@ def tensor_specs(format: Format, n: int, k: int) -> dict[str, tuple[tuple[int, .
         if format.zero == "min":
             specs["zeros2"] = second
     if format.fitted:
-        lead = {"tensor": (), "row": (n,), "group": (n, groups)}[format.table_scope]
+        lead = {"tensor": (), "row": (n,), "group": (n, groups), "pair": (2,)}[format.table_scope]
         values = (format.dim,) if format.dim > 1 else ()
         specs["table"] = ((*lead, 2**format.bits, *values), torch.float32)
     if format.outliers:
@@ -291,8 +291,8 @@ class QuantTensor:
     def check_integers(self) -> None:
         """Raises ValueError unless integer scales and their zeros are in the range of the format."""
         low, high = INTEGER_SCALES.get(self.format.scale or "", (-128, 127))
-        if high == 127 or self.device.type == "meta":
-            return
+        if high == 127 or self.format.scale == "int7" or self.device.type == "meta":
+            return  # every byte is one
         for name in ("scales", "zeros"):
             t = self.tensors.get(name)
             if t is None or t.dtype != torch.int8 or t.numel() == 0:

@@ -24,6 +24,7 @@ _NAMES = {
     torch.int8: "int8",
     None: None,
 }
+_SCOPES = {"tensor": "shared", "pair": "pair", "row": "column", "group": "column"}
 _ZERO_MODES = {None: "none", "int": "subtract", "float": "subtract", "min": "add"}
 
 # Keyed by the identity of the format: its hash visits every field, which takes longer than a small call.
@@ -57,7 +58,7 @@ def weight(
         bits=format.bits,
         group=group,
         codec="int" if format.codec == "affine" else format.codec,
-        column_table=format.table_scope != "tensor",
+        scope=_SCOPES[format.table_scope],
         table_groups=format.num_groups(k) if format.table_scope == "group" else 1,
         zero=_ZERO_MODES[format.zero],
         scale_dtype=format.scale if LAYOUTS[N16].keeps_codes(format) else _NAMES[scales],

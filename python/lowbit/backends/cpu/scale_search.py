@@ -16,11 +16,14 @@ def search_scales(
     steps: Tensor | None,  # (R, groups) fp32
     top: int,
     floats: tuple[int, int, float],  # digits, the exponent of the least one, the largest one
-    table: Tensor,  # (E,) fp32, ascending
+    table: Tensor,  # (E,) or (T, E) fp32, ascending
     ratios: Tensor,  # (C,) fp32
-) -> tuple[Tensor, Tensor]:  # (R, groups) fp32, (R,) fp64
-    """The best scales, never worse than those given, and the errors of the rows; all on the CPU."""
-    found, errors = _C.search_scales(
+    chosen: Tensor | None = None,  # (R, groups) uint8: the tables of groups, if there are several
+) -> tuple[Tensor, Tensor, Tensor]:  # (R, groups) fp32, (R,) fp64, (R, groups) uint8
+    """The best scales, never worse than those given, the errors of the rows, and the best of some tables for every
+    group; all on the CPU.
+    """
+    found, errors, tables = _C.search_scales(
         weights.numpy(),
         None if importance is None else importance.numpy(),
         group,
@@ -30,6 +33,7 @@ def search_scales(
         floats,
         table.numpy(),
         ratios.numpy(),
+        None if chosen is None else chosen.numpy(),
         torch.get_num_threads(),
     )
-    return torch.from_numpy(found), torch.from_numpy(errors)
+    return torch.from_numpy(found), torch.from_numpy(errors), torch.from_numpy(tables)

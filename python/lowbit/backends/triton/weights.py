@@ -31,12 +31,18 @@ def meaning(format: Format) -> dict[str, Any]:
     c = kernels().codecs
     affine = format.codec == "affine"
     zeros = {None: c.ZERO_NONE, "int": c.ZERO_INT, "float": c.ZERO_FLOAT, "min": c.ZERO_MIN}
-    scopes = {"tensor": c.TABLE_SHARED, "row": c.TABLE_ROW, "group": c.TABLE_GROUP}
+    scopes = {
+        "tensor": c.TABLE_SHARED,
+        "row": c.TABLE_ROW,
+        "group": c.TABLE_GROUP,
+        "pair": c.TABLE_PAIR,
+    }
     kinds: dict[str | None, Any] = {
         None: c.SCALE_NONE,
         "e4m3": c.SCALE_E4M3,
         "e8m0": c.SCALE_E8M0,
         "dq8": c.SCALE_DQ8,
+        "int7": c.SCALE_INT7,
         "uint4": c.SCALE_UINT4,
         "int6": c.SCALE_INT6,
     }
