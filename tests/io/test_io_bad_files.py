@@ -138,8 +138,9 @@ def test_files_that_are_something_else(tmp_path: Path):
         load_tensors(dense)
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         load_tensors(tmp_path / "nothing.safetensors")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="must hold one .safetensors file"):
-        load_tensors(tmp_path / "..")
+        load_tensors(tmp_path / "empty")
     text = tmp_path / "text.safetensors"
     for content in (b"", b"abc", b"<html>" * 100, b"\xff" * 64, bytes(8), bytes(4096)):
         text.write_bytes(content)
