@@ -33,9 +33,12 @@ $(VENV)/.installed: $(VENV)/.ready $(SOURCES)
 	$(INSTALL) --config-settings=cmake.define.LOWBIT_CUDA=AUTO --config-settings=cmake.define.LOWBIT_CPP_TESTS=OFF
 	touch $@
 
-# What it takes to test: the tests read the CUDA kernels' machine code, which needs no GPU.
+# What it takes to test: the tests read the CUDA kernels' machine code, which needs no GPU. Without one the whole module is
+# compiled for one architecture; the tests compile kernels for the others.
+CUDA_ARCHITECTURES := $(if $(wildcard /dev/nvidia0),80-real;90-real;90-virtual,90-real)
 $(VENV)/.built: $(VENV)/.ready $(SOURCES)
-	$(INSTALL) --config-settings=cmake.define.LOWBIT_CUDA=ON --config-settings=cmake.define.LOWBIT_CPP_TESTS=ON
+	$(INSTALL) --config-settings=cmake.define.LOWBIT_CUDA=ON --config-settings=cmake.define.LOWBIT_CPP_TESTS=ON \
+	  "--config-settings=cmake.define.LOWBIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
 	touch $@ $(VENV)/.installed
 
 lint: $(VENV)/.ready

@@ -130,43 +130,58 @@ void check_kmeans() {
 
 // Weights that are the table's entries times a scale: that scale is found, in short groups too, and nothing else is
 // read or written.
+// Each group is -3 times the entries of a table, every other one of the second if there are two.
 void check_scale_search() {
   Stop never([] { return false; });
   const int entries = 4;
   for (int64_t k : {1, 7, 8, 33, 50}) {
     for (int64_t group : {1, 8, 16, 40}) {
-      const int64_t rows = 3, groups = (k + group - 1) / group;
-      Guarded<float> weights(rows * k), importance(rows * k, 0.5f), table(entries), ratios(2), scales(rows * groups);
-      Guarded<double> errors(rows);
-      for (int e = 0; e < entries; ++e) table[e] = static_cast<float>(e - 1) / 2;
-      for (int64_t i = 0; i < rows * k; ++i) weights[i] = table[entries - 1 - i % k % group % entries] * -3;
-      ratios[0] = 1;
-      ratios[1] = -1;
-      for (bool weighted : {false, true}) {
-        const ScaleSearch search{.weights = weights.data(),
-                                 .importance = weighted ? importance.data() : nullptr,
-                                 .rows = rows,
-                                 .k = k,
-                                 .group = group,
-                                 .steps = nullptr,
-                                 .top = 0,
-                                 .digits = 24,
-                                 .least = -149,
-                                 .most = 1e38f,
-                                 .table = table.data(),
-                                 .entries = entries,
-                                 .ratios = ratios.data(),
-                                 .num_ratios = 2,
-                                 .scales = scales.data(),
-                                 .errors = errors.data()};
-        for (int64_t i = 0; i < rows * groups; ++i) scales[i] = 0;
-        search_scales(search, weighted ? 2 : 1, &never);
-        for (int64_t i = 0; i < rows * groups; ++i) {
-          // Groups without all of the entries may have another scale that leaves no error.
-          const int64_t size = std::min(group, k - i % groups * group);
-          expect(size < entries || scales[i] == -3, "scale", i, scales[i], -3);
+      for (int tables : {1, 2}) {
+        const int64_t rows = 3, groups = (k + group - 1) / group;
+        Guarded<float> weights(rows * k), importance(rows * k, 0.5f), table(tables * entries), ratios(2);
+        Guarded<float> scales(rows * groups);
+        Guarded<uint8_t> chosen(rows * groups);
+        Guarded<double> errors(rows);
+        for (int e = 0; e < entries; ++e) {
+          table[e] = static_cast<float>(e - 1) / 2;
+          if (tables == 2) table[entries + e] = e == 2 ? 0.25f : table[e];
         }
-        for (int64_t r = 0; r < rows; ++r) expect(errors[r] == 0, "error", r, errors[r], 0);
+        for (int64_t i = 0; i < rows * k; ++i) {
+          const int64_t own = i % k / group % tables;
+          weights[i] = table[own * entries + entries - 1 - i % k % group % entries] * -3;
+        }
+        ratios[0] = 1;
+        ratios[1] = -1;
+        for (bool weighted : {false, true}) {
+          const ScaleSearch search{.weights = weights.data(),
+                                   .importance = weighted ? importance.data() : nullptr,
+                                   .rows = rows,
+                                   .k = k,
+                                   .group = group,
+                                   .steps = nullptr,
+                                   .top = 0,
+                                   .digits = 24,
+                                   .least = -149,
+                                   .most = 1e38f,
+                                   .table = table.data(),
+                                   .tables = tables,
+                                   .entries = entries,
+                                   .ratios = ratios.data(),
+                                   .num_ratios = 2,
+                                   .scales = scales.data(),
+                                   .chosen = chosen.data(),
+                                   .errors = errors.data()};
+          for (int64_t i = 0; i < rows * groups; ++i) scales[i] = chosen[i] = 0;
+          search_scales(search, weighted ? 2 : 1, &never);
+          for (int64_t i = 0; i < rows * groups; ++i) {
+            // Groups without all of the entries may have another scale, or table, that leaves no error.
+            const int64_t size = std::min(group, k - i % groups * group);
+            if (size < entries) continue;
+            expect(scales[i] == -3, "scale", i, scales[i], -3);
+            expect(chosen[i] == i % groups % tables, "table", i, chosen[i], static_cast<double>(i % groups % tables));
+          }
+          for (int64_t r = 0; r < rows; ++r) expect(errors[r] == 0, "error", r, errors[r], 0);
+        }
       }
     }
   }
