@@ -71,12 +71,13 @@ emulate: $(VENV)/.built
 	      { cat $(BUILD)/qemu.log; exit 1; }; done; done; \
 	else echo "SKIPPED: qemu-x86_64 not found (Debian package qemu-user): rows not run on emulated CPUs"; fi
 
-# With the compiler that builds the module: a compiler cache then has what both compile alike.
+# With the compiler that builds the module: a compiler cache then has what both compile alike. Of the kernels' cases each
+# kernel meets half.
 sanitize: $(VENV)/.ready
 	CXX=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("CXX").split()[0])') \
 	  $(CMAKE) -S . -B build/sanitize -DLOWBIT_CPP_TESTS=ON -DLOWBIT_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
-	set -e; for test in $(CPP_TESTS) test_cuda; do build/sanitize/$$test --sample; done
+	set -e; for test in $(CPP_TESTS) test_cuda; do build/sanitize/$$test --sample 2; done
 
 # The peers that the benchmarks compare with, in an environment of their own. llama.cpp is compiled for this CPU with the
 # build tools of requirements.txt.
