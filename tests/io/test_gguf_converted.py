@@ -20,8 +20,9 @@ pytest.importorskip("accelerate")
 from gguf import GGMLQuantizationType as GGMLType
 from gguf_architectures import as_read
 from gguf_converted import CASES, KINDS, make
-from test_fuzz_readers import edits, fuzz, outcome, overwrite
+from test_fuzz_readers import edits, fuzz, overwrite
 from test_gguf_models import TOKENS, assert_same
+from test_gguf_models_bad import output_of
 from transformers.pytorch_utils import Conv1D
 
 import lowbit
@@ -209,10 +210,5 @@ def valid(case: str) -> bytes:
 def test_wrong_bytes(case, edits, reach):
     """The first 900 bytes are numbers of the model. What was made computes something."""
     data = valid(case)
-    with tempfile.NamedTemporaryFile(suffix=".gguf") as f:
-        f.write(overwrite(data, edits, min(reach, len(data))))
-        f.flush()
-        model = outcome(lambda: load_gguf(f.name), f.name)
-    if model is not None:
-        with torch.inference_mode():
-            assert model(torch.zeros(1, 2, dtype=torch.int64))[0].shape[:2] == (1, 2)
+    output = output_of(overwrite(data, edits, min(reach, len(data))))
+    assert output is None or output.shape[:2] == (1, 2)

@@ -23,8 +23,9 @@ from gguf import GGMLQuantizationType as GGMLType
 from gguf_architectures import of_config
 from gguf_converted import KINDS, make
 from gguf_moe import MOE, MXFP4
-from test_fuzz_readers import edits, fuzz, outcome, overwrite
+from test_fuzz_readers import edits, fuzz, overwrite
 from test_gguf_models import TOKENS, bound
+from test_gguf_models_bad import output_of
 
 import lowbit
 from gguf_files import random_blocks, write
@@ -297,10 +298,5 @@ def test_truncated(tmp_path: Path) -> None:
 def test_wrong_bytes(case: str, edits: Any, reach: int) -> None:
     """The first 1200 bytes are numbers of the model. What was made computes something."""
     data = valid(case)
-    with tempfile.NamedTemporaryFile(suffix=".gguf") as f:
-        f.write(overwrite(data, edits, min(reach, len(data))))
-        f.flush()
-        model = outcome(lambda: load_gguf(f.name), f.name)
-    if model is not None:
-        with torch.inference_mode():
-            assert model(torch.zeros(1, 2, dtype=torch.int64))[0].shape[:2] == (1, 2)
+    output = output_of(overwrite(data, edits, min(reach, len(data))))
+    assert output is None or output.shape[:2] == (1, 2)

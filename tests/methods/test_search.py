@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 from interrupts import assert_stops
-from oracle import assert_codes_are_best, normal
+from oracle import SEARCHED_KINDS, assert_codes_are_best, assert_search_descends, error_of, normal
 
 from lowbit import _C
 from lowbit.formats import FORMATS, parse
 from lowbit.methods import quantize, search
 from lowbit.methods.registry import default_method
-from lowbit.weights.quantized import QuantTensor
 
 NAMES = ("km4", "km3", "km2", "km4_g16", "km3_g16", "km2_g16")
 FIXED = (
@@ -21,11 +20,6 @@ FIXED = (
 )  # fmt: skip
 FP32 = (24, -149, float(np.finfo(np.float32).max))
 RATIOS = np.array([s * (0.7 + 0.05 * i) for s in (1, -1) for i in range(10)], np.float32)
-
-
-def error_of(qt: QuantTensor, weight: torch.Tensor, importance: torch.Tensor | float = 1.0):
-    """The weighted squared error, in float64."""
-    return float(((qt.dequantize().double() - weight.double()).square() * importance).sum())
 
 
 def brute_force(
@@ -120,27 +114,9 @@ def test_threads_do_not_show(threads: int):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("kind", ["normal", "heavy", "sparse", "rows"])
+@pytest.mark.parametrize("kind", SEARCHED_KINDS)
 def test_error_never_rises_and_is_below_that_of_kmeans(name: str, weighted: bool, kind: str):
-    weight = normal(24, 200)
-    if kind == "heavy":
-        weight = weight**3
-    elif kind == "sparse":
-        weight[normal(24, 200, seed=1) > 0] = 0
-    elif kind == "rows":
-        weight *= torch.logspace(-3, 3, 24)[:, None]
-    importance = torch.rand(200, generator=torch.Generator().manual_seed(2)) if weighted else None
-    counts = 1.0 if importance is None else importance.double()
-    last = error_of(quantize(weight, name, "kmeans", weights=importance), weight, counts)
-    if kind == "normal":
-        last *= 0.9
-    for iterations in (1, 2, 3, 8):
-        qt = quantize(weight, name, weights=importance, iterations=iterations).validate()
-        error = error_of(qt, weight, counts)
-        # Codes are chosen from a quotient that is rounded to fp32.
-        assert error <= last * (1 + 1e-6)
-        last = error
-    assert_codes_are_best(qt, weight)
+    assert_search_descends(name, kind, weighted, (1, 2, 3, 8))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracle import assert_codes_are_best, normal
+from oracle import SEARCHED_KINDS, assert_search_descends, error_of, normal
 
 import lowbit
 from lowbit import _C, layouts
@@ -19,11 +19,6 @@ NAMES = tuple(f"km{bits}x2{group}" for bits in (4, 3, 2) for group in ("", "_g16
 FLOATS = (24, -149, float(np.finfo(np.float32).max))
 RATIOS = np.array([s * (0.7 + 0.05 * i) for s in (1, -1) for i in range(10)], np.float32)
 TOP = 63
-
-
-def error_of(qt: lowbit.QuantTensor, weight: torch.Tensor, importance: torch.Tensor | float = 1.0):
-    """The weighted squared error, in float64."""
-    return float(((qt.dequantize().double() - weight.double()).square() * importance).sum())
 
 
 def test_formats_say_their_bits():
@@ -137,27 +132,9 @@ def test_the_compiled_search_refuses_what_it_cannot_choose():
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("kind", ["normal", "heavy", "sparse", "rows"])
+@pytest.mark.parametrize("kind", SEARCHED_KINDS)
 def test_error_never_rises_and_is_below_that_of_kmeans(weighted: bool, kind: str):
-    name, weight = ("km4x2" if weighted else "km2x2_g16"), normal(24, 200)
-    if kind == "heavy":
-        weight = weight**3
-    elif kind == "sparse":
-        weight[normal(24, 200, seed=1) > 0] = 0
-    elif kind == "rows":
-        weight *= torch.logspace(-3, 3, 24)[:, None]
-    importance = torch.rand(200, generator=torch.Generator().manual_seed(2)) if weighted else None
-    counts = 1.0 if importance is None else importance.double()
-    last = error_of(quantize(weight, name, "kmeans", weights=importance), weight, counts)
-    if kind == "normal":
-        last *= 0.9
-    for iterations in (1, 3, 8):
-        qt = quantize(weight, name, weights=importance, iterations=iterations).validate()
-        error = error_of(qt, weight, counts)
-        # Codes are chosen from a quotient that is rounded to fp32.
-        assert error <= last * (1 + 1e-6)
-        last = error
-    assert_codes_are_best(qt, weight)
+    assert_search_descends("km4x2" if weighted else "km2x2_g16", kind, weighted, (1, 3, 8))
 
 
 @pytest.mark.parametrize("name", NAMES)
