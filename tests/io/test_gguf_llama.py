@@ -19,6 +19,7 @@ pytest.importorskip("accelerate")
 from gguf import GGMLQuantizationType as GGMLType  # noqa: E402
 from test_transformers import dense_model, tolerance  # noqa: E402
 
+import lowbit  # noqa: E402
 from gguf_files import (  # noqa: E402
     Llama,
     llama_fields,
@@ -89,8 +90,14 @@ def test_frequencies_are_divided_by_the_files_factors(tmp_path, factors, kind):
             difference = (model(TOKENS[None]).logits[0] - without).abs().max()
         assert difference > 100 * tolerance(oracle, without)
     assert_same_logits(model, with_frequencies(oracle, expected))
-    # A model that is made from the configuration alone has other frequencies: it must not load.
-    assert ("model.rotary_emb.inv_freq" in model.state_dict()) == (factors.max() > 1)
+    # The configuration says it all.
+    rebuilt = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(model.config)
+    assert torch.equal(rebuilt.inv_freq, model.model.rotary_emb.inv_freq)
+    assert rebuilt.attention_scaling == 1
+    lowbit.load_model(path, dtype=torch.float32).save_pretrained(tmp_path / "saved")
+    loaded = lowbit.load_model(tmp_path / "saved", dtype=torch.float32)
+    with torch.inference_mode():
+        assert torch.equal(loaded(TOKENS[None]).logits, model(TOKENS[None]).logits)
 
 
 ROPES = {

@@ -129,8 +129,8 @@ def bits_per_weight(format: Format, n: int = _REFERENCE_K, k: int = _REFERENCE_K
 
 @app.command(cls=MethodHelp)
 def quantize(
-    source: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder with some; for "
-                                                "--calibrate a folder of transformers.")],
+    source: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder with some, or a GGUF "
+                                                "file; for --calibrate a GGUF file or a folder of transformers.")],
     target: Annotated[Path, typer.Argument(help="The file or folder to write.")],
     format: Annotated[
         list[str] | None,
@@ -189,7 +189,7 @@ def quantize(
         Path | None, typer.Option(help="A folder for tables and plots of the errors.")
     ] = None,
     quantized: Annotated[
-        str, typer.Option(help="What becomes of a folder that is quantized already: refuse, keep "
+        str, typer.Option(help="What becomes of a folder or a GGUF file that is quantized already: refuse, keep "
                                "(packed as it is, without --format) or requantize.")
     ] = "refuse",
     max_shard_size: Annotated[
@@ -199,7 +199,7 @@ def quantize(
     ] = None,
     json_output: JsonFlag = False,
 ) -> None:  # fmt: skip
-    """Quantizes a safetensors file, or a folder of transformers; with --calibrate runs its model first."""
+    """Quantizes a safetensors file, a GGUF file or a folder of transformers; with --calibrate runs its model first."""
     from lowbit.cli.quantize import QuantizeOptions, parse_options
     from lowbit.cli.quantize import quantize as run_quantize
 

@@ -7,9 +7,10 @@ is written is compared with the model before the command is done.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lowbit.formats import parse
 from lowbit.io.foreign import CONFIG_NAME, read_json, refuse_quantized
+from lowbit.io.readers.gguf_reader import GGUFReader
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.readers.registry import open_checkpoint
 from lowbit.methods.registry import calibrates, check_options, keywords
@@ -47,8 +49,8 @@ class QuantizeOptions:
     """What `lowbit quantize` was asked for.
 
     Attributes:
-        source: a .safetensors file, or a folder with some; with `calibrate` a folder of
-            transformers.
+        source: a .safetensors file, or a folder with some; a GGUF file; with `calibrate` a GGUF file or a
+            folder of transformers.
         target: the file or folder to write.
         formats: one, or with `budget` the candidates.
         recipe: a file of `Recipe` instead of formats.
@@ -64,8 +66,8 @@ class QuantizeOptions:
         imatrix: the importance of input features, a file, as in `lowbit.quantize_model`.
         save_imatrix: the file to write it to, as `calibrate` finds it in the dense model.
         report: a folder for tables and plots.
-        quantized: what becomes of a folder that is quantized already: "refuse", "keep" (packed as
-            it is, without a format) or "requantize" (decoded, and quantized like a dense one).
+        quantized: what becomes of a folder or GGUF file that is quantized already: "refuse", "keep" (packed
+            as it is, without a format) or "requantize" (decoded, and quantized like a dense one).
     """
 
     source: Path
@@ -202,17 +204,18 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
 def _keep(options: QuantizeOptions) -> dict[str, Any]:
     """Writes what another program quantized packed as it is."""
     pretrained = _pretrained()
-    if not _is_transformers_folder(options.source):
-        raise ValueError(f"{options.source}: --quantized is for folders of transformers")
-    pretrained.check_folders(options.source, options.target, options.max_shard_size)
+    if not _is_gguf(options.source) and not _is_transformers_folder(options.source):
+        raise ValueError(
+            f"{options.source}: --quantized is for folders of transformers and GGUF files"
+        )
     from lowbit.integrations.load import load_as_stored
 
-    model, found = load_as_stored(options.source, options.dtype)
-    size = options.max_shard_size
-    pretrained.save_folder(model, options.source, options.target, max_shard_size=size)
-    if options.dtype is not None:
-        pretrained.set_dtype(options.target, options.dtype)
-    pretrained.check_folder(options.target)
+    with _folder(options.source) as folder:
+        pretrained.check_folders(folder, options.target, options.max_shard_size)
+        model, found = load_as_stored(options.source, options.dtype)
+        pretrained.save_folder(
+            model, folder, options.target, _finish(options), max_shard_size=options.max_shard_size
+        )
     written = _written(options.target)
     data = {"packed": found.packed, "dense": found.dense, "unused": found.unused}
     return {
@@ -239,6 +242,39 @@ def _pretrained() -> Any:
     return pretrained
 
 
+def _finish(options: QuantizeOptions) -> Callable[[Path], None]:
+    """Completes a folder that is not in its place yet, and checks that it loads."""
+    pretrained = _pretrained()
+
+    def finish(folder: Path) -> None:
+        pretrained.name_lowbit(folder)
+        if options.dtype is not None:
+            pretrained.set_dtype(folder, options.dtype)
+        try:
+            pretrained.check_folder(folder)
+        except ValueError as e:
+            why = str(e).replace(str(folder), str(options.target))
+            raise ValueError(f"nothing is written, as it would not load: {why}") from e
+
+    return finish
+
+
+def _is_gguf(source: Path) -> bool:
+    return source.is_file() and GGUFReader.detect(source)
+
+
+@contextlib.contextmanager
+def _folder(source: Path) -> Iterator[Path]:
+    """The folder with the configuration and the tokenizer of a source."""
+    if not _is_gguf(source):
+        yield source
+        return
+    from lowbit.integrations.gguf_folder import folder_of
+
+    with folder_of(source) as folder:
+        yield folder
+
+
 def _written(target: Path) -> dict[str, Any]:
     """Bytes, weights, and the share of the weights that is packed."""
     rows = NativeReader(target).describe()
@@ -251,8 +287,13 @@ def _written(target: Path) -> dict[str, Any]:
 def _quantize(
     options: QuantizeOptions, rules: Rules | None, on_layer: OnLayer | None
 ) -> tuple[Report, Allocation | None]:
+    if _is_gguf(options.source):
+        _check_gguf(options)
+        return _quantize_model(options, rules, on_layer)
     if options.imatrix is not None and not _is_transformers_folder(options.source):
-        raise ValueError(f"--imatrix is for folders of transformers, got {options.source}")
+        raise ValueError(
+            f"--imatrix is for folders of transformers and GGUF files, got {options.source}"
+        )
     if options.calibrate is None and not _is_transformers_folder(options.source):
         if options.max_shard_size is not None:
             raise ValueError(
@@ -272,20 +313,26 @@ def _quantize(
         dtype = options.dtype or read_config(options.source).dtype
         selection = Selection(rules or options.formats[0], _skip(options))
         obstacles = pretrained.obstacles(options.source, selection, dtype)
-
-    def finish(folder: Path) -> None:
-        pretrained.name_lowbit(folder)
-        if options.dtype is not None:
-            pretrained.set_dtype(folder, options.dtype)
-        try:
-            pretrained.check_folder(folder)
-        except ValueError as e:
-            why = str(e).replace(str(folder), str(options.target))
-            raise ValueError(f"nothing is written, as it would not load: {why}") from e
-
     if obstacles is not None:
-        return _quantize_file(options, rules, on_layer, dtype, obstacles, finish)
-    return _quantize_model(options, rules, on_layer, finish)
+        return _quantize_file(options, rules, on_layer, dtype, obstacles, _finish(options))
+    return _quantize_model(options, rules, on_layer)
+
+
+def _check_gguf(options: QuantizeOptions) -> None:
+    """Raises ValueError unless a GGUF file is quantized, or dense, as the options say."""
+    _pretrained()
+    from lowbit.integrations.gguf_folder import quantized_types
+
+    types, again = quantized_types(options.source), options.quantized == "requantize"
+    if types and not again:
+        raise ValueError(
+            f"{options.source}: is quantized already ({', '.join(types)}): let --quantized keep or requantize it, "
+            "or give the dense model that it was made from"
+        )
+    if again and not types:
+        raise ValueError(
+            f"{options.source}: must be quantized for --quantized requantize, it is dense"
+        )
 
 
 def _is_transformers_folder(source: Path) -> bool:
@@ -331,25 +378,34 @@ def _quantize_model(
     options: QuantizeOptions,
     rules: Rules | None,
     on_layer: OnLayer | None,
-    finish: Callable[[Path], object],
 ) -> tuple[Report, Allocation | None]:
-    from lowbit.integrations import pretrained
+    with _folder(options.source) as folder:
+        return _quantize_model_of(folder, options, rules, on_layer)
 
-    pretrained.check_folders(options.source, options.target, options.max_shard_size)
+
+def _quantize_model_of(
+    folder: Path, options: QuantizeOptions, rules: Rules | None, on_layer: OnLayer | None
+) -> tuple[Report, Allocation | None]:
+    """As `_quantize_model`, with the folder that has the configuration and the tokenizer of the source."""
+    from lowbit.integrations import pretrained
+    from lowbit.integrations.load import cast, keep_stored, load_decoded
+
+    pretrained.check_folders(folder, options.target, options.max_shard_size)
     batches = None
     if options.calibrate is not None:
         batches = pretrained.calibration_tokens(
             options.calibrate,
-            options.source,
+            folder,
             length=options.length,
             samples=options.samples,
             per_line=options.per_line,
             seed=options.seed,
         )
     rest: list[str] = []
-    if options.quantized == "requantize":
-        from lowbit.integrations.load import load_decoded
-
+    if folder != options.source:
+        # The values of the file's blocks are no bf16.
+        model = load_decoded(options.source, options.dtype or torch.float32)
+    elif options.quantized == "requantize":
         if open_checkpoint(options.source, mmap=False).name == "dense":
             raise ValueError(
                 f"{options.source}: must be a folder that is quantized, got one that is not"
@@ -389,11 +445,16 @@ def _quantize_model(
             atomic=False,
             **how,
         )
+    if options.quantized == "requantize":
+        for name, format in keep_stored(model, options.source).items():
+            report.leave(name, f"stays packed as stored, {format}")
     for name in rest:
         report.leave(name, f"not part of a {type(model).__name__}, and not written")
     check_any(options.source, report, len(report.layers))
+    if folder != options.source and options.dtype is None:
+        cast(model, torch.bfloat16)
     shards = options.max_shard_size
-    pretrained.save_folder(model, options.source, options.target, finish, max_shard_size=shards)
+    pretrained.save_folder(model, folder, options.target, _finish(options), max_shard_size=shards)
     return report, allocation
 
 

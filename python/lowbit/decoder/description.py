@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from lowbit.backends.cpu import requests
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 
-# Those whose angles depend on nothing but the position.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Those whose angles depend on nothing but the position, as those of longrope do with one list of factors.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # transformers' names of activations, and those of csrc.
 _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
@@ -150,9 +150,8 @@ def describe(model: PreTrainedModel) -> Description:
     layers = tuple(_layer(model, found, i) for i in range(len(inner.layers)))
     rope_type = inner.rotary_emb.rope_type
     types = rope_type if isinstance(rope_type, dict) else {"": rope_type}
-    for kind in types.values():
-        if kind not in ROPE_TYPES:
-            raise NotImplementedError(f"its rotary embedding is {kind!r}, not one of {ROPE_TYPES}")
+    if other := other_rope(model):
+        raise NotImplementedError(f"its rotary embedding is {other!r}, not one of {_ROPE_TYPES}")
     described = Description(
         dtype=dtype,
         hidden=config.hidden_size,
@@ -179,6 +178,20 @@ def describe(model: PreTrainedModel) -> Description:
     )
     _check(described, found)
     return described
+
+
+def other_rope(model: PreTrainedModel) -> str | None:
+    """The type of a rotary embedding of a model whose angles depend on more than the position, if there is one."""
+    inner: Any = model.model
+    kinds, parameters = inner.rotary_emb.rope_type, model.config.rope_parameters
+    if not isinstance(kinds, dict):
+        kinds, parameters = {"": kinds}, {"": parameters}
+    for name, kind in kinds.items():
+        found = parameters[name]
+        same = kind == "longrope" and found["short_factor"] == found["long_factor"]
+        if kind not in _ROPE_TYPES and not same:
+            return str(kind)
+    return None
 
 
 def angles(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from lowbit.decoder.bound import bind_linear
-from lowbit.decoder.description import ROPE_TYPES
+from lowbit.decoder.description import other_rope
 from lowbit.decoder.sampling import likeliest
 from lowbit.nn import QuantLinear
 
@@ -62,7 +62,7 @@ class EagerDecoder:
         return (
             isinstance(model, LlamaForCausalLM)
             and model.config.hidden_act == "silu"
-            and model.model.rotary_emb.rope_type in ROPE_TYPES
+            and other_rope(model) is None
         )
 
     def forward(

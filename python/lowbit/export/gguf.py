@@ -33,13 +33,13 @@ from lowbit.export.layers import (
     values_of,
 )
 from lowbit.files import shown, staged
+from lowbit.integrations.gguf_keys import divided
 from lowbit.integrations.transformers import copy_metadata
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
 from lowbit.methods import quantize
 from lowbit.nn import PackedModule
 
-_FREQUENCIES = "model.rotary_emb.inv_freq"
 _ROPE_FACTORS = "rope_freqs.weight"
 # Keys of "general" that stay true of a model whose tensors have other types.
 _DESCRIPTION = (
@@ -170,8 +170,6 @@ def _plan(
         make = functools.partial(_blocks, name, module, kind, kept, rows(key, shape_of(module)[0]))
         plan[named(key)] = _Tensor(shape_of(module), kind, make)
     for name, t in dense_tensors(model).items():
-        if name == _FREQUENCIES:
-            continue  # `_rope_factors`
         if (order := rows(name, t.shape[0])) is not None:
             t = t[order.to(t.device)]
         if t.dim() > 1:
@@ -258,20 +256,28 @@ def _permutation(n: int, head_dim: int) -> Tensor:
 def _rope_factors(model: PreTrainedModel) -> Tensor | None:
     """By what llama.cpp shall divide each frequency beyond a linear scaling; None if by nothing."""
     parameters = rope(model.config)
-    plain: Any = type(model.config)(**model.config.to_dict())
-    if parameters.get("rope_type") == "llama3":
-        plain.rope_parameters = {"rope_type": "default", "rope_theta": parameters["rope_theta"]}
-    expected = _tensor(LlamaRotaryEmbedding(plain), "inv_freq")
-    wanted = _tensor(model, _FREQUENCIES)
-    factors = expected / wanted
+    if parameters.get("rope_type") == "longrope":
+        return torch.tensor(parameters["short_factor"], dtype=torch.float32, device="cpu")
+    if parameters.get("rope_type") != "llama3":
+        return None
+    config: Any = type(model.config)(**model.config.to_dict())
+    default = {"rope_type": "default", "rope_theta": parameters["rope_theta"]}
+
+    def frequencies(rope: dict[str, Any]) -> Tensor:
+        config.rope_parameters = rope
+        return _frequencies(LlamaRotaryEmbedding(config))
+
+    def read(factors: Tensor) -> Tensor:
+        return frequencies(divided(default, factors.tolist(), config.max_position_embeddings))
+
+    wanted = _frequencies(model.get_submodule("model.rotary_emb"))
+    factors = frequencies(default) / wanted
     for other in (np.inf, -np.inf):
-        # The neighbour, where it alone gives the very frequency.
+        # The neighbour, where it alone is read as the very frequency.
         near = torch.nextafter(factors, torch.full_like(factors, other))
-        factors = torch.where(
-            (expected / factors != wanted) & (expected / near == wanted), near, factors
-        )
-    return None if bool((factors == 1).all()) else factors
+        factors = torch.where((read(factors) != wanted) & (read(near) == wanted), near, factors)
+    return factors
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    return module.get_buffer(name).float().cpu()
+def _frequencies(rotary: nn.Module) -> Tensor:
+    return rotary.get_buffer("inv_freq").float().cpu()

@@ -80,7 +80,8 @@ def _check_gemma(config: Any, arch: str) -> None:
 
 
 def rope(config: Any) -> dict[str, Any]:
-    """The rope of a model, of its global layers: rope_type "default", "linear" or "llama3", and its numbers.
+    """The rope of a model, of its global layers: rope_type "default", "linear", "llama3" or "longrope"
+    with one list of factors, and its numbers.
 
     Raises:
         NotImplementedError: it is of another type.
@@ -88,7 +89,7 @@ def rope(config: Any) -> dict[str, Any]:
     found: dict[str, Any] = config.rope_parameters
     found = found.get("full_attention", found)
     kinds = (
-        ("default", "linear", "llama3")
+        ("default", "linear", "llama3", "longrope")
         if ARCHITECTURES[config.model_type] == "llama"
         else ("default",)
     )
@@ -97,6 +98,12 @@ def rope(config: Any) -> dict[str, Any]:
         raise NotImplementedError(
             f"rope_type {shown(kind)} of a {config.model_type}; expected one of {kinds}"
         )
+    if kind == "longrope":
+        wanted = (found["short_factor"], 1.0)
+        if (found["long_factor"], found.get("attention_factor")) != wanted:
+            raise NotImplementedError(
+                "rope_type 'longrope' with other factors for long texts or of attention; expected one list"
+            )
     return found
 
 

@@ -163,3 +163,19 @@ def rope_parameters(file: GGUFFile, arch: str, yarn: bool = False) -> dict[str, 
             file, f"{prefix}.original_context_length", int, default=length
         ),
     }
+
+
+def divided(rope: dict[str, Any], factors: list[float], positions: int) -> dict[str, Any]:
+    """The rotary embedding whose frequencies are those of `rope`, default or linear, divided by factors: LongRoPE with
+    the same ones for short and long texts, and with attention as it is.
+    """
+    scaled = [factor * rope.get("factor", 1.0) for factor in factors]
+    return {
+        "rope_type": "longrope",
+        "rope_theta": rope["rope_theta"],
+        "short_factor": scaled,
+        "long_factor": scaled,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": positions,
+    }

@@ -15,6 +15,7 @@ from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import without_weights
 from lowbit.integrations.gguf_configs import architecture, config_of
+from lowbit.integrations.gguf_keys import divided
 from lowbit.integrations.gguf_rows import (
     ROPE_FACTORS,
     Part,
@@ -59,31 +60,38 @@ def load(
         NotImplementedError: the architecture or something that the file asks for is not supported; the message says
             what can be done.
     """
-    found, config = architecture(file), config_of(file)
+    found = architecture(file)
+    kind, config = configured(file)
     config.dtype = dtype
-    made: Any = AutoModel if found.encoder else AutoModelForCausalLM
-    kind: Any = made._model_mapping[type(config)]
-    config.architectures = [kind.__name__]
     what = f"{file.path}: transformers cannot make a {kind.__name__}"
     if found.encoder:
         kind = functools.partial(kind, add_pooling_layer=False)
     model = without_weights(kind, config, what)
-    factors = found.factors and ROPE_FACTORS in file.tensors
     with stand_ins(model):
         processor = found.processor(config=config.to_dict())
         job = _Filling(file, model, processor, dtype, target, inexact, decoded)
         for name, source in sorted(
-            sources(file, model, processor, found.optional, factors).items(),
+            sources(file, model, processor, found.optional, found.factors).items(),
             # A linear that is replaced takes its bias along.
             key=lambda item: item[0].endswith(".weight"),
         ):
             job.fill(name, source)
         if model.get_output_embeddings() is not None and config.tie_word_embeddings:
             _tie(model)
-    if factors:
-        _divide_frequencies(file, model)
     job.warn()
     return model.eval()
+
+
+def configured(file: GGUFFile) -> tuple[Any, Any]:
+    """The class of transformers' model of a GGUF file, and its configuration; errors as of `load`."""
+    found, config = architecture(file), config_of(file)
+    if found.factors and ROPE_FACTORS in file.tensors:
+        _scale_frequencies(file, config)
+    made: Any = AutoModel if found.encoder else AutoModelForCausalLM
+    kind: Any = made._model_mapping[type(config)]
+    config.dtype = torch.bfloat16
+    config.architectures = [kind.__name__]
+    return kind, config
 
 
 class _Filling:
@@ -190,23 +198,22 @@ def _tie(model: PreTrainedModel) -> None:
         head.register_parameter("weight", embedding._parameters["weight"])
 
 
-def _divide_frequencies(file: GGUFFile, model: PreTrainedModel) -> None:
-    """Divides each frequency of the rotary embedding by its factor in the file, as Llama 3.1 has them.
-
-    A state dict then holds the frequencies: no configuration tells them.
-    """
-    rotary = model.get_submodule("model.rotary_emb")
-    frequencies, factors = rotary.get_buffer("inv_freq"), file[ROPE_FACTORS]
-    if factors.shape != frequencies.shape:
+def _scale_frequencies(file: GGUFFile, config: Any) -> None:
+    """Gives a configuration the factors that the file divides the rotary embedding's frequencies by, as Llama 3.1."""
+    rope, factors = config.rope_parameters, file[ROPE_FACTORS]
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    half = dim // 2
+    if factors.shape != (half,):
         raise ValueError(
-            f"{file.path}: tensor {ROPE_FACTORS!r} must have shape {tuple(frequencies.shape)}, got "
-            f"{tuple(factors.shape)}"
+            f"{file.path}: tensor {ROPE_FACTORS!r} must have shape {(half,)}, got {tuple(factors.shape)}"
         )
     if isinstance(factors, QuantTensor) or not bool((factors > 0).all()):
         raise ValueError(f"{file.path}: tensor {ROPE_FACTORS!r} must hold positive numbers")
     if bool((factors == 1).all()):
         return
-    scaled = frequencies / factors.to(torch.float32)
-    for name, persistent in (("inv_freq", True), ("original_inv_freq", False)):
-        delattr(rotary, name)
-        rotary.register_buffer(name, scaled.clone(), persistent=persistent)
+    if rope["rope_type"] not in ("default", "linear"):
+        raise NotImplementedError(
+            f"{file.path}: tensor {ROPE_FACTORS!r} beside rope scaling {rope['rope_type']!r}; expected 'none' or "
+            "'linear'"
+        )
+    config.rope_parameters = divided(rope, factors.tolist(), config.max_position_embeddings)

@@ -26,6 +26,7 @@ from lowbit.io.readers.native import NativeReader
 from lowbit.io.readers.registry import open_checkpoint
 from lowbit.methods import quantize
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, set_activations
+from lowbit.nn.surgery import replace
 from lowbit.ptq import quantize_model
 
 _logger = logging.getLogger("lowbit")
@@ -95,13 +96,7 @@ def _load(
         return _load_dense(where, dtype, device, target)  # what transformers alone reads
     reader = open_checkpoint(where, mmap=False)
     if reader.name == "gguf":
-        from lowbit.integrations.transformers import load_gguf
-
-        model: PreTrainedModel = load_gguf(
-            where, dtype=dtype or torch.bfloat16, format=target, inexact=nearest
-        )
-        _say(where, _survey(model, "gguf", target))
-        return _moved(model, device)
+        return _moved(_load_gguf(where, dtype, target, nearest)[0], device)
     if not where.is_dir():
         raise ValueError(
             f"{where}: must be a folder with a {CONFIG_NAME} and this file, or a GGUF file"
@@ -116,17 +111,33 @@ def _load(
 def load_as_stored(
     path: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, Found]:
-    """As `load_model(inexact="dense")` of a folder that another program quantized; also what became of it.
+    """As `load_model(inexact="dense")` of a GGUF file, or of a folder that another program quantized; also what became
+    of it.
 
     Raises:
         ValueError: another program has not.
     """
     reader = open_checkpoint(path, mmap=False)
+    if reader.name == "gguf":
+        return _load_gguf(Path(path), dtype, None, "dense")
     if not isinstance(reader, FolderReader):
         raise ValueError(
             f"{path}: must be a folder that another program quantized, this one is {reader.name}"
         )
     return _load_stored(reader, dtype, "cpu", None, "dense")
+
+
+def _load_gguf(
+    path: Path, dtype: torch.dtype | None, format: Format | None, inexact: Inexact
+) -> tuple[PreTrainedModel, Found]:
+    from lowbit.integrations.transformers import load_gguf
+
+    model: PreTrainedModel = load_gguf(
+        path, dtype=dtype or torch.bfloat16, format=format, inexact=inexact
+    )
+    found = _survey(model, "gguf", format)
+    _say(path, found)
+    return model, found
 
 
 def _load_stored(
@@ -140,6 +151,26 @@ def _load_stored(
     read_generation(model, reader.path)
     _say(reader.path, found)
     return model.eval(), found
+
+
+def keep_stored(model: PreTrainedModel, path: str | os.PathLike[str]) -> dict[str, str]:
+    """Gives a model of `load_decoded` back what the checkpoint holds packed of the layers that are dense and unchanged.
+
+    Returns:
+        Their formats by their names.
+    """
+    stored, _ = load_as_stored(path, model.dtype)
+    kept: dict[str, str] = {}
+    for name, module in stored.named_modules():
+        dense = model.get_submodule(name)
+        if not isinstance(module, PackedModule) or type(dense) not in (nn.Linear, nn.Embedding):
+            continue
+        weight = dense.get_parameter("weight")
+        if torch.equal(values_of(module).to(weight.dtype), weight):
+            kept[name] = module.format.name
+    for name in kept:
+        replace(model, name, stored.get_submodule(name))
+    return kept
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
@@ -188,7 +219,7 @@ def load_decoded(path: str | os.PathLike[str], dtype: torch.dtype | None = None)
     except NotImplementedError as e:
         raise NotImplementedError(f"{path}: {e}") from e
     if dtype is not None:
-        _cast(model, dtype)
+        cast(model, dtype)
     return model
 
 
@@ -214,12 +245,12 @@ def _load_native(
                 made = QuantLinear.from_quant_tensor(weight, module._parameters["bias"])
                 put(model, name, made)
     if dtype is not None:
-        _cast(model, dtype)
+        cast(model, dtype)
     _say(path, _survey(model, "lowbit", format))
     return _moved(model, device)
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Casts parameters, and not buffers: angles of positions need their bits."""
     for module in model.modules():
         if isinstance(module, PackedModule):
