@@ -30,14 +30,17 @@ INSTALL := $(BIN)/pip install -q --no-build-isolation --no-deps --force-reinstal
   --config-settings=build-dir=$(BUILD) --config-settings=cmake.define.LOWBIT_WERROR=ON
 # What it takes to run: CUDA kernels only where there is a GPU.
 $(VENV)/.installed: $(VENV)/.ready $(SOURCES)
-	$(INSTALL) --config-settings=cmake.define.LOWBIT_CUDA=AUTO --config-settings=cmake.define.LOWBIT_CPP_TESTS=OFF
+	$(INSTALL) --config-settings=cmake.define.LOWBIT_CUDA=AUTO --config-settings=cmake.define.LOWBIT_CPP_TESTS=OFF \
+	  --config-settings=cmake.define.LOWBIT_ONLY_TESTS=OFF
 	touch $@
 
 # What it takes to test: the tests read the CUDA kernels' machine code, which needs no GPU. Without one the whole module is
-# compiled for one architecture; the tests compile kernels for the others.
+# compiled for one architecture; the tests compile kernels for the others. CPU kernels that cannot run here are not
+# optimized: `make demo` builds the module that is fast everywhere.
 CUDA_ARCHITECTURES := $(if $(wildcard /dev/nvidia0),80-real;90-real;90-virtual,90-real)
 $(VENV)/.built: $(VENV)/.ready $(SOURCES)
 	$(INSTALL) --config-settings=cmake.define.LOWBIT_CUDA=ON --config-settings=cmake.define.LOWBIT_CPP_TESTS=ON \
+	  --config-settings=cmake.define.LOWBIT_ONLY_TESTS=ON \
 	  "--config-settings=cmake.define.LOWBIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
 	touch $@ $(VENV)/.installed
 

@@ -59,9 +59,11 @@ lowbit_family(fp8_matmul cpu/fp8/fp8_matmul_bf16 Fp8MatmulKernel "fp8_matmul_ker
 lowbit_family(fp8_adamw cpu/optim/fp8_adamw Fp8AdamWGroups fp8_adamw_groups scalar avx2 avx512)
 lowbit_family(decoder decoder/attention DecoderOps kDecoderOps scalar avx2 avx512 avx512bf16)
 
-# Sanitizers see no code that does not run: kernels of instruction sets that this CPU lacks are compiled as for the module.
+# Where tests alone are built, kernels of instruction sets that this CPU lacks shall compile, and no more: without
+# sanitizers, which see no code that does not run, and, as nobody times them, with little optimization.
+option(LOWBIT_ONLY_TESTS "Optimize little what this CPU cannot run" OFF)
 set(skipped_isa "")
-if(LOWBIT_SANITIZE AND EXISTS /proc/cpuinfo)
+if((LOWBIT_SANITIZE OR LOWBIT_ONLY_TESTS) AND EXISTS /proc/cpuinfo)
   file(STRINGS /proc/cpuinfo cpu_flags REGEX "^flags" LIMIT_COUNT 1)
   if(NOT cpu_flags MATCHES "avx512_vbmi")
     set(skipped_isa "^avx512")
@@ -87,6 +89,7 @@ foreach(isa IN LISTS isas)
       LOWBIT_UNIT_TYPE=${type_${family}} "LOWBIT_UNIT_GIVES=${gives}")
     if(skipped_isa AND isa MATCHES "${skipped_isa}")
       target_link_libraries(unit_${unit} PRIVATE lowbit_options)
+      target_compile_options(unit_${unit} PRIVATE -O1)
     else()
       target_link_libraries(unit_${unit} PRIVATE lowbit_options lowbit_sanitizers)
     endif()

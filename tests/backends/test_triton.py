@@ -24,6 +24,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOAT_FORMATS = [f for f in ALL_FORMATS if f.activation is None]
 # (N, K) around the tile of 64 columns, the step of 64 weights and the chunk of 16.
 SHAPES = ((70, 136), (3, 33), (5, 1))
+# The interpreter takes most of a second for a call.
+TYPES_OF = {
+    SHAPES[0]: (torch.float32, torch.bfloat16),
+    SHAPES[1]: (torch.float32, torch.float16),
+    SHAPES[2]: (torch.float16,),
+}
 
 
 def config(k: int, format: Format, **changes: int):
@@ -55,15 +61,15 @@ def weight_of(qt: QuantTensor, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("format", FLOAT_FORMATS, ids=lambda f: f.name)
 def test_identity_returns_the_weight(format: Format) -> None:
     """x = I makes the product return the weight: no tolerance. Outputs are poisoned."""
-    for n, k in SHAPES:
+    for (n, k), dtypes in TYPES_OF.items():
         qt = random_weight(format, n, k)
         w = layouts.to_operands(qt, K16)
-        for dtype in DTYPES.values():
+        for dtype in dtypes:
             y = linear(w, torch.eye(k, dtype=dtype))
             assert torch.equal(y.T, weight_of(qt, dtype).to(dtype)), (n, k, dtype)
 
 
-@pytest.mark.parametrize("format", FLOAT_FORMATS, ids=lambda f: f.name)
+@pytest.mark.parametrize("format", FLOAT_FORMATS[::3], ids=lambda f: f.name)
 def test_random_x_with_bias(format: Format) -> None:
     """Against float64 on the same weight: ragged M, strides, K in one part and in several."""
     n, k = 70, 136
@@ -93,7 +99,7 @@ def test_layout_and_rows(format: Format) -> None:
         for name, t in qt.tensors.items():
             assert torch.equal(raw(back.tensors[name]), raw(t)), name
         indices = torch.tensor([n - 1, 0, 0])
-        for dtype in DTYPES.values():
+        for dtype in TYPES_OF[n, k]:
             exact = reference.dequantize(qt, dtype)
             assert torch.equal(lowbit.dequantize(w, dtype), exact), (n, k, dtype)
             assert torch.equal(embedding(indices, w, dtype), exact[indices])
