@@ -1,4 +1,4 @@
-"""`lowbit quantize` of a GGUF file: kept as stored, quantized anew, calibrated; the folder is one that all others read."""
+"""`lowbit quantize` of a GGUF file: kept as stored, quantized anew, calibrated; what it writes is read by all others."""
 
 from __future__ import annotations
 
