@@ -1,4 +1,4 @@
-"""`lowbit quantize` of a GGUF file: kept as stored, quantized anew, calibrated; what it writes is read by all others."""
+"""`lowbit quantize` of a GGUF file: kept as stored, quantized anew, calibrated; what it writes is read by others."""
 
 from __future__ import annotations
 
