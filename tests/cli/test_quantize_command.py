@@ -210,7 +210,10 @@ def test_an_imatrix_is_for_models(capsys, tmp_path):
     source = tmp_path / "dense.safetensors"
     save_file({"a.weight": torch.randn(64, 64)}, source)
     for options, message in (
-        (("-f", "kmeans3"), f"--imatrix is for folders of transformers and GGUF files, got {source}"),
+        (
+            ("-f", "kmeans3"),
+            f"--imatrix is for folders of transformers and GGUF files, got {source}",
+        ),
         (("--quantized", "keep"), "give it without --imatrix"),
     ):
         arguments = ("quantize", source, tmp_path / "out.safetensors", "--imatrix", "m", *options)
