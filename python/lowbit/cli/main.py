@@ -1,4 +1,4 @@
-"""The command line: `lowbit formats | quantize | export | info | explain | bench | run`.
+"""The command line: `lowbit formats | quantize | export | info | explain | bench | run | serve`.
 
 Each command parses, calls one function of the package, and prints a table or, with --json, one
 JSON object. Bad input ends in one line on stderr and exit status 1.
@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
 
 from lowbit.cli.export import export
 from lowbit.cli.method_help import MethodHelp
+from lowbit.cli.serve import serve
 from lowbit.formats import Format, all_formats, parse
 from lowbit.text import as_json, one_line, printable
 
@@ -231,6 +232,7 @@ def quantize(
 
 
 app.command()(export)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 @app.command()
