@@ -15,7 +15,7 @@ peft = pytest.importorskip("peft")
 import lowbit  # noqa: E402
 from lowbit.nn import QuantLinear  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 IDS = torch.arange(20).view(2, 10)
 
 
@@ -95,6 +95,7 @@ def test_dora():
         assert torch.equal(model(IDS).logits, want)
 
 
+@pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate")
 def test_ia3(tmp_path: Path):
     base = packed()
     config: Any = dict(

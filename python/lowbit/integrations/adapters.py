@@ -6,6 +6,7 @@ an adapter loads as one of a dense model.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from peft.tuners import tuners_utils
@@ -27,6 +28,12 @@ class MergesDense:
 
     def _as_layer(self) -> Any:
         return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            # PEFT warns of every layer that it does not know, and takes its features all the same.
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            super().__init__(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to a dense copy of the weight, which takes the place of the packed layer."""
