@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc cmake python tests/cpp $(wildcard kernels) -type f 
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 
-.PHONY: demo test lint types unit cpp emulate sanitize peers bench gpu clean
+.PHONY: demo test lint types unit cpp emulate sanitize dist docs peers bench gpu clean
 
 # libgomp's threads spin while they wait; beside another busy process that costs a hundred times the work. A short spin
 # costs a tenth of the speed on an idle machine.
@@ -81,6 +81,20 @@ sanitize: $(VENV)/.ready
 	  $(CMAKE) -S . -B build/sanitize -DLOWBIT_CPP_TESTS=ON -DLOWBIT_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	set -e; for test in $(CPP_TESTS) test_cuda; do build/sanitize/$$test --sample 2; done
+
+# The source archive, and a wheel for this interpreter that any Linux with this C library or a later one takes. The OpenMP
+# runtime is torch's, or the system's: a second one in a process costs milliseconds a call.
+DIST_OPTIONS ?= --config-settings=cmake.define.LOWBIT_CUDA=OFF
+dist: $(VENV)/.ready
+	rm -rf build/dist
+	$(BIN)/python -m build -q --sdist --no-isolation --outdir build/dist
+	$(BIN)/pip wheel -q --no-deps -w build/dist/linux . $(DIST_OPTIONS)
+	PATH=$(abspath $(BIN)):$$PATH auditwheel -q repair --exclude libgomp.so.1 -w build/dist build/dist/linux/*.whl
+	rm -r build/dist/linux
+
+docs: $(VENV)/.installed
+	$(BIN)/pip install -q pdoc==16.0.0
+	$(BIN)/python docs/reference.py build/docs
 
 # The peers that the benchmarks compare with, in an environment of their own. llama.cpp is compiled for this CPU with the
 # build tools of requirements.txt.

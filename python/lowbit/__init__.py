@@ -104,9 +104,9 @@ def _add_ia3(ia3: Any) -> None:
 
 
 def _keep_experts(conversion: Any) -> None:
-    adapters = importlib.import_module("lowbit.integrations.adapters")
+    shared = importlib.import_module("lowbit.integrations.adapters_shared")
     if hasattr(conversion, "_convert_peft_config_moe"):
-        adapters.keep_experts(conversion)
+        shared.keep_experts(conversion)
 
 
 def _add_experts(moe: Any) -> None:

@@ -8,7 +8,7 @@ from peft.tuners import tuners_utils
 from peft.tuners.ia3 import layer, model
 from torch import nn
 
-from lowbit.integrations.adapters import MergesDense
+from lowbit.integrations.adapters_shared import MergesDense
 from lowbit.integrations.dense import dense_of
 from lowbit.nn import QuantLinear
 
