@@ -20,6 +20,8 @@ MUTANTS = [
     *python("integrations/gguf_keys.py", "gguf_llama", "gguf_models")(
         ('.rope.freq_base", float, default=10000.0', '.rope.freq_base", float, default=1000000.0'),
         ("return None if np.isscalar(value) and value == 0 else key(file, name, kind)", "return key(file, name, kind)"),
+        ('[factor * rope.get("factor", 1.0) for factor in factors]', "[factor for factor in factors]"),
+        ('"attention_factor": 1.0', '"attention_factor": 2.0'),
     ),
     *python("integrations/gguf_configs.py", "gguf_llama", "gguf_models", "gguf_models_bad", "gguf_converted")(
         ('"tie_word_embeddings": "output.weight" not in file.tensors', '"tie_word_embeddings": "output.weight" in file.tensors'),
@@ -58,7 +60,11 @@ MUTANTS = [
     *python("integrations/gguf_models.py", "gguf_llama", "gguf_models", "gguf_models_bad", "gguf_converted")(
         ("processed = self.processor.process(values, part.stored).weights", "processed = values"),
         ("isinstance(module, nn.Linear) and parent != _HEAD", "isinstance(module, nn.Linear)"),
-        ("scaled = frequencies / factors.to(torch.float32)", "scaled = frequencies * factors.to(torch.float32)"),
+    ),
+    *python("cli/quantize.py", "quantize_gguf")(
+        ("load_decoded(options.source, options.dtype or torch.float32)",
+         "load_decoded(options.source, options.dtype or torch.bfloat16)"),
+        ("if types and not again:", "if False:"),
     ),
     *python("nn/embedding.py", "scaled_embedding")(
         ("torch.tensor(self.embed_scale, dtype=self.dtype", "torch.tensor(self.embed_scale, dtype=torch.float32"),
