@@ -440,3 +440,18 @@ def test_without_lowbit_transformers_refuses_the_folder(tmp_path: Path):
     assert "lowbit" in errors["a"]
     with pytest.raises(RuntimeError):  # imported, but config.json does not say that it is needed
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+
+
+def test_models_within_another_module_are_saved_as_such(tmp_path: Path) -> None:
+    """As sentence-transformers saves what it holds."""
+    inner = dense("llama")
+    outer = nn.ModuleDict({"transformer": nn.Sequential(inner), "head": nn.Linear(64, 8)})
+    lowbit.quantize_model(outer, "int4_g32", progress=False)
+    assert inner.is_quantized
+    assert not hasattr(inner.model, "is_quantized")
+    inner.save_pretrained(tmp_path)
+    found = load("llama", tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(found.buffers(), inner.buffers(), strict=True))
+    other = nn.Sequential(dense("llama"), nn.Linear(64, 8))
+    lowbit.quantize_model(other, "int4_g32", skip=("0.*",), progress=False)
+    assert not hasattr(other[0], "hf_quantizer")

@@ -228,15 +228,22 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
 
 def mark(model: nn.Module, *, in_config: bool = False) -> None:
     """Lets transformers know that a model of it is quantized, so that `save_pretrained` writes it, Trainer refuses to
-    train it without adapters, and `dequantize` works; does nothing with other modules.
+    train it without adapters, and `dequantize` works; also of models within another module, as sentence-transformers
+    has them.
 
     Args:
-        model: with packed weights.
+        model: a model, or a module that holds some.
         in_config: its configuration says so at once, not only when it is saved.
     """
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel) or getattr(model, "hf_quantizer", None) is not None:
+    if not isinstance(model, PreTrainedModel):
+        for child in model.children():
+            mark(child, in_config=in_config)
+        return
+    if getattr(model, "hf_quantizer", None) is not None or not any(
+        isinstance(module, PackedModule) for module in model.modules()
+    ):
         return
     marked: Any = model
     config = LowbitConfig()
