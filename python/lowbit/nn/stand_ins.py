@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lowbit.nn.experts import ExpertLinear, QuantExperts, fuse, projections, split
+from lowbit.nn.experts import HALVES, ExpertLinear, QuantExperts, fuse, held, projections, split
 from lowbit.nn.surgery import obstacle, put_back, replace
 
 # Classes of transformers by their names, and whether they hold the weight transposed. They need not be imported.
@@ -103,20 +103,33 @@ def put_stand_ins(model: nn.Module, layers: Iterable[str] | None = None) -> dict
         names.setdefault(module, []).append(name)
     changed: dict[str, Form] = {}
     for module, own in names.items():
-        keys = projections(module)
-        paths = {key: [f"{name}.{key}".lstrip(".") for name in own] for key in keys}
-        if fused is not None and fused.isdisjoint(path for each in paths.values() for path in each):
-            paths = {}
-        for key in paths:  # all or none: they compute together
-            count, transposed = len(split(module, key)), bool(module.is_transposed)
-            for path in paths[key]:
-                changed.update((f"{path}.{e}", Form(transposed, e)) for e in range(count))
+        changed.update(_split(module, own, fused))
         is_wanted = wanted is None or not wanted.isdisjoint(own)
         if is_wanted and "" not in own and is_linear(module) and obstacle(module) is None:
             replace(model, own, StandIn(module), own=_OWN)
             if is_transposed(module):
                 changed.update(dict.fromkeys(own, Form(True)))
     return changed
+
+
+def _split(module: Any, own: list[str], wanted: set[str] | None) -> dict[str, Form]:
+    """Splits the projections of a module of these names if one is wanted: all or none, as they compute together."""
+
+    def paths(key: str) -> list[str]:
+        return [f"{name}.{key}".lstrip(".") for name in own]
+
+    keys = projections(module)
+    apart = wanted is not None and not wanted.isdisjoint(p for half in HALVES for p in paths(half))
+    names = [n for key in keys for n in (HALVES if apart and key == "gate_up_proj" else (key,))]
+    if wanted is not None and wanted.isdisjoint(path for name in names for path in paths(name)):
+        return {}
+    return {
+        f"{path}.{e}": Form(bool(module.is_transposed), e)
+        for key in keys
+        for name, experts in split(module, key, apart and key == "gate_up_proj").items()
+        for path in paths(name)
+        for e in range(len(experts))
+    }
 
 
 def take_away(model: nn.Module) -> None:
@@ -144,7 +157,7 @@ def _settle(module: nn.Module) -> None:
     """Experts of which none is packed are parameters again; of others the dense ones are linears of their own."""
     every = {k: child for k, child in module._modules.items() if isinstance(child, QuantExperts)}
     if all(isinstance(layer, ExpertLinear) for experts in every.values() for layer in experts):
-        for key in every:
+        for key in held(module):
             fuse(module, key)
         return
     for experts in every.values():
@@ -180,7 +193,7 @@ def dense_forms(model: nn.Module, names: Collection[str], kinds: dict[str, nn.Mo
             k: child for k, child in module._modules.items() if isinstance(child, QuantExperts)
         }
         if all(isinstance(layer, nn.Linear) for experts in every.values() for layer in experts):
-            for key in every:
+            for key in held(module):
                 fuse(module, key)
 
 
