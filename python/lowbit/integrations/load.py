@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import LOADS_HERE, errors_of, quiet
 from lowbit.integrations.dense import values_of
-from lowbit.integrations.filling import Found, fill
+from lowbit.integrations.filling import Found, fill, packed_share
 from lowbit.integrations.inexact import Inexact, as_inexact
 from lowbit.integrations.pretrained import load_dense, load_folder, put, read_generation
 from lowbit.integrations.quantizer import mark
@@ -268,7 +268,7 @@ def _moved(model: PreTrainedModel, device: torch.device | str) -> PreTrainedMode
 
 def _survey(model: nn.Module, kind: str, format: Format | None) -> Found:
     """What the layers of a model are that another loader made."""
-    found = Found(kind)
+    found = Found(kind, packed_share(model))
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
             again = module.format == format and not isinstance(module, QuantEmbedding)
