@@ -75,7 +75,9 @@ def _name(module: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def stand_ins(model: nn.Module, layers: Iterable[str] | None = None) -> Iterator[dict[str, Form]]:
+def stand_ins(
+    model: nn.Module, layers: Iterable[str] | None = None, apart: Collection[str] = ()
+) -> Iterator[dict[str, Form]]:
     """Within the block every module that computes a linear under another name is an nn.Linear of the same weight.
 
     What is quantized within the block stays; the rest is what it was.
@@ -83,18 +85,21 @@ def stand_ins(model: nn.Module, layers: Iterable[str] | None = None) -> Iterator
     Args:
         model: any.
         layers: those of a checkpoint, for which alone there are stand-ins; None for all.
+        apart: modules of experts, whose gates shall be apart from what they multiply, as those of `layers` may be.
 
     Yields:
         The form of those whose weight is stored in another one: transposed, or as a part of a parameter.
     """
-    made = put_stand_ins(model, layers)
+    made = put_stand_ins(model, layers, apart)
     try:
         yield made
     finally:
         take_away(model)
 
 
-def put_stand_ins(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, Form]:
+def put_stand_ins(
+    model: nn.Module, layers: Iterable[str] | None = None, apart: Collection[str] = ()
+) -> dict[str, Form]:
     """As `stand_ins`, for good: `take_away` ends it."""
     wanted = None if layers is None else set(layers)
     fused = None if wanted is None else {name.rpartition(".")[0] for name in wanted}
@@ -103,7 +108,7 @@ def put_stand_ins(model: nn.Module, layers: Iterable[str] | None = None) -> dict
         names.setdefault(module, []).append(name)
     changed: dict[str, Form] = {}
     for module, own in names.items():
-        changed.update(_split(module, own, fused))
+        changed.update(_split(module, own, fused, not set(apart).isdisjoint(own)))
         is_wanted = wanted is None or not wanted.isdisjoint(own)
         if is_wanted and "" not in own and is_linear(module) and obstacle(module) is None:
             replace(model, own, StandIn(module), own=_OWN)
@@ -112,14 +117,14 @@ def put_stand_ins(model: nn.Module, layers: Iterable[str] | None = None) -> dict
     return changed
 
 
-def _split(module: Any, own: list[str], wanted: set[str] | None) -> dict[str, Form]:
+def _split(module: Any, own: list[str], wanted: set[str] | None, apart: bool) -> dict[str, Form]:
     """Splits the projections of a module of these names if one is wanted: all or none, as they compute together."""
 
     def paths(key: str) -> list[str]:
         return [f"{name}.{key}".lstrip(".") for name in own]
 
     keys = projections(module)
-    apart = wanted is not None and not wanted.isdisjoint(p for half in HALVES for p in paths(half))
+    apart |= wanted is not None and not wanted.isdisjoint(p for half in HALVES for p in paths(half))
     names = [n for key in keys for n in (HALVES if apart and key == "gate_up_proj" else (key,))]
     if wanted is not None and wanted.isdisjoint(path for name in names for path in paths(name)):
         return {}
