@@ -19,15 +19,16 @@ _JOINED = {
 def joined_in(file: GGUFFile, stored: str) -> tuple[str, list[str]] | None:
     """The tensor that holds the rows of `stored` among others, and the names of all that it holds, in their order.
 
-    None if `stored` has a tensor of its own, or is in none.
+    None if there is no such tensor, or one of these has a tensor of its own.
     """
-    found = re.fullmatch(r"(blk\.\d+\.)(\w+)(\.(?:weight|bias))", stored)
-    if stored in file.tensors or found is None:
+    if (found := re.fullmatch(r"(blk\.\d+\.)(\w+)(\.(?:weight|bias))", stored)) is None:
         return None
     layer, own, leaf = found.groups()
     for joined, parts in _JOINED.items():
-        if own in parts and (name := f"{layer}{joined}{leaf}") in file.tensors:
-            return name, [f"{layer}{part}{leaf}" for part in parts]
+        names = [f"{layer}{part}{leaf}" for part in parts]
+        whole = f"{layer}{joined}{leaf}"
+        if own in parts and whole in file.tensors and file.tensors.keys().isdisjoint(names):
+            return whole, names
     return None
 
 
