@@ -191,7 +191,7 @@ class _Filling:
         modules = dict(self.model.named_modules())
         for name, layer in self._layers.items():
             module = modules.get(name)
-            own = self._wanted.get(name + _WEIGHT)
+            own: Any = self._wanted.get(name + _WEIGHT)
             if not isinstance(module, nn.Linear | nn.Embedding) and (own is None or own.dim() != 2):
                 kind = "no module" if module is None else f"a {type(module).__name__}"
                 raise NotImplementedError(
@@ -282,7 +282,8 @@ class _Filling:
         if self._last_bias[0] != name:
             bias, experts = self.reader.layer(self._stored[name]), self.model.get_submodule(stack)
             assert isinstance(bias, Tensor)
-            self._check_shape(name, bias, experts.shape[:2])  # type: ignore[union-attr,index]
+            assert isinstance(experts, QuantExperts)
+            self._check_shape(name, bias, experts.shape[:2])
             self._last_bias = name, bias.to(self.device, self._own_dtype(name))
         return self._last_bias[1]
 

@@ -46,9 +46,10 @@ def load_model(
 
     Takes a GGUF file, or a folder of transformers (config.json and safetensors, sharded or not, heads tied or not):
     dense, of lowbit, or quantized by another program that `lowbit.io.readers.registry` knows. Linears become
-    `QuantLinear`, embeddings that are quantized `QuantEmbedding`; what the checkpoint holds dense stays dense. Layers
-    are read one at a time. The logger "lowbit" says in one line, at level INFO, what was found and what became of it;
-    what no format holds exactly is quantized anew or dense, and a warning says so.
+    `QuantLinear`, embeddings that are quantized `QuantEmbedding`, experts `QuantExperts`; what the checkpoint holds
+    dense stays dense. Layers are read one at a time, so is each of the experts that share a tensor. The logger "lowbit"
+    says in one line, at level INFO, what was found and what became of it; what no format holds exactly is quantized
+    anew or dense, and a warning says so.
 
     Args:
         path: the file or the folder. Nothing is downloaded and no code in it is run.
@@ -67,7 +68,8 @@ def load_model(
         ImportError: accelerate is not installed, or gguf for a GGUF file.
         ValueError: something is damaged or contradicts itself; the message names file, tensor and value. Or a layer
             cannot have such activations.
-        NotImplementedError: transformers computes another thing with the weights than a linear, or fuses them.
+        NotImplementedError: transformers computes another thing with the weights than a linear, or fuses them in
+            another way than it does those of experts.
 
     Example:
         >>> model = lowbit.load_model("Qwen2.5-0.5B-Instruct-GPTQ-Int4")  # doctest: +SKIP
