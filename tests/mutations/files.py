@@ -125,7 +125,7 @@ MUTANTS = [
     ),
     *python("nn/stand_ins.py", "folders", "quantizer")(
         ("weight = weight.t() if is_transposed(module) else weight", "weight = weight"),
-        ("return rows.t() if self.transposed else rows", "return rows"),
+        ("return (rows.t() if self.transposed else rows)[self.rows]", "return rows[self.rows]"),
     ),
     *python("io/readers/dense.py", "folders", "convert")(
         ("return super().tensor(name, index).to(self.specs[name][1])", "return super().tensor(name, index)"),

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lowbit.nn.experts import HALVES, ExpertLinear, QuantExperts, fuse, held, projections, split
+from lowbit.nn.experts import (
+    HALVES,
+    ExpertLinear,
+    QuantExperts,
+    fuse,
+    held,
+    projections,
+    rows_of_halves,
+    split,
+)
 from lowbit.nn.surgery import obstacle, put_back, replace
 
 # Classes of transformers by their names, and whether they hold the weight transposed. They need not be imported.
@@ -29,15 +38,17 @@ class Form(NamedTuple):
     Attributes:
         transposed: as (K, N).
         expert: its index in a parameter of several, or None.
+        rows: which ones it is of those of an expert.
     """
 
     transposed: bool
     expert: int | None = None
+    rows: slice = slice(None)
 
     def linear(self, stored: Tensor) -> Tensor:
         """(N, K), a view of what is stored."""
         rows = stored if self.expert is None else stored[self.expert]
-        return rows.t() if self.transposed else rows
+        return (rows.t() if self.transposed else rows)[self.rows]
 
 
 class StandIn(nn.Linear):
@@ -128,13 +139,15 @@ def _split(module: Any, own: list[str], wanted: set[str] | None, apart: bool) ->
     names = [n for key in keys for n in (HALVES if apart and key == "gate_up_proj" else (key,))]
     if wanted is not None and wanted.isdisjoint(path for name in names for path in paths(name)):
         return {}
-    return {
-        f"{path}.{e}": Form(bool(module.is_transposed), e)
-        for key in keys
-        for name, experts in split(module, key, apart and key == "gate_up_proj").items()
-        for path in paths(name)
-        for e in range(len(experts))
-    }
+    made = {}
+    for key in keys:
+        halves = apart and key == "gate_up_proj"
+        for i, (name, experts) in enumerate(split(module, key, halves).items()):
+            rows = rows_of_halves(module, 2 * experts.out_features)[i] if halves else slice(None)
+            for path in paths(name):
+                for e in range(len(experts)):
+                    made[f"{path}.{e}"] = Form(bool(module.is_transposed), e, rows)
+    return made
 
 
 def take_away(model: nn.Module) -> None:
