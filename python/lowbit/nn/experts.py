@@ -24,7 +24,14 @@ from lowbit.ops.experts import linear_experts
 
 # The name of `experts_forward` in transformers' ExpertsInterface.
 IMPLEMENTATION = "lowbit"
-_FLAGS = ("config", "has_bias", "has_gate", "has_post_expert_norm", "is_transposed")
+_FLAGS = (
+    "config",
+    "has_bias",
+    "has_gate",
+    "has_post_expert_norm",
+    "is_concatenated",
+    "is_transposed",
+)
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 # What `split` makes of gate_up_proj where gates are apart from what they multiply.
 HALVES = ("gate_proj", "up_proj")

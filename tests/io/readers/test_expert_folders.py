@@ -18,8 +18,10 @@ import torch
 from expert_folders import LAYERS, check, expert, write, write_stacks
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 import lowbit
+from lowbit.integrations import folder_names
 from lowbit.integrations.load import load_as_stored, load_decoded
 from lowbit.io.readers.registry import open_checkpoint
 from lowbit.nn import PackedModule, QuantExperts, ReorderedLinear
@@ -168,3 +170,14 @@ def test_experts_of_bitsandbytes_are_dense(tmp_path: Path) -> None:
     loaded = lowbit.load_model(tmp_path / "a")
     assert len(check(loaded, oracle)) == 4
     assert loaded.state_dict()["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 192, 64)
+
+
+def test_experts_that_are_joined_otherwise_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    """Side by side, which no rows are."""
+    write(tmp_path / "a", test_fp8.fp8([48, 48]), test_fp8.packer(48, 48), "Qwen3Moe")
+    halves = [f"mlp.experts.*.{half}_proj.weight" for half in ("gate", "up")]
+    steps = [MergeModulelist(dim=0), Concatenate(dim=2)]
+    other = WeightConverter(halves, "mlp.experts.gate_up_proj", steps)
+    monkeypatch.setattr(folder_names, "get_model_conversion_mapping", lambda model: [other])
+    with pytest.raises(NotImplementedError, match=r"transformers fuses 'model.layers.0.mlp.exp"):
+        lowbit.load_model(tmp_path / "a")
