@@ -181,11 +181,31 @@ CASES = {
 }  # fmt: skip
 
 
+def fuse(tensors: dict[str, Any]) -> dict[str, Any]:
+    """As --fuse-qkv and --fuse-gate-up-exps: q, k and v in one tensor, and of experts gates and what they multiply."""
+    done = dict(tensors)
+    for joined, parts in (
+        ("attn_qkv", ("attn_q", "attn_k", "attn_v")),
+        ("ffn_gate_up_exps", ("ffn_gate_exps", "ffn_up_exps")),
+    ):
+        for first in [n for n in tensors if f".{parts[0]}." in n]:
+            every = [done.pop(first.replace(parts[0], part)) for part in parts]
+            axis = int("exps" in joined)  # the first is of experts
+            rows = np.concatenate([a for a, _ in every], axis=axis)
+            done[first.replace(parts[0], joined)] = (rows, every[0][1])
+    return done
+
+
 def make(
-    case: Case, folder: Path, kinds: dict[str, GGMLType] = KINDS, more: Any = None, **fields: Any
+    case: Case,
+    folder: Path,
+    kinds: dict[str, GGMLType] = KINDS,
+    more: Any = None,
+    fused: bool = False,
+    **fields: Any,
 ) -> tuple[Path, Any]:
     """A file, and the model of transformers with its values; `more` tensors take the place of its own (None: left
-    out), as do fields.
+    out), as do fields; its own may be `fused`.
     """
     torch.manual_seed(0)
     kind = getattr(transformers, case.model)
@@ -207,6 +227,7 @@ def make(
         kind = kinds.get(stored.split(".")[-2]) if is_matrix else None
         tensors[stored] = (gguf.quantize(a, kind), kind) if kind else (a, None)
     _round(model, case, names, kinds)
+    tensors = fuse(tensors) if fused else tensors
     tensors = {n: t for n, t in {**tensors, **(more or {})}.items() if t is not None}
     own = {f"{case.arch}.{k}": v for k, v in case.fields.items()} | {
         "tokenizer.ggml.tokens": [f"t{i}" for i in range(model.config.vocab_size)],

@@ -258,6 +258,33 @@ def test_compiled(name: str):
     assert (found - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_gates_apart_from_what_they_multiply(name: str):
+    """Views of the parameter's rows, which it is again; quantized, saved as such and compiled it computes the same."""
+    model = dense(name)
+    want, before = logits(model), dict(model.named_parameters())
+    owner = "model.layers.0.mlp.experts"
+    with stand_ins(model, apart=[owner]) as forms:
+        assert len(forms) == 12
+        for key, form in forms.items():
+            stack = key.rpartition(".")[0].removeprefix(owner + ".")
+            fused = before[f"{owner}.{'down_proj' if stack == 'down_proj' else 'gate_up_proj'}"]
+            assert torch.equal(model.get_submodule(key).weight, form.linear(fused))
+        assert (logits(model) - want).abs().max() <= 1e-5 * want.abs().max()
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[key] is p for key, p in before.items())
+    assert torch.equal(logits(model), want)
+    with stand_ins(model, apart=[owner]):
+        quantized(model)
+    want, found = logits(quantized(dense(name))[0]), logits(model)
+    assert (found - want).abs().max() <= 1e-5 * want.abs().max()
+    if name == "mixtral":
+        return  # one after the other, as without halves
+    compiled = logits(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert (compiled - found).abs().max() <= 1e-5 * want.abs().max()
+
+
 def test_out_of_range_and_sentinels():
     model, _ = quantized(dense("mixtral"))
     module = model.model.layers[0].mlp.experts

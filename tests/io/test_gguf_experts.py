@@ -31,6 +31,7 @@ import lowbit
 from gguf_files import random_blocks, write
 from lowbit.decoder.compiled import CompiledDecoder
 from lowbit.decoder.runner import Runner
+from lowbit.integrations.quantizing import dequantize_modules
 from lowbit.integrations.transformers import load_gguf, load_gguf_decoded, packed_modules
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES
@@ -44,20 +45,30 @@ def weight_of(model: Any, name: str) -> torch.Tensor:
     owner, _, expert = name.rpartition(".")
     if not expert.isdigit():
         return model.get_submodule(name).weight.detach()
-    module = model.get_submodule(owner.rpartition(".")[0])
-    rows = module.get_parameter(owner.rpartition(".")[2]).detach()[int(expert)]
-    return rows.t() if module.is_transposed else rows
+    owner, _, key = owner.rpartition(".")
+    module = model.get_submodule(owner)
+    half = {"gate_proj": 0, "up_proj": 1}.get(key)
+    rows = module.get_parameter(key if half is None else "gate_up_proj").detach()[int(expert)]
+    rows = rows.t() if module.is_transposed else rows
+    if half is None:
+        return rows
+    return rows.chunk(2)[half] if module.is_concatenated else rows[half::2]
 
 
-@torch.inference_mode()
-def assert_same(model: Any, oracle: Any) -> None:
-    """Weights bit for bit, outputs within rounding, of all tokens at a time and one by one."""
+def assert_same_values(model: Any, oracle: Any) -> None:
+    """Bit for bit."""
     for name, module in packed_modules(model):
         assert torch.equal(module.quant_tensor().dequantize(), weight_of(oracle, name)), name
     dense = {n for n, _ in model.named_parameters()} & {n for n, _ in oracle.named_parameters()}
     assert "model.norm.weight" in dense
     for name in dense:
         assert torch.equal(model.get_parameter(name), oracle.get_parameter(name)), name
+
+
+@torch.inference_mode()
+def assert_same(model: Any, oracle: Any) -> None:
+    """Weights bit for bit, outputs within rounding, of all tokens at a time and one by one."""
+    assert_same_values(model, oracle)
     expected = oracle(TOKENS[None]).logits[0]
     limit = bound(model.config, expected)
     assert (model(TOKENS[None]).logits[0] - expected).abs().max() < limit
@@ -127,21 +138,59 @@ def test_mxfp4_as_gpt_oss_has_it(tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
-def test_halves_of_two_types_are_joined_with_a_loss_or_dense(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "kind"), [("mixtral", None), ("mixtral", GGMLType.Q8_0), ("gpt-oss", GGMLType.Q8_0)]
+)
+def test_halves_of_two_types_are_kept_apart(
+    tmp_path: Path, recwarn: Any, case: str, kind: GGMLType | None
+) -> None:
+    """Where a layer has them; saved and loaded, and dense again. gpt-oss has gates and the others by turns."""
     rng = np.random.default_rng(0)
-    up = rng.standard_normal((4, 96, 64), np.float32) / 8
-    kind = GGMLType.Q8_0
-    more = {"blk.1.ffn_up_exps.weight": (gguf.quantize(up, kind), kind)}
-    path, oracle = make(MOE["mixtral"], tmp_path, more=more)
-    own = oracle.model.layers[1].mlp.experts.gate_up_proj
-    own[:, 96:] = torch.from_numpy(gguf.dequantize(more["blk.1.ffn_up_exps.weight"][0], kind))
-    with pytest.warns(UserWarning, match="2 tensors of type Q4_0, Q8_0, some joined to one weight"):
-        model = load_gguf(path, dtype=torch.float32)
-    packed = model.model.layers[1].mlp.experts.gate_up_proj[2].quant_tensor()
-    expected = lowbit.quantize(own[2], "int8_g32")
-    assert torch.equal(packed.dequantize(), expected.dequantize())
+    up = rng.standard_normal((4, 96, 64)).astype(np.float32) / 8
+    stored = up if kind is None else gguf.quantize(up, kind)
+    more = {"blk.1.ffn_up_exps.weight": (stored, kind)}
+    path, oracle = make(MOE[case], tmp_path, more=more)
+    module = oracle.model.layers[1].mlp.experts
+    values = torch.from_numpy(up if kind is None else gguf.dequantize(stored, kind))
+    if case == "mixtral":
+        module.gate_up_proj.data[:, 96:] = values
+    else:
+        module.gate_up_proj.data[..., 1::2] = values.transpose(1, 2)
+    model = load_gguf(path, dtype=torch.float32)
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+    assert_same_values(model, oracle)
+    expected = oracle(TOKENS[None, :9]).logits
+    assert (model(TOKENS[None, :9]).logits - expected).abs().max() < bound(model.config, expected)
     assert model.model.layers[0].mlp.experts.gate_up_proj[2].format.name == "q4_0"
-    assert_same(load_gguf(path, dtype=torch.float32, inexact="dense"), oracle)
+    experts = model.model.layers[1].mlp.experts
+    assert experts.gate_proj[2].format.name == "q4_0"
+    found = type(experts.up_proj[2])
+    assert found is torch.nn.Linear if kind is None else experts.up_proj[2].format.name == "q8_0"
+    if kind is None:
+        assert torch.equal(experts.up_proj[2].weight, values[2])
+    lowbit.save(model, tmp_path / "own" / "model.safetensors")
+    model.config.save_pretrained(tmp_path / "own")
+    again = lowbit.load_model(tmp_path / "own")
+    state = model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[n]) for n, t in again.state_dict().items())
+    if kind is None:
+        return
+    state = oracle.state_dict()
+    for dense in (load_gguf_decoded(path, torch.float32), again):
+        if dense is again:
+            dequantize_modules(again, torch.float32)
+        assert dense.state_dict().keys() == state.keys()
+        assert all(torch.equal(t, state[n]) for n, t in dense.state_dict().items())
+
+
+def test_a_joint_linear_of_two_types_is_quantized_anew(tmp_path: Path) -> None:
+    """That of granitemoe's shared expert, with a warning."""
+    kinds = {**KINDS, "ffn_up_shexp": GGMLType.Q8_0}
+    path, _ = make(MOE["granitemoe with a shared expert"], tmp_path, kinds)
+    with pytest.warns(UserWarning, match="2 tensors of type Q4_1, Q8_0, some joined to one weight"):
+        model = load_gguf(path, dtype=torch.float32)
+    assert model.model.layers[0].shared_mlp.input_linear.format.name == "int8_g32"
 
 
 def test_dense_experts_stay_parameters(tmp_path: Path) -> None:

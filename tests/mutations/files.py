@@ -54,11 +54,33 @@ MUTANTS = [
         ('arguments["rope_parameters"]["truncate"] = False', 'arguments["rope_parameters"]["truncate"] = True'),
         ("if used > count:", "if used > count + 1:"),
     ),
+    *python("integrations/gguf_rows.py", "gguf_fused")(
+        ("start = sum(counts[: joint[1].index(stored)])", "start = 0"),
+        ("range(start, start + len(order)))", "range(0, len(order)))"),
+    ),
+    *python("nn/experts.py", "gguf_experts")(
+        ("return torch.stack(list(halves), dim + 1).flatten(dim, dim + 1)", "return torch.cat(list(halves), dim)"),
+        ("return slice(0, None, 2), slice(1, None, 2)", "return slice(0, count // 2), slice(count // 2, None)"),
+    ),
+    *python("integrations/folder_names.py", "expert_folders")(
+        ("HALVES[converter.source_patterns.index(pattern)]", "HALVES[0]"),
+        ("or steps != expected", "or False"),
+    ),
+    *python("integrations/filling.py", "expert_folders", "mxfp4")(
+        ("return self._stacked_bias(stack)[int(expert)]", "return self._stacked_bias(stack)[0]"),
+        ("            decoded = True\n", "            decoded = self.decoded\n"),
+    ),
+    *python("io/readers/fp8.py", "expert_folders")(
+        ("rows = n // 2  # gates, and what they multiply", "rows = n"),
+    ),
+    *python("io/readers/folder.py", "mxfp4")(
+        ("index = self.stacks[name][1] if name in self.stacks else None", "index = 0 if name in self.stacks else None"),
+    ),
     *python("io/readers/gguf.py", "gguf_experts")(
         ("self._bytes(info, rows.start * size, len(rows) * size)", "self._bytes(info, 0, len(rows) * size)"),
     ),
     *python("integrations/gguf_models.py", "gguf_llama", "gguf_models", "gguf_models_bad", "gguf_converted")(
-        ("processed = self.processor.process(values, part.stored).weights", "processed = values"),
+        ("processed = self.processor.process(values, name).weights", "processed = values"),
         ("isinstance(module, nn.Linear) and parent != _HEAD", "isinstance(module, nn.Linear)"),
     ),
     *python("cli/quantize.py", "quantize_gguf")(
@@ -103,9 +125,9 @@ MUTANTS = [
     ),
     *python("nn/stand_ins.py", "folders", "quantizer")(
         ("weight = weight.t() if is_transposed(module) else weight", "weight = weight"),
-        ("return rows.t() if self.transposed else rows", "return rows"),
+        ("return (rows.t() if self.transposed else rows)[self.rows]", "return rows[self.rows]"),
     ),
     *python("io/readers/dense.py", "folders", "convert")(
-        ("return super().tensor(name).to(self.specs[name][1])", "return super().tensor(name)"),
+        ("return super().tensor(name, index).to(self.specs[name][1])", "return super().tensor(name, index)"),
     ),
 ]  # fmt: skip

@@ -47,6 +47,7 @@ from lowbit.integrations.gguf_expert_configs import (
     qwen2moe,
     qwen3moe,
 )
+from lowbit.integrations.gguf_fused import has
 from lowbit.integrations.gguf_keys import (
     MOST_POSITIONS,
     check_neutral,
@@ -213,7 +214,7 @@ def _starcoder2(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
 
 def _stablelm(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
     _check_heads(file, arguments, dim)
-    arguments["use_qkv_bias"] = "blk.0.attn_q.bias" in file.tensors
+    arguments["use_qkv_bias"] = has(file, "blk.0.attn_q.bias")
     arguments["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in file.tensors
 
 
@@ -234,7 +235,7 @@ def _check_heads(file: GGUFFile, arguments: _Arguments, dim: int, shared: bool =
 
 def _llama(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
     arguments["attention_bias"] = any(
-        f"blk.0.attn_{x}.bias" in file.tensors for x in ("q", "k", "v", "output")
+        has(file, f"blk.0.attn_{x}.bias") for x in ("q", "k", "v", "output")
     )
     arguments["mlp_bias"] = any(
         f"blk.0.ffn_{x}.bias" in file.tensors for x in ("gate", "up", "down")

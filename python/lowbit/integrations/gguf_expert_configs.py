@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit.integrations.gguf_fused import has
 from lowbit.integrations.gguf_keys import key, of_all_layers, unless_zero, want
 from lowbit.io.readers.gguf import GGUFFile
 
@@ -27,7 +28,7 @@ def qwen2moe(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
     arguments |= {
         "norm_topk_prob": False,
         "shared_expert_intermediate_size": inside if shared is None else shared,
-        "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
+        "qkv_bias": has(file, "blk.0.attn_q.bias"),
     }
     _qwen(file, arguments)
 
@@ -76,7 +77,7 @@ def gpt_oss(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
     arguments |= {
         "intermediate_size": inside,
         "sliding_window": key(file, "gpt-oss.attention.sliding_window", int),
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "attention_bias": has(file, "blk.0.attn_q.bias"),
     }
     if arguments["rope_parameters"]["rope_type"] == "yarn":
         # As the model was trained; llama.cpp rounds the ends of the ramp to whole dimensions.

@@ -12,11 +12,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from torch import nn
+
+from lowbit.nn.experts import rows_of_halves
 
 _Array = np.ndarray[Any, Any]
 
 # A linear of a QuantExperts; transformers has one parameter of all, and another one of their biases.
-_SPLIT = re.compile(r"(.+\.(?:gate_up|up|down)_proj)\.(\d+)\.(weight|bias)")
+_SPLIT = re.compile(r"(.+\.(?:gate_up|gate|up|down)_proj)\.(\d+)\.(weight|bias)")
+_GATE = re.compile(r"(.+)\.gate_proj(|_bias)")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 # GraniteMoeModel finds gates in the first half of the rows, and what they multiply in the second; GptOssModel finds
 # them by turns. The names are those of other classes: gguf's map has them for all architectures.
@@ -34,9 +38,19 @@ _RENAMED = {
 }
 
 
-def experts_together(numbers: Mapping[str, _Array]) -> dict[str, _Array]:
-    """The rows (N,) of the linears of a `QuantExperts` as those (E, N) of the parameter that they are parts of."""
-    return _stacked(numbers, _SPLIT, lambda m: m[1] + ("_bias" if m[3] == "bias" else ""))
+def experts_together(numbers: Mapping[str, _Array], model: nn.Module) -> dict[str, _Array]:
+    """The rows (N,) of the linears of a `QuantExperts` as those (E, N) of the parameter of a model that they are parts
+    of; gates that are apart are joined with what they multiply.
+    """
+    made = _stacked(numbers, _SPLIT, lambda m: m[1] + ("_bias" if m[3] == "bias" else ""))
+    for name in [name for name in made if _GATE.fullmatch(name)]:
+        experts, bias = _GATE.fullmatch(name).groups()  # type: ignore[union-attr]
+        gate, up = made.pop(name), made.pop(f"{experts}.up_proj{bias}")
+        joined = np.empty((len(gate), 2 * gate.shape[1]), gate.dtype)
+        halves = rows_of_halves(model.get_submodule(experts), joined.shape[1])
+        joined[:, halves[0]], joined[:, halves[1]] = gate, up
+        made[f"{experts}.gate_up_proj{bias}"] = joined
+    return made
 
 
 def experts_apart(numbers: Mapping[str, _Array]) -> dict[str, _Array]:

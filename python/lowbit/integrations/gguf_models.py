@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import warnings
 from typing import Any
 
@@ -31,6 +32,7 @@ from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 from lowbit.nn.embedding import packed_embedding
+from lowbit.nn.experts import projections
 from lowbit.nn.stand_ins import stand_ins
 from lowbit.nn.surgery import replace
 from lowbit.weights.quantized import QuantTensor
@@ -67,7 +69,8 @@ def load(
     if found.encoder:
         kind = functools.partial(kind, add_pooling_layer=False)
     model = without_weights(kind, config, what)
-    with stand_ins(model):
+    kept = target is None and not decoded
+    with stand_ins(model, apart=_apart(file, model) if kept else ()):
         processor = found.processor(config=config.to_dict())
         job = _Filling(file, model, processor, dtype, target, inexact, decoded)
         for name, source in sorted(
@@ -92,6 +95,18 @@ def configured(file: GGUFFile) -> tuple[Any, Any]:
     config.dtype = torch.bfloat16
     config.architectures = [kind.__name__]
     return kind, config
+
+
+def _apart(file: GGUFFile, model: PreTrainedModel) -> list[str]:
+    """The modules of experts whose gates are of another type than what they multiply, and are kept apart from it."""
+    found = []
+    for name, module in model.named_modules():
+        number = re.search(r"\.(\d+)\.", name)
+        if number is not None and "gate_up_proj" in projections(module):
+            halves = [f"blk.{number[1]}.ffn_{half}_exps.weight" for half in ("gate", "up")]
+            if len({file.tensors[half].type for half in halves if half in file.tensors}) == 2:
+                found.append(name)
+    return found
 
 
 class _Filling:
@@ -156,11 +171,12 @@ class _Filling:
     def _part(self, part: Part, columns: torch.Size) -> QuantTensor | Tensor:
         """(N, *columns)."""
         info, rows, width = self.file.tensors[part.stored], part.rows, math.prod(columns)
-        read = rows if isinstance(rows, range) else range(math.prod(info.shape) // width)
+        name, lies = part.alone or (part.stored, range(math.prod(info.shape) // width))
+        read = rows if isinstance(rows, range) else range(len(lies))
         weight: QuantTensor | Tensor
         if len(info.shape) == 1 and not columns:
-            values = dense(self.file[part.stored]).numpy()
-            processed = self.processor.process(values, part.stored).weights
+            values = dense(self.file[part.stored]).numpy()[lies.start : lies.stop]
+            processed = self.processor.process(values, name).weights
             weight = torch.from_numpy(processed)[read.start : read.stop]
         elif info.type in BLOCK_TYPES or info.type in DENSE_TYPES:
             weight = self.file.rows(part.stored, read, width)

@@ -21,6 +21,7 @@ from transformers.modeling_gguf_pytorch_utils import GGUFTensor, TensorProcessor
 
 from lowbit.files import shown
 from lowbit.integrations.gguf_experts import as_converter, experts_apart, experts_together
+from lowbit.integrations.gguf_fused import joined_in
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.weights.quantized import QuantTensor
 
@@ -31,10 +32,16 @@ _Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """`rows` of the tensor `stored`, all dimensions of which but the last of a weight count rows; of a bias all."""
+    """`rows` of the tensor `stored`, all dimensions of which but the last of a weight count rows; of a bias all.
+
+    Attributes:
+        stored, rows: as above.
+        alone: of a vector that is joined with others in `stored`: its own name, and where it lies; `rows` count there.
+    """
 
     stored: str
     rows: range | Tensor
+    alone: tuple[str, range] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,17 +103,32 @@ def sources(
     for some in _by_layers(parameters):
         numbered = _Numbered(some)
         checkpoint = numbered.checkpoint(model) if converted else numbered.numbers
+        wanted = {}
         for name, numbers in checkpoint.items():
             module, _, leaf = name.rpartition(".")
-            stored = f"{known.get_name(module)}.{leaf}"
-            if stored not in file.tensors and _may_lack(file, stored, optional):
+            wanted[f"{known.get_name(module)}.{leaf}"] = numbers
+        for stored, numbers in wanted.items():
+            joint = joined_in(file, stored)
+            if joint is None and stored not in file.tensors and _may_lack(file, stored, optional):
                 continue
-            _check_shape(file, stored, (*numbers.shape, *numbered.columns(numbers)))
-            used.add(stored)
-            order = np.arange(numbers.size)
-            if numbers.ndim == 1 and numbered.columns(numbers):
+            columns = numbered.columns(numbers)
+            order = np.arange(numbers.shape[-1])
+            if numbers.ndim == 1 and columns:
                 order = processor.process(order, stored).weights
-            numbered.add(stored, numbers.reshape(-1), order)
+            whole, counts = stored, [len(order)]
+            start = 0
+            if joint is not None and wanted.keys() >= set(joint[1]):
+                whole = joint[0]
+                counts = [wanted[name].shape[-1] for name in joint[1]]
+                start = sum(counts[: joint[1].index(stored)])
+            _check_shape(file, whole, (*numbers.shape[:-1], sum(counts), *columns))
+            used.add(whole)
+            if numbers.ndim == 1 and not columns:
+                own = None if whole == stored else (stored, range(start, start + len(order)))
+                numbered.add(whole, numbers, order, own)
+                continue
+            experts = np.arange(numbers.size // len(order))[:, None] * sum(counts)
+            numbered.add(whole, numbers.reshape(-1), (experts + start + order).reshape(-1))
         found.update(numbered.sources())
     if unknown := sorted(file.tensors.keys() - used):
         raise NotImplementedError(
@@ -127,7 +149,7 @@ class _Numbered:
         self._edges = np.cumsum([0, *counts])
         self._names = list(parameters)
         self._columns = [tuple(p.shape[1:]) for p in parameters.values()]
-        self._parts: list[list[tuple[str, _Array, _Array]]] = [[] for _ in parameters]
+        self._parts: list[list[tuple[Part, _Array]]] = [[] for _ in parameters]
         self.numbers: dict[str, _Array] = {
             name: np.arange(start, start + count)
             for name, start, count in zip(self._names, self._edges, counts, strict=False)
@@ -137,7 +159,8 @@ class _Numbered:
         """The numbers of the rows of what llama.cpp's converter makes of the model's checkpoint: (N,), of all experts
         (E, N).
         """
-        fused = {n: torch.from_numpy(a) for n, a in experts_together(self.numbers).items()}
+        together = experts_together(self.numbers, model)
+        fused = {n: torch.from_numpy(a) for n, a in together.items()}
         stored = {n: t.numpy() for n, t in revert_weight_conversion(model, fused).items()}
         return as_converter(experts_apart(stored))
 
@@ -145,26 +168,29 @@ class _Numbered:
         """Of the parameter that the first of these rows is in; none of a bias."""
         return self._columns[np.searchsorted(self._edges, numbers.flat[0], side="right") - 1]
 
-    def add(self, stored: str, numbers: _Array, order: _Array) -> None:
-        """The rows with these numbers are the rows `order` of a tensor."""
+    def add(
+        self, stored: str, numbers: _Array, order: _Array, alone: tuple[str, range] | None = None
+    ) -> None:
+        """The rows with these numbers are the rows `order` of a tensor; `alone` as of a `Part`."""
         by = np.argsort(numbers)
         numbers, rows = numbers[by], order[by]
         starts = np.searchsorted(numbers, self._edges)
         for i in np.flatnonzero(np.diff(starts)):
             mine = slice(starts[i], starts[i + 1])
-            self._parts[i].append((stored, numbers[mine] - self._edges[i], rows[mine]))
+            part = Part(stored, _as_range(rows[mine]), alone)
+            self._parts[i].append((part, numbers[mine] - self._edges[i]))
 
     def sources(self) -> dict[str, Source]:
         """Of every parameter."""
         made = {}
         for name, parts in zip(self._names, self._parts, strict=True):
-            rows_of_all = sum(len(rows) for _, _, rows in parts)
+            rows_of_all = sum(len(at) for _, at in parts)
             assert rows_of_all in (0, len(self.numbers[name])), name
             order = None
             if len(parts) > 1:
-                order = np.argsort(np.concatenate([at for _, at, _ in parts]))
+                order = np.argsort(np.concatenate([at for _, at in parts]))
             made[name] = Source(
-                tuple(Part(stored, _as_range(rows)) for stored, _, rows in parts),
+                tuple(part for part, _ in parts),
                 None if order is None or _is_run(order) else torch.from_numpy(order),
             )
         return made

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import LOADS_HERE, errors_of, quiet
 from lowbit.integrations.dense import values_of
-from lowbit.integrations.filling import Found, fill
+from lowbit.integrations.filling import Found, fill, packed_share
 from lowbit.integrations.inexact import Inexact, as_inexact
 from lowbit.integrations.pretrained import load_dense, load_folder, put, read_generation
 from lowbit.integrations.quantizer import mark
@@ -46,9 +46,10 @@ def load_model(
 
     Takes a GGUF file, or a folder of transformers (config.json and safetensors, sharded or not, heads tied or not):
     dense, of lowbit, or quantized by another program that `lowbit.io.readers.registry` knows. Linears become
-    `QuantLinear`, embeddings that are quantized `QuantEmbedding`; what the checkpoint holds dense stays dense. Layers
-    are read one at a time. The logger "lowbit" says in one line, at level INFO, what was found and what became of it;
-    what no format holds exactly is quantized anew or dense, and a warning says so.
+    `QuantLinear`, embeddings that are quantized `QuantEmbedding`, experts `QuantExperts`; what the checkpoint holds
+    dense stays dense. Layers are read one at a time, so is each of the experts that share a tensor. The logger "lowbit"
+    says in one line, at level INFO, what was found and what became of it; what no format holds exactly is quantized
+    anew or dense, and a warning says so.
 
     Args:
         path: the file or the folder. Nothing is downloaded and no code in it is run.
@@ -67,7 +68,8 @@ def load_model(
         ImportError: accelerate is not installed, or gguf for a GGUF file.
         ValueError: something is damaged or contradicts itself; the message names file, tensor and value. Or a layer
             cannot have such activations.
-        NotImplementedError: transformers computes another thing with the weights than a linear, or fuses them.
+        NotImplementedError: transformers computes another thing with the weights than a linear, or fuses them in
+            another way than it does those of experts.
 
     Example:
         >>> model = lowbit.load_model("Qwen2.5-0.5B-Instruct-GPTQ-Int4")  # doctest: +SKIP
@@ -268,7 +270,7 @@ def _moved(model: PreTrainedModel, device: torch.device | str) -> PreTrainedMode
 
 def _survey(model: nn.Module, kind: str, format: Format | None) -> Found:
     """What the layers of a model are that another loader made."""
-    found = Found(kind)
+    found = Found(kind, packed_share(model))
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
             again = module.format == format and not isinstance(module, QuantEmbedding)

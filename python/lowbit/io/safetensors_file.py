@@ -170,18 +170,20 @@ class SafetensorsFile:
                 )
             self.specs[name] = (tuple(s.get_shape()), _TORCH_DTYPES[s.get_dtype()])
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU."""
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
+        """The tensor `name`, on the CPU, or with an `index` what it has there, of which alone bytes are read."""
         with self._clear_errors(f", tensor {shown(name)}"):
             if not self._mmap:
-                return self._read(name)
+                return self._read(name, index)
             t = self._file.get_tensor(name)
+            t = t if index is None else t[index]
             # Not all files pad their header, so that tensors are aligned.
             return t if t.data_ptr() % t.element_size() == 0 else t.clone()
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, index: int | None) -> Tensor:
         """A copy that no mapped page stands behind."""
         shape, dtype = self.specs[name]
+        shape = shape if index is None else shape[1:]
         if self._offsets is None:
             size = int.from_bytes(self._input.read(0, 8), "little")
             entries = json.loads(self._input.read(8, size))
@@ -190,7 +192,7 @@ class SafetensorsFile:
         count = torch.Size(shape).numel() * dtype.itemsize
         if not count:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        raw = self._input.read(self._offsets[name], count)
+        raw = self._input.read(self._offsets[name] + (index or 0) * count, count)
         return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)
 
     @contextlib.contextmanager

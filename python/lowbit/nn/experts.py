@@ -2,7 +2,8 @@
 
 transformers 5 keeps the experts of a layer in 3-D parameters, (experts, N, K) or transposed, and computes with a
 function that its `ExpertsInterface` names. `split` puts a `QuantExperts` of linears in the place of such a parameter,
-without a copy, and lets `experts_forward` compute; `fuse` is the way back.
+without a copy, and lets `experts_forward` compute; `fuse` is the way back. Gates and what they multiply are one
+parameter there; where they are stored in two formats, or each in an order of its own, they are two `QuantExperts`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,17 @@ from lowbit.ops.experts import linear_experts
 
 # The name of `experts_forward` in transformers' ExpertsInterface.
 IMPLEMENTATION = "lowbit"
-_FLAGS = ("config", "has_bias", "has_gate", "has_post_expert_norm", "is_transposed")
+_FLAGS = (
+    "config",
+    "has_bias",
+    "has_gate",
+    "has_post_expert_norm",
+    "is_concatenated",
+    "is_transposed",
+)
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+# What `split` makes of gate_up_proj where gates are apart from what they multiply.
+HALVES = ("gate_proj", "up_proj")
 _CONFIG = "_config_when_dense"
 
 
@@ -185,14 +195,15 @@ def experts_forward(
     Raises:
         ValueError: an expert is out of range.
     """
-    first = self.gate_up_proj if self.has_gate else self.up_proj
+    firsts = [self._modules[name] for name in _names_in(self, _PROJECTIONS[not self.has_gate])]
     top_k = top_k_index.shape[-1]
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
     if self._is_expert_parallel:
-        inside = int((ids < len(first)).sum())
+        inside = int((ids < len(firsts[0])).sum())
         ids, order = ids[:inside], order[:inside]
-    counts = counts_of(ids, len(first))
-    x = first.grouped(hidden_states[order // top_k], counts)
+    counts = counts_of(ids, len(firsts[0]))
+    x = hidden_states[order // top_k]
+    x = _joined([first.grouped(x, counts) for first in firsts], 1, self)
     x = self.down_proj.grouped(self._apply_gate(x) if self.has_gate else self.act_fn(x), counts)
     if self.has_post_expert_norm:
         x = self.post_expert_norm(x)
@@ -217,13 +228,45 @@ def projections(module: nn.Module) -> list[str]:
         fits = parameter is not None and parameter.dim() == 3 and len(parameter)
         if fits and (bias is not None) == own["has_bias"]:
             found.append(name)
-        elif not isinstance(module._modules.get(name), QuantExperts):
+        elif name not in held(module):
             return []
     return found
 
 
+def held(module: nn.Module) -> list[str]:
+    """The projections of a fused experts module that are in `QuantExperts`, gate_up_proj for its halves too."""
+    return [
+        name
+        for name in _PROJECTIONS
+        if (name != "up_proj" or not vars(module).get("has_gate"))
+        and all(isinstance(module._modules.get(n), QuantExperts) for n in _names_in(module, name))
+    ]
+
+
+def _names_in(module: nn.Module, projection: str) -> tuple[str, ...]:
+    """Under which names a module has a projection: its own, or those of its halves."""
+    apart = projection == "gate_up_proj" and HALVES[0] in module._modules
+    return HALVES if apart else (projection,)
+
+
+def _joined(halves: Sequence[Tensor], dim: int, module: Any) -> Tensor:
+    """Rows of gates and of what they multiply as the module has them in one: one after the other, or by turns."""
+    if len(halves) == 1:
+        return halves[0]
+    if module.is_concatenated:
+        return torch.cat(list(halves), dim)
+    return torch.stack(list(halves), dim + 1).flatten(dim, dim + 1)
+
+
+def rows_of_halves(module: Any, count: int) -> tuple[slice, slice]:
+    """Which of `count` rows of gate_up_proj are those of gates, and of what they multiply."""
+    if module.is_concatenated:
+        return slice(0, count // 2), slice(count // 2, None)
+    return slice(0, None, 2), slice(1, None, 2)
+
+
 class ExpertLinear(nn.Linear):
-    """One expert of a fused parameter as an nn.Linear, whose weight is a view of it.
+    """One expert of a fused parameter, or some of its rows, as an nn.Linear, whose weight is a view of it.
 
     Attributes:
         fused: (Parameter, bias or None) that it is a part of.
@@ -234,25 +277,43 @@ class ExpertLinear(nn.Linear):
     fused: Any
     views: Any
 
-    def __init__(self, fused: Tensor, bias: Tensor | None, expert: int, transposed: bool) -> None:
-        rows = fused.detach()[expert]
-        rows = rows.t() if transposed else rows
-        super().__init__(rows.shape[1], rows.shape[0], False, device="meta", dtype=rows.dtype)
-        self.weight = nn.Parameter(rows, requires_grad=False)
+    def __init__(
+        self, fused: Tensor, bias: Tensor | None, expert: int, transposed: bool, rows: slice
+    ) -> None:
+        weight = fused.detach()[expert]
+        weight = (weight.t() if transposed else weight)[rows]
+        super().__init__(weight.shape[1], weight.shape[0], False, device="meta", dtype=weight.dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
-            self.bias = nn.Parameter(bias.detach()[expert], requires_grad=False)  # type: ignore[assignment]
+            self.bias = nn.Parameter(bias.detach()[expert][rows], requires_grad=False)  # type: ignore[assignment]
         vars(self).update(fused=(fused, bias), views=(self.weight, self.bias))
 
 
-def split(module: Any, name: str) -> QuantExperts:
-    """Puts linears in the place of one of the `projections` of a module, which computes with them from now on."""
+def split(module: Any, name: str, halves: bool = False) -> dict[str, QuantExperts]:
+    """Puts linears in the place of one of the `projections` of a module, which computes with them from now on.
+
+    Args:
+        module, name: as above.
+        halves: make two of gate_up_proj, by the names of `HALVES`.
+
+    Returns:
+        What takes its place, by name.
+    """
     order = list(module._parameters)
     fused, bias = module._parameters.pop(name), module._parameters.pop(f"{name}_bias", None)
-    made = QuantExperts(
-        ExpertLinear(fused, bias, e, module.is_transposed) for e in range(len(fused))
-    ).train(module.training)
-    vars(made)["parameters_before"] = order
-    setattr(module, name, made)
+    rows = {name: slice(None)}
+    if halves:
+        count = fused.shape[2 if module.is_transposed else 1]
+        rows = dict(zip(HALVES, rows_of_halves(module, count), strict=True))
+    made = {
+        key: QuantExperts(
+            ExpertLinear(fused, bias, e, module.is_transposed, own) for e in range(len(fused))
+        ).train(module.training)
+        for key, own in rows.items()
+    }
+    for key, experts in made.items():
+        vars(experts)["parameters_before"] = order
+        setattr(module, key, experts)
     if _CONFIG not in vars(module):
         # A copy: other modules share it, and what says how to compute is a part of it.
         vars(module)[_CONFIG] = module.config
@@ -271,12 +332,16 @@ def fuse(module: Any, name: str) -> None:
     Raises:
         ValueError: a layer is packed.
     """
-    layers: Any = module._modules[name]
-    if packed := [str(e) for e, layer in enumerate(layers) if not isinstance(layer, nn.Linear)]:
-        raise ValueError(f"{name} must have dense layers alone, {', '.join(packed)} are not")
-    fused, bias = _fused(layers, module.is_transposed)
-    order = vars(layers).get("parameters_before", [])
-    del module._modules[name]
+    names = _names_in(module, name)
+    halves: list[Any] = [module._modules[key] for key in names]
+    for key, layers in zip(names, halves, strict=True):
+        packed = [str(e) for e, layer in enumerate(layers) if not isinstance(layer, nn.Linear)]
+        if packed:
+            raise ValueError(f"{key} must have dense layers alone, {', '.join(packed)} are not")
+    fused, bias = _fused(halves, module)
+    order = vars(halves[0]).get("parameters_before", [])
+    for key in names:
+        del module._modules[key]
     module.register_parameter(name, fused)
     if bias is not None:
         module.register_parameter(f"{name}_bias", bias)
@@ -286,21 +351,29 @@ def fuse(module: Any, name: str) -> None:
         module.config = vars(module).pop(_CONFIG)
 
 
-def _fused(layers: Any, transposed: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
-    first = layers[0]
+def _fused(halves: Sequence[Any], module: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
+    first = halves[0][0]
     if all(
         isinstance(layer, ExpertLinear)
         and layer.weight is layer.views[0]
         and layer.bias is layer.views[1]
         and layer.fused[0] is first.fused[0]
+        for layers in halves
         for layer in layers
     ):
         return first.fused  # type: ignore[no-any-return]
-    rows = [layer.weight.detach().t() if transposed else layer.weight.detach() for layer in layers]
+    rows = []
+    for each in zip(*halves, strict=True):
+        weight = _joined([layer.weight.detach() for layer in each], 0, module)
+        rows.append(weight.t() if module.is_transposed else weight)
     learns = first.weight.requires_grad or (
         isinstance(first, ExpertLinear) and first.fused[0].requires_grad
     )
-    weight = nn.Parameter(torch.stack(rows), learns)
+    made = nn.Parameter(torch.stack(rows), learns)
     if first.bias is None:
-        return weight, None
-    return weight, nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]), learns)
+        return made, None
+    biases = [
+        _joined([layer.bias.detach() for layer in each], 0, module)
+        for each in zip(*halves, strict=True)
+    ]
+    return made, nn.Parameter(torch.stack(biases), learns)

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lowbit.nn.experts import ExpertLinear, QuantExperts, fuse, projections, split
+from lowbit.nn.experts import (
+    HALVES,
+    ExpertLinear,
+    QuantExperts,
+    fuse,
+    held,
+    projections,
+    rows_of_halves,
+    split,
+)
 from lowbit.nn.surgery import obstacle, put_back, replace
 
 # Classes of transformers by their names, and whether they hold the weight transposed. They need not be imported.
@@ -29,15 +38,17 @@ class Form(NamedTuple):
     Attributes:
         transposed: as (K, N).
         expert: its index in a parameter of several, or None.
+        rows: which ones it is of those of an expert.
     """
 
     transposed: bool
     expert: int | None = None
+    rows: slice = slice(None)
 
     def linear(self, stored: Tensor) -> Tensor:
         """(N, K), a view of what is stored."""
         rows = stored if self.expert is None else stored[self.expert]
-        return rows.t() if self.transposed else rows
+        return (rows.t() if self.transposed else rows)[self.rows]
 
 
 class StandIn(nn.Linear):
@@ -75,7 +86,9 @@ def _name(module: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def stand_ins(model: nn.Module, layers: Iterable[str] | None = None) -> Iterator[dict[str, Form]]:
+def stand_ins(
+    model: nn.Module, layers: Iterable[str] | None = None, apart: Collection[str] = ()
+) -> Iterator[dict[str, Form]]:
     """Within the block every module that computes a linear under another name is an nn.Linear of the same weight.
 
     What is quantized within the block stays; the rest is what it was.
@@ -83,18 +96,21 @@ def stand_ins(model: nn.Module, layers: Iterable[str] | None = None) -> Iterator
     Args:
         model: any.
         layers: those of a checkpoint, for which alone there are stand-ins; None for all.
+        apart: modules of experts, whose gates shall be apart from what they multiply, as those of `layers` may be.
 
     Yields:
         The form of those whose weight is stored in another one: transposed, or as a part of a parameter.
     """
-    made = put_stand_ins(model, layers)
+    made = put_stand_ins(model, layers, apart)
     try:
         yield made
     finally:
         take_away(model)
 
 
-def put_stand_ins(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, Form]:
+def put_stand_ins(
+    model: nn.Module, layers: Iterable[str] | None = None, apart: Collection[str] = ()
+) -> dict[str, Form]:
     """As `stand_ins`, for good: `take_away` ends it."""
     wanted = None if layers is None else set(layers)
     fused = None if wanted is None else {name.rpartition(".")[0] for name in wanted}
@@ -103,20 +119,35 @@ def put_stand_ins(model: nn.Module, layers: Iterable[str] | None = None) -> dict
         names.setdefault(module, []).append(name)
     changed: dict[str, Form] = {}
     for module, own in names.items():
-        keys = projections(module)
-        paths = {key: [f"{name}.{key}".lstrip(".") for name in own] for key in keys}
-        if fused is not None and fused.isdisjoint(path for each in paths.values() for path in each):
-            paths = {}
-        for key in paths:  # all or none: they compute together
-            count, transposed = len(split(module, key)), bool(module.is_transposed)
-            for path in paths[key]:
-                changed.update((f"{path}.{e}", Form(transposed, e)) for e in range(count))
+        changed.update(_split(module, own, fused, not set(apart).isdisjoint(own)))
         is_wanted = wanted is None or not wanted.isdisjoint(own)
         if is_wanted and "" not in own and is_linear(module) and obstacle(module) is None:
             replace(model, own, StandIn(module), own=_OWN)
             if is_transposed(module):
                 changed.update(dict.fromkeys(own, Form(True)))
     return changed
+
+
+def _split(module: Any, own: list[str], wanted: set[str] | None, apart: bool) -> dict[str, Form]:
+    """Splits the projections of a module of these names if one is wanted: all or none, as they compute together."""
+
+    def paths(key: str) -> list[str]:
+        return [f"{name}.{key}".lstrip(".") for name in own]
+
+    keys = projections(module)
+    apart |= wanted is not None and not wanted.isdisjoint(p for half in HALVES for p in paths(half))
+    names = [n for key in keys for n in (HALVES if apart and key == "gate_up_proj" else (key,))]
+    if wanted is not None and wanted.isdisjoint(path for name in names for path in paths(name)):
+        return {}
+    made = {}
+    for key in keys:
+        halves = apart and key == "gate_up_proj"
+        for i, (name, experts) in enumerate(split(module, key, halves).items()):
+            rows = rows_of_halves(module, 2 * experts.out_features)[i] if halves else slice(None)
+            for path in paths(name):
+                for e in range(len(experts)):
+                    made[f"{path}.{e}"] = Form(bool(module.is_transposed), e, rows)
+    return made
 
 
 def take_away(model: nn.Module) -> None:
@@ -144,7 +175,7 @@ def _settle(module: nn.Module) -> None:
     """Experts of which none is packed are parameters again; of others the dense ones are linears of their own."""
     every = {k: child for k, child in module._modules.items() if isinstance(child, QuantExperts)}
     if all(isinstance(layer, ExpertLinear) for experts in every.values() for layer in experts):
-        for key in every:
+        for key in held(module):
             fuse(module, key)
         return
     for experts in every.values():
@@ -180,7 +211,7 @@ def dense_forms(model: nn.Module, names: Collection[str], kinds: dict[str, nn.Mo
             k: child for k, child in module._modules.items() if isinstance(child, QuantExperts)
         }
         if all(isinstance(layer, nn.Linear) for experts in every.values() for layer in experts):
-            for key in every:
+            for key in held(module):
                 fuse(module, key)
 
 

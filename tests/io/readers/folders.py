@@ -99,6 +99,15 @@ def save_state(path: Path, state: dict[str, Tensor], shards: int = 1) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def words(path: Path) -> None:
+    """A tokenizer of words, w0, w1 and so on."""
+    tokenizers = pytest.importorskip("tokenizers")
+    level = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(level)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+
+
 def check_layers(
     path: Path, model: Any, dtype: torch.dtype, skip: Iterable[str] = ("lm_head",)
 ) -> dict[str, QuantTensor]:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import check_layers, tiny, write_folder
+from folders import check_layers, tiny, words, write_folder
 from test_cli import fail, run, run_json
 from test_gptq_folders import packer, settings, shuffled
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
 import lowbit  # noqa: E402
 from lowbit.integrations.load import load_decoded  # noqa: E402
@@ -31,10 +30,7 @@ def folder(tmp_path: Path) -> Path:
     """Act-order, a head left dense, and a tokenizer of words."""
     path = tmp_path / "gptq"
     write_folder(path, settings(4, 32), packer(4, 32, index=shuffled))
-    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    words(path)
     return path
 
 

@@ -27,9 +27,9 @@ class DenseFile(SafetensorsFile):
                 for name, (shape, own) in self.specs.items()
             }
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU, in the dtype of `specs`."""
-        return super().tensor(name).to(self.specs[name][1])
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
+        """As of the other files, in the dtype of `specs`."""
+        return super().tensor(name, index).to(self.specs[name][1])
 
 
 class DenseReader(Reader):

@@ -32,7 +32,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 class Plan:
     """What a layer will be: a weight of `shape` in `format`; or, where none holds its values, their dense form, and
     why. `order`: its columns are those of x in another order. `bits` of the stored codes, and
-    `rows` that share a scale (0: all), where the format does not say. `experts`: how many weights of that shape it is.
+    `rows` that share a scale (0: all), where the format does not say.
     `nearest`: what a loader quantizes it anew to, unless it is told otherwise: a dense form of every layer of a
     checkpoint would take several times its memory.
     """
@@ -43,13 +43,7 @@ class Plan:
     order: Tensor | None = None
     bits: int = 0
     rows: int = 1
-    experts: int = 0
     nearest: str = ""
-
-    @property
-    def whole_shape(self) -> tuple[int, ...]:
-        """With the experts, if the layer is all of theirs."""
-        return (self.experts, *self.shape) if self.experts else self.shape
 
 
 def ordered(plan: Plan, index: Tensor, group: int, groups: int) -> Plan:
@@ -80,7 +74,8 @@ class FolderReader(Reader):
     Attributes:
         path: of the folder.
         config: its quantization_config.
-        plans: what every layer will be.
+        plans: what every layer will be. Of experts whose tensors are stacked each is a layer, "a.down_proj.0".
+        stacks: of each layer of such, the name of the stack and its index there.
         dense: shape and dtype of every tensor that belongs to no layer.
 
     Raises:
@@ -111,8 +106,14 @@ class FolderReader(Reader):
         self._check_config()
         self._names = self._find_layers()
         self.plans: dict[str, Plan] = {}
+        self.stacks: dict[str, tuple[str, int]] = {}
+        self._stack()
+        own = {name for names in self._names.values() for name in names.values()}
+        stored = {name: self.dense.pop(name) for name in own}
         for layer, names in self._names.items():
-            specs = {part: self.dense.pop(name) for part, name in names.items()}
+            specs = {part: stored[name] for part, name in names.items()}
+            if layer in self.stacks:
+                specs = {part: (shape[1:], dtype) for part, (shape, dtype) in specs.items()}
             try:
                 self.plans[layer] = self._plan(layer, specs)
             except ValueError as e:
@@ -150,9 +151,13 @@ class FolderReader(Reader):
         return [*self.plans, *self.dense]
 
     def describe(self) -> list[TensorInfo]:
-        """Layers with the formats that they get, as far as the configuration tells; then dense tensors."""
+        """Layers with the formats that they get, as far as the configuration tells, stacks as one; then dense ones."""
         return [
-            *(self._layer_info(layer, plan) for layer, plan in self.plans.items()),
+            *(
+                self._layer_info(layer, plan)
+                for layer, plan in self.plans.items()
+                if layer not in self.stacks or self.stacks[layer][1] == 0
+            ),
             *(dense_info(name, spec) for name, spec in self.dense.items()),
         ]
 
@@ -161,14 +166,19 @@ class FolderReader(Reader):
         specs = [self._files[name].specs[name] for name in names]
         size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
         label = plan.format.name if plan.format else f"{self.name}, in no format of lowbit"
-        return TensorInfo(layer, label, plan.whole_shape, size, True)
+        if layer not in self.stacks:
+            return TensorInfo(layer, label, plan.shape, size, True)
+        return TensorInfo(self.stacks[layer][0], label, (specs[0][0][0], *plan.shape), size, True)
 
     def layer(self, name: str) -> QuantTensor | Tensor:
         """A layer packed as stored, or a dense tensor; a layer that no format holds is dense, in fp32."""
         if name not in self.plans:
             return self._files[name].tensor(name)
         plan = self.plans[name]
-        tensors = {part: self._tensor(full) for part, full in self._names[name].items()}
+        index = self.stacks[name][1] if name in self.stacks else None
+        tensors = {
+            part: self._files[full].tensor(full, index) for part, full in self._names[name].items()
+        }
         try:
             made = self._decode(plan, tensors)
             if isinstance(made, QuantTensor):
@@ -193,9 +203,9 @@ class FolderReader(Reader):
         Raises:
             ValueError: it cannot have it.
         """
-        if self.plans[layer].whole_shape != shape:
+        if self.plans[layer].shape != shape:
             raise ValueError(
-                f"{self._file_of(layer)}: layer {shown(layer)} has shape {self.plans[layer].whole_shape}, the "
+                f"{self._file_of(layer)}: layer {shown(layer)} has shape {self.plans[layer].shape}, the "
                 f"model's has {shape}"
             )
 
@@ -223,6 +233,27 @@ class FolderReader(Reader):
                 if (full := f"{layer}{self.separator}{part}") in self.dense:
                     names[part] = full
         return found
+
+    def _stacked(self, layer: str, names: Mapping[str, str]) -> bool:
+        """Whether the first dimension of a layer's tensors counts experts."""
+        return False
+
+    def _stack(self) -> None:
+        """Makes a layer for every expert of those whose tensors are stacked."""
+        for stack, names in list(self._names.items()):
+            if not self._stacked(stack, names):
+                continue
+            del self._names[stack]
+            shapes = {part: self.dense[name][0] for part, name in names.items()}
+            counts = {0 if 0 in shape else shape[0] for shape in shapes.values() if shape}
+            if len(counts) > 1 or not all(shapes.values()) or not all(counts):
+                file = self._files[next(iter(names.values()))].path
+                raise ValueError(
+                    f"{file}: the tensors of {shown(stack)} must be of as many experts, got {shapes}"
+                )
+            for e in range(counts.pop()):
+                self._names[f"{stack}.{e}"] = names
+                self.stacks[f"{stack}.{e}"] = stack, e
 
     def _check_index(self) -> None:
         # A shard that lacks tensors of the index is another checkpoint's, or old.

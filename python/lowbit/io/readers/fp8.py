@@ -1,6 +1,7 @@
 """FP8 of transformers: "fp8" with a scale per block (DeepSeek, Qwen) or tensor, "mxfp8", and "fbgemm_fp8" per row.
 
-W = code * scale, whatever the name `weight_scale_inv` says. Activations are taken as they are.
+W = code * scale, whatever the name `weight_scale_inv` says. Activations are taken as they are. Experts have a tensor
+each, or one for all: `a.gate_up_proj` (E, N, K) with scales (E, ...) in `a.gate_up_proj_scale_inv`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,23 @@ class FP8Reader(FolderReader):
             )
         self._block: list[int] | None = block
 
+    def _find_layers(self) -> dict[str, dict[str, str]]:
+        found = super()._find_layers()
+        for name, (shape, dtype) in self.dense.items():
+            if (
+                len(shape) == 3
+                and dtype == torch.float8_e4m3fn
+                and f"{name}_scale_inv" in self.dense
+            ):
+                parts = {"weight": name, "weight_scale_inv": f"{name}_scale_inv"}
+                if (own := f"{name}_activation_scale") in self.dense:
+                    parts["activation_scale"] = own
+                found[name] = parts
+        return found
+
+    def _stacked(self, layer: str, names: Mapping[str, str]) -> bool:
+        return names.get("weight") == layer
+
     def _plan(self, layer: str, specs: Mapping[str, Spec]) -> Plan:
         if "weight" not in specs:
             raise ValueError(f"weight is missing, the layer has {', '.join(specs)}")
@@ -54,11 +72,13 @@ class FP8Reader(FolderReader):
             return Plan((n, k), float8(None, k, scale), rows=0)
         if part == "weight_scale" and shape in ((n,), (n, 1)):
             return Plan((n, k), float8(None, k, scale))
-        if self._block is None:
-            raise ValueError(f"{part} must be one number without weight_block_size, got {shape}")
-        rows, group = self._block
+        rows, group = self._block or (n, k)
         wanted = (-(-n // rows), -(-k // group))
-        if shape != wanted:
+        if layer in self.stacks and shape == (2, wanted[1]) and wanted[0] == 1 and n % 2 == 0:
+            rows = n // 2  # gates, and what they multiply
+        elif self._block is None:
+            raise ValueError(f"{part} must be one number without weight_block_size, got {shape}")
+        elif shape != wanted:
             raise ValueError(
                 f"{part} must have shape {wanted} for blocks of {rows} x {group} of a weight {(n, k)}, "
                 f"got {shape}"
