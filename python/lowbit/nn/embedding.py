@@ -42,8 +42,11 @@ class QuantEmbedding(PackedModule):
         if dtype not in checks.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
         super().__init__(weight, dtype)
-        self.num_embeddings, self.embedding_dim = self.shape
+        self._resized()
         self.padding_idx = padding_idx
+
+    def _resized(self) -> None:
+        self.num_embeddings, self.embedding_dim = self.shape
 
     @classmethod
     def from_embedding(
@@ -89,6 +92,12 @@ class QuantEmbedding(PackedModule):
         """Rows of the weight: indices (...) int64 or int32 give (..., K)."""
         if isinstance(indices, Proxy):
             return node_of(self, indices)
+        if self.split is not None:
+            return self.split.embedding(self, indices)
+        return self.rows(indices)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows of the weight that is here."""
         w, others = self._terms(self._buffers)
         return call_embedding(indices, w, self.dtype, *others)
 

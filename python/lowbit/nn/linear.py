@@ -92,13 +92,28 @@ class QuantLinear(PackedModule):
         self._finish(bias)
 
     def _finish(self, bias: Tensor | None) -> None:
-        self.out_features, self.in_features = self.shape
+        self._resized()
         self.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         )
         # Not a buffer: tied layers share those, and each has inputs of its own.
         self.register_parameter("input_scale", None)
         self._trained: frozenset[str] = frozenset()
+
+    def _resized(self) -> None:
+        self.out_features, self.in_features = self.shape
+
+    def set_weight(self, weight: QuantTensor) -> None:
+        """As `PackedModule`; the bias stays.
+
+        Raises:
+            ValueError: tensors of the weight are learnable.
+        """
+        if self._trained:
+            raise ValueError(f"{sorted(self._trained)} of the layer are learnable: train_parameters(()) ends that")
+        super().set_weight(weight)
+        if self._siblings is not None:
+            self._siblings.dissolve()
 
     def set_activations(self, activation: str | None, group: int | None = None) -> None:
         """Changes what the product takes x as, and nothing of the weight.
@@ -222,24 +237,31 @@ class QuantLinear(PackedModule):
         """x W^T + bias: x (..., K) gives (..., N) in its dtype; checks as `lowbit.linear`."""
         if isinstance(x, Proxy):
             return node_of(self, x)
+        if self.split is not None:
+            return self.split.linear(self, x)
         if self._siblings is not None and not torch.compiler.is_compiling():
             y = self._siblings.product(self, x)
             if y is not None:
                 return y
+        return self.product(x, self._parameters["bias"])
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias of the weight that is here and any bias; `forward` gives it that of the layer."""
         b = self._buffers
         if self._trained:
             b = {**b, **self._learned()}
         w, others = self._terms(b)
-        bias, x_scale = self._parameters["bias"], self._parameters["input_scale"]
+        x_scale = self._parameters["input_scale"]
         if x_scale is not None:
             return call_static_linear(x, x_scale, w, bias)
         return call_linear(x, w, bias, *others)
 
     def is_plain(self) -> bool:
         """Whether a call is a product of `operands` and nothing else: no hooks, nothing learnable of the weight, no
-        outliers, no static scale of activations.
+        outliers, no static scale of activations, no bias that other processes have as well.
         """
         more = self._trained or self.format.outliers or self._parameters["input_scale"] is not None
+        more = more or (self.split is not None and self._parameters["bias"] is not None)
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks
         return not (more or hooks or self._backward_pre_hooks)
 
@@ -266,7 +288,7 @@ class QuantLinear(PackedModule):
         """
         wanted = frozenset(names)
         self._check_trainable(wanted)
-        current = self.quant_tensor()
+        current = self.own_part()
         codebook = wanted - {"bias"}
         self._buffers = dict(self._buffers)
         for name in self._trained - codebook:
@@ -323,8 +345,8 @@ class QuantLinear(PackedModule):
     def _dtype_of(self, name: str) -> torch.dtype:
         return SCALE_DTYPES[self.format.factor] if name in FACTORS else self._stored_dtype
 
-    def quant_tensor(self) -> QuantTensor:
-        """The weight in canonical layout; learnable tensors are rounded to their stored dtype."""
+    def own_part(self) -> QuantTensor:
+        """As `PackedModule`."""
         with torch.no_grad():
             learned = {
                 name: t.detach() if name == "table" else t.to(self._dtype_of(name))

@@ -21,6 +21,19 @@ VERSION = 1
 MARKER = ((0,), torch.uint8)
 
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are equal bit for bit."""
+    if a is None or b is None:
+        return a is b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    bits = _BITS[a.element_size()]
+    return torch.equal(a.view(bits), b.view(bits))
+
+
 def is_marker(value: object) -> bool:
     """Whether a value of a state dict is a `MARKER`."""
     return isinstance(value, Tensor) and (tuple(value.shape), value.dtype) == MARKER
