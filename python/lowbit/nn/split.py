@@ -17,6 +17,12 @@ class Split(Protocol):
     def embedding(self, layer: Any, indices: Tensor) -> Tensor:
         """Rows of the whole weight."""
 
+    def take(self, x: Tensor) -> Tensor:
+        """What a part multiplies of the input of the whole."""
+
+    def give(self, y: Tensor) -> Tensor:
+        """The output of the whole, of what the parts give."""
+
     def save(self, layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
         """Makes what a module has put into a state dict parts of what a whole one would."""
 
