@@ -310,7 +310,7 @@ class Part:
             # Scales of double quantization are cut at whole blocks, and so are their factors.
             cut = is_by_row(format, name) or (format.scale == "dq8" and name == "scales2")
         else:
-            cut = is_by_column(format, name)
+            cut = is_by_column(format, name, self.shape[1])
         return Shard(self.dim) if cut else Replicate()
 
 

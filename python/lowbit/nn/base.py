@@ -178,6 +178,11 @@ class PackedModule(HasPackedWeight):
         """As `quant_tensor`, of a module that is whole or a part."""
         return layouts.from_kernel(self.kernel_weight())
 
+    @property
+    def scales2_offset(self) -> Tensor | None:
+        """That of double quantization: torch.distributed.checkpoint looks up every name of a state dict."""
+        return self._buffers[_SECOND["scales2_offset"]]  # type: ignore[no-any-return]
+
     def set_weight(self, weight: QuantTensor) -> None:
         """Takes another weight, of any shape and format, in place of its own, and shares that with no other module."""
         self._buffers, self._tied = dict(self._buffers), False

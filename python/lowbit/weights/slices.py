@@ -31,17 +31,20 @@ def is_by_row(format: Format, name: str) -> bool:
     return not name.startswith("lowrank_r")
 
 
-def is_by_column(format: Format, name: str) -> bool:
-    """Whether the second dimension of the canonical tensor `name` of a format goes along K."""
+def is_by_column(format: Format, name: str, k: int) -> bool:
+    """Whether the second dimension of the canonical tensor `name` of a weight of k columns goes along K."""
     if name.startswith("lowrank_r_") and format.factor_format is not None:
-        return is_by_column(format.factor_format, name.removeprefix("lowrank_r_"))
+        return is_by_column(format.factor_format, name.removeprefix("lowrank_r_"), k)
     if name in ("codes", "lowrank_r"):
         return True
-    if name == "table":
-        return format.table_scope == "group" and format.group is not None
-    if name in ("scales", "zeros"):
-        return format.group is not None
-    return name in ("scales2", "zeros2") and format.scale2_group is not None
+    if name in ("scales", "zeros") or (name == "table" and format.table_scope == "group"):
+        return not _is_row(format.group, k)
+    return name in ("scales2", "zeros2") and format.integer_scales and not _is_row(format.scale2_group, k)
+
+
+def _is_row(group: int | None, k: int) -> bool:
+    """Whether a row of k weights is one group."""
+    return group is None or group >= k
 
 
 def cuts_second_level(format: Format, k: int, rows: int) -> bool:
@@ -84,8 +87,9 @@ def rows_of(weight: QuantTensor, rows: slice | Tensor) -> QuantTensor:
     return QuantTensor(f, (len(tensors["codes"]), k), tensors)
 
 
-def column_format(format: Format, unit: int) -> Format:
-    """The format of pieces that a weight is cut into at multiples of `unit` along K; itself if no group is cut.
+def column_format(format: Format, k: int, unit: int) -> Format:
+    """The format of pieces that a weight of k columns is cut into at multiples of `unit`; itself if no group is cut, or
+    a row is one.
 
     Outliers and a low-rank term are not looked at.
 
@@ -102,8 +106,10 @@ def column_format(format: Format, unit: int) -> Format:
     if f.activation is not None and (f.activation_group is None or unit % f.activation_group):
         size = "whole rows" if f.activation_group is None else f"{f.activation_group} values"
         raise ValueError(f"int8 activations have a scale for {size}, which a cut would change")
-    group = None if f.group is None else math.gcd(f.group, unit)
-    second = None if f.scale2_group is None else math.gcd(f.scale2_group, unit)
+    group, second = (
+        size if size is None or _is_row(size, k) else math.gcd(size, unit)
+        for size in (f.group, f.scale2_group)
+    )
     if (group, second) == (f.group, f.scale2_group):
         return f
     if group != f.group and group is not None and group < SMALLEST_GROUP:
@@ -153,7 +159,7 @@ def columns_of(
         return _of_sum(weight, start, stop, unit)
     if f.outliers:
         return _with_outliers(weight, start, stop, unit)
-    new = column_format(f, unit)
+    new = column_format(f, k, unit)
     codes = weight.unpack()[:, start // f.dim : -(-stop // f.dim)]
     made = {"codes": packing.pack_codes(codes.contiguous(), new)}
     sizes = {
@@ -163,7 +169,7 @@ def columns_of(
     for name, t in weight.tensors.items():
         if name == "codes":
             continue
-        if not is_by_column(f, name):
+        if not is_by_column(f, name, k):
             made[name] = t
             continue
         old, size = sizes[name]
@@ -203,7 +209,7 @@ def _regrouped(weight: QuantTensor, format: Format) -> QuantTensor:
     assert f.group is not None and format.group is not None
     first = torch.arange(0, k, format.group, dtype=torch.int64, device=weight.device)
     tensors = {
-        name: t[:, first // f.group].contiguous() if name != "codes" and is_by_column(f, name) else t
+        name: t[:, first // f.group].contiguous() if name in ("scales", "zeros") else t
         for name, t in weight.tensors.items()
     }
     return QuantTensor(format, (n, k), tensors)
