@@ -5,7 +5,7 @@ in state dicts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -143,6 +143,10 @@ class Part:
         """The part of a vector (N,) that belongs to a part of the rows."""
         return t.view(self.packed, -1)[:, self.start : self.stop].flatten()
 
+    def is_plain(self, layer: Any) -> bool:
+        """Whether a call of a linear is the product of its buffers and its bias, and nothing else."""
+        return self.layouts is None and (self.dim == 0 or layer._parameters["bias"] is None)
+
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         """What a linear gives with the whole weight; without layouts, its part or its summand."""
         bias = layer._parameters["bias"]
@@ -242,7 +246,9 @@ class Part:
             state_dict[f"{prefix}bias"] = self._of_shape(bias, placement, self.shape[:1])
         state_dict[f"{prefix}_extra_state"] = states.encode(whole, self.shape)
 
-    def load(self, layer: Any, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    def load(
+        self, layer: Any, state_dict: Mapping[str, Any], prefix: str
+    ) -> tuple[Mapping[str, Any], Collection[str]]:
         """A state dict with a module's part in the place of the whole: of DTensors as `save` makes them, of others, or
         of the tensors of the whole, in the format that the parts have together or in that which was split.
 
@@ -267,7 +273,7 @@ class Part:
         if (bias := made.get(f"{prefix}bias")) is not None:
             bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
             made[f"{prefix}bias"] = self.vector(bias) if self.dim == 0 else bias
-        return made
+        return made, ()
 
     def _local(self, layer: Any, whole: Format, given: dict[str, Any]) -> dict[str, Tensor]:
         if whole == layer.format and all(

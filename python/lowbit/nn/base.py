@@ -24,8 +24,7 @@ from lowbit.formats import INTEGER_SCALES, Format, as_format
 from lowbit.layouts import Added, KernelWeight, LowRankOperands, LowRankPlan, Operands
 from lowbit.layouts.operands import TENSORS
 from lowbit.nn import states
-from lowbit.nn.split import Split
-from lowbit.nn.states import same_bits
+from lowbit.nn.split import BYTES, Split
 from lowbit.nn.weight import HasPackedWeight
 from lowbit.ops import checks
 from lowbit.ops.weights import call_dequantize
@@ -312,7 +311,7 @@ class PackedModule(HasPackedWeight):
         for name, key in _SECOND.items():
             t = w.second.get(name)
             # As bytes: torch can write float8 tensors with pickle but not read them.
-            self._buffers[key] = t.view(torch.uint8) if t is not None and _is_float8(t) else t
+            self._buffers[key] = t.view(torch.uint8) if t is not None and states.is_float8(t) else t
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_dtype(t: Tensor) -> Tensor:
@@ -343,14 +342,14 @@ class PackedModule(HasPackedWeight):
     def _canonical_tensors(self) -> dict[str, Tensor]:
         codes, tensors = self._buffers["codes"], self.own_part().tensors
         made = {name: reference() for name, reference in _exports.get(codes, {}).items()}
-        if made and all(_holds(made[name], t) for name, t in tensors.items()):
+        if made and all(states.holds(made[name], t) for name, t in tensors.items()):
             return made
         _exports[codes] = {name: weakref.ref(t) for name, t in tensors.items()}
         return tensors
 
     def other_tensors(self) -> dict[str, Tensor]:
         """What a state dict holds beside the weight: parameters and persistent buffers, by name."""
-        others = {n: p for n, p in self._parameters.items() if n not in TENSOR_NAMES}
+        others = {n: p for n, p in self._parameters.items() if n not in (*TENSOR_NAMES, BYTES)}
         for name, t in self._buffers.items():
             if name not in _BUFFERS and name not in self._non_persistent_buffers_set:
                 others[name] = t
@@ -381,9 +380,11 @@ class PackedModule(HasPackedWeight):
         arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, *arguments)
+        loaded: Collection[str] = ()
         if self.split is not None:
-            state_dict = self.split.load(self, state_dict, prefix)
-        specs, others = tensor_specs(self.format, *self.shape), self.other_tensors()
+            state_dict, loaded = self.split.load(self, state_dict, prefix)
+        specs = {n: s for n, s in tensor_specs(self.format, *self.shape).items() if n not in loaded}
+        others = self.other_tensors()
         others.update(self._made_by_loading(states.under(state_dict, prefix)))
         expected = [*specs, *others, "_extra_state"]
         given = {
@@ -418,7 +419,7 @@ class PackedModule(HasPackedWeight):
             states.check_tensor(name, value)
         weight = None
         device = self._buffers["codes"].device
-        if not names - given.keys():
+        if names and not names - given.keys():
             tensors = {n: given[n] for n in names}
             weight = QuantTensor.from_file(self.format, self.shape, tensors).validate()
             # A module on the meta device takes its device from what it is given.
@@ -486,14 +487,6 @@ class PackedModule(HasPackedWeight):
             # Of a file that `save_pretrained` wrote.
             if not (name == "weight" and states.is_marker(state_dict[prefix + name]))
         ]
-
-
-def _holds(made: Tensor | None, t: Tensor) -> bool:
-    return made is not None and (t.is_meta or same_bits(made, t))
-
-
-def _is_float8(t: Tensor) -> bool:
-    return t.is_floating_point() and t.element_size() == 1
 
 
 def _own(t: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -96,9 +99,9 @@ class QuantEmbedding(PackedModule):
             return self.split.embedding(self, indices)
         return self.rows(indices)
 
-    def rows(self, indices: Tensor) -> Tensor:
-        """Rows of the weight that is here."""
-        w, others = self._terms(self._buffers)
+    def rows(self, indices: Tensor, tensors: Mapping[str, Any] | None = None) -> Tensor:
+        """Rows of the weight that is here; its `tensors`, by the names of buffers, where they are not the buffers."""
+        w, others = self._terms(self._buffers if tensors is None else tensors)
         return call_embedding(indices, w, self.dtype, *others)
 
     def extra_repr(self) -> str:

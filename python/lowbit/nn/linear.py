@@ -6,8 +6,8 @@ x (..., K) in fp32, bf16 or fp16 gives (..., N) in the same dtype, with gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -245,9 +245,16 @@ class QuantLinear(PackedModule):
                 return y
         return self.product(x, self._parameters["bias"])
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias of the weight that is here and any bias; `forward` gives it that of the layer."""
-        b = self._buffers
+    def product(
+        self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """x W^T + bias of the weight that is here and any bias; `forward` gives it that of the layer.
+
+        Args:
+            x, bias: as in `forward`.
+            tensors: those of the weight, by the names of buffers, where they are not the buffers.
+        """
+        b = self._buffers if tensors is None else tensors
         if self._trained:
             b = {**b, **self._learned()}
         w, others = self._terms(b)
@@ -258,10 +265,10 @@ class QuantLinear(PackedModule):
 
     def is_plain(self) -> bool:
         """Whether a call is a product of `operands` and nothing else: no hooks, nothing learnable of the weight, no
-        outliers, no static scale of activations, no bias that other processes have as well.
+        outliers, no static scale of activations, nothing that other processes have.
         """
         more = self._trained or self.format.outliers or self._parameters["input_scale"] is not None
-        more = more or (self.split is not None and self._parameters["bias"] is not None)
+        more = more or (self.split is not None and not self.split.is_plain(self))
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks
         return not (more or hooks or self._backward_pre_hooks)
 

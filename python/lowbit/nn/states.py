@@ -34,6 +34,16 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a.view(bits), b.view(bits))
 
 
+def holds(made: Tensor | None, t: Tensor) -> bool:
+    """Whether a tensor has the bits of `t`, or any if there are none on the meta device."""
+    return made is not None and (t.is_meta or same_bits(made, t))
+
+
+def is_float8(t: Tensor) -> bool:
+    """Whether a tensor is of a float dtype of a byte."""
+    return t.is_floating_point() and t.element_size() == 1
+
+
 def is_marker(value: object) -> bool:
     """Whether a value of a state dict is a `MARKER`."""
     return isinstance(value, Tensor) and (tuple(value.shape), value.dtype) == MARKER
