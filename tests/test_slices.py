@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from weights import ALL_FORMATS, random_weight
 
 from lowbit import reference
 from lowbit.formats import Format, all_formats, parse
@@ -20,6 +19,7 @@ from lowbit.weights.slices import (
     is_by_row,
     rows_of,
 )
+from weights import ALL_FORMATS, random_weight
 
 MORE = (
     "int4_g32_o3", "nf4_g64_o5fp32", "kmeans3_pr_o2", "int2_g64_r4", "uint4_g32_r4int8", "km4_r3fp32", "int4_g32_a8b32",
@@ -47,7 +47,8 @@ def test_rows_are_those_of_the_whole(format: Format):
         assert piece.format == plain.format
         assert same_bits(values(piece), want[rows])
     count = sum(t.numel() for name, t in plain.tensors.items() if is_by_row(format, name))
-    assert count >= N and all(len(t) == N for name, t in plain.tensors.items() if is_by_row(format, name))
+    assert count >= N
+    assert all(len(t) == N for name, t in plain.tensors.items() if is_by_row(format, name))
 
 
 @every_format
@@ -93,9 +94,12 @@ def test_second_level_over_all_rows():
     assert not cuts_second_level(whole.format, 512, 16)
     assert cuts_second_level(whole.format, 512, 8)
     piece = rows_of(whole, slice(16, 48))
-    assert piece.format == whole.format and len(piece.tensors["scales2"]) == 2
+    assert piece.format == whole.format
+    assert len(piece.tensors["scales2"]) == 2
     assert same_bits(values(piece), values(whole)[16:48])
-    with pytest.raises(ValueError, match="'nf4_g32_dq8' must begin and end at multiples of 256 scales"):
+    with pytest.raises(
+        ValueError, match="'nf4_g32_dq8' must begin and end at multiples of 256 scales"
+    ):
         rows_of(whole, slice(8, 32))
     with pytest.raises(ValueError, match="share factors over all rows"):
         columns_of(whole, 0, 256, 256)

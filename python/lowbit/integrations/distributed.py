@@ -7,15 +7,12 @@ of the dequantized weight, bit for bit. Sizes that do not divide are cut as `tor
 
 from __future__ import annotations
 
-import re
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, parallel
+from torch.distributed.tensor import parallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.integrations.parts import Part, part_of
@@ -124,7 +121,9 @@ class _Packed:
         layouts = self.input_layouts[0], self.output_layouts[0]
         if isinstance(module, QuantExperts):
             if not self.use_local_output:
-                raise NotImplementedError("experts give plain tensors: use_local_output must be True")
+                raise NotImplementedError(
+                    "experts give plain tensors: use_local_output must be True"
+                )
             split_experts(module, mesh, self._dim(module), packed=self.packed, layouts=layouts)
         elif isinstance(module, PackedModule):
             dim, local = self._dim(module), self.use_local_output

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lowbit import layouts
 from lowbit.backends import available
+from lowbit.integrations.parts import whole
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear, states, unfuse
 from lowbit.nn.embedding import ScaledQuantEmbedding
 from lowbit.nn.split import BYTES
@@ -53,7 +54,9 @@ def shardable(model: Model) -> Model:
     packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedModule)}
     for name, module in packed.items():
         if type(module) not in _KINDS:
-            raise NotImplementedError(f"{name} is a {type(module).__name__}, which cannot be sharded")
+            raise NotImplementedError(
+                f"{name} is a {type(module).__name__}, which cannot be sharded"
+            )
         if module.split is not None:
             raise ValueError(f"{name} is spread over ranks already: {module.split}")
         if learnable := module.learnable_parts():
@@ -142,8 +145,7 @@ class Bytes:
         """Puts the canonical tensors into a state dict; of a parameter that is sharded the rows of this rank."""
         flat = layer._parameters[BYTES].detach()
         sharded = isinstance(flat, DTensor)
-        whole = flat.full_tensor() if sharded else flat
-        weight = layouts.from_kernel(layer._make_weight(self._views(whole)))
+        weight = layouts.from_kernel(layer._make_weight(self._views(whole(flat))))
         for name, t in weight.tensors.items():
             state_dict[prefix + name] = _rows(t, flat.device_mesh) if sharded else t
 
@@ -164,7 +166,7 @@ class Bytes:
             layer.set_extra_state(made[f"{prefix}_extra_state"])
         full = {}
         for name, t in given.items():
-            full[name] = t.full_tensor() if isinstance(t, DTensor) else t
+            full[name] = whole(t)
             states.check_tensor(name, full[name])
         flat = layer._parameters[BYTES].detach()
         local = flat.to_local() if isinstance(flat, DTensor) else flat
@@ -180,7 +182,8 @@ class Bytes:
 
 def _rows(t: Tensor, mesh: Any) -> DTensor:
     """What is the same on all ranks, as a DTensor of which each keeps its rows."""
-    if t.dim() == 0 or len(t) == 1:
+    # Not every backend sends float8, and `full_tensor` would.
+    if t.dim() == 0 or len(t) == 1 or states.is_float8(t):
         return DTensor.from_local(t, mesh, [Replicate()], run_check=False)
     width = -(-len(t) // mesh.size())
     start = mesh.get_local_rank() * width

@@ -78,7 +78,9 @@ def part_of(
             raise ValueError(f"rows must be those of {packed} matrices of equal size, got {n} rows")
         each = n // packed
         start, stop, width = bounds(each, rank, world, "rows")
-        if cuts_second_level(weight.format, k, width) or (packed > 1 and weight.scales2 is not None):
+        if cuts_second_level(weight.format, k, width) or (
+            packed > 1 and weight.scales2 is not None
+        ):
             weight = reference.in_one_level(weight)
         if packed == 1:
             return rows_of(weight, slice(start, stop))
@@ -127,6 +129,9 @@ class Part:
                 f"parts of {packed} weights in one are not put together again: output_layouts must be Shard(-1), "
                 f"got {layouts[1]}"
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Part:
+        return copy.copy(self)  # with the same mesh
 
     def with_layouts(self, given: Any, wanted: Any) -> Part:
         """The same part with these placements of input and output."""
@@ -212,6 +217,16 @@ class Part:
             y = y.contiguous()
             dist.all_reduce(y, group=self.mesh.get_group())
             return y
+        if (
+            size is not None
+            and self.local
+            and wanted == Replicate()
+            and not learns
+            and size % self.world == 0
+        ):
+            parts = [torch.empty_like(y) for _ in range(self.world)]
+            dist.all_gather(parts, y.contiguous(), group=self.mesh.get_group())
+            return torch.cat(parts, -1)
         made: Any = self._dtensor(y, Partial() if size is None else Shard(-1), size or 0)
         if made.placements != (wanted,):
             made = made.redistribute(placements=[wanted])
@@ -233,18 +248,18 @@ class Part:
         """Makes the tensors of a part DTensors of those of the whole.
 
         Raises:
-            NotImplementedError: what the parts hold is not what the whole one holds, cut: they have outliers of their own
-                number, codes that do not end at a byte, or rows of several matrices.
+            NotImplementedError: what the parts hold is not what the whole one holds, cut: they have numbers of outliers
+                of their own, codes that do not end at a byte, or rows of several matrices.
         """
-        whole = self._whole_format(layer)
-        for name, (shape, _) in tensor_specs(whole, *self.shape).items():
+        format = self._whole_format(layer)
+        for name, (shape, _) in tensor_specs(format, *self.shape).items():
             state_dict[prefix + name] = self._of_shape(
-                state_dict[prefix + name].contiguous(), self._placement(whole, name), shape
+                state_dict[prefix + name].contiguous(), self._placement(format, name), shape
             )
         if (bias := state_dict.get(f"{prefix}bias")) is not None:
             placement = Shard(0) if self.dim == 0 else Replicate()
             state_dict[f"{prefix}bias"] = self._of_shape(bias, placement, self.shape[:1])
-        state_dict[f"{prefix}_extra_state"] = states.encode(whole, self.shape)
+        state_dict[f"{prefix}_extra_state"] = states.encode(format, self.shape)
 
     def load(
         self, layer: Any, state_dict: Mapping[str, Any], prefix: str
@@ -258,36 +273,38 @@ class Part:
         made = dict(state_dict)
         if f"{prefix}_extra_state" in made:
             state = made[f"{prefix}_extra_state"]
-            whole = next((f for f in (layer.format, self.format) if _says(state, f, self.shape)), None)
-            if whole is None:
+            format = next(
+                (f for f in (layer.format, self.format) if _says(state, f, self.shape)), None
+            )
+            if format is None:
                 states.check(state, self.format, self.shape)
             made[f"{prefix}_extra_state"] = layer.get_extra_state()
         else:
-            whole = layer.format
-        assert whole is not None
-        names = tensor_specs(whole, *self.shape)
+            format = layer.format
+        assert format is not None
+        names = tensor_specs(format, *self.shape)
         given = {name: made.pop(prefix + name) for name in names if prefix + name in made}
         if given.keys() == names.keys():
-            local = self._local(layer, whole, given)
+            local = self._local(layer, format, given)
             made.update({prefix + name: t for name, t in local.items()})
         if (bias := made.get(f"{prefix}bias")) is not None:
-            bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
+            bias = whole(bias)
             made[f"{prefix}bias"] = self.vector(bias) if self.dim == 0 else bias
         return made, ()
 
-    def _local(self, layer: Any, whole: Format, given: dict[str, Any]) -> dict[str, Tensor]:
-        if whole == layer.format and all(
-            isinstance(t, DTensor) and t.placements == (self._placement(whole, name),)
+    def _local(self, layer: Any, format: Format, given: dict[str, Any]) -> dict[str, Tensor]:
+        if format == layer.format and all(
+            isinstance(t, DTensor) and t.placements == (self._placement(format, name),)
             for name, t in given.items()
         ):
             return {name: t.to_local() for name, t in given.items()}
-        full = {
-            name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in given.items()
-        }
-        weight = QuantTensor.from_file(whole, self.shape, full)
+        full = {name: whole(t) for name, t in given.items()}
+        weight = QuantTensor.from_file(format, self.shape, full)
         part = part_of(weight, self.dim, self.rank, self.world, packed=self.packed)
         if part.format != layer.format:
-            raise ValueError(f"a part must be in format {layer.format.name!r}, got {part.format.name!r}")
+            raise ValueError(
+                f"a part must be in format {layer.format.name!r}, got {part.format.name!r}"
+            )
         return part.tensors
 
     def _whole_format(self, layer: Any) -> Format:
@@ -325,6 +342,21 @@ def _cuts_bytes(format: Format, width: int) -> bool:
     if format.base:
         return width % digits_per_byte(format.base) != 0
     return format.num_vectors(width) * format.bits % 8 != 0
+
+
+def whole(t: Any) -> Tensor:
+    """The whole of a DTensor, also in a float dtype of a byte, which not every backend sends; others as they are."""
+    if not isinstance(t, DTensor) or not states.is_float8(t):
+        return t.full_tensor() if isinstance(t, DTensor) else t  # type: ignore[no-any-return]
+    raw = DTensor.from_local(
+        t.to_local().view(torch.uint8),
+        t.device_mesh,
+        t.placements,
+        run_check=False,
+        shape=t.shape,
+        stride=t.stride(),
+    )
+    return raw.full_tensor().view(t.dtype)
 
 
 def _says(state: Any, format: Format, shape: tuple[int, int]) -> bool:

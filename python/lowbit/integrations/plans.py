@@ -71,7 +71,9 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Plan | None = None) ->
     own = getattr(model, "tp_plan", None)
     rules = dict(own or {}) if plan is None else dict(plan)
     if not rules:
-        raise ValueError(f"plan must name layers: {type(model).__name__} has none of its own (tp_plan)")
+        raise ValueError(
+            f"plan must name layers: {type(model).__name__} has none of its own (tp_plan)"
+        )
     for rule, style in rules.items():
         if not isinstance(style, str | ParallelStyle):
             raise TypeError(
@@ -85,7 +87,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Plan | None = None) ->
     split_packed(model, mesh, rules)
     _split_dense(model, mesh, rules)
     if isinstance(model, PreTrainedModel):
-        model._tp_size = mesh.size()  # what the cache of `generate` is sized by
+        spread: Any = model
+        spread._tp_size = mesh.size()  # what the cache of `generate` is sized by
     return model
 
 
@@ -191,13 +194,15 @@ class Held:
             ValueError: as `parallelize`.
             NotImplementedError: as `parallelize`, or it is spread otherwise than by tensor parallelism.
         """
+        model.tp_plan.update(self.rules)
         config: Any = getattr(model.config, "distributed_config", None)
-        if config is None or getattr(model, "_mesh_manager", None) is None:
+        meshes: Any = getattr(model, "_mesh_manager", None)
+        if config is None or meshes is None or config.tp_plan == {}:
             return
         for key in ("pp_size", "ep_size", "dp_size"):
-            if getattr(config, key) > 1:
+            if (size := getattr(config, key, 1)) > 1:
                 raise NotImplementedError(
-                    f"{key} must be 1 in the distributed_config of a quantized model, got {getattr(config, key)}"
+                    f"{key} must be 1 in the distributed_config of a quantized model, got {size}"
                 )
         given = config.tp_plan if isinstance(config.tp_plan, dict) else {}
         rules = {rule: style for rule, style in self.rules.items() if rule not in given}
@@ -207,8 +212,8 @@ class Held:
                 f"tp_plan must not have rules for layers that are quantized on load, got {sorted(again)}: save the "
                 "quantized model and load that"
             )
-        mesh = model._mesh_manager.get_mesh("tp")
+        mesh = meshes.get_mesh("tp")
         check_heads(model, {**self.rules, **again}, mesh.size())
         split_packed(model, mesh, {**rules, **again})
         _split_dense(model, mesh, rules)
-        model.tp_plan.update(self.rules | again)
+        model.tp_plan.update(again)

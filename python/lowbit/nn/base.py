@@ -382,7 +382,11 @@ class PackedModule(HasPackedWeight):
             hook(state_dict, prefix, *arguments)
         loaded: Collection[str] = ()
         if self.split is not None:
-            state_dict, loaded = self.split.load(self, state_dict, prefix)
+            try:
+                state_dict, loaded = self.split.load(self, state_dict, prefix)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+                return
         specs = {n: s for n, s in tensor_specs(self.format, *self.shape).items() if n not in loaded}
         others = self.other_tensors()
         others.update(self._made_by_loading(states.under(state_dict, prefix)))

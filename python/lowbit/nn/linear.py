@@ -110,7 +110,9 @@ class QuantLinear(PackedModule):
             ValueError: tensors of the weight are learnable.
         """
         if self._trained:
-            raise ValueError(f"{sorted(self._trained)} of the layer are learnable: train_parameters(()) ends that")
+            raise ValueError(
+                f"{sorted(self._trained)} of the layer are learnable: train_parameters(()) ends that"
+            )
         super().set_weight(weight)
         if self._siblings is not None:
             self._siblings.dissolve()

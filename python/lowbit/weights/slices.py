@@ -16,7 +16,8 @@ from lowbit import format_names, packing
 from lowbit.formats import DQ_BLOCK, Format
 from lowbit.weights.quantized import QuantTensor
 
-# A cut through a group leaves none below this, the smallest of a built-in format: smaller ones cost more than they save.
+# A cut through a group leaves none below this, the smallest of a built-in format: of smaller ones scales take more
+# than they are worth.
 SMALLEST_GROUP = 16
 
 
@@ -39,7 +40,11 @@ def is_by_column(format: Format, name: str, k: int) -> bool:
         return True
     if name in ("scales", "zeros") or (name == "table" and format.table_scope == "group"):
         return not _is_row(format.group, k)
-    return name in ("scales2", "zeros2") and format.integer_scales and not _is_row(format.scale2_group, k)
+    return (
+        name in ("scales2", "zeros2")
+        and format.integer_scales
+        and not _is_row(format.scale2_group, k)
+    )
 
 
 def _is_row(group: int | None, k: int) -> bool:
@@ -98,7 +103,9 @@ def column_format(format: Format, k: int, unit: int) -> Format:
     """
     f = format
     if f.codec == "trellis":
-        raise ValueError("weights of a trellis are functions of the codes that follow them in the row")
+        raise ValueError(
+            "weights of a trellis are functions of the codes that follow them in the row"
+        )
     if unit % f.dim:
         raise ValueError(f"a code stands for {f.dim} weights, and {unit} is no multiple of them")
     if f.scale == "dq8":
@@ -120,9 +127,7 @@ def column_format(format: Format, k: int, unit: int) -> Format:
     return dataclasses.replace(f, name=name, group=group, scale2_group=second)
 
 
-def columns_of(
-    weight: QuantTensor, start: int, stop: int, unit: int | None = None
-) -> QuantTensor:
+def columns_of(weight: QuantTensor, start: int, stop: int, unit: int | None = None) -> QuantTensor:
     """Columns start .. stop - 1 of a weight.
 
     Args:
@@ -173,7 +178,8 @@ def columns_of(
             made[name] = t
             continue
         old, size = sizes[name]
-        assert old is not None and size is not None
+        assert old is not None
+        assert size is not None
         first = torch.arange(start, stop, size, dtype=torch.int64, device=t.device)
         made[name] = t[:, first // old].contiguous()
     return QuantTensor(new, (n, width), made)
@@ -181,10 +187,12 @@ def columns_of(
 
 def _of_sum(weight: QuantTensor, start: int, stop: int, unit: int) -> QuantTensor:
     """Columns of a weight with a low-rank term: those of the matrix and of R; L is that of all."""
-    f, (n, k) = weight.format, weight.shape
+    f, (n, _k) = weight.format, weight.shape
     width = stop - start
     if f.rank >= min(n, width):
-        raise ValueError(f"the rank {f.rank} must be below {min(n, width)} in a piece {n} x {width}")
+        raise ValueError(
+            f"the rank {f.rank} must be below {min(n, width)} in a piece {n} x {width}"
+        )
     matrix, (left, right) = columns_of(weight.matrix, start, stop, unit), weight.factors
     tensors, factor = dict(matrix.tensors), f.factor
     if isinstance(left, QuantTensor) and isinstance(right, QuantTensor):
@@ -194,7 +202,8 @@ def _of_sum(weight: QuantTensor, start: int, stop: int, unit: int) -> QuantTenso
         for name, part in (("lowrank_l", left), ("lowrank_r", right)):
             tensors |= {f"{name}_{key}": t for key, t in part.tensors.items()}
     else:
-        assert isinstance(left, Tensor) and isinstance(right, Tensor)
+        assert isinstance(left, Tensor)
+        assert isinstance(right, Tensor)
         tensors |= {"lowrank_l": left, "lowrank_r": right[:, start:stop].contiguous()}
     m = matrix.format
     new = f if m is f.matrix and factor == f.factor else m.with_rank(f.rank, factor)
@@ -206,7 +215,8 @@ def _regrouped(weight: QuantTensor, format: Format) -> QuantTensor:
     if weight.format == format:
         return weight
     f, (n, k) = weight.format, weight.shape
-    assert f.group is not None and format.group is not None
+    assert f.group is not None
+    assert format.group is not None
     first = torch.arange(0, k, format.group, dtype=torch.int64, device=weight.device)
     tensors = {
         name: t[:, first // f.group].contiguous() if name in ("scales", "zeros") else t
