@@ -127,6 +127,7 @@ class QuantLinear(PackedModule):
         Raises:
             ValueError: the table is not exact in int8, the group does not fit that of the weight, or the layer has a
                 static scale and the activation is None.
+            NotImplementedError: the layer is spread over processes.
         """
         self.format = self.check_activations(activation, group)
         self._set_specs(self.format)
@@ -135,6 +136,10 @@ class QuantLinear(PackedModule):
 
     def check_activations(self, activation: str | None, group: int | None = None) -> Format:
         """The format that the layer has after `set_activations`, which raises what this does."""
+        if self.split is not None:
+            raise NotImplementedError(
+                f"activations of a layer must be set before it is split: {self.split}"
+            )
         if activation is None and self.input_scale is not None:
             raise ValueError(
                 "activation must be int8 or int8_table in a layer with a static input scale, got None"
@@ -293,10 +298,13 @@ class QuantLinear(PackedModule):
 
         Raises:
             ValueError: a name is unknown, or the layer has no such tensor.
-            NotImplementedError: the format stores its scales in two levels or as powers of two.
+            NotImplementedError: the format stores its scales in two levels or as powers of two, or the weight is
+                spread over processes.
         """
         wanted = frozenset(names)
         self._check_trainable(wanted)
+        if self.split is not None and wanted - {"bias"}:
+            raise NotImplementedError(f"a weight in parts does not learn: {self.split}")
         current = self.own_part()
         codebook = wanted - {"bias"}
         self._buffers = dict(self._buffers)
