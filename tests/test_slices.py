@@ -109,7 +109,13 @@ def test_outliers_of_pieces():
     """All outliers of a row in one piece; a piece without any; pads are zeros that even keep the sign of -0."""
     whole = random_weight(parse("int4_g32_o4"), 3, 64)
     columns = torch.tensor([[0, 1, 2, 3], [32, 33, 62, 63], [0, 31, 32, 63]], dtype=torch.int32)
-    tensors = {**whole.tensors, "outlier_columns": columns, "scales": -whole.tensors["scales"]}
+    zeros = torch.full_like(whole.tensors["codes"], 0x88)  # every value is 0 * scale
+    tensors = {
+        **whole.tensors,
+        "codes": zeros,
+        "outlier_columns": columns,
+        "scales": -whole.tensors["scales"],
+    }
     whole = QuantTensor(whole.format, whole.shape, tensors)
     for start in (0, 32):
         piece = columns_of(whole, start, start + 32, 32).validate()

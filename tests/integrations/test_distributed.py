@@ -376,7 +376,11 @@ def check_refusals(c: Context) -> None:
     apply(layer, column)()
     raises(ValueError, "the QuantLinear is split already: part", apply(layer, column))
     raises(NotImplementedError, "the whole weight is not in this process", layer.quant_tensor)
-    raises(NotImplementedError, "a weight in parts does not learn: part", lambda: layer.train_parameters(["scales"]))
+    raises(
+        NotImplementedError,
+        "a weight in parts does not learn: part",
+        lambda: layer.train_parameters(["scales"]),
+    )
     raises(
         NotImplementedError,
         "activations of a layer must be set before it is split",
