@@ -77,6 +77,7 @@ OPTIONAL_IMPORTS = {
     ("python/lowbit/ptq/importance.py", "lowbit.io.imatrix"),
     # Runs while transformers is imported, whose models are not there yet.
     ("python/lowbit/integrations/quantizer.py", "lowbit.integrations.quantizing"),
+    ("python/lowbit/integrations/quantizer.py", "lowbit.integrations.plans"),
 }
 COMPILED = {"_C", "_cuda", "triton_kernels"}
 COMPILED_HOMES = {"backends", "decoder"}

@@ -95,6 +95,27 @@ def without_terms(name: str) -> str:
     return re.sub(r"_(o\d+(fp32)?|r\d+([a-z]+\d+)?)(?=_|$)", "", name) or name
 
 
+def with_group(name: str, group: int | None) -> str:
+    """The name with this group in place of that which it may say."""
+    return _with_suffix(name, r"g\d+|row", "row" if group is None else f"g{group}")
+
+
+def with_scale(name: str, scale: str) -> str:
+    """The name with scales of one level in this dtype in place of those which it may say."""
+    return _with_suffix(name, r"fp32|fp16|bf16|e8m0|e4m3|dq8", scale)
+
+
+def with_outliers(name: str, outliers: int, dtype: str) -> str:
+    """The name with so many outliers in place of those which it may say."""
+    said = "fp32" if dtype == "fp32" else ""
+    return _with_suffix(name, r"o\d+(?:fp32)?", f"o{outliers}{said}")
+
+
+def _with_suffix(name: str, known: str, suffix: str) -> str:
+    made, found = re.subn(rf"_(?:{known})(?=_|$)", f"_{suffix}", name, count=1)
+    return made if found else f"{name}_{suffix}"
+
+
 def with_rank(name: str, rank: int, factor: str) -> str:
     """The name with a low-rank term, whose factors it says if it can."""
     said = factor if factor != "bf16" and re.fullmatch(r"[a-z]+\d+", factor) else ""

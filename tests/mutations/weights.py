@@ -18,6 +18,16 @@ MUTANTS = [
         ("words = words & low | words >> width - b * width // 8 & high", "words = words & high | words >> width - b * width // 8 & low"),
         ("elif format.num_codes < most and any(", "elif format.num_codes < most - 1 and any("),
     ),
+    *python("weights/slices.py", "slices")(
+        ("torch.full_like(values[:, :1], -0.0)", "torch.full_like(values[:, :1], 0.0)"),
+        ("made[name] = t[:, first // old].contiguous()", "made[name] = t[:, (first - start) // old].contiguous()"),
+        ("spare + k + k * used), 1)", "spare + k), 1)"),
+        ('return format.table_scope in ("row", "group")', 'return format.table_scope == "row"'),
+    ),
+    *python("integrations/parts.py", "distributed")(
+        ("bias if self.dim == 0 or self.rank == 0 else None", "bias"),
+        ("inside = (indices >= self.start) & (indices < self.stop)", "inside = indices < self.stop"),
+    ),
     *python("layouts/k16.py", "triton", "packing")(
         ("{3: (2, 1), 5: (4, 1), 6: (4, 2)}", "{3: (1, 2), 5: (4, 1), 6: (4, 2)}"),
         ("        low += p\n    return torch.cat(planes)", "        low += 1\n    return torch.cat(planes)"),

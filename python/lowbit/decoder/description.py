@@ -297,6 +297,8 @@ def _packed_obstacle(
     if not (isinstance(module, kind) if subclass else type(module) is kind):
         return f"is a {type(module).__name__}, not a {kind.__name__}"
     packed = cast("PackedModule", module)
+    if packed.split is not None:
+        return f"is not whole: {packed.split}"
     if not requests.reads(packed.layout):
         return f"is in layout {packed.layout!r}, which the CPU's kernels do not read"
     more = packed.format.more_terms

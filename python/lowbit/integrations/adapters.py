@@ -24,6 +24,11 @@ def _dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) 
     wrapped = isinstance(target, tuners_utils.BaseTunerLayer)
     base: Any = target.get_base_layer() if wrapped else target  # type: ignore[operator]
     if isinstance(base, QuantLinear) and kwargs.get("parameter_name") is None:
+        if base.split is not None:
+            raise NotImplementedError(
+                f"adapters multiply whole weights, and that of a {type(base).__name__} is not in one process: "
+                f"{base.split}"
+            )
         kwargs.pop("parameter_name", None)
         return QuantLoraLinear(target, adapter_name, config=config, **kwargs)
     return _default(target, adapter_name, config=config, **kwargs)

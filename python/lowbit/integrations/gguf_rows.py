@@ -23,6 +23,7 @@ from lowbit.files import shown
 from lowbit.integrations.gguf_experts import as_converter, experts_apart, experts_together
 from lowbit.integrations.gguf_fused import joined_in
 from lowbit.io.readers.gguf import GGUFFile
+from lowbit.weights import slices
 from lowbit.weights.quantized import QuantTensor
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -200,8 +201,7 @@ def rows_of(weight: QuantTensor | Tensor, rows: Tensor) -> QuantTensor | Tensor:
     """Some rows of a weight of the file, in this order."""
     if not isinstance(weight, QuantTensor):
         return weight[rows]
-    tensors = {k: t if _is_of_all(weight, k) else t[rows] for k, t in weight.tensors.items()}
-    return QuantTensor(weight.format, (len(rows), weight.shape[1]), tensors)
+    return slices.rows_of(weight, rows)
 
 
 def joined(weights: Sequence[QuantTensor | Tensor]) -> QuantTensor | Tensor:
@@ -211,17 +211,13 @@ def joined(weights: Sequence[QuantTensor | Tensor]) -> QuantTensor | Tensor:
     packed = [w for w in weights if isinstance(w, QuantTensor)]
     if len(packed) < len(weights) or len({weight.format for weight in packed}) > 1:
         return torch.cat([dense(weight) for weight in weights])
+    format = packed[0].format
     tensors = {
-        k: t if _is_of_all(packed[0], k) else torch.cat([weight.tensors[k] for weight in packed])
+        k: torch.cat([weight.tensors[k] for weight in packed]) if slices.is_by_row(format, k) else t
         for k, t in packed[0].tensors.items()
     }
     shape = sum(weight.shape[0] for weight in packed), packed[0].shape[1]
-    return QuantTensor(packed[0].format, shape, tensors)
-
-
-def _is_of_all(weight: QuantTensor, key: str) -> bool:
-    """Whether a tensor is of all rows: the second level of NVFP4, which is 1 in the file."""
-    return weight.format.scale == "e4m3" and key == "scales2"
+    return QuantTensor(format, shape, tensors)
 
 
 def dense(weight: QuantTensor | Tensor) -> Tensor:  # fp32

@@ -350,3 +350,14 @@ def _text_tokens(path: Path, folder: Path, per_line: bool) -> list[Tensor]:
             )
             for document in documents
         ]
+
+
+def unhooked(module: nn.Module) -> None:
+    """Takes from a module that is to be replaced what transformers' tensor parallelism has given it."""
+    own = vars(module)
+    own.pop("_is_hooked", None)
+    own.pop("forward", None)
+    for key, p in module._parameters.items():
+        if hasattr(p, "full_tensor"):  # a DTensor
+            whole = p.full_tensor()  # type: ignore[union-attr, operator]
+            module._parameters[key] = nn.Parameter(whole, requires_grad=p.requires_grad)  # type: ignore[union-attr]

@@ -34,6 +34,7 @@ from lowbit.nn.names import (
 )
 
 if TYPE_CHECKING:
+    from lowbit.integrations.plans import Held
     from lowbit.integrations.quantizing import Job
 
 METHOD = "lowbit"
@@ -138,6 +139,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     quantization_config: LowbitConfig
     _job: Job | None = None
+    _held: Held | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises ValueError if there is no format to quantize to, or layers shall lie on a disk."""
@@ -186,10 +188,21 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         made: list[Any] = super().update_weight_conversions(weight_conversions, model)
         return made
 
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Keeps the rules of tensor parallelism that name packed layers until these are there."""
+        super().update_parallel_plan(model, plan)
+        if plan is model.tp_plan and self._job is not None:
+            from lowbit.integrations.plans import Held
+
+            self._held = Held(model, self._job.layers(), not self.pre_quantized)
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._job is not None
         self._job.finish()
         self._job = None
+        if self._held is not None:
+            self._held.apply(model)
+            self._held = None
         return model
 
     def get_state_dict_and_metadata(

@@ -17,13 +17,19 @@ from transformers.core_model_loading import ConversionOps
 from lowbit.files import cut, shown
 from lowbit.formats import Format
 from lowbit.integrations.dense import dense_of
-from lowbit.integrations.pretrained import put
+from lowbit.integrations.pretrained import put, unhooked
 from lowbit.io.native import marker_of, prefix_of
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.safetensors_file import Specs
 from lowbit.io.save_load import module_sources
 from lowbit.methods.grid import check_weight
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
+from lowbit.nn import (
+    PackedModule,
+    QuantEmbedding,
+    QuantExperts,
+    QuantLinear,
+    ReorderedLinear,
+)
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.names import Rule, Selection
 from lowbit.nn.stand_ins import Form, dense_forms, put_stand_ins, stand_ins, take_away
@@ -47,6 +53,10 @@ class Job(ABC):
     def operation(self) -> ConversionOps:
         """What quantizes it."""
         raise NotImplementedError("nothing is quantized on load")
+
+    @abstractmethod
+    def layers(self) -> set[str]:
+        """Names of layers that will be packed, and of what holds their weights."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -105,6 +115,12 @@ class OnLoad(Job):
         """By the plan."""
         return name in self._taken
 
+    def layers(self) -> set[str]:
+        """By the plan."""
+        names = {name for names in self._plan for name in names}
+        fused = {_owner(name) for name in names if self._form(name).expert is not None}
+        return names | fused | {_owner(name) for name in fused}
+
     def operation(self) -> ConversionOps:
         """One for every tensor."""
         return _Take(self)
@@ -135,6 +151,9 @@ class OnLoad(Job):
         """Raises what the first weight that cannot be quantized raised."""
         if self._errors:
             raise self._errors[0]
+        modules = dict(self._model.named_modules())
+        for name in self.layers() & modules.keys():
+            unhooked(modules[name])
         packed: dict[Any, PackedModule] = {}
         tensors = {name: self._model.get_parameter(self._tensor(name)) for name, *_ in self._plan}
         read = {name for name, t in tensors.items() if getattr(t, "_is_hf_initialized", False)}
@@ -359,12 +378,19 @@ class Stored(Job):
         module, _, key = name.rpartition(".")
         return prefix_of(self._name(module)) + key
 
+    def layers(self) -> set[str]:
+        """Those of the checkpoint."""
+        return {*self._slots} | {
+            name for name, module in self._modules.items() if isinstance(module, QuantExperts)
+        }
+
     def finish(self) -> None:
         """Checks the values that were read."""
         model = self._model
         done: dict[str, PackedModule] = {}
         for slot in dict.fromkeys(self._slots.values()):
             names = [name for name, other in self._slots.items() if other is slot]
+            unhooked(slot)
             first = self._tied.get(names[0])
             try:
                 made = slot.packed(None if first is None else done[first])

@@ -24,6 +24,7 @@ from lowbit.formats import INTEGER_SCALES, Format, as_format
 from lowbit.layouts import Added, KernelWeight, LowRankOperands, LowRankPlan, Operands
 from lowbit.layouts.operands import TENSORS
 from lowbit.nn import states
+from lowbit.nn.split import BYTES, Split
 from lowbit.nn.weight import HasPackedWeight
 from lowbit.ops import checks
 from lowbit.ops.weights import call_dequantize
@@ -59,19 +60,7 @@ _FACTORS: dict[str | None, tuple[str, ...]] = {
 }
 _OTHER_FACTORS = ("outlier_values", "lowrank_l", "lowrank_l_scales")
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
 Self = TypeVar("Self", bound="PackedModule")
-
-
-def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are equal bit for bit."""
-    if a is None or b is None:
-        return a is b
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    bits = _BITS[a.element_size()]
-    return torch.equal(a.view(bits), b.view(bits))
 
 
 @alone_after_fork
@@ -102,6 +91,7 @@ class PackedModule(HasPackedWeight):
         format: the weight's Format.
         shape: (N, K).
         dtype: that `weight` stands for. It follows `.to(dtype)`, `.half()` and the like; what is stored does not.
+        split: what makes the module a part of one that is spread over processes; None if it is whole.
     """
 
     format: Format
@@ -110,6 +100,7 @@ class PackedModule(HasPackedWeight):
     _buffers: dict[str, Any]
     # Whether another module has the same dict of buffers.
     _tied = False
+    split: Split | None = None
     _low_rank: LowRankPlan | None = None
     # Attributes and buffers of a dense module that this one stands for, and that are not carried over to it.
     takes_over: tuple[str, ...] = ()
@@ -172,8 +163,35 @@ class PackedModule(HasPackedWeight):
         return w, () if columns is None else (SparseTerm(columns, b["outlier_values"]),)
 
     def quant_tensor(self) -> QuantTensor:
-        """The weight in canonical layout, bit for bit what the module was made from."""
+        """The weight in canonical layout, bit for bit what the module was made from; learnable tensors are rounded to
+        their stored dtype.
+
+        Raises:
+            NotImplementedError: the module is one part of several (`split`), which `own_part` gives.
+        """
+        if self.split is not None:
+            raise NotImplementedError(f"the whole weight is not in this process: {self.split}")
+        return self.own_part()
+
+    def own_part(self) -> QuantTensor:
+        """As `quant_tensor`, of a module that is whole or a part."""
         return layouts.from_kernel(self.kernel_weight())
+
+    @property
+    def scales2_offset(self) -> Tensor | None:
+        """That of double quantization: torch.distributed.checkpoint looks up every name of a state dict."""
+        return self._buffers[_SECOND["scales2_offset"]]  # type: ignore[no-any-return]
+
+    def set_weight(self, weight: QuantTensor) -> None:
+        """Takes another weight, of any shape and format, in place of its own, and shares that with no other module."""
+        self._buffers, self._tied = dict(self._buffers), False
+        self.format, self.shape = weight.format, weight.shape
+        self._set_specs(weight.format)
+        self._set_operands(available.kernel_weight(weight))
+        self._resized()
+
+    def _resized(self) -> None:
+        """Brings attributes that say the shape up to date with `shape`."""
 
     def share_weight(self, other: PackedModule) -> None:
         """Makes this module hold the weight of `other`, also when that is moved or loaded.
@@ -193,6 +211,7 @@ class PackedModule(HasPackedWeight):
         # result, and deepcopy and pickle keep it one.
         self._buffers = other._buffers
         self._tied = other._tied = True
+        self._resized()
 
     def shares_weight(self, other: nn.Module) -> bool:
         """Whether `other` holds the very weight of this module."""
@@ -236,7 +255,7 @@ class PackedModule(HasPackedWeight):
         """
         if factor == 1:
             return
-        qt = self.quant_tensor()
+        qt = self.own_part()
         scaled = {*_FACTORS.get(self.format.scale, ()), *_OTHER_FACTORS}
         if self.format.zero == "min" and not self.format.integer_scales:
             scaled.add("zeros")
@@ -292,7 +311,7 @@ class PackedModule(HasPackedWeight):
         for name, key in _SECOND.items():
             t = w.second.get(name)
             # As bytes: torch can write float8 tensors with pickle but not read them.
-            self._buffers[key] = t.view(torch.uint8) if t is not None and _is_float8(t) else t
+            self._buffers[key] = t.view(torch.uint8) if t is not None and states.is_float8(t) else t
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_dtype(t: Tensor) -> Tensor:
@@ -310,7 +329,7 @@ class PackedModule(HasPackedWeight):
             weight = (
                 zero_weight(self.format, *self.shape, codes.device)
                 if empty
-                else self.quant_tensor().map(keep_dtype)
+                else self.own_part().map(keep_dtype)
             )
             self._set_operands(available.kernel_weight(weight))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=codes.device)).dtype
@@ -321,16 +340,16 @@ class PackedModule(HasPackedWeight):
         return fn(t)
 
     def _canonical_tensors(self) -> dict[str, Tensor]:
-        codes, tensors = self._buffers["codes"], self.quant_tensor().tensors
+        codes, tensors = self._buffers["codes"], self.own_part().tensors
         made = {name: reference() for name, reference in _exports.get(codes, {}).items()}
-        if made and all(_holds(made[name], t) for name, t in tensors.items()):
+        if made and all(states.holds(made[name], t) for name, t in tensors.items()):
             return made
         _exports[codes] = {name: weakref.ref(t) for name, t in tensors.items()}
         return tensors
 
     def other_tensors(self) -> dict[str, Tensor]:
         """What a state dict holds beside the weight: parameters and persistent buffers, by name."""
-        others = {n: p for n, p in self._parameters.items() if n not in TENSOR_NAMES}
+        others = {n: p for n, p in self._parameters.items() if n not in (*TENSOR_NAMES, BYTES)}
         for name, t in self._buffers.items():
             if name not in _BUFFERS and name not in self._non_persistent_buffers_set:
                 others[name] = t
@@ -344,6 +363,8 @@ class PackedModule(HasPackedWeight):
         for name, t in self.other_tensors().items():
             destination[prefix + name] = t if keep_vars else t.detach()
         destination[f"{prefix}_extra_state"] = self.get_extra_state()
+        if self.split is not None:
+            self.split.save(self, destination, prefix)
 
     @alone_after_fork
     def _load_from_state_dict(
@@ -359,7 +380,15 @@ class PackedModule(HasPackedWeight):
         arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, *arguments)
-        specs, others = tensor_specs(self.format, *self.shape), self.other_tensors()
+        loaded: Collection[str] = ()
+        if self.split is not None:
+            try:
+                state_dict, loaded = self.split.load(self, state_dict, prefix)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+                return
+        specs = {n: s for n, s in tensor_specs(self.format, *self.shape).items() if n not in loaded}
+        others = self.other_tensors()
         others.update(self._made_by_loading(states.under(state_dict, prefix)))
         expected = [*specs, *others, "_extra_state"]
         given = {
@@ -394,7 +423,7 @@ class PackedModule(HasPackedWeight):
             states.check_tensor(name, value)
         weight = None
         device = self._buffers["codes"].device
-        if not names - given.keys():
+        if names and not names - given.keys():
             tensors = {n: given[n] for n in names}
             weight = QuantTensor.from_file(self.format, self.shape, tensors).validate()
             # A module on the meta device takes its device from what it is given.
@@ -462,14 +491,6 @@ class PackedModule(HasPackedWeight):
             # Of a file that `save_pretrained` wrote.
             if not (name == "weight" and states.is_marker(state_dict[prefix + name]))
         ]
-
-
-def _holds(made: Tensor | None, t: Tensor) -> bool:
-    return made is not None and (t.is_meta or same_bits(made, t))
-
-
-def _is_float8(t: Tensor) -> bool:
-    return t.is_floating_point() and t.element_size() == 1
 
 
 def _own(t: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +45,11 @@ class QuantEmbedding(PackedModule):
         if dtype not in checks.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
         super().__init__(weight, dtype)
-        self.num_embeddings, self.embedding_dim = self.shape
+        self._resized()
         self.padding_idx = padding_idx
+
+    def _resized(self) -> None:
+        self.num_embeddings, self.embedding_dim = self.shape
 
     @classmethod
     def from_embedding(
@@ -89,7 +95,13 @@ class QuantEmbedding(PackedModule):
         """Rows of the weight: indices (...) int64 or int32 give (..., K)."""
         if isinstance(indices, Proxy):
             return node_of(self, indices)
-        w, others = self._terms(self._buffers)
+        if self.split is not None:
+            return self.split.embedding(self, indices)
+        return self.rows(indices)
+
+    def rows(self, indices: Tensor, tensors: Mapping[str, Any] | None = None) -> Tensor:
+        """Rows of the weight that is here; its `tensors`, by the names of buffers, where they are not the buffers."""
+        w, others = self._terms(self._buffers if tensors is None else tensors)
         return call_embedding(indices, w, self.dtype, *others)
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from lowbit.formats import Format
 from lowbit.methods import quantize
 from lowbit.nn.linear import QuantLinear
+from lowbit.nn.split import Split
 from lowbit.ops import checks
 from lowbit.ops.experts import linear_experts
 
@@ -54,6 +55,9 @@ class QuantExperts(nn.ModuleList):
         >>> experts(torch.randn(6, 64), torch.tensor([3, 0, 0, 1, 3, 0])).shape
         torch.Size([6, 32])
     """
+
+    # What brings x and sums results up where the experts are parts of others; `grouped` leaves that to its caller.
+    split: Split | None = None
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__(layers)
@@ -126,9 +130,11 @@ class QuantExperts(nn.ModuleList):
         if x.dim() != 2 or experts.shape != x.shape[:1]:
             shapes = f"{tuple(x.shape)} and {tuple(experts.shape)}"
             raise ValueError(f"x must be (S, K) and experts (S,), got {shapes}")
+        x = x if self.split is None else self.split.take(x)
         ids, order = torch.sort(experts, stable=True)
         y = self.grouped(x[order], counts_of(ids, len(self)))
-        return torch.empty_like(y).index_copy(0, order, y)
+        y = torch.empty_like(y).index_copy(0, order, y)
+        return y if self.split is None else self.split.give(y)
 
     def grouped(self, x: Tensor, counts: Tensor | Sequence[int]) -> Tensor:
         """The product of rows that are sorted by expert.

@@ -6,8 +6,8 @@ x (..., K) in fp32, bf16 or fp16 gives (..., N) in the same dtype, with gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -92,13 +92,30 @@ class QuantLinear(PackedModule):
         self._finish(bias)
 
     def _finish(self, bias: Tensor | None) -> None:
-        self.out_features, self.in_features = self.shape
+        self._resized()
         self.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         )
         # Not a buffer: tied layers share those, and each has inputs of its own.
         self.register_parameter("input_scale", None)
         self._trained: frozenset[str] = frozenset()
+
+    def _resized(self) -> None:
+        self.out_features, self.in_features = self.shape
+
+    def set_weight(self, weight: QuantTensor) -> None:
+        """As `PackedModule`; the bias stays.
+
+        Raises:
+            ValueError: tensors of the weight are learnable.
+        """
+        if self._trained:
+            raise ValueError(
+                f"{sorted(self._trained)} of the layer are learnable: train_parameters(()) ends that"
+            )
+        super().set_weight(weight)
+        if self._siblings is not None:
+            self._siblings.dissolve()
 
     def set_activations(self, activation: str | None, group: int | None = None) -> None:
         """Changes what the product takes x as, and nothing of the weight.
@@ -110,6 +127,7 @@ class QuantLinear(PackedModule):
         Raises:
             ValueError: the table is not exact in int8, the group does not fit that of the weight, or the layer has a
                 static scale and the activation is None.
+            NotImplementedError: the layer is spread over processes.
         """
         self.format = self.check_activations(activation, group)
         self._set_specs(self.format)
@@ -118,6 +136,10 @@ class QuantLinear(PackedModule):
 
     def check_activations(self, activation: str | None, group: int | None = None) -> Format:
         """The format that the layer has after `set_activations`, which raises what this does."""
+        if self.split is not None:
+            raise NotImplementedError(
+                f"activations of a layer must be set before it is split: {self.split}"
+            )
         if activation is None and self.input_scale is not None:
             raise ValueError(
                 "activation must be int8 or int8_table in a layer with a static input scale, got None"
@@ -222,24 +244,38 @@ class QuantLinear(PackedModule):
         """x W^T + bias: x (..., K) gives (..., N) in its dtype; checks as `lowbit.linear`."""
         if isinstance(x, Proxy):
             return node_of(self, x)
+        if self.split is not None:
+            return self.split.linear(self, x)
         if self._siblings is not None and not torch.compiler.is_compiling():
             y = self._siblings.product(self, x)
             if y is not None:
                 return y
-        b = self._buffers
+        return self.product(x, self._parameters["bias"])
+
+    def product(
+        self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """x W^T + bias of the weight that is here and any bias; `forward` gives it that of the layer.
+
+        Args:
+            x, bias: as in `forward`.
+            tensors: those of the weight, by the names of buffers, where they are not the buffers.
+        """
+        b = self._buffers if tensors is None else tensors
         if self._trained:
             b = {**b, **self._learned()}
         w, others = self._terms(b)
-        bias, x_scale = self._parameters["bias"], self._parameters["input_scale"]
+        x_scale = self._parameters["input_scale"]
         if x_scale is not None:
             return call_static_linear(x, x_scale, w, bias)
         return call_linear(x, w, bias, *others)
 
     def is_plain(self) -> bool:
         """Whether a call is a product of `operands` and nothing else: no hooks, nothing learnable of the weight, no
-        outliers, no static scale of activations.
+        outliers, no static scale of activations, nothing that other processes have.
         """
         more = self._trained or self.format.outliers or self._parameters["input_scale"] is not None
+        more = more or (self.split is not None and not self.split.is_plain(self))
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks
         return not (more or hooks or self._backward_pre_hooks)
 
@@ -262,11 +298,14 @@ class QuantLinear(PackedModule):
 
         Raises:
             ValueError: a name is unknown, or the layer has no such tensor.
-            NotImplementedError: the format stores its scales in two levels or as powers of two.
+            NotImplementedError: the format stores its scales in two levels or as powers of two, or the weight is
+                spread over processes.
         """
         wanted = frozenset(names)
         self._check_trainable(wanted)
-        current = self.quant_tensor()
+        if self.split is not None and wanted - {"bias"}:
+            raise NotImplementedError(f"a weight in parts does not learn: {self.split}")
+        current = self.own_part()
         codebook = wanted - {"bias"}
         self._buffers = dict(self._buffers)
         for name in self._trained - codebook:
@@ -323,8 +362,8 @@ class QuantLinear(PackedModule):
     def _dtype_of(self, name: str) -> torch.dtype:
         return SCALE_DTYPES[self.format.factor] if name in FACTORS else self._stored_dtype
 
-    def quant_tensor(self) -> QuantTensor:
-        """The weight in canonical layout; learnable tensors are rounded to their stored dtype."""
+    def own_part(self) -> QuantTensor:
+        """As `PackedModule`."""
         with torch.no_grad():
             learned = {
                 name: t.detach() if name == "table" else t.to(self._dtype_of(name))

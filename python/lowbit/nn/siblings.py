@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import layouts, modes
-from lowbit.nn.base import same_bits
 from lowbit.nn.linear import QuantLinear
+from lowbit.nn.states import same_bits
 from lowbit.ops.linear import autocast
 from lowbit.ops.many import arguments_of, groups, linear_siblings
 
@@ -184,7 +184,7 @@ def _fuse(model: nn.Module, made: list[tuple[nn.Module, Siblings]]) -> None:
             layers = [module._modules.get(name) for name in names]
             if (
                 all(type(layer) is QuantLinear and layer._siblings is None for layer in layers)
-                and all(layer.input_scale is None for layer in layers)  # type: ignore[union-attr]
+                and all(layer.input_scale is layer.split is None for layer in layers)  # type: ignore[union-attr]
                 and not any(layer.format.more_terms for layer in layers)  # type: ignore[union-attr]
                 and len({layer.in_features for layer in layers}) == 1  # type: ignore[union-attr]
                 and len({id(layer) for layer in layers}) == len(layers)

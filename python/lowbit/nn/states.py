@@ -21,6 +21,29 @@ VERSION = 1
 MARKER = ((0,), torch.uint8)
 
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are equal bit for bit."""
+    if a is None or b is None:
+        return a is b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    bits = _BITS[a.element_size()]
+    return torch.equal(a.view(bits), b.view(bits))
+
+
+def holds(made: Tensor | None, t: Tensor) -> bool:
+    """Whether a tensor has the bits of `t`, or any if there are none on the meta device."""
+    return made is not None and (t.is_meta or same_bits(made, t))
+
+
+def is_float8(t: Tensor) -> bool:
+    """Whether a tensor is of a float dtype of a byte."""
+    return t.is_floating_point() and t.element_size() == 1
+
+
 def is_marker(value: object) -> bool:
     """Whether a value of a state dict is a `MARKER`."""
     return isinstance(value, Tensor) and (tuple(value.shape), value.dtype) == MARKER

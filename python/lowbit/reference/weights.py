@@ -6,13 +6,14 @@ float64.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import modes, packing
+from lowbit import format_names, modes, packing
 from lowbit.float8 import e8m0_values
 from lowbit.formats import DQ_BLOCK, Format
 from lowbit.reference.activations import int8_linear, quantize_int8
@@ -108,6 +109,18 @@ def effective_scales(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32
         offset = qt.tensors["scales2_offset"]
         return of_double_quantization(scales, qt.tensors["scales2"], offset)
     return scales.to(torch.float32)
+
+
+def in_one_level(qt: QuantTensor) -> QuantTensor:
+    """A weight of double quantization with the same scales in fp32, each for itself; others as they are."""
+    f = qt.format
+    if f.scale != "dq8":
+        return qt
+    scales = effective_scales(qt)
+    assert scales is not None
+    kept = {name: t for name, t in qt.tensors.items() if not name.startswith("scales")}
+    new = dataclasses.replace(f, name=format_names.with_scale(f.name, "fp32"), scale="fp32")
+    return QuantTensor(new, qt.shape, {**kept, "scales": scales})
 
 
 def effective_zeros(
