@@ -184,7 +184,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads, fused)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width)."""
@@ -196,7 +198,12 @@ class ViT(nn.Module):
     """A vision transformer for (1, 8, 8) with patches of 2 x 2, and a class token or the mean of all tokens."""
 
     def __init__(
-        self, width: int = 32, heads: int = 4, depth: int = 2, mean: bool = False, fused: bool = False
+        self,
+        width: int = 32,
+        heads: int = 4,
+        depth: int = 2,
+        mean: bool = False,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.mean = mean

@@ -142,6 +142,7 @@ def compute(n: IntegerNode, qs: list[np.ndarray], grids: list[Grid]) -> np.ndarr
         if isinstance(grids[0], (Coded, Shifted)):
             assert grids[0].zero == 0 or isinstance(grids[0], Shifted)
         if isinstance(node, Linear):
+
             def linear(*at: int) -> int:
                 total = fits(int((xs[0][at[:-1]] * w[at[-1]]).sum()) + b[at[-1]])
                 return rescaled(n.rescales[0], total, at[-1]) + zero
@@ -170,9 +171,7 @@ def compute(n: IntegerNode, qs: list[np.ndarray], grids: list[Grid]) -> np.ndarr
         out = n.out
 
         def add(*at: int) -> int:
-            parts = [
-                rescaled(r, x[at] << n.lift, 0) for x, r in zip(xs, n.rescales, strict=True)
-            ]
+            parts = [rescaled(r, x[at] << n.lift, 0) for x, r in zip(xs, n.rescales, strict=True)]
             return rescaled(out, fits(sum(parts)), at[-1]) + zero
 
         return each(node.shape, add)
@@ -192,6 +191,7 @@ def compute(n: IntegerNode, qs: list[np.ndarray], grids: list[Grid]) -> np.ndarr
         at[node.axis] = slice(node.start, node.start + node.length)
         return q[tuple(at)].reshape(node.shape)
     if isinstance(node, Pool):
+
         def mean(c: int, *_: int) -> int:
             total, count = sum(int(v) for v in q[c].flatten()), q[c].size
             return int(math.copysign((abs(total) + count // 2) // count, total))
@@ -209,5 +209,7 @@ def run(graph: IntegerGraph, q: Tensor) -> dict[str, np.ndarray]:
     for n in graph.nodes:
         names = n.node.inputs
         y = compute(n, [found[name] for name in names], [grids[name] for name in names])
-        found[n.node.name] = np.vectorize(lambda v, n=n: max(n.low, min(n.high, v)), otypes=[object])(y)
+        found[n.node.name] = np.vectorize(
+            lambda v, n=n: max(n.low, min(n.high, v)), otypes=[object]
+        )(y)
     return found

@@ -197,7 +197,9 @@ class _Plan:
 
     def weight_bits(self, node: Weighted) -> int:
         """Of a node."""
-        return max(8, self.setting.weight_bits) if node.name in self.ends else self.setting.weight_bits
+        return (
+            max(8, self.setting.weight_bits) if node.name in self.ends else self.setting.weight_bits
+        )
 
     def choose(self) -> None:
         """A grid for the input and every result."""
@@ -343,4 +345,3 @@ def range_grid(low: float, high: float, bits: int, symmetric: bool) -> Grid:
         return Grid(max(-low, high) / (half - 1) or 1.0, 0, bits, ROUNDING)
     scale = (high - low) / (2 * half - 1) or 1.0
     return Grid(scale, max(-half, min(half - 1, round(-half - low / scale))), bits, ROUNDING)
-

@@ -133,4 +133,3 @@ def search_matmul(
                 sums.append(float(((y - exact).square() * importance).sum()))
             grids[side] = options[side][sums.index(min(sums))]
     return grids
-

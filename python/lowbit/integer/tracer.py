@@ -123,9 +123,7 @@ class Tracer:
         return bool(names) and all(name in self.constants for name in names)
 
     def _evaluate(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg(
-            (node.args, node.kwargs), lambda n: self.constants[n.name]
-        )
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.constants[n.name])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def emit(self, made: Node) -> str:
@@ -178,7 +176,9 @@ class Tracer:
         if value.dim() > len(shape) and value.shape[0] == 1:
             value = value[0]
         if value.dim() > len(shape) or not value.is_floating_point():
-            raise NoForm(f"takes a parameter of shape {tuple(value.shape)} for each sample's {shape}")
+            raise NoForm(
+                f"takes a parameter of shape {tuple(value.shape)} for each sample's {shape}"
+            )
         return self.fixed(node, value.expand(shape))
 
     def fixed(self, node: fx.Node, value: Tensor) -> str:
@@ -222,5 +222,3 @@ def given(node: fx.Node, *defaults: tuple[str, Any]) -> list[Any]:
         value = node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
         found.append(value)
     return found
-
-

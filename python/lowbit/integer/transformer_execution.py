@@ -161,9 +161,7 @@ def gelu(node: Gelu, grids: Grids, shift: bool) -> IntegerTable:
     """As a table: of ShiftGELU's results, or of GELU's, rounded to the grid."""
     before, grid = grids[node.inputs[0]], grids[node.name]
     if before.bits > 8:
-        raise ValueError(
-            f"{node.where}: a table is of 8 bits at most, its input has {before.bits}"
-        )
+        raise ValueError(f"{node.where}: a table is of 8 bits at most, its input has {before.bits}")
     q = torch.arange(before.least, before.most + 1, dtype=torch.int64, device="cpu")
     if shift:
         y, scale = functions.shift_gelu(before.integers(q), before.scale)
@@ -216,4 +214,3 @@ def copy(node: Requantize | Scale, grids: Grids) -> IntegerCopy:
         return IntegerCopy(**_fields(node, grid))
     rescale = by_dyadic(_factor(before.scale / grid.scale), node.where)
     return IntegerCopy(**_fields(node, grid), rescales=(rescale,))
-
