@@ -29,8 +29,8 @@ from lowbit.integer.uses import Bits, readers, split_uses, wanted
 
 ROUNDING = tflite.ROUNDING
 _BATCH = 64
-# Of a result that no product takes, where a method quantizes products alone.
-_WIDE = 16
+# Bits where a method quantizes products alone: of what no product takes, and of what GELU does, a table of 4096.
+_WIDE, _TABLE = 16, 12
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def quantize_transformer(
         method: "minmax", plain scales with all results in `bits`; "fq_vit", the same with Log-Int-Softmax and
             power-of-two factors before layer norms; "ptq4vit", twin steps behind softmax and GELU and scales that are
             searched by the loss; "repq_vit", aligned channels of layer norms and log-sqrt2 behind softmax; "i_vit",
-            Shiftmax and ShiftGELU in 8 bits. The last three quantize what products take; what is added or normalized
-            has 16 bits, and what softmax and GELU take 8.
+            Shiftmax and ShiftGELU in 8 bits. The last three quantize what products take; what is added, normalized
+            or taken by softmax has 16 bits, and what GELU takes 12.
         bits: 4 to 8, of activations.
         weight_bits: 2 to 8; None is `bits`.
         attention_bits: 4 to 8, of the results of softmax; None is `bits`.
@@ -139,7 +139,7 @@ def quantize_transformer(
     calibrate(graph, inputs)
     inputs = inputs.detach().to("cpu")
     wide = bits if setting.method.everything else _WIDE
-    table = bits if setting.method.everything else 8
+    table = bits if setting.method.everything else _TABLE
     widths = Bits(bits, table, wide)
     with torch.no_grad():
         if setting.method.channels:

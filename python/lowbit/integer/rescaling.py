@@ -42,7 +42,7 @@ class Grid:
     Attributes:
         scale: of one step.
         zero: the integer of 0.
-        bits: 2 to 8, or 16; integers are -2^(bits - 1) to 2^(bits - 1) - 1.
+        bits: 2 to 16; integers are -2^(bits - 1) to 2^(bits - 1) - 1.
         rounding: of real numbers, one of `ROUNDINGS`.
     """
 

@@ -21,6 +21,7 @@ from lowbit.integer.transformer import Constant, Gelu, LayerNorm, MatMul, Requan
 ROUNDING = "away"
 # Fraction bits with which the bias of a layer norm is added.
 _BIAS_BITS = 8
+_TABLE_BITS = 12
 Grids = Mapping[str, Grid]
 
 
@@ -61,7 +62,7 @@ class IntegerSoftmax(IntegerNode):
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerTable(IntegerNode):
-    """A function of one activation of 8 bits or fewer, as a table of its results.
+    """A function of one activation of 12 bits or fewer, as a table of its results.
 
     Attributes:
         table: int64 (2^bits,), from the least integer on.
@@ -160,8 +161,10 @@ def softmax(node: Softmax, grids: Grids, shift: bool, direct: bool) -> IntegerSo
 def gelu(node: Gelu, grids: Grids, shift: bool) -> IntegerTable:
     """As a table: of ShiftGELU's results, or of GELU's, rounded to the grid."""
     before, grid = grids[node.inputs[0]], grids[node.name]
-    if before.bits > 8:
-        raise ValueError(f"{node.where}: a table is of 8 bits at most, its input has {before.bits}")
+    if before.bits > _TABLE_BITS:
+        raise ValueError(
+            f"{node.where}: a table is of {_TABLE_BITS} bits at most, its input has {before.bits}"
+        )
     q = torch.arange(before.least, before.most + 1, dtype=torch.int64, device="cpu")
     if shift:
         y, scale = functions.shift_gelu(before.integers(q), before.scale)

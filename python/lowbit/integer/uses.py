@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowbit.integer.graph import SAME_SCALE, Conv, Graph, Linear, Node, Take
-from lowbit.integer.transformer import Gelu, MatMul, Requantize, Scale, Softmax
+from lowbit.integer.transformer import Gelu, MatMul, Requantize, Scale
 
 PRODUCTS = (Linear, Conv, MatMul)
 # Nodes whose result has bits of what they take.
@@ -21,8 +21,8 @@ class Bits:
 
     Attributes:
         product: of what products take.
-        table: of what softmax and GELU take, 8 at most.
-        other: of what is added, normalized, or the network's result.
+        table: of what GELU takes.
+        other: of what is added, normalized, what softmax takes, or the network's result.
     """
 
     product: int
@@ -64,7 +64,7 @@ def _by(node: Node, bits: Bits) -> int | None:
     """What a reader wants; None for a view."""
     if isinstance(node, PRODUCTS):
         return bits.product
-    if isinstance(node, (Softmax, Gelu)):
+    if isinstance(node, Gelu):
         return bits.table
     return None if isinstance(node, VIEWS) else bits.other
 
