@@ -15,7 +15,7 @@ from lowbit.integer.coded import Coded
 from lowbit.integer.execution import IntegerNode
 from lowbit.integer.functions import Exponential
 from lowbit.integer.graph import Node
-from lowbit.integer.rescaling import INT32_MAX, Grid, by_dyadic, check_sums, power_of_two, round_by
+from lowbit.integer.rescaling import INT32_MAX, Grid, Rescale, by_dyadic, check_sums, power_of_two, round_by
 from lowbit.integer.transformer import Constant, Gelu, LayerNorm, MatMul, Requantize, Scale, Softmax
 
 ROUNDING = "away"
@@ -92,6 +92,7 @@ class IntegerLayerNorm(IntegerNode):
     def compute(self, inputs: list[Tensor], grids: list[Grid]) -> Tensor:
         """(batch, *shape) int64."""
         assert self.out is not None
+        assert self.bias is not None
         z = functions.layer_norm(grids[0].integers(inputs[0]), self.lift, self.eps) * self.signs
         y = self.rescales[0].apply(z, -1) + self.bias
         return self.bounded(self.out.apply(y, -1) + self.grid.zero)
@@ -148,7 +149,7 @@ def softmax(node: Softmax, grids: Grids, shift: bool, direct: bool) -> IntegerSo
         exponential = make(scale, count)
     except ValueError as e:
         raise ValueError(f"{node.where}: {e}") from e
-    rescales = ()
+    rescales: tuple[Rescale, ...] = ()
     if not isinstance(grid, Coded):
         rescales = (
             by_dyadic(_factor(math.ldexp(1 / grid.scale, -functions.SOFTMAX_BITS)), node.where),
