@@ -176,27 +176,25 @@ def vit_table(data: dict[str, Any]) -> str:
     train, test = data["images"]
     model = data["model"]
     head = (
-        f"Vision transformers in integers, after training, on scikit-learn's digits: a transformer of {model['blocks']} "
-        f"blocks of width {model['width']} on patches of 2 x 2; test accuracy and the relative error of scores against "
+        "Vision transformers in integers, after training, on scikit-learn's digits: a transformer of "
+        f"{model['blocks']} blocks of width {model['width']} on patches of 2 x 2; test accuracy and the relative error of scores against "
         f"float, mean of {len(data['seeds'])} seeds, {train} images for training, {test} for testing (an image is "
         f"{100 / test:.2f} points), {data['calibration']} for calibration. Float: {exact:.2f} %. {about(data)} "
-        "With everything quantized, all results have the bits of the column; with products alone, those that no product "
-        "takes have 16 (12 before GELU); so do the last three methods."
+        "With everything quantized, all results have the bits of the column; with products alone, those that no "
+        "product takes have 16 (12 before GELU); so do the last three methods."
     )
     gap = fmean(rows["I-ViT", 8]["accuracy"]) - exact
     verdicts = []
     for better, worse in VIT_ORDER:
-        gaps = {
-            b: [fmean(rows[m, b]["accuracy"]) for m in (better, worse)] for b in widths
-        }
+        gaps = {b: [fmean(rows[m, b]["accuracy"]) for m in (better, worse)] for b in widths}
         states = ", ".join(
             f"{b} bits {a - c:+.2f}{'' if a >= c else ', which is against it'}"
             for b, (a, c) in gaps.items()
         )
         verdicts.append(f"{better} over {worse}: {states}")
     tail = (
-        f"I-ViT in 8 bits is {gap:+.2f} points from float (target: 0.3 below it at most). The order of the papers' tables, "
-        f"as points of accuracy: {'; '.join(verdicts)}."
+        f"I-ViT in 8 bits is {gap:+.2f} points from float (target: 0.3 below it at most). The order of the papers' "
+        f"tables, as points of accuracy: {'; '.join(verdicts)}."
     )
     return "\n".join([head, "", *lines, "", tail])
 

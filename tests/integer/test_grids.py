@@ -88,7 +88,9 @@ def test_twin_steps() -> None:
         for step in (0.001, 0.02, 0.3):
             gelu = twin_gelu(bits, step)
             half = 1 << (bits - 1)
-            assert float(gelu.dequantize(torch.tensor(half - 1))) == pytest.approx(step * (half - 1))
+            assert float(gelu.dequantize(torch.tensor(half - 1))) == pytest.approx(
+                step * (half - 1)
+            )
             least = float(gelu.dequantize(torch.tensor(2 * half - 1)))
             assert least <= GELU_LEAST or step < -GELU_LEAST / (half - 1)
             assert least >= 2 * GELU_LEAST

@@ -15,7 +15,15 @@ from lowbit.integer.coded import Coded
 from lowbit.integer.execution import IntegerNode
 from lowbit.integer.functions import Exponential
 from lowbit.integer.graph import Node
-from lowbit.integer.rescaling import INT32_MAX, Grid, Rescale, by_dyadic, check_sums, power_of_two, round_by
+from lowbit.integer.rescaling import (
+    INT32_MAX,
+    Grid,
+    Rescale,
+    by_dyadic,
+    check_sums,
+    power_of_two,
+    round_by,
+)
 from lowbit.integer.transformer import Constant, Gelu, LayerNorm, MatMul, Requantize, Scale, Softmax
 
 ROUNDING = "away"
