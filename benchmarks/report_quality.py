@@ -177,7 +177,8 @@ def vit_table(data: dict[str, Any]) -> str:
     model = data["model"]
     head = (
         "Vision transformers in integers, after training, on scikit-learn's digits: a transformer of "
-        f"{model['blocks']} blocks of width {model['width']} on patches of 2 x 2; test accuracy and the relative error of scores against "
+        f"{model['blocks']} blocks of width {model['width']} on patches of 2 x 2; "
+        f"test accuracy and the relative error of scores against "
         f"float, mean of {len(data['seeds'])} seeds, {train} images for training, {test} for testing (an image is "
         f"{100 / test:.2f} points), {data['calibration']} for calibration. Float: {exact:.2f} %. {about(data)} "
         "With everything quantized, all results have the bits of the column; with products alone, those that no "
