@@ -34,6 +34,7 @@ TOPICS = {
     "peers": ("peers", "peers_model"),
     "quantizers": ("quantizers",),
     "training": ("fp8_training",),
+    "vit": ("vit",),
 }
 ABOUT = {
     "checkpoints": "real GGUF files as stored",
@@ -45,6 +46,7 @@ ABOUT = {
     "peers": "other libraries side by side",
     "quantizers": "time and error of each quantizer",
     "training": "training in FP8",
+    "vit": "vision transformers in integers",
 }
 
 
@@ -150,6 +152,7 @@ def documents(found: dict[str, dict[str, Any]]) -> dict[str, str]:
         ),
         "quantizers": lambda data: (report_quality.quantizers_table(data),),
         "training": lambda data: (report_quality.training_table(data),),
+        "vit": lambda data: (report_quality.vit_table(data),),
     }  # fmt: skip
     texts = {}
     for topic, names in TOPICS.items():

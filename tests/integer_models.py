@@ -154,3 +154,70 @@ def signals() -> Case:
     with torch.no_grad():
         labels = model(x[64:]).argmax(1)
     return Case(model, program, x[:64], x[64:], labels)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, with one linear for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int, fused: bool) -> None:
+        super().__init__()
+        self.heads, self.fused = heads, fused
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width)."""
+        batch, tokens, width = x.shape
+        shape = (batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = (q * (width // self.heads) ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Encoder(nn.Module):
+    """A pre-norm block."""
+
+    def __init__(self, width: int, heads: int, fused: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads, fused)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width)."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """A vision transformer for (1, 8, 8) with patches of 2 x 2, and a class token or the mean of all tokens."""
+
+    def __init__(
+        self,
+        width: int = 32,
+        heads: int = 4,
+        depth: int = 2,
+        mean: bool = False,
+        fused: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mean = mean
+        self.patches = nn.Conv2d(1, width, 2, 2)
+        self.token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.place = nn.Parameter(torch.randn(1, 16 + (not mean), width) * 0.02)
+        self.blocks = nn.Sequential(*(Encoder(width, heads, fused) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of the classes."""
+        y = self.patches(x).flatten(2).transpose(1, 2)
+        if not self.mean:
+            y = torch.cat([self.token.expand(y.shape[0], -1, -1), y], 1)
+        y = self.norm(self.blocks(y + self.place))
+        return self.head(y.mean(1) if self.mean else y[:, 0])

@@ -63,18 +63,19 @@ class IntegerNode:
         if isinstance(node, Weighted):
             assert self.weight is not None
             assert self.bias is not None
-            sums = node.sums(inputs[0], self.weight, self.bias, grids[0].zero)
+            x = grids[0].operand(inputs[0])
+            sums = node.sums(x, self.weight, self.bias, grids[0].zero)
             y = self.rescales[0].apply(sums, node.channel_dim) + zero
         elif isinstance(node, Add):
             assert self.out is not None
             parts = [
-                r.apply((q - g.zero) << self.lift, 0)
+                r.apply(g.integers(q) << self.lift, 0)
                 for q, g, r in zip(inputs, grids, self.rescales, strict=True)
             ]
-            y = self.out.apply(parts[0] + parts[1], 0) + zero
+            y = self.out.apply(parts[0] + parts[1], -1) + zero
         elif isinstance(node, Concat):
             rescaled = [
-                (r.apply(q - g.zero, 0) + zero).clamp(self.low, self.high)
+                (r.apply(g.integers(q), 0) + zero).clamp(self.low, self.high)
                 for q, g, r in zip(inputs, grids, self.rescales, strict=True)
             ]
             y = torch.cat(rescaled, node.axis + 1)
@@ -82,7 +83,11 @@ class IntegerNode:
             y = self._pool(node, inputs[0])
         else:
             y = node.compute(inputs[0])
-        return y.clamp(self.low, self.high).reshape(-1, *node.shape)
+        return self.bounded(y).reshape(-1, *node.shape)
+
+    def bounded(self, y: Tensor) -> Tensor:
+        """y, clamped as the result is."""
+        return y.clamp(self.low, self.high)
 
     def _pool(self, node: Pool, q: Tensor) -> Tensor:
         if not node.mean:
@@ -98,7 +103,7 @@ class IntegerGraph:
     """A network of integers.
 
     Attributes:
-        scheme: "qmn" or "tflite".
+        scheme: "qmn", "tflite", or a method of `quantize_transformer`.
         input: the name of what it takes.
         shape: of one sample of it.
         input_grid: of it.
@@ -152,6 +157,8 @@ class IntegerGraph:
 
 def clamps(node: Node, grid: Grid) -> tuple[int, int]:
     """A node's clamp in integers."""
+    if node.low == -math.inf and node.high == math.inf:
+        return grid.least, grid.most
     low, high = (
         int(grid.quantize(torch.tensor(v, dtype=torch.float64, device="cpu")))
         for v in (node.low, node.high)

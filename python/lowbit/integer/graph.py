@@ -220,8 +220,32 @@ class Reshape(Node):
         return inputs[0].reshape(-1, *self.shape)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Permute(Node):
+    """The same numbers with dimensions in another order; `order` counts them without the batch."""
+
+    order: tuple[int, ...]
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        """As torch.permute."""
+        return inputs[0].permute(0, *(d + 1 for d in self.order))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Take(Node):
+    """Some of the numbers: `length` from `start` along `axis` of the shape of what it takes."""
+
+    axis: int
+    start: int
+    length: int
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        """As torch.narrow; one that is taken alone may have no dimension of its own in the node's shape."""
+        return inputs[0].narrow(self.axis + 1, self.start, self.length).reshape(-1, *self.shape)
+
+
 # Their results have the scale of what they take.
-SAME_SCALE = (Pool, Clamp, Reshape)
+SAME_SCALE = (Pool, Clamp, Reshape, Permute, Take)
 
 
 @dataclass(frozen=True)

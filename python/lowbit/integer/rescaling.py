@@ -42,7 +42,7 @@ class Grid:
     Attributes:
         scale: of one step.
         zero: the integer of 0.
-        bits: 8 or 16; integers are -2^(bits - 1) to 2^(bits - 1) - 1.
+        bits: 2 to 16; integers are -2^(bits - 1) to 2^(bits - 1) - 1.
         rounding: of real numbers, one of `ROUNDINGS`.
     """
 
@@ -64,7 +64,30 @@ class Grid:
     @property
     def dtype(self) -> torch.dtype:
         """Of tensors that hold the integers."""
-        return torch.int8 if self.bits == 8 else torch.int16
+        return torch.int8 if self.bits <= 8 else torch.int16
+
+    @property
+    def steps(self) -> Tensor:
+        """The size of a step, float64: (1,), or (C,) where each channel of the last dimension has its own."""
+        return torch.tensor([self.scale], dtype=torch.float64, device="cpu")
+
+    def operand(self, q: Tensor) -> Tensor:
+        """What products take, int64; less `zero`, it stands for multiples of the scale."""
+        return q.long()
+
+    @property
+    def bound(self) -> int:
+        """The largest absolute value of an operand."""
+        return -self.least
+
+    @property
+    def span(self) -> int:
+        """The largest operand less the least one."""
+        return self.most - self.least
+
+    def integers(self, q: Tensor) -> Tensor:
+        """Multiples of the scale, int64."""
+        return self.operand(q) - self.zero
 
     def quantize(self, x: Tensor) -> Tensor:
         """The integers of real numbers, int8 or int16; what lies outside saturates."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from lowbit.integer.calibration import Ranges, range_of
 from lowbit.integer.execution import IntegerGraph, IntegerNode, clamps, same_scale
@@ -18,7 +19,6 @@ from lowbit.integer.weights import integers
 
 ROUNDING = "away"
 LIFT = 20
-_INT8_MAX = 127
 
 
 def quantize_tflite(graph: Graph, ranges: Ranges, *, codebook: int | None = None) -> IntegerGraph:
@@ -50,9 +50,9 @@ def quantize_tflite(graph: Graph, ranges: Ranges, *, codebook: int | None = None
             continue
         grids[node.name] = _grid(range_of(ranges, node.name, node))
         if isinstance(node, Weighted):
-            made.append(_weighted(node, grids, codebook))
+            made.append(weighted(node, grids, codebook=codebook))
         else:
-            made.append(_join(node, grids))
+            made.append(join(node, grids, LIFT))
     return IntegerGraph("tflite", graph.input, graph.shape, input_grid, tuple(made), graph.output)
 
 
@@ -63,16 +63,29 @@ def _grid(ends: tuple[float, float]) -> Grid:
     return Grid(scale, max(-128, min(127, zero)), 8, ROUNDING)
 
 
-def _weighted(node: Weighted, grids: Mapping[str, Grid], codebook: int | None) -> IntegerNode:
+def weight_steps(node: Weighted, bits: int) -> Tensor:
+    """The step of each channel's weight, (O,): its largest absolute value is 2^(bits - 1) - 1 steps."""
+    return node.weight.abs().flatten(1).amax(1) / ((1 << (bits - 1)) - 1)
+
+
+def weighted(
+    node: Weighted,
+    grids: Mapping[str, Grid],
+    *,
+    bits: int = 8,
+    steps: Tensor | None = None,
+    codebook: int | None = None,
+) -> IntegerNode:
+    """A node with a weight of `bits`, of these steps (O,) float64 or those of `weight_steps`."""
     before, grid = grids[node.inputs[0]], grids[node.name]
-    steps = node.weight.abs().flatten(1).amax(1) / _INT8_MAX
+    steps = weight_steps(node, bits) if steps is None else steps
     # A bias of 2^29 steps leaves room for sums.
     steps = torch.maximum(steps, node.bias.abs() / (before.scale * 2**29))
     steps = torch.where(steps > 0, steps, 1.0)
-    weight, codes = integers(node, steps, 8, ROUNDING, codebook)
+    weight, codes = integers(node, steps, bits, ROUNDING, codebook)
     bias = round_by(node.bias / (steps * before.scale), ROUNDING).long()
     folded = bias - before.zero * weight.flatten(1).sum(1)
-    check_sums(folded.abs() + weight.abs().flatten(1).sum(1) * -grid.least, node.where)
+    check_sums(folded.abs() + weight.abs().flatten(1).sum(1) * before.bound, node.where)
     low, high = clamps(node, grid)
     return IntegerNode(
         node=node,
@@ -87,8 +100,8 @@ def _weighted(node: Weighted, grids: Mapping[str, Grid], codebook: int | None) -
     )
 
 
-def _join(node: Node, grids: Mapping[str, Grid]) -> IntegerNode:
-    """An add or a concatenation."""
+def join(node: Node, grids: Mapping[str, Grid], lift: int) -> IntegerNode:
+    """An add, whose inputs are lifted by so many bits, or a concatenation."""
     if not isinstance(node, (Add, Concat)):
         raise NotImplementedError(f"{node.where}: {type(node).__name__} has no integer form")
     grid = grids[node.name]
@@ -97,9 +110,7 @@ def _join(node: Node, grids: Mapping[str, Grid]) -> IntegerNode:
     # Both inputs of an add become numbers below half of the common scale, so that their sum fits.
     common = 2 * max(scales) if is_add else grid.scale
     factors = torch.tensor([s / common for s in scales], dtype=torch.float64, device="cpu")
-    last = torch.tensor(
-        [common / (math.ldexp(1, LIFT) * grid.scale)], dtype=torch.float64, device="cpu"
-    )
+    last = common / (math.ldexp(1, lift) * grid.steps)
     low, high = clamps(node, grid)
     return IntegerNode(
         node=node,
@@ -109,5 +120,5 @@ def _join(node: Node, grids: Mapping[str, Grid]) -> IntegerNode:
         rounding=ROUNDING,
         rescales=tuple(by_dyadic(factor, node.where) for factor in factors),
         out=by_dyadic(last, node.where) if is_add else None,
-        lift=LIFT if is_add else 0,
+        lift=lift if is_add else 0,
     )
