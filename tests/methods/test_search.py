@@ -129,14 +129,16 @@ def test_tables_fitted_to_some_rows(name: str, weighted: bool, monkeypatch: pyte
     monkeypatch.setattr(search, "FITTED_WEIGHTS", w.numel() // 3 + 1)
     some = quantize(w, name, "search", weights=counts)
     assert not torch.equal(some.table, every.table)
-    # Tables of a normal weight: those of 22 rows are the same but for sampling.
-    assert error_of(some, w, counts) < 1.03 * error_of(every, w, counts)
+    # 22 rows have no more than 176 weights for each entry of a pair: about 1 part of 20 more error.
+    assert error_of(some, w, counts) < 1.08 * error_of(every, w, counts)
     kmeans = quantize(w, name, "kmeans", weights=counts)
     assert error_of(some, w, counts) <= error_of(kmeans, w, counts)
     apart = torch.zeros_like(w)
     apart[1::3] = 1
     found = quantize(w, name, "search", weights=apart)
-    assert error_of(found, w, apart) < 1.1 * error_of(every, w, apart)
+    assert error_of(found, w, apart) <= error_of(
+        quantize(w, name, "kmeans", weights=apart), w, apart
+    )
 
 
 @pytest.mark.parametrize(
