@@ -148,7 +148,9 @@ def quantize(
     ] = None,
     objective: Annotated[
         str, typer.Option(help="What --budget minimises with --calibrate: kl (divergence of the "
-                               "model's outputs) or output (squared error of the layers').")
+                               "model's outputs, estimated by its gradients), measured (the same, by running the "
+                               "model with every candidate: slow, few --samples do) or output (squared error of the "
+                               "layers').")
     ] = "kl",
     method: Annotated[
         str | None, typer.Option(help="rtn, kmeans, lloyd, kde, distq, hqq, or, with --calibrate, gptq, awq, "
@@ -180,7 +182,8 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
     imatrix: Annotated[
         Path | None,
-        typer.Option(help="An importance matrix, as llama.cpp or --save-imatrix writes it, instead of --calibrate."),
+        typer.Option(help="An importance matrix, as llama.cpp or --save-imatrix writes it, instead of --calibrate; "
+                          "with --budget also beside it."),
     ] = None,
     save_imatrix: Annotated[
         Path | None,
