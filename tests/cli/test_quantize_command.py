@@ -366,7 +366,7 @@ def test_bad_combinations_are_one_line(capsys, folder, text, tmp_path):
         ),
         (("-f", "nf4", "--save-imatrix", "m"), "--save-imatrix is for --calibrate"),
         (("-f", "nf4", "--imatrix", "m", "--calibrate", text), "give it without --calibrate"),
-        ((*two, "--imatrix", "m", "--budget", 3), "give it without --budget"),
+        ((*two, "--imatrix", "m", "--budget", 3), "method 'rtn' takes no importance: use 'search'"),
         (("-f", "kmeans3", "--imatrix", tmp_path / "m"), f"no file {tmp_path / 'm'}"),
         ((*two, "--budget", 3, "--objective", "loss"), "--objective must be one of"),
         ((*two, "--budget", 3, "--objective", "output"), "--objective is for --calibrate"),
