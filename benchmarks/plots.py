@@ -1,4 +1,4 @@
-"""Plots of benchmarks/results/{peers,methods}.json, beside them."""
+"""Plots of benchmarks/results/{kl,methods,peers}.json, beside them."""
 
 from __future__ import annotations
 
@@ -81,6 +81,38 @@ def draw_methods(data: dict[str, Any], folder: Path) -> Path:
             if ax in grid[-1]:
                 ax.set_xlabel("bits per weight")
     path = folder / "methods.png"
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+def draw_kl(data: dict[str, Any], folder: Path) -> Path:
+    """KL over bits per weight: a panel for each model and kind of data, ggml's types beside formats of ours, every
+    point named.
+    """
+    models = data["models"].values()
+    kinds = ("none", "importance", "gptq")
+    figure, grid = plt.subplots(
+        len(models), len(kinds), figsize=(4.6 * len(kinds), 3.6 * len(models)), layout="constrained",
+        sharex=True, sharey="row", squeeze=False,
+    )  # fmt: skip
+    for axes, model in zip(grid, models, strict=True):
+        axes[0].set_ylabel(f"{model['title'].partition(' (')[0]}\nKL, nats per token")
+        for ax, kind in zip(axes, kinds, strict=True):
+            ax.set(yscale="log", title=kind, xlabel="bits per weight")
+            # GPTQ is beside ggml with importance.
+            theirs = "importance" if kind == "gptq" else kind
+            for own, color in ((True, "C0"), (False, "C1")):
+                points = [
+                    (r["bits_per_weight"], r["kl"], r["format"].removeprefix("ggml "))
+                    for r in model["rows"]
+                    if r["format"].startswith("ggml ") != own
+                    and r["data"] == (kind if own else theirs)
+                ]
+                for x, y, name in points:
+                    ax.plot(x, y, "o", color=color, markersize=3)
+                    ax.annotate(name, (x, y), color=color, fontsize=7)
+    path = folder / "kl.png"
     figure.savefig(path, dpi=80, metadata={"Software": None})
     plt.close(figure)
     return path

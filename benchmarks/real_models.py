@@ -26,13 +26,18 @@ _PARTS = {
 
 
 def files() -> dict[str, Path]:
-    """The GGUF file of each model, by its name. What is joined lies in the temporary directory and is kept.
+    """The GGUF file of each model, by its name; errors as `locate`."""
+    return {name: locate(name) for name in ("SmolLM2-135M", *_PARTS)}
+
+
+def locate(name: str) -> Path:
+    """The GGUF file of a model. What is joined lies in the temporary directory and is kept.
 
     Raises:
         FileNotFoundError: a package is not installed, or a part is missing.
         ValueError: the parts do not make the file that they are said to make.
     """
-    return {"SmolLM2-135M": default_model(), **{name: _joined(name) for name in _PARTS}}
+    return _joined(name) if name in _PARTS else default_model()
 
 
 def _joined(name: str) -> Path:

@@ -30,6 +30,7 @@ TOPICS = {
     "digits": ("digits",),
     "fp8": ("fp8_avx512bf16", "fp8_avx2"),
     "gpu": ("gpu",),
+    "kl": ("kl",),
     "methods": ("methods",),
     "peers": ("peers", "peers_model"),
     "quantizers": ("quantizers",),
@@ -42,6 +43,7 @@ ABOUT = {
     "digits": "training through the quantizer",
     "fp8": "FP8 products on the CPU",
     "gpu": "checks and times on a GPU",
+    "kl": "divergence of quantized language models over bits",
     "methods": "quantization methods on three models",
     "peers": "other libraries side by side",
     "quantizers": "time and error of each quantizer",
@@ -146,6 +148,7 @@ def documents(found: dict[str, dict[str, Any]]) -> dict[str, str]:
             for isa, d in zip(("avx512bf16", "avx2"), data, strict=True)
         ),
         "gpu": lambda data: report_gpu.tables(data),
+        "kl": lambda data: (report_quality.kl_tables(data),),
         "methods": lambda data: (report_quality.methods_tables(data),),
         "peers": lambda peers, model: (
             report_cpu.peers_model_table(model), report_cpu.peers_tables(peers),
@@ -199,6 +202,8 @@ def main() -> None:
 
     if "peers" in found:
         plots.draw(found["peers"], RESULTS)
+    if "kl" in found:
+        plots.draw_kl(found["kl"], RESULTS)
     if "methods" in found:
         plots.draw_methods(found["methods"], RESULTS)
 

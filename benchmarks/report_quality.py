@@ -238,3 +238,63 @@ def methods_table(model: dict[str, Any]) -> str:
             )
         lines.append(row(method, cells))
     return "\n".join(lines)
+
+
+# KL with importance, and error of weights without data, of the types of ik_llama.cpp, which no package carries: commit
+# 8337e4cd of it, measured once on another cut of the same text, 16 windows, SmolLM2 permuted likewise (for errors: down
+# projections 3, 15 and 27). On that cut ggml's IQ4_XS had IQ4_XS_THERE.
+IK = (("IQ4_K", 4.5, 0.0430), ("IQ4_KS", 4.27, 0.0587), ("IQ3_K", 3.44, 0.2079), ("IQ3_KS", 3.2, 0.3171),
+      ("IQ2_KL", 2.7, 0.6743), ("IQ2_K", 2.38, 1.3294))  # fmt: skip
+IQ4_XS_THERE = 0.0856
+KL_DATA = {"none": "no data", "importance": "importance", "gptq": "GPTQ"}
+
+
+def kl_tables(data: dict[str, Any]) -> str:
+    """Errors of single matrices, then one table for each model."""
+    parts = [
+        "KL(dense || quantized) on text that no method has seen, in nats per token, over bits "
+        "([plot](kl.png)). All linears but the head are quantized; ggml's types are made by libggml-python, rows put "
+        "together where a row is no whole number of blocks. Importance is the mean square of every input feature, "
+        "on the other half of the text."
+    ]
+    if rows := data["weights"].get("rows"):
+        names = list(rows[0]["errors"])
+        lines = [
+            row("squared error of weights, %", ["bits", *names]),
+            "|---|" + "---|" * (1 + len(names)),
+        ]
+        for r in sorted(rows, key=lambda r: -r["bits_per_weight"]):
+            cells = [f"{100 * r['errors'][name]:.3g}" for name in names]
+            lines.append(row(r["format"], [f"{r['bits_per_weight']:.2f}", *cells]))
+        parts.append(f"Without data, 192 rows each. {about(data['weights'])}")
+        parts.append("\n".join(lines))
+    for model in data["models"].values():
+        calibration, test = model["windows"]
+        parts.append(
+            f"{model['title']}: {test} windows of 512 tokens, the second half of each, calibrated on {calibration}; "
+            f"perplexity of the dense model {model['dense']['perplexity']:.4g}. {about(model)}"
+        )
+        parts.append(kl_table(model))
+    listing = ", ".join(f"{name} ({bits:g} bits) {kl:.3g}" for name, bits, kl in IK)
+    parts.append(
+        f"Beside it, KL of types of ik_llama.cpp with importance, on another cut of the text, SmolLM2 permuted, where "
+        f"ggml's IQ4_XS had {IQ4_XS_THERE}: {listing}."
+    )
+    return "\n\n".join(parts)
+
+
+def kl_table(model: dict[str, Any]) -> str:
+    """One line for each format; a cell for each kind of data: KL, perplexity and seconds of the CPU."""
+    rows = {(r["format"], r["data"]): r for r in model["rows"]}
+    bits = {r["format"]: r["bits_per_weight"] for r in model["rows"]}
+    heads = ["bits", *(f"{what}: KL / perplexity / CPU s" for what in KL_DATA.values())]
+    lines = [row("format", heads), "|---|" + "---|" * len(heads)]
+    for name in sorted(bits, key=lambda name: -bits[name]):
+        cells = []
+        for kind in KL_DATA:
+            r = rows.get((name, kind))
+            cells.append(
+                f"{r['kl']:.3g} / {r['perplexity']:.4g} / {r['cpu_seconds']:.0f}" if r else ""
+            )
+        lines.append(row(name, [f"{bits[name]:.2f}", *cells]))
+    return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from ctypes import CFUNCTYPE, POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from adapters.base import Candidate, Unsupported, num_copies
 # enum ggml_type of ggml.h
 TYPES = {
     "F32": 0, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
-    "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "TQ1_0": 34, "TQ2_0": 35,
+    "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23, "TQ1_0": 34, "TQ2_0": 35,
 }  # fmt: skip
 _TENSOR_BYTES = 4096  # more than one struct ggml_tensor with its bookkeeping
 
@@ -57,6 +58,7 @@ _BASE = {
         c_void_p,
     ),
     "ggml_get_type_traits": (POINTER(_TypeTraits), c_int),
+    "ggml_quantize_init": (None, c_int),
     "ggml_row_size": (c_size_t, c_int, c_int64),
     "ggml_backend_cpu_buffer_type": (c_void_p,),
     "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, c_void_p, c_void_p),
@@ -114,6 +116,38 @@ class _Library:
 @functools.cache
 def _library(package: str) -> _Library:
     return _Library(package)
+
+
+def quantized(
+    weight: Tensor, kind: str, importance: Tensor | None = None, package: str = "libggml"
+) -> tuple[Tensor, int]:
+    """The values of a weight (N, K) in type `kind`, fp32, and its bytes.
+
+    Rows that are no whole number of blocks are put together until they are.
+
+    Args:
+        importance: what each input feature counts, (K,): a line of an imatrix.
+
+    Raises:
+        Unsupported: N is no multiple of the rows that go together.
+    """
+    lib = _library(package)
+    n, k = weight.shape
+    code = TYPES[kind]
+    traits = lib.get_type_traits(code).contents
+    together = traits.blck_size // math.gcd(k, traits.blck_size)
+    if n % together:
+        raise Unsupported(f"N must be a multiple of {together} where K is {k}, got {n}")
+    rows, width = n // together, k * together
+    lib.quantize_init(code)
+    source = np.ascontiguousarray(weight.numpy(), np.float32)
+    counts = None if importance is None else importance.repeat(together).float().numpy()
+    data = np.empty((rows, lib.row_size(code, width)), np.uint8)
+    pointer = None if counts is None else counts.ctypes.data
+    lib.quantize_chunk(code, source.ctypes.data, data.ctypes.data, 0, rows, width, pointer)
+    values = np.empty((n, k), np.float32)
+    traits.to_float(data.ctypes.data, values.ctypes.data, n * k)
+    return torch.from_numpy(values), data.nbytes
 
 
 def ggml(

@@ -28,6 +28,7 @@ from lowbit.integrations.pretrained import (  # noqa: E402
 from lowbit.ptq import (  # noqa: E402
     Recipe,
     Rule,
+    allocate,
     collect_importance,
     load_importance,
     quantize_model,
@@ -193,6 +194,19 @@ def test_imatrix_is_saved_and_used(capsys, folder, text, tmp_path):
     assert only_report(report) == json.loads(json.dumps(wanted.to_dict()))
     assert len(report["layers"]) == 14
     assert torch.equal(logits(load_folder(target)), logits(model))
+    # With a budget it says what errors count, or, beside text, only what methods learn.
+    two = ("-f", "km2_g16", "-f", "km4", "--budget", 3.5, "--imatrix", file)
+    report = run_json(capsys, "quantize", folder, tmp_path / "mixed", *two)
+    dense = load_dense(folder)
+    names = ["km2_g16", "km4"]
+    allocation = allocate(dense, names, 3.5, skip=skip, importance=file, progress=False)
+    assert report.pop("allocation") == json.loads(json.dumps(allocation.to_dict()))
+    wanted = quantize_model(dense, allocation.recipe, skip=skip, importance=file, progress=False)
+    assert only_report(report) == json.loads(json.dumps(wanted.to_dict()))
+    measured = ("--calibrate", text, "--length", 20, "--samples", 1, "--objective", "measured")
+    report = run_json(capsys, "quantize", folder, tmp_path / "measured", *two, *measured)
+    assert report["bits_per_weight"] <= 3.5
+    assert report["allocation"]["error"] != allocation.error
     assert "general.type is 'model'; expected 'imatrix'" in fail(
         capsys,
         "quantize",
@@ -215,6 +229,11 @@ def test_an_imatrix_is_for_models(capsys, tmp_path):
             f"--imatrix is for folders of transformers and GGUF files, got {source}",
         ),
         (("--quantized", "keep"), "give it without --imatrix"),
+        (("-f", "km3", "--calibrate", "t"), "give it without --calibrate, or with --budget, too"),
+        (
+            ("-f", "km3", "-f", "km4", "--budget", 3, "--method", "gptq", "--calibrate", "t"),
+            "method 'gptq' learns from --calibrate: give it without --imatrix",
+        ),
     ):
         arguments = ("quantize", source, tmp_path / "out.safetensors", "--imatrix", "m", *options)
         assert message in fail(capsys, *arguments)
@@ -347,7 +366,7 @@ def test_bad_combinations_are_one_line(capsys, folder, text, tmp_path):
         ),
         (("-f", "nf4", "--save-imatrix", "m"), "--save-imatrix is for --calibrate"),
         (("-f", "nf4", "--imatrix", "m", "--calibrate", text), "give it without --calibrate"),
-        ((*two, "--imatrix", "m", "--budget", 3), "give it without --budget"),
+        ((*two, "--imatrix", "m", "--budget", 3), "method 'rtn' takes no importance: use 'search'"),
         (("-f", "kmeans3", "--imatrix", tmp_path / "m"), f"no file {tmp_path / 'm'}"),
         ((*two, "--budget", 3, "--objective", "loss"), "--objective must be one of"),
         ((*two, "--budget", 3, "--objective", "output"), "--objective is for --calibrate"),

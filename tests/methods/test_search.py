@@ -119,6 +119,28 @@ def test_error_never_rises_and_is_below_that_of_kmeans(name: str, weighted: bool
     assert_search_descends(name, kind, weighted, (1, 2, 3, 8))
 
 
+@pytest.mark.parametrize("name", ["km4", "km4x2", "km2_g16"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_tables_fitted_to_some_rows(name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch):
+    w = normal(64, 256)
+    counts = normal(1, 256)[0].square() if weighted else torch.ones(256)
+    every = quantize(w, name, "search", weights=counts)
+    # A third of the rows, which have no importance by themselves where all of it lies on others.
+    monkeypatch.setattr(search, "FITTED_WEIGHTS", w.numel() // 3 + 1)
+    some = quantize(w, name, "search", weights=counts)
+    assert not torch.equal(some.table, every.table)
+    # 22 rows have no more than 176 weights for each entry of a pair: about 1 part of 20 more error.
+    assert error_of(some, w, counts) < 1.08 * error_of(every, w, counts)
+    kmeans = quantize(w, name, "kmeans", weights=counts)
+    assert error_of(some, w, counts) <= error_of(kmeans, w, counts)
+    apart = torch.zeros_like(w)
+    apart[1::3] = 1
+    found = quantize(w, name, "search", weights=apart)
+    assert error_of(found, w, apart) <= error_of(
+        quantize(w, name, "kmeans", weights=apart), w, apart
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "most"),
     [("km4", 0.57), ("km3", 2.4), ("km2", 9.8), ("km4_g16", 0.42), ("km3_g16", 1.85), ("km2_g16", 8.2)],

@@ -120,6 +120,7 @@ class Net(nn.Module):
 BATCHES = [torch.arange(40).view(2, 20), torch.arange(39, -1, -1).view(1, 40)]
 CANDIDATES = ["int2_g32", "int3_g32", "int4_g32"]
 NAMES = [f"layers.{i}" for i in range(4)]
+COUNTS = {name: torch.linspace(0.1, 2, 64) for name in NAMES}
 
 
 def test_choices_are_made_as_predicted_and_beat_uniform_bits():
@@ -318,10 +319,20 @@ BAD = [
     ({"method": "gptq"}, ValueError, "method 'gptq' needs calibration"),
     ({"method": "best"}, ValueError, "method must be one of .* got 'best'"),
     ({"method": "gptq", "options": {"order": 1}}, ValueError, "method 'gptq' takes no order"),
-    ({"objective": "loss"}, ValueError, r"objective must be one of \('kl', 'output'\), got 'loss'"),
+    ({"objective": "loss"}, ValueError, r"objective must be one of \('kl', 'output', 'measured'\), got 'loss'"),
     ({"calibration": []}, ValueError, "calibration is empty"),
     ({"calibration": BATCHES, "sensitivities": {}}, ValueError, "calibration or sensitivities, not"),
     ({"sensitivities": {}}, ValueError, r"sensitivities has nothing for layers\.0"),
+    ({"sensitivities": {}, "importance": {}}, ValueError, "give importance or sensitivities, not both"),
+    ({"weights": {"a": torch.zeros(2, 3)}, "importance": {}}, ValueError, "importance needs a model"),
+    ({"importance": {}}, ValueError, "method 'rtn' takes no importance: use 'search' or 'kmeans'"),
+    ({"importance": COUNTS, "method": "gptq", "calibration": BATCHES}, ValueError, "'gptq' takes no importance"),
+    ({"importance": COUNTS, "method": "gptq"}, ValueError, "method 'gptq' needs calibration"),
+    ({"importance": {}, "method": "search"}, ValueError, r"importance has no entry of 'layers\.0', which"),
+    ({"importance": {"x": torch.ones(64)}, "method": "search"}, ValueError, "names 'x', which is no nn.Linear"),
+    ({"importance": COUNTS | {"lm_head": torch.ones(3)}, "method": "search"}, ValueError, r"\(64,\), .* got \(3,\)"),
+    ({"importance": dict.fromkeys(NAMES, torch.zeros(64)), "method": "search"}, ValueError, "all 64 values are 0"),
+    ({"importance": dict.fromkeys(NAMES, torch.full((64,), math.inf)), "method": "search"}, ValueError, "is inf"),
     ({"sensitivities": dict.fromkeys(NAMES, -1)}, ValueError, "finite and not negative"),
     ({"sensitivities": dict.fromkeys(NAMES, torch.full((64,), math.nan))}, ValueError, "finite"),
     ({"sensitivities": dict.fromkeys(NAMES, torch.ones(3))}, ValueError, r"got torch.float32 .* \(3,\)"),

@@ -106,7 +106,9 @@ def _print(table: Table) -> None:
 
 @app.command()
 def formats() -> None:
-    """Lists the built-in formats."""
+    """Lists the built-in formats. Of those with a code for every weight and as many bits km4, km3 and km2, and more so
+    km4x2, km3x2 and km2x2, have the least error: their scales are searched, of either sign, and their tables fitted.
+    """
     numbers = ("bits", "group", "bits/weight")
     # What a weight takes is known to code that needs torch.
     sizes = importlib.util.find_spec("torch") is not None
@@ -135,8 +137,8 @@ def quantize(
     target: Annotated[Path, typer.Argument(help="The file or folder to write.")],
     format: Annotated[
         list[str] | None,
-        typer.Option("--format", "-f", help="As in: nf4, int3_g64, uint4_g32. Several are "
-                                            "candidates for --budget."),
+        typer.Option("--format", "-f", help="As in: km4, km3x2, km2_g16 (least error for their bits), nf4, "
+                                            "int3_g64, uint4_g32. Several are candidates for --budget."),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A .toml or .json file with formats by module name.")
@@ -148,11 +150,14 @@ def quantize(
     ] = None,
     objective: Annotated[
         str, typer.Option(help="What --budget minimises with --calibrate: kl (divergence of the "
-                               "model's outputs) or output (squared error of the layers').")
+                               "model's outputs, estimated by its gradients), measured (the same, by running the "
+                               "model with every candidate: slow, few --samples do) or output (squared error of the "
+                               "layers').")
     ] = "kl",
     method: Annotated[
-        str | None, typer.Option(help="rtn, kmeans, lloyd, kde, distq, hqq, or, with --calibrate, gptq, awq, "
-                                    "smoothquant.")
+        str | None, typer.Option(help="rtn, search, kmeans, lloyd, kde, distq, hqq, or, with --calibrate, gptq (least "
+                                    "error of outputs), awq, smoothquant. search, the default of km formats, "
+                                    "learns from --calibrate or --imatrix where it is named.")
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE for the method, as --method NAME --help lists them. May be "
@@ -180,7 +185,8 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
     imatrix: Annotated[
         Path | None,
-        typer.Option(help="An importance matrix, as llama.cpp or --save-imatrix writes it, instead of --calibrate."),
+        typer.Option(help="An importance matrix, as llama.cpp or --save-imatrix writes it, instead of --calibrate; "
+                          "with --budget also beside it."),
     ] = None,
     save_imatrix: Annotated[
         Path | None,

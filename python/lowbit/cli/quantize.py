@@ -63,7 +63,8 @@ class QuantizeOptions:
             of config.json, or what each tensor has.
         calibrate: text or tokens, `lowbit.integrations.pretrained.calibration_tokens`.
         length, samples, per_line, seed: as there.
-        imatrix: the importance of input features, a file, as in `lowbit.quantize_model`.
+        imatrix: the importance of input features, a file, as in `lowbit.quantize_model`; with `budget`
+            also as in `lowbit.ptq.allocate`.
         save_imatrix: the file to write it to, as `calibrate` finds it in the dense model.
         report: a folder for tables and plots.
         quantized: what becomes of a folder or GGUF file that is quantized already: "refuse", "keep" (packed
@@ -128,10 +129,14 @@ class QuantizeOptions:
                 raise ValueError(f"method {self.method!r} needs --calibrate FILE")
         elif self.options:
             raise ValueError("--option is for a method: give --method")
-        if self.imatrix is not None and (self.calibrate is not None or self.budget is not None):
-            given = "--calibrate" if self.calibrate is not None else "--budget"
+        if self.imatrix is not None and self.calibrate is not None and self.budget is None:
             raise ValueError(
-                f"--imatrix is for methods that learn from it: give it without {given}"
+                "--imatrix is for methods that learn from it: give it without --calibrate, or with --budget, too, "
+                "whose errors --calibrate then measures"
+            )
+        if self.imatrix is not None and self.method and "hessian" in keywords(self.method):
+            raise ValueError(
+                f"method {self.method!r} learns from --calibrate: give it without --imatrix"
             )
         if self.save_imatrix is not None and self.calibrate is None:
             raise ValueError("--save-imatrix is for --calibrate, which is not given")
@@ -430,17 +435,21 @@ def _quantize_model_of(
                 skip=skip,
                 calibration=batches,
                 objective=options.objective,
+                importance=options.imatrix,
                 **how,
             )
             rules = allocation.recipe
-        inputs = batches if options.learns else None
+        inputs = batches if options.learns and options.imatrix is None else None
+        importance = options.imatrix
+        if allocation is not None and importance is not None and not _learns_importance(allocation):
+            importance = None
         # An error ends the command, and the model with it.
         report = quantize_model(
             model,
             rules,
             skip=skip,
             calibration=inputs,
-            importance=options.imatrix,
+            importance=importance,
             on_layer=on_layer,
             atomic=False,
             **how,
@@ -456,6 +465,12 @@ def _quantize_model_of(
     shards = options.max_shard_size
     pretrained.save_folder(model, folder, options.target, _finish(options), max_shard_size=shards)
     return report, allocation
+
+
+def _learns_importance(allocation: Allocation) -> bool:
+    """Whether something that was chosen has a method that takes importance."""
+    methods = {choice.option.rule.method for choice in allocation.choices}
+    return any(method is not None and "weights" in keywords(method) for method in methods)
 
 
 def parse_options(given: tuple[str, ...] | list[str]) -> tuple[tuple[str, Any], ...]:

@@ -24,6 +24,8 @@ from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
 # fitted to such scales, and for others.
 FITTED_RATIOS = tuple(0.75 + 0.05 * i for i in range(13))
 FIXED_RATIOS = tuple(0.3 + 0.05 * i for i in range(20))
+# Tables are fitted to about so many weights at most, of rows that lie evenly.
+FITTED_WEIGHTS = 1 << 18
 # How far the second of a pair of tables begins from the first, in steps between its entries.
 PAIR_SHIFT = 0.25
 
@@ -57,7 +59,8 @@ def quantize(
     every weight.
 
     The sum of importance * (W - W^)^2 never rises from one iteration to the next, and is never above that of
-    `kmeans`, or of `rtn` for a format with values of its own.
+    `kmeans`, or of `rtn` for a format with values of its own. Tables of large weights are fitted to some of the rows,
+    and once more to all of them when the scales are there.
 
     Args:
         weight: (N, K) in fp32, bf16, fp16 or fp64, finite, not empty; computed in fp32.
@@ -111,8 +114,32 @@ def _improve(qt: QuantTensor, weight: Tensor, weights: Tensor | None, iterations
 def _fit(weight: Tensor, format: Format, weights: Tensor | None, iterations: int) -> QuantTensor:
     best = kmeans.quantize(weight, format, weights=weights)
     least = _search(best, weight, weights, ())
+    stride = math.ceil(weight.numel() / FITTED_WEIGHTS)
+    if stride == 1 or len(weight) < 2 * stride:
+        qt, error = _alternate(weight, format, weights, iterations)
+        return qt if error < least else best
+    # Tables hardly depend on which of so many weights they are fitted to: only the scales take all of them.
+    some = None if weights is None else weights[::stride]
+    if some is not None and not bool(some.any()):
+        some = None
+    part, _ = _alternate(weight[::stride], format, some, iterations)
     qt = _start(weight, format)
-    previous = math.inf
+    qt.tensors["table"].copy_(part.tensors["table"])
+    error = _search(qt, weight, weights, FITTED_RATIOS)
+    found = qt.map(torch.clone)
+    fitting.fit_tables(qt, weight, weights, kmeans.solve)
+    refined = _search(qt, weight, weights, ())
+    if refined < error:
+        found, error = qt, refined
+    return found if error < least else best
+
+
+def _alternate(
+    weight: Tensor, format: Format, weights: Tensor | None, iterations: int
+) -> tuple[QuantTensor, float]:
+    """Scales and tables in turn, and the error that they leave."""
+    qt = _start(weight, format)
+    least, best, previous = math.inf, qt, math.inf
     for i in range(iterations):
         fitting.fit_tables(qt, weight, weights, kmeans.solve)
         if i == 0 and format.table_scope == "pair":
@@ -123,7 +150,7 @@ def _fit(weight: Tensor, format: Format, weights: Tensor | None, iterations: int
         if not error < previous:
             break
         previous = error
-    return best
+    return best, least
 
 
 def _part(tables: Tensor) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,19 +23,22 @@ from torch import Tensor, nn
 
 from lowbit.formats import Format
 from lowbit.methods.errors import errors
-from lowbit.methods.registry import calibrates
+from lowbit.methods.registry import calibrates, keywords
 from lowbit.nn.names import DEFAULT_SKIP, Rule, Selection, as_rule, listed
 from lowbit.nn.stand_ins import stand_ins
 from lowbit.ptq.allocation import Allocation, Choice, Option, as_bytes, check_capacity, choose
 from lowbit.ptq.calibration import InputStatistics, as_batches, calibrate
+from lowbit.ptq.divergence import divergences
 from lowbit.ptq.fisher import output_fisher
-from lowbit.ptq.model import check_rules, chunks, informed
+from lowbit.ptq.given import check_one_of, with_method
+from lowbit.ptq.importance import as_importance
+from lowbit.ptq.model import Inputs, check_rules, chunks, informed
 from lowbit.ptq.plan import plan_layers
 from lowbit.ptq.progress import bar
 from lowbit.ptq.report import Report
 from lowbit.weights.quantized import QuantTensor, stored_bytes
 
-OBJECTIVES = ("kl", "output")
+OBJECTIVES = ("kl", "output", "measured")
 
 
 def allocate(
@@ -49,6 +53,7 @@ def allocate(
     calibration: Iterable[Any] | None = None,
     objective: str = "kl",
     sensitivities: Mapping[str, float | Tensor] | None = None,
+    importance: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Allocation:
     """Chooses a format for every weight: the least sum of errors that fits the budget.
@@ -57,8 +62,10 @@ def allocate(
     makes between the outputs of the dense and the quantized model, estimated by `output_fisher`.
     With objective "output" it is the mean squared error of the layer's own outputs, tr((W - W^) H
     (W - W^)^T) with H the mean x x^T of its inputs: that does not tell layers whose outputs matter
-    from others, and in a deep model can be worse than one format for all weights. Without
-    calibration it is the squared error of the weight, H = 1. Errors of a layer that calibration says
+    from others, and in a deep model can be worse than one format for all weights. With objective
+    "measured" it is that KL divergence as it is found: the model runs with every candidate of every
+    weight by itself, which takes (layers * candidates + 1) runs for each input of `calibration`.
+    Without calibration it is the squared error of the weight, H = 1. Errors of a layer that calibration says
     nothing of, as an expert that a router never picks, count 0, with a warning. Every candidate is made and measured;
     with a method that looks at one weight at a time it is what `quantize_model` will make.
 
@@ -71,39 +78,61 @@ def allocate(
         skip: patterns of modules to leave, as in `quantize_model`; they are not in the budget.
         method, options: as in `quantize_model`, for candidates without a method.
         calibration: inputs of the model, as in `quantize_model`.
-        objective: of calibration, "kl" or "output". "kl" runs the model backward, too, and takes
-            its output, or the `logits` of its output, for logits.
+        objective: of calibration, "kl", "measured" or "output". The first runs the model backward,
+            too; the first two take its output, or the `logits` of its output, for logits. For
+            "measured" all candidates are in memory at once, packed; some inputs are enough.
         sensitivities: for every name, instead of calibration: a factor for the squared error (the
             mean trace of the loss's Hessian in HAWQ-V2), the diagonal of H, (K,), or H, (K, K).
             Methods that need calibration get H, or its diagonal.
+        importance: what each input feature of a layer counts, as in `quantize_model`: an imatrix
+            file, or (K,) by the name of a linear. Methods that take `weights` get it; and without
+            calibration H is its diagonal.
         progress: show a bar on stderr.
 
     Returns:
         The choices and, in `left`, the reason for every parameter of two or more dimensions that is
-        not among them. `quantize_model(model, allocation.recipe)`, with the same `skip` and, if the
-        method needs it, `calibration`, makes them.
+        not among them. `quantize_model(model, allocation.recipe)`, with the same `skip`, `importance` and,
+        if the method needs it, `calibration`, makes them.
 
     Warns:
         UserWarning: as `quantize_model`.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the budget is below what the smallest
-            candidates need; a weight cannot be quantized (the message starts with its name).
+            candidates need; a weight cannot be quantized (the message starts with its name);
+            `importance` is of another model, has no entry of a layer, one of another length, or one
+            that holds NaN, inf or zeros alone, or a method takes none.
     """
     rules = [as_rule(c).completed(method, options or {}) for c in candidates]
     if not rules or any(rule.format is None for rule in rules):
         raise ValueError("candidates must hold at least one format, and no None")
     if calibration is not None and sensitivities is not None:
         raise ValueError("give calibration or sensitivities, not both")
+    if importance is not None:
+        check_one_of(importance=importance, sensitivities=sensitivities)
+        if not isinstance(weights, nn.Module):
+            raise ValueError("importance needs a model: give sensitivities for a mapping")
+        rules = [with_method(rule) for rule in rules]
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {OBJECTIVES}, got {objective!r}")
     check_rules(rules, calibration is not None or sensitivities is not None)
+    if importance is not None:
+        known = {rule.method or "": keywords(rule.method or "") for rule in rules}
+        for method_name, takes in known.items():
+            if "hessian" in takes or not any("weights" in t for t in known.values()):
+                raise ValueError(
+                    f"method {method_name!r} takes no importance: use 'search' or 'kmeans'"
+                )
     with stand_ins(weights) if isinstance(weights, nn.Module) else contextlib.nullcontext():
         layers, left = _layers(weights, rules[0], skip)
         if not layers:
             raise ValueError("weights must hold at least one linear that is not skipped")
         numel = sum(math.prod(layer.shape) for layer in layers)
         capacity = as_bytes(budget, budget_bytes, numel)
+        features = None
+        if importance is not None:
+            assert isinstance(weights, nn.Module)
+            features = _features(layers, weights, as_importance(importance, weights) or {})
         formats = [rule.format for rule in rules if rule.format is not None]
         # Before hours of measuring.
         check_capacity(
@@ -113,9 +142,9 @@ def allocate(
             if not isinstance(weights, nn.Module):
                 raise ValueError("calibration needs a model: give sensitivities for a mapping")
             batches = as_batches(calibration)
-            measured = _calibrated(layers, rules, weights, batches, objective, progress)
+            measured = _calibrated(layers, rules, weights, batches, objective, features, progress)
         else:
-            measured = _given(layers, rules, weights, sensitivities, progress)
+            measured = _given(layers, rules, weights, features or sensitivities, progress)
         found = [
             Choice(layer.names, layer.shape, tuple(options), 0)
             for layer, options in zip(layers, measured, strict=True)
@@ -207,22 +236,42 @@ def _layers(
     return [_Layer(tuple(names), shape) for names, shape in layers], report.left
 
 
+def _features(
+    layers: Sequence[_Layer], model: nn.Module, importance: Mapping[str, Tensor]
+) -> dict[str, float | Tensor]:
+    """That of every layer and no other, where the layers are."""
+    found: dict[str, float | Tensor] = {}
+    for name in (name for layer in layers for name in layer.names):
+        if name not in importance:
+            raise ValueError(
+                f"importance has no entry of {name!r}, which cannot be compared with layers that have one: give it, or "
+                "skip the layer"
+            )
+        found[name] = importance[name].to(_weight(model, name).device)
+    return found
+
+
 def _calibrated(
     layers: Sequence[_Layer],
     rules: Sequence[Rule],
     model: nn.Module,
     batches: Sequence[Any],
     objective: str,
+    features: Mapping[str, float | Tensor] | None,
     progress: bool,
 ) -> list[list[Option]]:
     """The options of every layer, in order, by what the dense model says."""
-    kl = objective == "kl"
+    kl, runs = objective == "kl", objective == "measured"
     # Methods learn from the inputs alone, whatever the objective.
-    learning = not kl or any(calibrates(rule.method) for rule in rules)
+    learning = objective == "output" or (
+        features is None and any(calibrates(rule.method) for rule in rules)
+    )
     firsts = {layer.names[0] for layer in layers}
     parts = list(chunks(model, (layer.names for layer in layers), firsts, copies=kl + learning))
     steps = len(layers) * len(rules) + len(parts) * (kl + learning) * len(batches)
+    steps += runs * (len(layers) * len(rules) + 1) * len(batches)
     measured = []
+    candidates: list[tuple[str, list[QuantTensor]]] = []
     silent: list[str] = []
     with bar(steps, "measuring", progress) as advance:
         for part in parts:
@@ -236,12 +285,27 @@ def _calibrated(
                 own = [inputs.pop(name) for name in names if learning]
                 silent += [name for name, x in zip(names, own, strict=False) if x.missing]
                 with _naming(names[0]):
-                    uses = [_of_inputs(x) for x in own if not kl]
+                    uses = [_of_inputs(x) for x in own if objective == "output"]
                     uses += [
                         _Sensitivity(fisher[n].inputs, fisher.pop(n).outputs) for n in names if kl
                     ]
+                    learned: Inputs | None = own[0] if own else None
+                    if features is not None:
+                        learned = _Sensitivity(features[names[0]])
                     weight = _weight(model, names[0])
-                    measured.append(_measure(weight, rules, own[0] if own else None, uses, advance))
+                    made = [] if runs else None
+                    measured.append(_measure(weight, rules, learned, uses, advance, made))
+                    if made is not None:
+                        candidates.append((names[0], made))
+        if runs:
+            found = divergences(model, candidates, batches, advance)
+            measured = [
+                [
+                    replace(option, error=error)
+                    for option, error in zip(options, errors, strict=True)
+                ]
+                for options, errors in zip(measured, found, strict=True)
+            ]
     if silent:
         if len(silent) == sum(len(layer.names) for layer in layers):
             raise ValueError("calibration is empty or 0: it says nothing of any layer")
@@ -298,17 +362,20 @@ def _weight(weights: nn.Module | Mapping[str, Tensor], name: str) -> Tensor:
 def _measure(
     weight: Tensor,
     rules: Sequence[Rule],
-    inputs: InputStatistics | _Sensitivity | None,
+    inputs: Inputs | None,
     uses: Sequence[_Sensitivity],
     advance: Callable[[], object],
+    kept: list[QuantTensor] | None = None,
 ) -> list[Option]:
     """Makes every candidate; `inputs`, what methods learn from, are those of the first use, as in
-    `quantize_model`.
+    `quantize_model`. What is made is added to `kept`.
     """
     options = []
     for rule in rules:
         qt = informed(rule, inputs)[0](None, weight)
         options.append(Option(rule, qt.nbytes, sum(use.error(weight, qt) for use in uses)))
+        if kept is not None:
+            kept.append(qt)
         advance()
     return options
 

@@ -68,7 +68,7 @@ def output_fisher(
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    predictions = 0
+    count = 0
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -107,11 +107,13 @@ def output_fisher(
             handle = model.get_submodule(name).register_forward_hook(watch(name))
             stack.callback(handle.remove)
         for i, batch in enumerate(batches):
-            z = _logits(forward(model, batch), padding)
+            z = predictions(forward(model, batch), padding)
+            if not z.requires_grad:
+                raise ValueError(f"logits of shape {tuple(z.shape)} do not depend on the linears")
             generator = torch.Generator(z.device).manual_seed(seed + i)
             y = torch.multinomial(z.detach().softmax(-1), 1, generator=generator)
             z.log_softmax(-1).gather(1, y).sum().backward()
-            predictions += len(z)
+            count += len(z)
             advance()
     if silent := [name for name in names if name not in inputs]:
         warnings.warn(f"no gradient has reached {listed(silent)}: 0 is assumed", stacklevel=2)
@@ -124,11 +126,17 @@ def output_fisher(
             outputs[name] = torch.zeros(n, dtype=torch.float64, device=weight.device)
         # Without any gradient there are no shares, and nothing to share.
         total = float(outputs[name].sum()) or 1.0
-        found[name] = Fisher(inputs.pop(name) / (2 * predictions), outputs[name] / total)
+        found[name] = Fisher(inputs.pop(name) / (2 * count), outputs[name] / total)
     return found
 
 
-def _logits(output: Any, padding: Padding) -> Tensor:  # (predictions, classes) fp32
+def predictions(output: Any, padding: Padding) -> Tensor:  # (predictions, classes) fp32
+    """The logits that a model has given, but for those of padding.
+
+    Raises:
+        TypeError: the output is neither a floating tensor nor something with such `logits`.
+        ValueError: there are none, or they hold NaN or inf.
+    """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() == 0:
         raise TypeError(
@@ -137,11 +145,8 @@ def _logits(output: Any, padding: Padding) -> Tensor:  # (predictions, classes) 
         )
     z, mask = logits.flatten(0, -2).float(), padding.mask_of_result(logits)
     z = z if mask is None else z[mask]
-    if not z.numel() or not bool(torch.isfinite(z).all()) or not z.requires_grad:
-        raise ValueError(
-            f"logits of shape {tuple(logits.shape)} are empty, hold NaN or inf, or do not depend on "
-            "the linears"
-        )
+    if not z.numel() or not bool(torch.isfinite(z).all()):
+        raise ValueError(f"logits of shape {tuple(logits.shape)} are empty, or hold NaN or inf")
     return z
 
 

@@ -86,10 +86,11 @@ def quantize_model(
         model: any module. Its `nn.Linear` layers become `lowbit.nn.QuantLinear`, and so do GPT-2's Conv1D, Falcon's
             linears and each of the fused experts of transformers, which are layers of a `lowbit.nn.QuantExperts`
             then; everything else stays, but for an `nn.Embedding` that a recipe names.
-        format: a Format or its name for every linear, or a recipe {pattern: format, `Rule` or
-            None}, as a `Recipe` or `allocate` makes it: the first pattern that matches the module's
-            name counts, and no match means None, "leave it". How a pattern matches:
-            `lowbit.ptq.Selection`.
+        format: a Format or its name for every linear, as "km4" (4.25 bits), "km3" or "km2_g16": of the
+            formats with a code for every weight these have the least error for their bits, and with
+            two tables, "km4x2", less still. Or a recipe {pattern: format, `Rule` or None}, as a
+            `Recipe` or `allocate` makes it: the first pattern that matches the module's name counts,
+            and no match means None, "leave it". How a pattern matches: `lowbit.ptq.Selection`.
         skip: patterns of modules to leave as they are, by default the head, "lm_head".
         method: as in `lowbit.quantize`, for every layer whose rule has none; or "awq" (option
             `grid`) or "smoothquant" (`alpha`), which need calibration: scales are folded into the
