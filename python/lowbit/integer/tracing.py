@@ -10,7 +10,6 @@ from typing import Any
 from torch import fx
 from torch.export import ExportedProgram
 
-from lowbit.integer import tracing_transformers
 from lowbit.integer.folding import Norm, fold
 from lowbit.integer.graph import (
     Add,
@@ -26,6 +25,7 @@ from lowbit.integer.graph import (
     Window,
 )
 from lowbit.integer.tracer import NoForm, Tracer, given, module_of, where
+from lowbit.integer.tracing_transformers import OPS
 
 
 def trace(program: ExportedProgram) -> Graph:
@@ -53,7 +53,7 @@ def trace(program: ExportedProgram) -> Graph:
         warnings.simplefilter("ignore", FutureWarning)
         # In-place ops become plain ones; composite ones, as conv2d and linear are, stay.
         program = program.run_decompositions({})
-    return fold(Tracer(program, {**_OPS, **tracing_transformers.OPS}).graph())
+    return fold(Tracer(program, {**_OPS, **OPS}).graph())
 
 
 def _pair(value: Any, dims: int) -> tuple[int, int]:

@@ -161,7 +161,10 @@ def keep_stored(model: PreTrainedModel, path: str | os.PathLike[str]) -> dict[st
     Returns:
         Their formats by their names.
     """
-    stored, _ = load_as_stored(path, model.dtype)
+    if isinstance(open_checkpoint(path, mmap=False), NativeReader):
+        stored = _load_native(Path(path), model.dtype, "cpu", None)
+    else:
+        stored, _ = load_as_stored(path, model.dtype)
     kept: dict[str, str] = {}
     for name, module in stored.named_modules():
         dense = model.get_submodule(name)

@@ -293,7 +293,7 @@ def _calibrated(
                     if features is not None:
                         learned = _Sensitivity(features[names[0]])
                     weight = _weight(model, names[0])
-                    made = [] if runs else None
+                    made: list[QuantTensor] | None = [] if runs else None
                     measured.append(_measure(weight, rules, learned, uses, advance, made))
                     if made is not None:
                         candidates.append((names[0], made))
