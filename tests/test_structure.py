@@ -52,6 +52,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 RESTRICTED = {
     "accelerate": {"integrations", "nn"},
     "constriction": {"io"},
+    "diffusers": {"integrations"},
     "faiss": {"methods"},
     "gguf": {"export", "integrations", "io"},
     "matplotlib": {"ptq"},

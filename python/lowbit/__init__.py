@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lowbit import binary, codebooks, fp8, int8, integrations, methods, nn, optim, qat
     from lowbit._C import kernels
     from lowbit.explanation import explain
+    from lowbit.integrations.dequantizing import dequantize_model
     from lowbit.integrations.load import load_model
     from lowbit.integrations.quantizer import LowbitConfig
     from lowbit.io.save_load import load, save
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "LowbitConfig": "lowbit.integrations.quantizer",
     "QuantTensor": "lowbit.weights.quantized", "binary": None, "codebooks": None, "dequantize": "lowbit.ops.weights",
-    "explain": "lowbit.explanation",
+    "dequantize_model": "lowbit.integrations.dequantizing", "explain": "lowbit.explanation",
     "fp8": None, "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops.linear",
     "linear_many": "lowbit.ops.many", "methods": None,
     "load": "lowbit.io.save_load", "load_model": "lowbit.integrations.load", "nn": None, "optim": None, "qat": None,
@@ -50,7 +51,8 @@ _EXTRAS = {
     "sklearn": "qat", "torch": "torch", "transformers": "models",
 }  # fmt: skip
 __all__ = [
-    "Format", "LowbitConfig", "QuantTensor", "__version__", "binary", "codebooks", "dequantize", "explain", "formats",
+    "Format", "LowbitConfig", "QuantTensor", "__version__", "binary", "codebooks", "dequantize", "dequantize_model",
+    "explain", "formats",
     "fp8", "int8", "integrations", "kernels", "linear", "linear_many", "load", "load_model", "methods", "nn", "optim",
     "qat", "quantize", "quantize_llm_int8", "quantize_model", "save",
 ]  # fmt: skip
@@ -84,6 +86,8 @@ def _quantized(model: Any) -> None:
         from lowbit.integrations.quantizer import mark
 
         mark(model, in_config=True)
+    if "diffusers.models.modeling_utils" in sys.modules:
+        importlib.import_module("lowbit.integrations.diffusers").mark(model)
 
 
 late.quantized = _quantized
@@ -93,6 +97,10 @@ def _register(auto: Any) -> None:
     # transformers before 5 has no such table.
     if hasattr(auto, "register_quantizer"):
         importlib.import_module("lowbit.integrations.quantizer")
+
+
+def _register_in_diffusers(auto: Any) -> None:
+    importlib.import_module("lowbit.integrations.diffusers")
 
 
 def _add_adapters(lora: Any) -> None:
@@ -123,6 +131,7 @@ if "torch" in sys.modules:
     importing.when_imported("torch.onnx._internal.exporter._decomp", _add_decompositions)
     importing.when_imported("transformers.integrations.moe", _add_experts)
     importing.when_imported("transformers.quantizers.auto", _register)
+    importing.when_imported("diffusers.quantizers.auto", _register_in_diffusers)
     importing.when_imported("peft.tuners.lora", _add_adapters)
     importing.when_imported("peft.tuners.ia3", _add_ia3)
     importing.when_imported("peft.utils.transformers_weight_conversion", _keep_experts)

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
-from lowbit.nn.embedding import ScaledEmbedding, ScaledQuantEmbedding
-
-
-def dense_of(
-    module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None = None
-) -> nn.Linear | nn.Embedding:
-    """A dense module with the values that a packed one stands for, by default in the dtype of its weight."""
-    weight = nn.Parameter(values_of(module).to(dtype or module.dtype))
-    n, k = weight.shape
-    made: nn.Linear | nn.Embedding
-    if isinstance(module, ScaledQuantEmbedding):
-        made = ScaledEmbedding(weight, module.padding_idx, module.embed_scale)
-    elif isinstance(module, QuantEmbedding):
-        made = nn.Embedding(n, k, module.padding_idx, device="meta", dtype=weight.dtype)
-    else:
-        made = nn.Linear(k, n, device="meta", dtype=weight.dtype)
-        made.register_parameter("bias", module._parameters["bias"])
-    made.weight = weight
-    return made
+from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
 
 
-def values_of(module: PackedModule) -> torch.Tensor:
-    """The weight of a packed module, (N, K) fp32, its columns in the order of x."""
-    values = module.quant_tensor().dequantize()
-    if isinstance(module, ReorderedLinear):
-        values = values.index_select(1, torch.argsort(module.input_order.detach()))
-    return values
+def dense_of(module: PackedModule, dtype: torch.dtype | None = None) -> nn.Linear | nn.Embedding:
+    """A dense module with the values that a packed one stands for, by default in the dtype of its weight.
+
+    Raises:
+        NotImplementedError: it is neither a linear nor an embedding.
+    """
+    if isinstance(module, QuantEmbedding):
+        return module.to_embedding(dtype)
+    if isinstance(module, QuantLinear):
+        return module.to_linear(dtype)
+    raise NotImplementedError(
+        f"a {type(module).__name__} has no dense form; expected a linear or an embedding"
+    )
+
+
+def values_of(module: PackedModule) -> Tensor:
+    """The weight of a packed linear or embedding, (N, K) fp32, its columns in the order of x."""
+    return dense_of(module, torch.float32).weight.detach()

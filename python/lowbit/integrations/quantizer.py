@@ -7,6 +7,7 @@ called, and `import lowbit` does not import transformers. Without it transformer
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,14 @@ if TYPE_CHECKING:
     from lowbit.integrations.plans import Held
     from lowbit.integrations.quantizing import Job
 
-METHOD = "lowbit"
+
+class _Method(str, enum.Enum):
+    """As transformers and diffusers have the names of theirs."""
+
+    LOWBIT = "lowbit"
+
+
+METHOD = _Method.LOWBIT
 
 
 class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -78,7 +86,7 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **unknown: Any,
     ) -> None:
         if quant_method != METHOD:
-            raise ValueError(f"quant_method must be {METHOD!r}, got {quant_method!r:.100}")
+            raise ValueError(f"quant_method must be {METHOD.value!r}, got {quant_method!r:.100}")
         if unknown:
             known = "format, method, options, skip, modules_to_not_convert, bits and group_size"
             raise TypeError(
@@ -94,18 +102,18 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.options = dict(options) if options else None
         self.skip = None if skip is None else list(compile_patterns(skip))
 
-    def selection(self) -> Selection:
-        """Which modules are quantized and how.
-
-        Raises:
-            ValueError: there is no format.
-        """
+    def rules(self) -> Rules:
+        """What modules become; ValueError if there is no format."""
         if self.format is None:
             raise ValueError(
                 "LowbitConfig needs a format to quantize a dense model, as LowbitConfig('nf4'); without one it is "
                 "for folders that are quantized already"
             )
-        return Selection(_rules(self.format), DEFAULT_SKIP if self.skip is None else self.skip)
+        return _rules(self.format)
+
+    def selection(self) -> Selection:
+        """Which modules are quantized and how; ValueError if there is no format."""
+        return Selection(self.rules(), DEFAULT_SKIP if self.skip is None else self.skip)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: what differs from the default."""
@@ -218,6 +226,10 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
         dequantize_modules(model, dtype)
         return model
+
+    def make_dense(self, model: Any, dtype: torch.dtype | None) -> None:
+        """As `model.dequantize()`."""
+        model.dequantize(dtype=dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Yes."""

@@ -91,6 +91,14 @@ class QuantEmbedding(PackedModule):
         made._init(weight, dtype or torch.get_default_dtype(), padding_idx)
         return made
 
+    def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """The dense embedding with the values that the weight stands for, in `dtype`, by default that of the rows."""
+        values = self.quant_tensor().dequantize().to(dtype or self.dtype)
+        n, k = values.shape
+        made = nn.Embedding(n, k, self.padding_idx, device="meta", dtype=values.dtype)
+        made.weight = nn.Parameter(values)
+        return made.train(self.training)
+
     def forward(self, indices: Tensor) -> Tensor:
         """Rows of the weight: indices (...) int64 or int32 give (..., K)."""
         if isinstance(indices, Proxy):
@@ -120,6 +128,11 @@ class ScaledQuantEmbedding(QuantEmbedding):
 
     embed_scale: float = 1.0
     takes_over = ("scalar_embed_scale", "embed_scale")
+
+    def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """As `QuantEmbedding`; it scales its rows."""
+        weight = super().to_embedding(dtype).weight.detach()
+        return ScaledEmbedding(weight, self.padding_idx, self.embed_scale).train(self.training)
 
     def forward(self, indices: Tensor) -> Tensor:
         """Rows of the weight, scaled: indices (...) int64 or int32 give (..., K)."""

@@ -240,6 +240,23 @@ class QuantLinear(PackedModule):
         layer._finish(bias)
         return layer
 
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """The dense layer with the values that the weight stands for; it shares the bias.
+
+        Args:
+            dtype: of its weight; None is that of `weight`.
+
+        Example:
+            >>> QuantLinear.from_linear(nn.Linear(64, 32), "nf4").to_linear().weight.shape
+            torch.Size([32, 64])
+        """
+        values = self.quant_tensor().dequantize().to(dtype or self.dtype)
+        n, k = values.shape
+        made = nn.Linear(k, n, device="meta", dtype=values.dtype)
+        made.register_parameter("bias", self._parameters["bias"])
+        made.weight = nn.Parameter(values)
+        return made.train(self.training)
+
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias: x (..., K) gives (..., N) in its dtype; checks as `lowbit.linear`."""
         if isinstance(x, Proxy):

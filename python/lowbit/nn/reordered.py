@@ -77,6 +77,13 @@ class ReorderedLinear(QuantLinear):
             x = x.index_select(-1, self.input_order)
         return super().forward(x)
 
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """As `QuantLinear`; its columns are in the order of x."""
+        made = super().to_linear(dtype)
+        inverse = torch.argsort(self.input_order.detach())
+        made.weight = nn.Parameter(made.weight.detach().index_select(1, inverse))
+        return made
+
     def weight_source(self) -> Callable[[], Tensor]:
         """What makes the weight, its columns in the order of x."""
         source, inverse = super().weight_source(), torch.argsort(self.input_order.detach())
