@@ -51,7 +51,7 @@ def sensitivity(graph: Graph, x: Tensor) -> dict[str, Tensor]:
 
 
 def _factors() -> list[float]:
-    return torch.linspace(LEAST, MOST, CANDIDATES, dtype=torch.float64).tolist()
+    return torch.linspace(LEAST, MOST, CANDIDATES, dtype=torch.float64, device="cpu").tolist()
 
 
 def scaled(grid: Grid, factor: float) -> Grid:
@@ -65,7 +65,9 @@ def candidates(grid: Grid) -> list[Grid]:
         return [scaled(grid, f) for f in _factors()]
     if grid.used[0] == 0:
         return [twin_softmax(grid.bits, split) for split in range(_SPLITS)]
-    top = float(grid.dequantize(torch.tensor((1 << (grid.bits - 1)) - 1)))
+    top = float(
+        grid.dequantize(torch.tensor((1 << (grid.bits - 1)) - 1, dtype=torch.int64, device="cpu"))
+    )
     steps = ((1 << (grid.bits - 1)) - 1) / top
     return [twin_gelu(grid.bits, f / steps) for f in _factors()]
 
@@ -106,7 +108,7 @@ def search_weighted(
         found = torch.stack(
             [errors(rounded, _weights(node.weight, base * f, bits)) for f in factors]
         )
-        steps = base * torch.tensor(factors, dtype=torch.float64)[found.argmin(0)]
+        steps = base * torch.tensor(factors, dtype=torch.float64, device="cpu")[found.argmin(0)]
         weight = _weights(node.weight, steps, bits)
         sums = [float(errors(_rounded(x, option), weight).sum()) for option in options]
         best = options[sums.index(min(sums))]

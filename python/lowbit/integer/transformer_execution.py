@@ -209,7 +209,9 @@ def layer_norm(node: LayerNorm, grids: Grids) -> IntegerLayerNorm:
         signs=torch.where(node.weight < 0, -1, 1),
         bias=bias.long(),
         rescales=(by_dyadic(factor / 2**functions.NORM_BITS, node.where),),
-        out=power_of_two(torch.tensor(_BIAS_BITS), "nearest", node.where),
+        out=power_of_two(
+            torch.tensor(_BIAS_BITS, dtype=torch.int64, device="cpu"), "nearest", node.where
+        ),
     )
 
 

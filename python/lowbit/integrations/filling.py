@@ -136,7 +136,10 @@ class _Filling:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._shared.setdefault(id(parameter), []).append(name)
         self._filled: set[str] = set()
-        self._last_bias: tuple[str, Tensor] = ("", torch.empty(0, device="cpu"))
+        self._last_bias: tuple[str, Tensor] = (
+            "",
+            torch.empty(0, dtype=torch.float32, device="cpu"),
+        )
 
     def run(self) -> None:
         self._check()

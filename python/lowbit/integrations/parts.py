@@ -239,7 +239,7 @@ class Part:
         return self._of_shape(t, Shard(t.dim() - 1), (*t.shape[:-1], size))
 
     def _of_shape(self, t: Tensor, placement: Any, shape: tuple[int, ...]) -> DTensor:
-        stride = torch.empty(shape, device="meta").stride()
+        stride = torch.empty(shape, dtype=torch.uint8, device="meta").stride()
         return DTensor.from_local(
             t, self.mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride
         )
