@@ -89,7 +89,7 @@ dist: $(VENV)/.ready
 	rm -rf build/dist
 	$(BIN)/python -m build -q --sdist --no-isolation --outdir build/dist
 	$(BIN)/pip wheel -q --no-deps -w build/dist/linux . $(DIST_OPTIONS)
-	PATH=$(abspath $(BIN)):$$PATH auditwheel -q repair --exclude libgomp.so.1 -w build/dist build/dist/linux/*.whl
+	PATH=$(abspath $(BIN)):$$PATH auditwheel repair --exclude libgomp.so.1 -w build/dist build/dist/linux/*.whl
 	rm -r build/dist/linux
 
 docs: $(VENV)/.installed
