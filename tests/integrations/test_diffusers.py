@@ -63,6 +63,11 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(result(loaded(tmp_path / "again")), result(model))
     half = loaded(tmp_path, torch_dtype=torch.bfloat16)
     assert (half.dtype, half.proj_out_1.dtype) == (torch.bfloat16, torch.bfloat16)
+    model.proj_out_1.set_activations("int8")
+    model.proj_out_1.set_input_scale(0.0123)
+    model.save_pretrained(tmp_path / "static")
+    static = loaded(tmp_path / "static", torch_dtype=torch.bfloat16).proj_out_1
+    assert torch.equal(static.input_scale, model.proj_out_1.input_scale)  # fp32: no weight
     codes = (m.proj_out_1.quant_tensor().codes for m in (half, model))
     assert torch.equal(*codes)
 

@@ -1,4 +1,4 @@
-"""Dense modules with the values of packed ones."""
+"""Dense modules with the values of packed ones, and the dtype of what is dense beside these."""
 
 from __future__ import annotations
 
@@ -26,3 +26,13 @@ def dense_of(module: PackedModule, dtype: torch.dtype | None = None) -> nn.Linea
 def values_of(module: PackedModule) -> Tensor:
     """The weight of a packed linear or embedding, (N, K) fp32, its columns in the order of x."""
     return dense_of(module, torch.float32).weight.detach()
+
+
+def cast_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts parameters, and not buffers: angles of positions need their bits. Packed weights stand for `dtype` then."""
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.set_weight_dtype(dtype)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and name != "input_scale":
+                parameter.data = parameter.data.to(dtype)

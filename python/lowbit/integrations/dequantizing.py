@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowbit.integrations.dense import dense_of
-from lowbit.nn import PackedModule, QuantExperts, unfuse
+from lowbit.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, unfuse
 from lowbit.nn.surgery import replace
 
 
@@ -28,7 +28,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list
 
     Raises:
         ValueError: the model itself is a packed layer (`QuantLinear.to_linear` makes the dense one).
-        NotImplementedError: a packed layer has no dense form, or is spread over processes; nothing is changed then.
+        NotImplementedError: a packed layer has no dense form, or is spread over processes; nothing is changed then but
+            models of a library before the one that holds it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -42,11 +43,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list
         )
     owners = _owners(model, "")
     inside = tuple(f"{name}." for name in owners if name)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, PackedModule | QuantExperts)
-    ]
+    names = packed_names(model)
     rest = [] if "" in owners else [name for name in names if not name.startswith(inside)]
     for name in rest:
         _check(name, model.get_submodule(name))
@@ -56,32 +53,37 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list
     return names
 
 
+def packed_names(model: nn.Module) -> list[str]:
+    """The names of packed layers, and of experts that are such layers."""
+    kinds = PackedModule | QuantExperts
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
 def put_dense(model: nn.Module, names: Iterable[str], dtype: torch.dtype | None = None) -> None:
     """Puts dense modules in the place of packed ones by their names; what shares a weight still does.
 
     Raises:
         NotImplementedError: one has no dense form. Nothing is changed then.
     """
-    packed = dict(model.named_modules(remove_duplicate=False))
-    chosen = [(name, packed[name]) for name in names]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen = [(name, modules[name]) for name in names]
     for name, module in chosen:
         _check(name, module)
     if chosen:
         unfuse(model)
     weights: dict[int, nn.Parameter] = {}
-    for name, module in chosen:
+    for _, module in chosen:
         dense: Any = dense_of(cast("PackedModule", module), dtype)
         dense.weight = weights.setdefault(id(module._buffers), dense.weight)
-        every = [other for other, m in packed.items() if m is module]
-        replace(model, every or [name], dense, own=_own_names(module))
+        every = [other for other, m in modules.items() if m is module]
+        replace(model, every, dense, own=_own_names(module))
 
 
 def _check(name: str, module: nn.Module) -> None:
-    if not isinstance(module, PackedModule) or module.split is not None:
-        parts = " in parts" if isinstance(module, PackedModule) else ""
-        raise NotImplementedError(
-            f"{name} is a {type(module).__name__}{parts}, which has no dense form"
-        )
+    if not isinstance(module, QuantLinear | QuantEmbedding):
+        raise NotImplementedError(f"{name} is a {type(module).__name__}, which has no dense form")
+    if module.split is not None:
+        raise NotImplementedError(f"{name} cannot be made dense: {module.split}")
 
 
 def _own_names(module: Any) -> set[str]:

@@ -15,10 +15,10 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
-from lowbit.integrations.dequantizing import put_dense
+from lowbit.integrations.dense import cast_dense
+from lowbit.integrations.dequantizing import packed_names, put_dense
 from lowbit.integrations.quantizer import METHOD, LowbitConfig
-from lowbit.io.native import marker_of, prefix_of
-from lowbit.io.save_load import load, module_sources
+from lowbit.io.save_load import checkpoint_state, load
 from lowbit.nn.base import PackedModule
 from lowbit.ptq import quantize_model
 
@@ -91,13 +91,8 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             return model
         assert self._file is not None
         load(model, self._file, mmap=False)
-        if (dtype := self._dtype) is not None:
-            for module in model.modules():
-                if isinstance(module, PackedModule):
-                    module.set_weight_dtype(dtype)
-                for parameter in module.parameters(recurse=False):
-                    if parameter.is_floating_point():
-                        parameter.data = parameter.data.to(dtype)
+        if self._dtype is not None:
+            cast_dense(model, self._dtype)
         return model
 
     def get_state_dict_and_metadata(
@@ -113,17 +108,10 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             return state_dict, {}
         if not safe_serialization:
             raise ValueError("safe_serialization must be True for packed weights, got False")
-        sources, header = module_sources(model)
-        state = {name: t for source in sources for name, t in source.make().items()}
-        # Without lowbit, diffusers finds a weight of another shape, and says so.
-        state.update(marker_of(header))
-        layers = {f"{prefix_of(n)}_extra_state": model.get_submodule(n) for n in header.layers}
-        state.update({name: layer.get_extra_state() for name, layer in layers.items()})
-        return state, header.metadata()
+        return checkpoint_state(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        names = [n for n, module in model.named_modules() if isinstance(module, PackedModule)]
-        put_dense(model, names, dtype)
+        put_dense(model, packed_names(model), dtype)
         known = {key: value for key, value in model.config.items() if key != _KEY}
         model._internal_dict = type(model.config)(known)
         return model

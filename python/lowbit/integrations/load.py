@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import LOADS_HERE, errors_of, quiet
-from lowbit.integrations.dense import values_of
+from lowbit.integrations.dense import cast_dense, values_of
 from lowbit.integrations.filling import Found, fill, packed_share
 from lowbit.integrations.inexact import Inexact, as_inexact
 from lowbit.integrations.pretrained import load_dense, load_folder, put, read_generation
@@ -256,13 +256,8 @@ def _load_native(
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Casts parameters, and not buffers: angles of positions need their bits."""
-    for module in model.modules():
-        if isinstance(module, PackedModule):
-            module.set_weight_dtype(dtype)
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_floating_point() and name != "input_scale":
-                parameter.data = parameter.data.to(dtype)
+    """As `cast_dense`; the configuration says so."""
+    cast_dense(model, dtype)
     model.config.dtype = dtype
 
 

@@ -18,10 +18,10 @@ from lowbit.files import cut, shown
 from lowbit.formats import Format
 from lowbit.integrations.dense import dense_of
 from lowbit.integrations.pretrained import put, unhooked
-from lowbit.io.native import marker_of, prefix_of
+from lowbit.io.native import prefix_of
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.safetensors_file import Specs
-from lowbit.io.save_load import module_sources
+from lowbit.io.save_load import checkpoint_state
 from lowbit.methods.grid import check_weight
 from lowbit.nn import (
     PackedModule,
@@ -446,13 +446,7 @@ def state_to_save(
         return None, {}
     model.config.quantization_config = config
     model._weight_conversions = []  # type: ignore[assignment]
-    sources, header = module_sources(model)
-    state = {name: t for source in sources for name, t in source.make().items()}
-    state.update(marker_of(header))
-    # For `load_state_dict` of such a file, which does not see the header.
-    layers = {f"{prefix_of(n)}_extra_state": model.get_submodule(n) for n in header.layers}
-    state.update({name: layer.get_extra_state() for name, layer in layers.items()})  # type: ignore[misc]
-    return state, header.metadata()
+    return checkpoint_state(model)
 
 
 def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype | None) -> None:

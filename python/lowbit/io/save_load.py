@@ -24,6 +24,7 @@ from lowbit.io.native import (
     Header,
     dense_source,
     layer_source,
+    marker_of,
     prefix_of,
     write_checkpoint,
 )
@@ -180,6 +181,22 @@ def module_sources(model: nn.Module) -> tuple[list[Source], Header]:
         for key, value in own_state(module, prefix_of(name)).items():
             found.add(key, value)
     return found.sources, found.header
+
+
+def checkpoint_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a checkpoint that another library writes: beside what `save` writes a marker that
+    readers without lowbit stumble on, and the extra states of layers, for `load_state_dict`, which sees no metadata.
+
+    Raises:
+        TypeError, ValueError: as `save`.
+    """
+    sources, header = module_sources(model)
+    state = {name: t for source in sources for name, t in source.make().items()}
+    state.update(marker_of(header))
+    for name in header.layers:
+        layer: Any = model.get_submodule(name)
+        state[f"{prefix_of(name)}_extra_state"] = layer.get_extra_state()
+    return state, header.metadata()
 
 
 def _state_sources(state: Mapping[str, Any]) -> tuple[list[Source], Header]:
