@@ -49,6 +49,7 @@ lowbit_family(xnor cpu/activations/xnor KernelTable "table_of(kXnorKernels)" sca
 lowbit_family(trits cpu/weights/trits ExpandTrits expand_trits scalar avx2 avx512)
 lowbit_family(embedding cpu/weights/embedding EmbedRows embed_rows scalar)
 lowbit_family(quantize cpu/activations/quantize_ops QuantizeOps kQuantizeOps scalar avx2 avx512)
+lowbit_family(scale_search cpu/offline/scale_search SearchRows search_rows scalar avx2 avx512)
 lowbit_family(outliers cpu/sparse/outliers OutlierKernel kOutlierKernel scalar avx2 avx512)
 lowbit_family(structured cpu/structured/structured StructuredKernel kStructuredKernel scalar avx2 avx512)
 lowbit_family(trellis cpu/structured/trellis TrellisKernel kTrellisKernel scalar avx2 avx512)

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "bindings/bindings.h"
+#include "core/isa.h"
 #include "core/kernel.h"
 
 namespace lowbit {
@@ -45,6 +46,11 @@ inline Op op_of(const std::string& name) {
   if (name == "linear") return Op::kLinear;
   if (name == "dequantize") return Op::kDequantize;
   fail("op must be linear or dequantize, got '" + name + "'");
+}
+
+// The instruction sets up to a named one that this CPU has; those in use for an empty name.
+inline uint32_t mask_of(const std::string& isa) {
+  return isa.empty() ? active_isa() : cap_isa(detect_isa(), isa.c_str());
 }
 
 }  // namespace lowbit

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <string>
 
+#include "bindings/names.h"
 #include "core/address.h"
 #include "core/dispatch.h"
 #include "cpu/optim/fp8_adamw.h"
@@ -38,7 +39,7 @@ void py_fp8_adamw(uint64_t param, uint64_t grad, int dtype, int64_t numel, const
   z.decay = static_cast<float>(1 - lr * weight_decay);
   z.step_size = static_cast<float>(lr / (1 - std::pow(beta1, step)));
   z.root_correction = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
-  const uint32_t mask = isa.empty() ? active_isa() : cap_isa(detect_isa(), isa.c_str());
+  const uint32_t mask = mask_of(isa);
   py::gil_scoped_release unlocked;
   fp8_adamw(z, mask, threads);
 }

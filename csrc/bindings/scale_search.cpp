@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "bindings/bindings.h"
+#include "bindings/names.h"
 
 namespace lowbit {
 namespace {
@@ -15,7 +16,8 @@ namespace {
 py::tuple py_search_scales(const Array<float>& weights, const std::optional<Array<float>>& importance, int64_t group,
                            const Array<float>& scales, const std::optional<Array<float>>& steps, int top,
                            const std::tuple<int, int, float>& floats, const Array<float>& table,
-                           const Array<float>& ratios, const std::optional<Array<uint8_t>>& chosen, int threads) {
+                           const Array<float>& ratios, const std::optional<Array<uint8_t>>& chosen, int threads,
+                           const std::string& isa) {
   if (weights.ndim() != 2 || weights.size() == 0) {
     fail("weights must be 2-D and not empty, got shape " + shape_string(weights));
   }
@@ -66,7 +68,8 @@ py::tuple py_search_scales(const Array<float>& weights, const std::optional<Arra
   search.scales = found.mutable_data();
   search.chosen = tables_found.mutable_data();
   search.errors = errors.mutable_data();
-  run_unlocked([&](Stop* stop) { search_scales(search, threads, stop); });
+  const uint32_t mask = mask_of(isa);
+  run_unlocked([&](Stop* stop) { search_scales(search, mask, threads, stop); });
   return py::make_tuple(found, errors, tables_found);
 }
 
@@ -75,7 +78,7 @@ py::tuple py_search_scales(const Array<float>& weights, const std::optional<Arra
 void bind_scale_search(py::module_& m) {
   m.def("search_scales", &py_search_scales, py::arg("weights"), py::arg("importance"), py::arg("group"),
         py::arg("scales"), py::arg("steps"), py::arg("top"), py::arg("floats"), py::arg("table"), py::arg("ratios"),
-        py::arg("chosen") = py::none(), py::arg("threads") = 1);
+        py::arg("chosen") = py::none(), py::arg("threads") = 1, py::arg("isa") = "");
 }
 
 }  // namespace lowbit

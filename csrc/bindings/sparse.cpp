@@ -2,6 +2,7 @@
 #include <string>
 
 #include "bindings/bindings.h"
+#include "bindings/names.h"
 #include "core/address.h"
 #include "core/dispatch.h"
 #include "cpu/sparse/outliers.h"
@@ -26,7 +27,7 @@ void py_multiply_outliers(uint64_t x, int x_dtype, int64_t m, int64_t k, int64_t
   z.values = pointer<const void>(values);
   z.value_dtype = static_cast<Dtype>(value_dtype);
   z.out = pointer<float>(out);
-  const uint32_t mask = isa.empty() ? active_isa() : cap_isa(detect_isa(), isa.c_str());
+  const uint32_t mask = mask_of(isa);
   py::gil_scoped_release unlocked;
   multiply_outliers(z, mask, threads);
 }

@@ -7,14 +7,13 @@
 #include <string>
 
 #include "bindings/bindings.h"
+#include "bindings/names.h"
 #include "core/address.h"
 #include "core/dispatch.h"
 #include "cpu/structured/trellis.h"
 
 namespace lowbit {
 namespace {
-
-uint32_t mask_of(const std::string& isa) { return isa.empty() ? active_isa() : cap_isa(detect_isa(), isa.c_str()); }
 
 // Low bits of states: of every row, each below 2^(16 - bits), or -1.
 const int32_t* rests(const char* name, const std::optional<Array<int32_t>>& given, int64_t rows, int bits) {

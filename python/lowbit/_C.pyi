@@ -73,6 +73,7 @@ def search_scales(
     ratios: NDArray[np.float32],
     chosen: NDArray[np.uint8] | None = None,
     threads: int = 1,
+    isa: str = "",
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.uint8]]: ...
 
 class StructuredWeight:

@@ -131,7 +131,7 @@ void check_kmeans() {
 // Weights that are the table's entries times a scale: that scale is found, in short groups too, and nothing else is
 // read or written.
 // Each group is -3 times the entries of a table, every other one of the second if there are two.
-void check_scale_search() {
+void check_scale_search(uint32_t isa) {
   Stop never([] { return false; });
   const int entries = 4;
   for (int64_t k : {1, 7, 8, 33, 50}) {
@@ -172,7 +172,7 @@ void check_scale_search() {
                                    .chosen = chosen.data(),
                                    .errors = errors.data()};
           for (int64_t i = 0; i < rows * groups; ++i) scales[i] = chosen[i] = 0;
-          search_scales(search, weighted ? 2 : 1, &never);
+          search_scales(search, isa, weighted ? 2 : 1, &never);
           for (int64_t i = 0; i < rows * groups; ++i) {
             // Groups without all of the entries may have another scale, or table, that leaves no error.
             const int64_t size = std::min(group, k - i % groups * group);
@@ -195,6 +195,8 @@ int main() {
     if (!(active_isa() & isa)) continue;
     const QuantizeOps& ops = quantize_ops(kScalar | isa);
     ++ran;
+    count_for(std::string("search of scales, ") + isa_name(isa));
+    check_scale_search(kScalar | isa);
     std::mt19937 rng(1);
     for (int64_t m : {1, 3}) {
       for (int64_t k : {1, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129, 257}) {
@@ -212,7 +214,6 @@ int main() {
   }
   count_for("k-means");
   check_kmeans();
-  check_scale_search();
   std::printf("isa mask %u: activations of %d instruction sets ran, %d checks, %d failures\n", active_isa(), ran,
               checks, failures);
   print_memory_checks();

@@ -112,6 +112,23 @@ def test_threads_do_not_show(threads: int):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("isa", [isa for isa in _C.isa_detected() if isa in ("avx2", "avx512")])
+def test_instruction_sets_do_not_show(isa: str):
+    """All add in one order; tables of more than 32 entries are looked up otherwise."""
+    w, importance = normal(33, 70).numpy(), normal(33, 70, seed=1).abs().numpy()
+    steps = np.full((33, 5), 0.03, np.float32)
+    floats, integers = (None, 0, (8, -133, 3e38)), (steps, 127, FP32)
+    for entries in (4, 16, 64):
+        table = np.sort(normal(1, entries).numpy()[0])
+        for kind in (floats, integers):
+            for counted in (None, importance):
+                args = (w, counted, 16, steps * 50, *kind, table, RATIOS, None, 1)
+                for one, other in zip(
+                    _C.search_scales(*args, "scalar"), _C.search_scales(*args, isa), strict=True
+                ):
+                    np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("kind", SEARCHED_KINDS)

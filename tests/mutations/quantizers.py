@@ -37,9 +37,9 @@ MUTANTS = [
     *python("methods/fitting.py", "two_tables")(
         ("reference.per_weight(chosen == number, qt.format", "reference.per_weight(chosen != number, qt.format"),
     ),
-    *cpp("cpu/offline/scale_search.cpp", "tests/methods/test_two_tables.py")(
+    *cpp("cpu/offline/scale_search-inl.h", "tests/methods/test_two_tables.py")(
         ("*chosen = static_cast<uint8_t>(table);", ""),
-        ("middle_ = middles_.data() + table * (s_.entries - 1);", "middle_ = middles_.data();"),
+        ("middle_ = middles_ + table * (s_.entries - 1);", "middle_ = middles_;"),
     ),
     *python("methods/gptq.py", "gptq")(
         ("lost[j - begin] = (w - q) / self.factor[j, j]", "lost[j - begin] = w - q"),

@@ -4,6 +4,7 @@
 // negative; the caller checks.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/stop.h"
@@ -31,7 +32,14 @@ struct ScaleSearch {
   double* errors;   // (rows): importance * (weight - scale * nearest entry)^2, summed
 };
 
+// The weights of the longest group, up to a whole number of vectors of 16.
+static inline int64_t scale_search_padded(const ScaleSearch& s) { return (std::min(s.group, s.k) + 15) / 16 * 16; }
+
+// Rows first, first + step, ...; `scratch` holds twice scale_search_padded floats and `entries` for each table. `asks`
+// is for the thread that made `stop`.
+using SearchRows = void (*)(const ScaleSearch& s, int64_t first, int64_t step, float* scratch, Stop* stop, bool asks);
+
 // `scales` and `errors` are not to be used if it was stopped.
-void search_scales(const ScaleSearch& search, int threads, Stop* stop);
+void search_scales(const ScaleSearch& search, uint32_t isa, int threads, Stop* stop);
 
 }  // namespace lowbit

@@ -39,17 +39,18 @@ class Problems:
         counts = [count for _, count in parts if count is not None]
         return torch.cat([p for p, _ in parts], 1), torch.cat(counts, 1) if counts else None
 
-    def sorted_points(self) -> tuple[Tensor, Tensor | None]:
-        """As `points`, in ascending order and on the CPU, but never more than MAX_POINTS.
+    def sorted_points(self, most: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """As `points`, in ascending order and on the CPU, but never more than `most`, or MAX_POINTS.
 
-        More of them are averaged in MAX_POINTS bins of equal width in v / (|v| + rms), which keeps
+        More of them are averaged in as many bins of equal width in v / (|v| + rms), which keeps
         both the bulk and far outliers apart; an empty bin counts 0.
         """
-        points, count = self.points() if self.size <= MAX_POINTS else self._bins()
+        most = most or MAX_POINTS
+        points, count = self.points() if self.size <= most else self._bins(most)
         values, order = points.sort(dim=1)
         return values.cpu(), None if count is None else count.gather(1, order).cpu()
 
-    def _bins(self) -> tuple[Tensor, Tensor]:
+    def _bins(self, bins: int) -> tuple[Tensor, Tensor]:
         total = moment = torch.zeros((), dtype=torch.float64, device="cpu")
         for points, count in self.parts():
             square = points.double().square()
@@ -58,13 +59,13 @@ class Problems:
         rms = (moment / total).sqrt()
         rms = torch.where(rms > 0, rms, 1.0)[:, None]
         rows = len(rms)
-        counts = torch.zeros(rows * MAX_POINTS, dtype=torch.float64, device=rms.device)
+        counts = torch.zeros(rows * bins, dtype=torch.float64, device=rms.device)
         sums = torch.zeros_like(counts)
-        first = MAX_POINTS * torch.arange(rows, dtype=torch.int64, device=rms.device)[:, None]
+        first = bins * torch.arange(rows, dtype=torch.int64, device=rms.device)[:, None]
         for points, count in self.parts():
             exact = points.double()
             key = exact / (exact.abs() + rms)
-            index = ((key + 1) * (MAX_POINTS / 2)).long().clamp(0, MAX_POINTS - 1) + first
+            index = ((key + 1) * (bins / 2)).long().clamp(0, bins - 1) + first
             one = torch.ones_like(exact) if count is None else count
             counts += torch.bincount(index.flatten(), one.flatten(), len(counts))
             sums += torch.bincount(index.flatten(), (one * exact).flatten(), len(counts))

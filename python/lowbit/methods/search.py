@@ -26,6 +26,8 @@ FITTED_RATIOS = tuple(0.75 + 0.05 * i for i in range(13))
 FIXED_RATIOS = tuple(0.3 + 0.05 * i for i in range(20))
 # Tables are fitted to about so many weights at most, of rows that lie evenly.
 FITTED_WEIGHTS = 1 << 18
+# Bins that the points of a table are averaged in: hundreds of them lie between two of its entries.
+FITTED_POINTS = 1 << 13
 # How far the second of a pair of tables begins from the first, in steps between its entries.
 PAIR_SHIFT = 0.25
 
@@ -112,7 +114,8 @@ def _improve(qt: QuantTensor, weight: Tensor, weights: Tensor | None, iterations
 
 
 def _fit(weight: Tensor, format: Format, weights: Tensor | None, iterations: int) -> QuantTensor:
-    best = kmeans.quantize(weight, format, weights=weights)
+    best = grid.start(weight, format)
+    fitting.fit_tables(best, weight, weights, _solve)
     least = _search(best, weight, weights, ())
     stride = math.ceil(weight.numel() / FITTED_WEIGHTS)
     if stride == 1 or len(weight) < 2 * stride:
@@ -127,7 +130,7 @@ def _fit(weight: Tensor, format: Format, weights: Tensor | None, iterations: int
     qt.tensors["table"].copy_(part.tensors["table"])
     error = _search(qt, weight, weights, FITTED_RATIOS)
     found = qt.map(torch.clone)
-    fitting.fit_tables(qt, weight, weights, kmeans.solve)
+    fitting.fit_tables(qt, weight, weights, _solve)
     refined = _search(qt, weight, weights, ())
     if refined < error:
         found, error = qt, refined
@@ -141,7 +144,7 @@ def _alternate(
     qt = _start(weight, format)
     least, best, previous = math.inf, qt, math.inf
     for i in range(iterations):
-        fitting.fit_tables(qt, weight, weights, kmeans.solve)
+        fitting.fit_tables(qt, weight, weights, _solve)
         if i == 0 and format.table_scope == "pair":
             _part(qt.tensors["table"])
         error = _search(qt, weight, weights, FITTED_RATIOS)
@@ -151,6 +154,10 @@ def _alternate(
             break
         previous = error
     return best, least
+
+
+def _solve(problems: fitting.Problems, entries: int) -> Tensor:  # (R, entries) fp32
+    return kmeans.centers(*problems.sorted_points(FITTED_POINTS), entries)
 
 
 def _part(tables: Tensor) -> None:

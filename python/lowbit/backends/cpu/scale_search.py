@@ -19,6 +19,7 @@ def search_scales(
     table: Tensor,  # (E,) or (T, E) fp32, ascending
     ratios: Tensor,  # (C,) fp32
     chosen: Tensor | None = None,  # (R, groups) uint8: the tables of groups, if there are several
+    isa: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:  # (R, groups) fp32, (R,) fp64, (R, groups) uint8
     """The best scales, never worse than those given, the errors of the rows, and the best of some tables for every
     group; all on the CPU.
@@ -35,5 +36,6 @@ def search_scales(
         ratios.numpy(),
         None if chosen is None else chosen.numpy(),
         torch.get_num_threads(),
+        isa,
     )
     return torch.from_numpy(found), torch.from_numpy(errors), torch.from_numpy(tables)
