@@ -162,6 +162,24 @@ def multiply_outliers_ptr(
     isa: str = "",
 ) -> None: ...
 def outliers_isa() -> str: ...
+def multiply_pruned_ptr(
+    *,
+    x: int,
+    x_dtype: int,
+    m: int,
+    k: int,
+    x_stride: int,
+    entries: int,
+    steps: int,
+    starts: int,
+    table: int,
+    bits: int,
+    n: int,
+    out: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def pruned_isa() -> str: ...
 
 class Fp8State:
     def __init__(self, *, codes: int, type: int, terms: int) -> None: ...

@@ -18,6 +18,7 @@ from lowbit.ops import fp8_matmul
 from lowbit.ops.terms import Weight
 from lowbit.weights.composite import CompositeWeight, describe
 from lowbit.weights.lowrank import LowRank
+from lowbit.weights.pruned import PrunedTensor
 from lowbit.weights.sparse import SparseTerm
 
 _DTYPE_NAMES = {
@@ -72,7 +73,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(x: Tensor, weight: Weight) -> Explanation:
+def explain(x: Tensor, weight: Weight | PrunedTensor) -> Explanation:
     """Says which kernel `linear(x, weight)` runs, and why the others do not.
 
     Args:
@@ -92,6 +93,11 @@ def explain(x: Tensor, weight: Weight) -> Explanation:
     width = -(-k // 8) if x.dtype == torch.uint8 else k
     if x.dim() == 0 or x.shape[-1] != width:
         raise ValueError(f"x must have shape (..., {width}), got {tuple(x.shape)}")
+    if isinstance(weight, PrunedTensor):
+        request = (
+            f"linear {_DTYPE_NAMES[x.dtype]} {weight} M={x.numel() // width} on {x.device.type}"
+        )
+        return Explanation(request, backends.of_device(x.device.type).pruned_name(), ())
     matrix = weight.matrix if isinstance(weight, CompositeWeight) else weight
     layout = getattr(matrix, "layout", None) or available.kernel_layout(x.device, matrix.format)
     m = x.numel() // width if width else 0

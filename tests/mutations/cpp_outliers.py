@@ -1,4 +1,4 @@
-"""The sparse term of weights with outliers."""
+"""The sparse term of weights with outliers, and pruned weights."""
 
 from __future__ import annotations
 
@@ -30,8 +30,25 @@ MUTANTS = [
         ("fma(value, load(at + p * kVecLanes), sums[p])", "fma(value, load(at), sums[p])"),
     ),
     *cpp("cpu/sparse/outliers.cpp", "test_outliers")(
-        ("z.padded_k = ceil_div(z.k, kOutlierTile) * kOutlierTile;", "z.padded_k = z.k / kOutlierTile * kOutlierTile;"),
+        ("z->padded_k = ceil_div(columns, kOutlierTile) * kOutlierTile;", "z->padded_k = columns / kOutlierTile * kOutlierTile;"),
         ("if (largest < z.k) return;", "if (largest <= z.k) return;"),
         ("parallel(tiles * ceil_div(z.n, kOutlierRows),", "parallel(tiles * (z.n / kOutlierRows),"),
+    ),
+    *cpp("cpu/sparse/pruned-inl.h", "test_outliers", "avx2")(
+        ("column[p] = set1_i(-1);", "column[p] = set1_i(0);"),
+        ("add_i(load_u8_lanes(own), one)", "load_u8_lanes(own)"),
+        ("values(load_u8_lanes(own + kPrunedRows))", "values(load_u8_lanes(own))"),
+        ("const uint8_t* own = step + p * kVecLanes;", "const uint8_t* own = step;"),
+        ("next < last ? next : last;", "next;"),
+        ("const uint8_t* step = begin + row; step < end + row;", "const uint8_t* step = begin + row; step + kStepBytes < end + row;"),
+        ("set1(z.values[step[kPrunedRows + r]])", "set1(z.values[step[kPrunedRows]])"),
+        ("z.starts[block] * kStepBytes", "z.starts[0] * kStepBytes"),
+        ("z.out[(m0 + r) * z.n + n0 + i] = y[i * p.tile + r];", "z.out[(m0 + r) * z.n + n0 + i] = y[i * p.tile];"),
+        ("z.bits <= 4", "z.bits <= 5"),
+    ),
+    *cpp("cpu/sparse/pruned.cpp", "test_outliers")(
+        ("prepare_columns(&x, z.k + 1, &scratch, isa, threads);", "prepare_columns(&x, z.k, &scratch, isa, threads);"),
+        ("+ z.k * x.tile, x.tile, 0.0f);", "+ z.k * x.tile, 0, 0.0f);"),
+        ("z.starts[blocks] != z.steps ||", ""),
     ),
 ]  # fmt: skip

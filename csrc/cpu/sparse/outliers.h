@@ -8,6 +8,8 @@
 
 namespace lowbit {
 
+class Scratch;
+
 struct Outliers {
   int64_t m, n, k, count;  // `count` entries, or none, in each of the n rows of S (n, k)
   const void* x;           // (m, k), unit stride along k
@@ -17,9 +19,9 @@ struct Outliers {
   const void* values;      // (n, count)
   Dtype value_dtype;
   float* out;  // (m, n): sums of fp32 products
-  // Set by multiply_outliers.
+  // Set by prepare_columns.
   int64_t tile;      // rows of x that stand side by side in `prepared`: 1 or kOutlierTile
-  int64_t padded_k;  // k, rounded up to whole vectors
+  int64_t padded_k;  // columns, rounded up to whole vectors
   float* prepared;   // x in fp32, (ceil(m / tile), padded_k, tile), 0 beyond m
 };
 constexpr int64_t kOutlierTile = 16;    // a multiple of every vector
@@ -34,6 +36,9 @@ struct OutlierKernel {
 
 // The instruction set of the kernel that runs with a mask.
 const char* outliers_isa(uint32_t isa_mask);
+
+// Prepares x with room for `columns` columns, k or more.
+void prepare_columns(Outliers* z, int64_t columns, Scratch* scratch, uint32_t isa, int threads);
 
 // Sets `out` on up to `threads` threads (outliers-inl.h). Throws std::invalid_argument if a column is not in [0,
 // k).

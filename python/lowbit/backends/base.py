@@ -16,7 +16,7 @@ from torch import Tensor
 from lowbit import packing, reference
 from lowbit.forking import alone_after_fork
 from lowbit.formats import FORMATS, Format
-from lowbit.layouts import Operands, canonical_tensors, group_terms
+from lowbit.layouts import Operands, PrunedOperands, canonical_tensors, group_terms
 from lowbit.weights.sparse import SparseTerm
 
 _FP16_MAX = 65504
@@ -102,6 +102,15 @@ class Backend:
         if wrong.numel():
             raise ValueError(f"outlier_columns must be in [0, {x.shape[1]}), got {int(wrong[0])}")
         return reference.outlier_product(x.float(), *term)
+
+    @alone_after_fork
+    def pruned_linear(self, x: Tensor, w: PrunedOperands) -> Tensor:  # (M, N) fp32
+        """x W^T in fp32 by `reference.pruned_product`: the weight is made dense."""
+        return reference.pruned_product(x.float(), *w)
+
+    def pruned_name(self) -> str:
+        """What `explain` calls `pruned_linear`."""
+        return "pruned_dense"
 
     @alone_after_fork
     def hadamard(self, x: Tensor, signs: Tensor | None, transposed: bool) -> Tensor:  # (M, K)

@@ -20,6 +20,7 @@ from lowbit.layouts.operands import (
     to_kernel,
     to_operands,
 )
+from lowbit.layouts.pruned import PrunedOperands, pruned_operands
 from lowbit.layouts.registry import LAYOUTS, find, fitting
 from lowbit.layouts.rows import ROWS
 
@@ -36,6 +37,7 @@ __all__ = [
     "LowRankOperands",
     "LowRankPlan",
     "Operands",
+    "PrunedOperands",
     "canonical_tensors",
     "chosen_tables",
     "factors_and_offset",
@@ -44,6 +46,7 @@ __all__ = [
     "from_kernel",
     "group_terms",
     "low_rank_tensors",
+    "pruned_operands",
     "to_kernel",
     "to_operands",
 ]

@@ -19,12 +19,13 @@ from lowbit.nn.fp8_activations import (
 )
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.llm_int8 import LLMInt8Linear
+from lowbit.nn.pruned import PrunedLinear
 from lowbit.nn.reordered import ReorderedLinear
 from lowbit.nn.siblings import fuse, unfuse
 
 __all__ = [
-    "BinaryLinear", "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "LLMInt8Linear", "PackedModule", "QuantConv2d",
-    "QuantEmbedding", "QuantExperts", "QuantLinear", "ReorderedLinear",
+    "BinaryLinear", "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "LLMInt8Linear", "PackedModule", "PrunedLinear",
+    "QuantConv2d", "QuantEmbedding", "QuantExperts", "QuantLinear", "ReorderedLinear",
     "fp8_add", "fp8_gelu", "fp8_layer_norm", "fp8_mul", "fp8_rms_norm", "fp8_silu", "fuse", "set_activations",
     "unfuse",
 ]  # fmt: skip

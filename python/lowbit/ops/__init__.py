@@ -12,6 +12,7 @@ from lowbit.ops import (
     linear,
     lowrank,
     many,
+    pruned,
     sparse,
     weights,
 )
@@ -19,5 +20,5 @@ from lowbit.ops.weights import embedding
 
 __all__ = [
     "adamw", "binary", "embedding", "fp8", "fp8_matmul", "hadamard", "int8", "linear", "lowrank",
-    "many", "sparse", "weights",
+    "many", "pruned", "sparse", "weights",
 ]  # fmt: skip

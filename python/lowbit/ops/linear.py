@@ -17,19 +17,21 @@ from torch.autograd import forward_ad
 
 from lowbit import backends, modes, reference
 from lowbit.backends.cpu import requests
-from lowbit.layouts import Added, LowRankOperands, Operands
+from lowbit.layouts import Added, LowRankOperands, Operands, PrunedOperands
 from lowbit.ops import autograd, checks, library
 from lowbit.ops.lowrank import low_rank_linear
+from lowbit.ops.pruned import operands_of, pruned_linear
 from lowbit.ops.sparse import sparse_linear
 from lowbit.ops.terms import Weight, terms
 from lowbit.strides import contiguous, rows_of, shaped
+from lowbit.weights.pruned import PrunedTensor
 
 _NUM_TENSORS = len(checks.TENSORS)
 
 
 def linear(
     x: Tensor,
-    weight: Weight,
+    weight: Weight | PrunedTensor,
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
@@ -47,7 +49,7 @@ def linear(
 
     Args:
         x: (..., K) in fp32, bf16 or fp16, any strides; autocast casts it to its dtype.
-        weight: (N, K), on the device of x. A QuantTensor keeps the kernel's own copy of itself
+        weight: (N, K), on the device of x. A QuantTensor or PrunedTensor keeps the kernel's own copy of itself
             after the first call, so its tensors must not be written to afterwards.
         bias: (N,) in fp32, bf16 or fp16.
         activation: None, "relu", "silu", "gelu" or "gelu_tanh".
@@ -61,9 +63,12 @@ def linear(
         TypeError: a dtype is not one of those above.
         ValueError: a shape, device, layout or the activation does not fit.
     """
-    w, others = terms(weight)
     if bias is not None:
         checks.check_tensors(bias=bias)
+    if isinstance(weight, PrunedTensor):
+        found = operands_of(weight)
+        return call_pruned(x, found, weight.shape[1], bias, activation, gate, residual)
+    w, others = terms(weight)
     if activation is None and gate is None and residual is None:
         return call_linear(x, w, bias, *others)
     checks.check_optional(gate=gate, residual=residual)
@@ -95,6 +100,30 @@ def _call_linear(x: Tensor, w: Operands, bias: Tensor | None, added: Tensor | No
     if added is None:
         return _linear(x, *w, bias)
     return _linear_epilogue(x, *w, bias, None, None, added, None)
+
+
+def call_pruned(
+    x: Tensor,
+    w: PrunedOperands,
+    k: int,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`linear` on the operands of a pruned weight with `k` columns."""
+    checks.check_optional(gate=gate, residual=residual)
+    x = autocast(x)
+    gate, residual = (None if t is None else autocast(t) for t in (gate, residual))
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must have shape (..., {k}), got {tuple(x.shape)}")
+    if bias is not None:
+        checks.check_bias(bias, w.n, x.device)
+    checks.check_epilogue(x, w.n, activation, gate, residual)
+    y = pruned_linear(x, w)
+    if bias is not None:
+        y = y + bias.float()
+    return reference.apply_epilogue(y, activation, gate, residual).to(x.dtype)
 
 
 def sum_of_products(x: Tensor, *others: Added) -> Tensor | None:  # (..., N) fp32

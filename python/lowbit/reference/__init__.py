@@ -14,7 +14,13 @@ from lowbit.reference.hadamard import matrix as hadamard_matrix
 from lowbit.reference.hadamard import order as hadamard_order
 from lowbit.reference.hadamard import transform as hadamard_transform
 from lowbit.reference.lowrank import add_low_rank, low_rank_product
-from lowbit.reference.sparse import add_outliers, outlier_product
+from lowbit.reference.sparse import (
+    add_outliers,
+    outlier_product,
+    pruned_places,
+    pruned_product,
+    pruned_weight,
+)
 from lowbit.reference.structured import (
     e8p_values,
     structured_values,
@@ -71,6 +77,9 @@ __all__ = [
     "of_two_levels",
     "outlier_product",
     "per_weight",
+    "pruned_places",
+    "pruned_product",
+    "pruned_weight",
     "quantize_binary",
     "quantize_int8",
     "requantize",

@@ -1,4 +1,4 @@
-"""The sparse term of a weight in plain torch."""
+"""Sparse terms of a weight, and pruned weights, in plain torch."""
 
 from __future__ import annotations
 
@@ -30,3 +30,45 @@ def outlier_product(
     return F.embedding_bag(
         columns.flatten(), x.t().contiguous(), offsets, mode="sum", per_sample_weights=weights
     ).t()
+
+
+def pruned_weight(
+    entries: Tensor,  # (steps, 2, R) uint8
+    starts: Tensor,  # (ceil(N / R) + 1,) int64
+    table: Tensor,  # (E,)
+    n: int,
+    k: int,
+) -> Tensor:  # (N, K), dtype of the table
+    """The matrix of the operands of a pruned weight (`layouts.PrunedOperands`), R of its rows side by side."""
+    rows, columns, codes = pruned_places(entries, starts, n, k)
+    weight = table.new_zeros((n, k))
+    return weight.index_put((rows, columns), table[codes])
+
+
+def pruned_places(
+    entries: Tensor, starts: Tensor, n: int, k: int
+) -> tuple[Tensor, Tensor, Tensor]:  # (P,) int64 each
+    """Rows, columns and codes of the entries of operands whose code is not 0."""
+    steps, _, size = entries.shape
+    distances, codes = entries.unbind(1)
+    ends = (distances.long() + 1).cumsum(0)
+    block = torch.bucketize(
+        torch.arange(steps, dtype=torch.int64, device=starts.device), starts[1:], right=True
+    )
+    # What the blocks before add up to.
+    before = F.pad(ends, (0, 0, 1, 0))[starts[block]]
+    columns = ends - before - 1
+    rows = block[:, None] * size + torch.arange(size, dtype=torch.int64, device=starts.device)
+    real = (codes != 0) & (columns < k) & (rows < n)
+    return rows[real], columns[real], codes[real].long()
+
+
+def pruned_product(
+    x: Tensor,  # (M, K)
+    entries: Tensor,
+    starts: Tensor,
+    table: Tensor,
+    n: int,
+) -> Tensor:  # (M, N), dtype of x
+    """x W^T in the dtype of x, for the `pruned_weight` W."""
+    return x @ pruned_weight(entries, starts, table, n, x.shape[1]).to(x.dtype).t()

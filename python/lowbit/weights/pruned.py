@@ -30,7 +30,7 @@ class PrunedTensor:
             entries go beyond the matrix.
     """
 
-    __slots__ = ("bits", "codes", "gaps", "index_bits", "shape", "table")
+    __slots__ = ("_packed", "bits", "codes", "gaps", "index_bits", "shape", "table")
 
     def __init__(
         self, shape: tuple[int, int], table: Tensor, codes: Tensor, gaps: Tensor, index_bits: int
@@ -58,6 +58,7 @@ class PrunedTensor:
                 raise ValueError(f"{name} must be below {2**width}, got {most}")
         self.shape, self.table, self.codes, self.gaps = shape, table, codes, gaps
         self.bits, self.index_bits = bits, index_bits
+        self._packed: object | None = None
         reached = int(gaps.sum(dtype=torch.int64)) + len(gaps)
         if reached > shape[0] * shape[1]:
             raise ValueError(

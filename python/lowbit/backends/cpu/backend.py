@@ -10,7 +10,7 @@ from torch import Tensor
 from lowbit.backends.base import Backend
 from lowbit.backends.cpu import activations, requests, sparse, weights
 from lowbit.formats import Format
-from lowbit.layouts import Operands
+from lowbit.layouts import Operands, PrunedOperands
 from lowbit.weights.sparse import SparseTerm
 
 
@@ -59,6 +59,14 @@ class CpuBackend(Backend):
     def sparse_name(self) -> str:
         """What `explain` calls `sparse_linear`."""
         return sparse.sparse_name()
+
+    def pruned_linear(self, x: Tensor, w: PrunedOperands) -> Tensor:
+        """`sparse.pruned_linear`."""
+        return sparse.pruned_linear(x, w)
+
+    def pruned_name(self) -> str:
+        """What `explain` calls `pruned_linear`."""
+        return sparse.pruned_name()
 
     def int8_quantize(
         self, x: Tensor, group: int | None, scale: Tensor | None
