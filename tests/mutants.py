@@ -29,7 +29,7 @@ from mutations.rebuild import Build
 ROOT = Path(__file__).parents[1]
 FAMILIES = (
     "weights", "quantizers", "fp8", "int8", "files", "training",
-    "cpp_fp8", "cpp_int8", "cpp_weights", "cpp_outliers", "cpp_adamw", "cpp_decoder",
+    "cpp_core", "cpp_fp8", "cpp_int8", "cpp_weights", "cpp_outliers", "cpp_adamw", "cpp_decoder",
 )  # fmt: skip
 SECONDS = 900  # of the tests of one mutant; a hang counts as seen
 STALE, BROKEN, SURVIVED, KILLED = "stale", "BROKEN", "SURVIVED", "killed"

@@ -87,6 +87,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("take_kernels_run", &py_take_kernels_run,
         "Names of the kernels that ran since the last call of this function, on any thread.");
   m.def("usable_threads", &usable_threads, py::arg("threads"), "How many threads a call gets: one after a fork.");
+  m.def("uncrowded_threads", &uncrowded_threads, py::arg("threads"),
+        "How many of them a region gets now (core/crowd.h).");
+  m.def("note_wait", &note_wait, py::arg("waited_ns"), py::arg("worked_ns"), py::call_guard<py::gil_scoped_release>());
+  m.def("waited_for_cores_ns", &waited_for_cores_ns);
   m.def("isa_detected", [] { return isa_names(detect_isa()); });
   m.def("isa_active", [] { return isa_names(active_isa()); });
   m.def("isa_capped", [](const std::vector<std::string>& detected, const std::string& value) {

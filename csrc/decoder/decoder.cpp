@@ -1,6 +1,7 @@
 #include "decoder/decoder.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -373,7 +374,6 @@ char* Decoder::row(char* rows, int64_t i, int64_t width) const {
 }
 
 int Decoder::useful_threads(int64_t rows) const {
-  if (after_fork()) return 1;
   const int64_t steps = static_cast<int64_t>(std::max<size_t>(one_.layers.size(), 1));
   const int64_t useful = weights_ * rows / steps / kDecoderProductsPerThread;
   return static_cast<int>(std::clamp<int64_t>(useful, 1, config_.threads));
@@ -385,19 +385,19 @@ char* Decoder::logits(int64_t row) const {
 
 template <class Fn>
 void Decoder::in_team(Bound* bound, const Fn& fn) {
-  const int threads = useful_threads(bound->rows);
-  if (threads == 1) {
-    Team team(1);
-    fn(Worker{*this, *bound, team, 0});
-    return;
-  }
-  std::unique_ptr<Team> team;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp single
-    team = std::make_unique<Team>(omp_get_num_threads());
-    fn(Worker{*this, *bound, *team, omp_get_thread_num()});
-  }
+  // Made by the first thread, which waits for no other before it begins.
+  std::unique_ptr<Team> owner;
+  std::atomic<Team*> team{nullptr};
+  parallel_threads(useful_threads(bound->rows), [&](int64_t index, int64_t count) {
+    if (index == 0) {
+      owner = std::make_unique<Team>(static_cast<int>(count));
+      team.store(owner.get(), std::memory_order_release);
+      team.notify_all();
+    } else {
+      team.wait(nullptr, std::memory_order_acquire);
+    }
+    fn(Worker{*this, *bound, *team.load(std::memory_order_acquire), static_cast<int>(index)});
+  });
 }
 
 void Decoder::run(const int64_t* ids, int64_t count, TokenPlace place, Stop* stop) {

@@ -1,5 +1,7 @@
 #include "decoder/team.h"
 
+#include "core/crowd.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -33,7 +35,9 @@ void Team::wait() {
     if (generation_.load(std::memory_order_acquire) != generation) return;
     pause();
   }
+  const int64_t begin = clock_ns();
   generation_.wait(generation, std::memory_order_acquire);
+  note_wait(clock_ns() - begin, 0);
 }
 
 bool Team::take(uint16_t step, int slot, int64_t tasks, bool from_the_end, int64_t* begin, int64_t* end) {
