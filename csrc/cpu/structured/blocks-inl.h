@@ -1,0 +1,99 @@
+// Blocks of GGUF, 256 weights at a time: their weights leave for the result or meet rows of x.
+#pragma once
+
+#include "cpu/structured/block_fields-inl.h"
+#include "cpu/structured/tiles-inl.h"
+#if defined(__AVX512VBMI__)
+#include "cpu/structured/blocks_avx512-inl.h"
+#endif
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace {
+
+// The weights of vector `i` of kVecLanes, without their scale; levels as StructuredWeight::table.
+template <int kBits>
+LOWBIT_INLINE inline F level_values(const BlockFields& f, int i, const float* levels) {
+#if defined(__AVX2__)
+  const auto eight = [&](int g) LOWBIT_INLINE {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i shifts = _mm256_mullo_epi32(lane, _mm256_set1_epi32(kBits));
+    const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(f.codes[g])), shifts);
+    const __m256i flips = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(f.flips[g])),
+                                            _mm256_sub_epi32(_mm256_set1_epi32(31), lane));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(levels), codes),
+                            _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels + 8), codes), _mm256_castsi256_ps(flips));
+  };
+  if constexpr (kVecLanes == 8) {
+    return eight(i);
+  } else {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(eight(2 * i)), eight(2 * i + 1), 1);
+  }
+#else
+  float values[kVecLanes];
+  for (int j = 0; j < kVecLanes; ++j) {
+    const int g = (i * kVecLanes + j) / 8, at = j % 8;
+    values[j] = levels[(f.flips[g] >> at & 1) * 8 + (f.codes[g] >> (kBits * at) & 7)];
+  }
+  return load(values);
+#endif
+}
+
+constexpr int kBlockVecs = kBlockWeights / kVecLanes;
+
+template <StructuredCodec kCodec, class Fn>
+LOWBIT_INLINE inline void for_vectors(const StructuredWeight& w, const uint8_t* block, const Fn& fn) {
+  BlockFields f;
+  read_fields<kCodec>(block, w.grid, f);
+  for (int i = 0; i < kBlockVecs; ++i) {
+    fn(i, mul(level_values<BlockOf<kCodec>::kBits>(f, i, w.table), set1(f.scales[i * kVecLanes / 16])));
+  }
+}
+
+void decode_block_rows(const StructuredRows& r, int64_t begin, int64_t end) {
+  with_codec(r.w.codec, [&](auto codec) {
+    for (int64_t i = begin; i < end; ++i) {
+      const uint8_t* block = r.w.codes + (r.rows ? r.rows[i] : i) * r.w.row_bytes;
+      for (int64_t k = 0; k < r.w.k; k += kBlockWeights, block += BlockOf<decltype(codec)::value>::kBytes) {
+        alignas(64) float values[kBlockWeights];
+        for_vectors<decltype(codec)::value>(r.w, block, [&](int v, F weights) LOWBIT_INLINE {
+          store(values + v * kVecLanes, weights);
+        });
+        store_as(r.out, r.out_dtype, i * r.w.k + k, values, r.w.k - k < kBlockWeights ? r.w.k - k : kBlockWeights);
+      }
+    }
+  });
+}
+
+#if !defined(__AVX512VBMI__)
+void prepare_blocks(const StructuredLinear& l) { prepare_rows(l); }
+
+template <StructuredCodec kCodec, int kRows>
+void multiply_blocks(const StructuredLinear& l, int64_t row, float* y) {
+  const uint8_t* block = l.w.codes + row * l.w.row_bytes;
+  F sums[kRows];
+  for (F& sum : sums) sum = zero();
+  for (int64_t k = 0; k < l.w.k; k += kBlockWeights, block += BlockOf<kCodec>::kBytes) {
+    for_vectors<kCodec>(l.w, block, [&](int v, F weights) LOWBIT_INLINE {
+      const float* x = l.prepared + k + v * kVecLanes;
+      for (int r = 0; r < kRows; ++r) sums[r] = fma(weights, load(x + r * l.padded_k), sums[r]);
+    });
+  }
+  for (int r = 0; r < kRows; ++r) y[r] += sum_lanes(sums[r]);
+}
+
+void multiply_block_rows(const StructuredLinear& l, int64_t begin, int64_t end) {
+  with_codec(l.w.codec, [&](auto codec) {
+    multiply_tiles(l, begin, end, [&](auto rows, int64_t row, float* y) {
+      multiply_blocks<decltype(codec)::value, decltype(rows)::value>(l, row, y);
+    });
+  });
+}
+#endif
+
+constexpr StructuredKernel kBlocksKernel{
+    .rows = decode_block_rows, .prepare = prepare_blocks, .linear = multiply_block_rows};
+
+}  // namespace
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit
