@@ -115,6 +115,10 @@ def check_padding_and_range(packed: Tensor, format: Format, k: int) -> None:
         highest = f"a code above {format.num_codes - 1}"
     if highest:
         raise ValueError(f"codes of format {format.name!r} hold {highest}: the data is damaged")
+    if is_blocks(format):
+        scales = block_scales(unpack_codes(packed, format, k), format.codec)
+        if not bool(scales.isfinite().all()):
+            raise ValueError(f"codes of format {format.name!r} hold NaN or inf as the scale of a block")
 
 
 def _check_codes(codes: Tensor, format: Format) -> None:
@@ -143,6 +147,23 @@ def _check_codes(codes: Tensor, format: Format) -> None:
 def is_blocks(format: Format) -> bool:
     """Whether codes are blocks of bytes."""
     return format.codec in BLOCK_BYTES
+
+
+def little_endian(b: Tensor) -> Tensor:  # (..., 2 W) integers below 256 -> (..., W)
+    """Words of 16 bits."""
+    return b[..., 0::2] | b[..., 1::2] << 8
+
+
+def block_scales(blocks: Tensor, codec: str) -> Tensor:  # (..., bytes) uint8 -> (...) fp32
+    """The fp16 number of each block of a codec of `structured.BLOCK_BYTES`: in the first two bytes, but of IQ1_M in the
+    top nibbles of the last four words.
+    """
+    if codec == "iq1_m":
+        top = little_endian(blocks[..., 48:56].long()) >> 12
+        bits = top[..., 0] | top[..., 1] << 4 | top[..., 2] << 8 | top[..., 3] << 12
+    else:
+        bits = little_endian(blocks[..., :2].long())[..., 0]
+    return bits.to(torch.int16).view(torch.float16).to(torch.float32)
 
 
 def _code_dtype(format: Format) -> torch.dtype:

@@ -12,13 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowbit import packing
 from lowbit.codebooks import grids
-from lowbit.structured import BLOCK_BYTES, BLOCK_WEIGHTS
+from lowbit.packing import little_endian
+from lowbit.structured import BLOCK_WEIGHTS
 
 
 class Fields(NamedTuple):
     """Of blocks (..., bytes): `numbers` (..., C) of vectors, `flips` (..., 32) of a byte each, the bits of 8 weights'
-    signs, or 255 where 1/8 is taken away; `scales` (..., S) fp32 of equal runs of weights.
+    signs, or 255 where 1/8 is taken away; `scales` (..., S) fp32 of equal runs of weights, without the block's own.
     """
 
     numbers: Tensor
@@ -41,25 +43,8 @@ def block_values(blocks: Tensor, codec: str) -> Tensor:  # (..., bytes) uint8 ->
         values = values + torch.where(set_bits, -grids.DELTA, grids.DELTA)
     else:
         values = torch.where(set_bits, -values, values)
-    return values * f.scales.repeat_interleave(BLOCK_WEIGHTS // f.scales.shape[-1], -1)
-
-
-def block_scales(blocks: Tensor, codec: str) -> Tensor:  # (..., bytes) uint8 -> (...) fp32
-    """The fp16 number of each block."""
-    if codec != "iq1_m":
-        return _half(_words(blocks[..., :2].long())[..., 0])
-    return _nibbles_apart(_words(blocks[..., 48:56].long()))
-
-
-def check_blocks(packed: Tensor, codec: str) -> None:
-    """Raises ValueError if the fp16 number of a block is not finite: every other bit may be anything."""
-    scales = block_scales(packed.unflatten(1, (-1, BLOCK_BYTES[codec])), codec)
-    if not bool(scales.isfinite().all()):
-        raise ValueError(f"codes of format {codec!r} hold NaN or inf as the scale of a block")
-
-
-def _words(b: Tensor) -> Tensor:  # (..., 2 W) -> (..., W): little-endian
-    return b[..., 0::2] | b[..., 1::2] << 8
+    scales = f.scales * packing.block_scales(blocks, codec).unsqueeze(-1)
+    return values * scales.repeat_interleave(BLOCK_WEIGHTS // f.scales.shape[-1], -1)
 
 
 def _bits(b: Tensor, shifts: range, mask: int = 1) -> Tensor:  # (..., 1) -> (..., len(shifts))
@@ -71,15 +56,6 @@ def _each(b: Tensor, shifts: range, mask: int) -> Tensor:  # (..., B) -> (..., B
     return _bits(b.unsqueeze(-1), shifts, mask).flatten(-2)
 
 
-def _half(word: Tensor) -> Tensor:  # the bits of fp16 as integers -> fp32
-    return word.to(torch.int16).view(torch.float16).to(torch.float32)
-
-
-def _nibbles_apart(words: Tensor) -> Tensor:  # (..., 4) -> (...) fp32: the top nibble of each
-    top = words >> 12
-    return _half(top[..., 0] | top[..., 1] << 4 | top[..., 2] << 8 | top[..., 3] << 12)
-
-
 def _with_parity(seven: Tensor) -> Tensor:
     """The sign bits of 8 values by those of 7: an even number of them."""
     odd = seven ^ seven >> 4
@@ -87,15 +63,17 @@ def _with_parity(seven: Tensor) -> Tensor:
     return seven | (odd ^ odd >> 1) << 7 & 128
 
 
-def _steps(b: Tensor, integers: Tensor, unit: float) -> Tensor:
-    """(integer + 1/2) * unit times the fp16 number that a block begins with."""
-    d = _half(_words(b[..., :2]))
-    return d * (integers.to(torch.float32) + 0.5) * unit
+def _half_steps(integers: Tensor, unit: float) -> Tensor:
+    return (integers.to(torch.float32) + 0.5) * unit
+
+
+def _odd(integers: Tensor) -> Tensor:
+    return (2 * integers + 1).to(torch.float32)
 
 
 def _signs_and_scales(b: Tensor) -> tuple[Tensor, Tensor]:  # (..., 32) -> (..., 32), (..., 8)
     """Of 8 numbers of 32 bits: four times 7 bits, then 4 bits."""
-    words = _words(b)
+    words = little_endian(b)
     both = words[..., 0::2] | words[..., 1::2] << 16
     return _with_parity(_each(both, range(0, 28, 7), 127)), both >> 28
 
@@ -103,46 +81,44 @@ def _signs_and_scales(b: Tensor) -> tuple[Tensor, Tensor]:  # (..., 32) -> (...,
 def _iq2_xxs(b: Tensor) -> Fields:  # d, 8 times: 4 numbers, signs and scale of 32 weights
     runs = b[..., 2:66].unflatten(-1, (8, 8))
     signs, scales = _signs_and_scales(runs[..., 4:].flatten(-2))
-    return Fields(runs[..., :4].flatten(-2), signs, _steps(b, scales, 0.25))
+    return Fields(runs[..., :4].flatten(-2), signs, _half_steps(scales, 0.25))
 
 
 def _iq2_xs(b: Tensor) -> Fields:  # d, 32 times 9 bits of a number and 7 of signs, 8 bytes of scales
-    words = _words(b[..., 2:66])
+    words = little_endian(b[..., 2:66])
     scales = _each(b[..., 66:74], range(0, 8, 4), 15)
-    return Fields(words & 511, _with_parity(words >> 9), _steps(b, scales, 0.25))
+    return Fields(words & 511, _with_parity(words >> 9), _half_steps(scales, 0.25))
 
 
 def _iq2_s(b: Tensor) -> Fields:  # d, 32 numbers, 32 bytes of signs, 8 of high bits of numbers, 8 of scales
     numbers = b[..., 2:34] | _each(b[..., 66:74], range(0, 8, 2), 3) << 8
-    return Fields(
-        numbers, b[..., 34:66], _steps(b, _each(b[..., 74:82], range(0, 8, 4), 15), 0.25)
-    )
+    scales = _each(b[..., 74:82], range(0, 8, 4), 15)
+    return Fields(numbers, b[..., 34:66], _half_steps(scales, 0.25))
 
 
 def _iq3_xxs(b: Tensor) -> Fields:  # d, 64 numbers, 8 times signs and scale of 32 weights
     signs, scales = _signs_and_scales(b[..., 66:98])
-    return Fields(b[..., 2:66], signs, _steps(b, scales, 0.5))
+    return Fields(b[..., 2:66], signs, _half_steps(scales, 0.5))
 
 
 def _iq3_s(b: Tensor) -> Fields:  # d, 64 numbers, 8 bytes of their high bits, 32 of signs, 4 of scales
     numbers = b[..., 2:66] | _each(b[..., 66:74], range(8), 1) << 8
     scales = _each(b[..., 106:110], range(0, 8, 4), 15)
-    return Fields(numbers, b[..., 74:106], _steps(b, scales, 2.0))
+    return Fields(numbers, b[..., 74:106], _odd(scales))
 
 
 def _iq1_s(b: Tensor) -> Fields:  # d, 32 numbers, 8 words of their high bits, scale and the sign of 1/8
-    words = _words(b[..., 34:50])
+    words = little_endian(b[..., 34:50])
     numbers = b[..., 2:34] | _each(words, range(0, 12, 3), 7) << 8
     flips = (words >> 15).repeat_interleave(4, -1) * 255
-    return Fields(numbers, flips, _half(_words(b[..., :2])) * (2 * (words >> 12 & 7) + 1))
+    return Fields(numbers, flips, _odd(words >> 12 & 7))
 
 
 def _iq1_m(b: Tensor) -> Fields:
     """32 numbers, 32 nibbles of their high bits and the sign of 1/8, 4 words of 4 scales and a nibble of d."""
-    high, words = _each(b[..., 32:48], range(0, 8, 4), 15), _words(b[..., 48:56])
-    scales = 2 * _each(words, range(0, 12, 3), 7) + 1
-    d = _nibbles_apart(words).unsqueeze(-1)
-    return Fields(b[..., :32] | (high & 7) << 8, (high >> 3) * 255, d * scales)
+    high, words = _each(b[..., 32:48], range(0, 8, 4), 15), little_endian(b[..., 48:56])
+    numbers = b[..., :32] | (high & 7) << 8
+    return Fields(numbers, (high >> 3) * 255, _odd(_each(words, range(0, 12, 3), 7)))
 
 
 _FIELDS: dict[str, Callable[[Tensor], Fields]] = {
