@@ -1,5 +1,5 @@
-// Blocks of 256 weights of GGUF, IQ1_S to IQ3_S (ggml-common.h, python/lowbit/reference/blocks.py): how the bytes of one
-// split. Scales are exact in fp32, and so are their products with levels.
+// Blocks of 256 weights of GGUF, IQ1_S to IQ3_S (ggml-common.h, python/lowbit/reference/blocks.py): how the bytes of
+// one split. Scales are exact in fp32, and so are their products with levels.
 #pragma once
 
 #include <bit>
@@ -16,7 +16,7 @@ constexpr int kGroups = kBlockWeights / 8;
 template <StructuredCodec kCodec>
 struct BlockOf {
   static constexpr bool kIq3 = kCodec == StructuredCodec::kIq3Xxs || kCodec == StructuredCodec::kIq3S;
-  static constexpr int kBits = kIq3 ? 3 : 2;   // of the number of a level
+  static constexpr int kBits = kIq3 ? 3 : 2;    // of the number of a level
   static constexpr int kVector = kIq3 ? 4 : 8;  // weights of a vector
   static constexpr int kBytes = kCodec == StructuredCodec::kIq1S     ? 50
                                 : kCodec == StructuredCodec::kIq1M   ? 56

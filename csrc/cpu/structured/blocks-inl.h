@@ -56,9 +56,8 @@ void decode_block_rows(const StructuredRows& r, int64_t begin, int64_t end) {
       const uint8_t* block = r.w.codes + (r.rows ? r.rows[i] : i) * r.w.row_bytes;
       for (int64_t k = 0; k < r.w.k; k += kBlockWeights, block += BlockOf<decltype(codec)::value>::kBytes) {
         alignas(64) float values[kBlockWeights];
-        for_vectors<decltype(codec)::value>(r.w, block, [&](int v, F weights) LOWBIT_INLINE {
-          store(values + v * kVecLanes, weights);
-        });
+        for_vectors<decltype(codec)::value>(
+            r.w, block, [&](int v, F weights) LOWBIT_INLINE { store(values + v * kVecLanes, weights); });
         store_as(r.out, r.out_dtype, i * r.w.k + k, values, r.w.k - k < kBlockWeights ? r.w.k - k : kBlockWeights);
       }
     }

@@ -1,6 +1,6 @@
-// Products of blocks of GGUF with few rows of x. A word holds the numbers of the levels of a vector, 8 or 4 weights, and
-// 32 words make a vector of AVX-512: shifted by those of one weight, it indexes 32 levels that repeat, or with the bit
-// that lies apart the other levels. So the weights of a step are as far apart as vectors are, and x is brought into
+// Products of blocks of GGUF with few rows of x. A word holds the numbers of the levels of a vector, 8 or 4 weights,
+// and 32 words make a vector of AVX-512: shifted by those of one weight, it indexes 32 levels that repeat, or with the
+// bit that lies apart the other levels. So the weights of a step are as far apart as vectors are, and x is brought into
 // this order. Lane i of an fp32 sum belongs to words 2 i and 2 i + 1, which share a scale.
 #pragma once
 
@@ -56,8 +56,7 @@ constexpr auto kAboveZero = ConstantsOf<uint8_t>::make([](int i) { return i % 2 
 constexpr auto kFirstOfFour = ConstantsOf<uint8_t>::make([](int i) { return i % 16 / 8 * 8 + i % 2; });
 constexpr auto kFirstOfTwo = ConstantsOf<uint8_t>::make([](int i) { return i % 16 / 4 * 4 + i % 2; });
 // Dword i: word i / 4 of the low four of a lane.
-constexpr auto kWordOfFour =
-    ConstantsOf<uint8_t>::make([](int i) { return i % 4 < 2 ? 2 * (i / 16) + i % 4 : 0x80; });
+constexpr auto kWordOfFour = ConstantsOf<uint8_t>::make([](int i) { return i % 4 < 2 ? 2 * (i / 16) + i % 4 : 0x80; });
 constexpr auto kShift2 = ConstantsOf<uint16_t>::make([](int i) { return 2 * (i % 4); });
 constexpr auto kShift3 = ConstantsOf<uint16_t>::make([](int i) { return 3 * (i % 4); });
 constexpr auto kShift4 = ConstantsOf<uint16_t>::make([](int i) { return 4 * (i % 2); });
@@ -107,7 +106,8 @@ LOWBIT_INLINE inline BlockWords<kCodec> read_words(const uint8_t* p, const uint1
       w.codes[0] = look_up<512>(grid, v);
       w.flips[0] = with_parity(_mm512_srli_epi16(v, 9));
     } else {
-      const I high = _mm512_shuffle_epi8(_mm512_set1_epi64(static_cast<int64_t>(qword_at(p + 66))), load_i(kAboveZero.v));
+      const I high =
+          _mm512_shuffle_epi8(_mm512_set1_epi64(static_cast<int64_t>(qword_at(p + 66))), load_i(kAboveZero.v));
       const I two = _mm512_and_si512(_mm512_srlv_epi16(high, load_i(kShift2.v)), _mm512_set1_epi16(0x300));
       w.codes[0] = look_up<1024>(grid, _mm512_or_si512(bytes_as_words(p + 2), two));
       w.flips[0] = bytes_as_words(p + 34);
@@ -165,7 +165,8 @@ struct WordLevels {
   explicit WordLevels(const float* levels) {
     alignas(64) uint16_t words[2][kWords];
     for (int i = 0; i < 2 * kWords; ++i) {
-      words[i / kWords][i % kWords] = static_cast<uint16_t>(dword_at((const uint8_t*)(levels + i / kWords * 8 + i % 8)) >> 16);
+      words[i / kWords][i % kWords] =
+          static_cast<uint16_t>(dword_at((const uint8_t*)(levels + i / kWords * 8 + i % 8)) >> 16);
     }
     plain = load_i(words[0]);
     flipped = load_i(words[1]);
@@ -179,7 +180,8 @@ LOWBIT_INLINE inline I words_of_step(I codes, I flips, const WordLevels& levels)
   I moved = flips;
   if constexpr (kStep < 5) moved = _mm512_slli_epi16(flips, 5 - kStep);
   if constexpr (kStep > 5) moved = _mm512_srli_epi16(flips, kStep - 5);
-  const I index = _mm512_ternarylogic_epi32(_mm512_set1_epi16(32), moved, _mm512_srli_epi16(codes, kBits * kStep), 0xCA);
+  const I index =
+      _mm512_ternarylogic_epi32(_mm512_set1_epi16(32), moved, _mm512_srli_epi16(codes, kBits * kStep), 0xCA);
   return _mm512_permutex2var_epi16(levels.plain, index, levels.flipped);
 }
 
@@ -250,7 +252,8 @@ LOWBIT_INLINE inline void multiply_blocks(const StructuredLinear& l, int64_t row
           } else {
             const float* x = l.prepared + at + step * kWords;
             sum = fma(as_float(shift_left<16>(weights[step])), load(x), sum);
-            other = fma(as_float(bit_and(weights[step], set1_i(static_cast<int32_t>(0xFFFF0000)))), load(x + 16), other);
+            other =
+                fma(as_float(bit_and(weights[step], set1_i(static_cast<int32_t>(0xFFFF0000)))), load(x + 16), other);
           }
         });
         if constexpr (!kBf16) sum = add(sum, other);

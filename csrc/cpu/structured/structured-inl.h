@@ -187,13 +187,11 @@ void multiply_row(const StructuredLinear& l, int64_t row, const float* x, float*
 }
 
 void multiply_rows(const StructuredLinear& l, int64_t begin, int64_t end) {
-  multiply_tiles(l, begin, end, [&](auto rows, int64_t row, float* y) {
-    multiply_row<decltype(rows)::value>(l, row, l.prepared, y);
-  });
+  multiply_tiles(l, begin, end,
+                 [&](auto rows, int64_t row, float* y) { multiply_row<decltype(rows)::value>(l, row, l.prepared, y); });
 }
 
-constexpr StructuredKernel kStructuredKernel{
-    .rows = decode_rows, .prepare = prepare_rows, .linear = multiply_rows};
+constexpr StructuredKernel kStructuredKernel{.rows = decode_rows, .prepare = prepare_rows, .linear = multiply_rows};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

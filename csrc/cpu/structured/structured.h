@@ -22,8 +22,8 @@ struct StructuredWeight {
   const float* table;
   const float* signs;    // kE8p: (128, 8), by the bits of seven signs
   const uint16_t* grid;  // blocks: the numbers of the levels of each vector, 8 times 2 bits or 4 times 3
-  float second;        // kE8p: what a point of the second stage is multiplied by
-  const void* scales;  // (n, groups), or null for 1
+  float second;          // kE8p: what a point of the second stage is multiplied by
+  const void* scales;    // (n, groups), or null for 1
   Dtype scale_dtype;
   int64_t group, groups;  // a multiple of 8, or at least k
 };

@@ -1,4 +1,5 @@
-// What products of structured weights share: rows of x, tiles of rows of the weight, the bias, and what leaves for the result.
+// What products of structured weights share: rows of x, tiles of rows of the weight, the bias, and what leaves for the
+// result.
 #pragma once
 
 #include <type_traits>
@@ -24,8 +25,8 @@ inline void prepare_rows(const StructuredLinear& l) {
   }
 }
 
-// y + bias of tiles of rows of the weight; `multiply(rows, row, y)` adds to y[r] the product of a row of the weight with
-// row r of x, of which there are `rows`, an integral_constant.
+// y + bias of tiles of rows of the weight; `multiply(rows, row, y)` adds to y[r] the product of a row of the weight
+// with row r of x, of which there are `rows`, an integral_constant.
 template <class Multiply>
 void multiply_tiles(const StructuredLinear& l, int64_t begin, int64_t end, const Multiply& multiply) {
   for (int64_t task = begin; task < end; ++task) {
