@@ -118,7 +118,9 @@ def check_padding_and_range(packed: Tensor, format: Format, k: int) -> None:
     if is_blocks(format):
         scales = block_scales(unpack_codes(packed, format, k), format.codec)
         if not bool(scales.isfinite().all()):
-            raise ValueError(f"codes of format {format.name!r} hold NaN or inf as the scale of a block")
+            raise ValueError(
+                f"codes of format {format.name!r} hold NaN or inf as the scale of a block"
+            )
 
 
 def _check_codes(codes: Tensor, format: Format) -> None:

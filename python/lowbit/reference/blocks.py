@@ -84,13 +84,17 @@ def _iq2_xxs(b: Tensor) -> Fields:  # d, 8 times: 4 numbers, signs and scale of 
     return Fields(runs[..., :4].flatten(-2), signs, _half_steps(scales, 0.25))
 
 
-def _iq2_xs(b: Tensor) -> Fields:  # d, 32 times 9 bits of a number and 7 of signs, 8 bytes of scales
+def _iq2_xs(
+    b: Tensor,
+) -> Fields:  # d, 32 times 9 bits of a number and 7 of signs, 8 bytes of scales
     words = little_endian(b[..., 2:66])
     scales = _each(b[..., 66:74], range(0, 8, 4), 15)
     return Fields(words & 511, _with_parity(words >> 9), _half_steps(scales, 0.25))
 
 
-def _iq2_s(b: Tensor) -> Fields:  # d, 32 numbers, 32 bytes of signs, 8 of high bits of numbers, 8 of scales
+def _iq2_s(
+    b: Tensor,
+) -> Fields:  # d, 32 numbers, 32 bytes of signs, 8 of high bits of numbers, 8 of scales
     numbers = b[..., 2:34] | _each(b[..., 66:74], range(0, 8, 2), 3) << 8
     scales = _each(b[..., 74:82], range(0, 8, 4), 15)
     return Fields(numbers, b[..., 34:66], _half_steps(scales, 0.25))
@@ -101,13 +105,17 @@ def _iq3_xxs(b: Tensor) -> Fields:  # d, 64 numbers, 8 times signs and scale of 
     return Fields(b[..., 2:66], signs, _half_steps(scales, 0.5))
 
 
-def _iq3_s(b: Tensor) -> Fields:  # d, 64 numbers, 8 bytes of their high bits, 32 of signs, 4 of scales
+def _iq3_s(
+    b: Tensor,
+) -> Fields:  # d, 64 numbers, 8 bytes of their high bits, 32 of signs, 4 of scales
     numbers = b[..., 2:66] | _each(b[..., 66:74], range(8), 1) << 8
     scales = _each(b[..., 106:110], range(0, 8, 4), 15)
     return Fields(numbers, b[..., 74:106], _odd(scales))
 
 
-def _iq1_s(b: Tensor) -> Fields:  # d, 32 numbers, 8 words of their high bits, scale and the sign of 1/8
+def _iq1_s(
+    b: Tensor,
+) -> Fields:  # d, 32 numbers, 8 words of their high bits, scale and the sign of 1/8
     words = little_endian(b[..., 34:50])
     numbers = b[..., 2:34] | _each(words, range(0, 12, 3), 7) << 8
     flips = (words >> 15).repeat_interleave(4, -1) * 255

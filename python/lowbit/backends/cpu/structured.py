@@ -27,7 +27,18 @@ from lowbit.weights.sparse import SparseTerm
 _CODECS = {
     codec: i
     for i, codec in enumerate(
-        ("vector", "e8p", "trellis", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")
+        (
+            "vector",
+            "e8p",
+            "trellis",
+            "iq1_s",
+            "iq1_m",
+            "iq2_xxs",
+            "iq2_xs",
+            "iq2_s",
+            "iq3_xxs",
+            "iq3_s",
+        )
     )
 }
 _MOST_ROWS = 8  # of x: structured.h kStructuredRows

@@ -22,8 +22,8 @@ Array = np.ndarray[Any, Any]
 
 
 class Parts(NamedTuple):
-    """Of B blocks: codes (B, weights) uint8, or (B, bytes) of whole blocks; scales and minima (B, groups) and their second level
-    (B, 1), in the dtypes of the format.
+    """Of B blocks: codes (B, weights) uint8, or (B, bytes) of blocks that stay whole; scales and minima (B, groups) and
+    their second level (B, 1), in the dtypes of the format.
     """
 
     codes: Array
