@@ -70,7 +70,7 @@ StructuredWeight weight_of(int codec, int bits, int dim, int64_t n, int64_t k, i
   w.codes = pointer<const uint8_t>(codes);
   w.table = pointer<const float>(table);
   w.signs = pointer<const float>(signs);
-  w.grid = pointer<const uint16_t>(grid);
+  w.grid = pointer<const uint32_t>(grid);
   w.second = second;
   w.scales = pointer<const void>(scales);
   w.scale_dtype = static_cast<Dtype>(scale_dtype);

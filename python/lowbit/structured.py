@@ -3,10 +3,9 @@
 vector   a code stands for `dim` weights along K, a row of a table that is fitted to the weight
 e8p      a code stands for 8 weights: a point of the lattice E8 (QuIP#, https://arxiv.org/abs/2402.04396), of 16 bits,
          or 24 and 32 bits where a second point stands for what the first one leaves (residual vector quantization)
-trellis  a weight is a function of 16 bits of the stream of codes, from its own code on (QTIP,
-         https://arxiv.org/abs/2406.11235)
-iq...    a code stands for 256 weights: a block of GGUF as a file holds it, with its numbers of vectors of 8 or 4
-         values, signs, and two levels of scales (`reference/blocks.py`, `BLOCK_BYTES`)
+trellis  a weight is a function of 16 bits from its own code on (QTIP, https://arxiv.org/abs/2406.11235)
+iq...    a code stands for 256 weights: a block of GGUF as it is, with numbers of vectors of 8 or 4 values, signs, and
+         two levels of scales (`reference/blocks.py`)
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ constexpr int kGroups = kBlockWeights / 8;
 template <StructuredCodec kCodec>
 struct BlockOf {
   static constexpr bool kIq3 = kCodec == StructuredCodec::kIq3Xxs || kCodec == StructuredCodec::kIq3S;
-  static constexpr int kBits = kIq3 ? 3 : 2;    // of the number of a level
-  static constexpr int kVector = kIq3 ? 4 : 8;  // weights of a vector
+  static constexpr int kBits = kIq3 ? 3 : 2;  // of the number of a level
   static constexpr int kBytes = kCodec == StructuredCodec::kIq1S     ? 50
                                 : kCodec == StructuredCodec::kIq1M   ? 56
                                 : kCodec == StructuredCodec::kIq2Xxs ? 66
@@ -81,45 +80,57 @@ inline float half_of_nibbles(const uint8_t* p) {
   return half_of(p[1] >> 4 | (p[3] >> 4) << 4 | (p[5] >> 4) << 8 | uint32_t{p[7]} >> 4 << 12);
 }
 
-// Of 8 weights each: the numbers of their levels, the first one lowest, and the bits that lie apart. Of 16: the scale.
+// By eight bits: the highest bits of eight nibbles.
+struct HighBits {
+  uint32_t v[256];
+  constexpr HighBits() : v() {
+    for (int i = 0; i < 256; ++i) {
+      for (int j = 0; j < 8; ++j) v[i] |= static_cast<uint32_t>(i >> j & 1) << (4 * j + 3);
+    }
+  }
+};
+constexpr HighBits kHighBits;
+
+// Of 8 weights each: nibbles, the number of a level and the bit that lies apart. Of 16: the scale.
 struct BlockFields {
-  uint32_t codes[kGroups];
-  uint32_t flips[kGroups];
+  uint32_t nibbles[kGroups];
   float scales[kGroups / 2];
 };
 
 template <StructuredCodec kCodec>
-void read_fields(const uint8_t* p, const uint16_t* grid, BlockFields& f) {
+void read_fields(const uint8_t* p, const uint32_t* grid, BlockFields& f) {
   using enum StructuredCodec;
   const float d = kCodec == kIq1M ? half_of_nibbles(p + 48) : half_of(word_at(p));
   for (int g = 0; g < kGroups; ++g) {
     const int run = g / 4;  // of 32 weights
+    uint32_t codes, flips;
     if constexpr (kCodec == kIq2Xxs) {
-      f.codes[g] = grid[p[2 + 8 * run + g % 4]];
-      f.flips[g] = kSignBytes.v[dword_at(p + 6 + 8 * run) >> (7 * (g % 4)) & 127];
+      codes = grid[p[2 + 8 * run + g % 4]];
+      flips = kSignBytes.v[dword_at(p + 6 + 8 * run) >> (7 * (g % 4)) & 127];
     } else if constexpr (kCodec == kIq2Xs) {
       const uint32_t word = word_at(p + 2 + 2 * g);
-      f.codes[g] = grid[word & 511];
-      f.flips[g] = kSignBytes.v[word >> 9];
+      codes = grid[word & 511];
+      flips = kSignBytes.v[word >> 9];
     } else if constexpr (kCodec == kIq2S) {
-      f.codes[g] = grid[p[2 + g] | (p[66 + run] >> (2 * (g % 4)) & 3) << 8];
-      f.flips[g] = p[34 + g];
+      codes = grid[p[2 + g] | (p[66 + run] >> (2 * (g % 4)) & 3) << 8];
+      flips = p[34 + g];
     } else if constexpr (kCodec == kIq3Xxs) {
-      f.codes[g] = grid[p[2 + 2 * g]] | uint32_t{grid[p[3 + 2 * g]]} << 12;
-      f.flips[g] = kSignBytes.v[dword_at(p + 66 + 4 * run) >> (7 * (g % 4)) & 127];
+      codes = grid[p[2 + 2 * g]] | grid[p[3 + 2 * g]] << 16;
+      flips = kSignBytes.v[dword_at(p + 66 + 4 * run) >> (7 * (g % 4)) & 127];
     } else if constexpr (kCodec == kIq3S) {
       const uint32_t high = p[66 + run] >> (2 * (g % 4));
-      f.codes[g] = grid[p[2 + 2 * g] | (high & 1) << 8] | uint32_t{grid[p[3 + 2 * g] | (high >> 1 & 1) << 8]} << 12;
-      f.flips[g] = p[74 + g];
+      codes = grid[p[2 + 2 * g] | (high & 1) << 8] | grid[p[3 + 2 * g] | (high >> 1 & 1) << 8] << 16;
+      flips = p[74 + g];
     } else if constexpr (kCodec == kIq1S) {
       const uint32_t word = word_at(p + 34 + 2 * run);
-      f.codes[g] = grid[p[2 + g] | (word >> (3 * (g % 4)) & 7) << 8];
-      f.flips[g] = word & 0x8000 ? 255 : 0;
+      codes = grid[p[2 + g] | (word >> (3 * (g % 4)) & 7) << 8];
+      flips = word & 0x8000 ? 255 : 0;
     } else {
       const uint32_t high = p[32 + g / 2] >> (4 * (g % 2));
-      f.codes[g] = grid[p[g] | (high & 7) << 8];
-      f.flips[g] = high & 8 ? 255 : 0;
+      codes = grid[p[g] | (high & 7) << 8];
+      flips = high & 8 ? 255 : 0;
     }
+    f.nibbles[g] = codes | kHighBits.v[flips];
   }
   for (int s = 0; s < kGroups / 2; ++s) {
     if constexpr (kCodec == kIq2Xxs) {

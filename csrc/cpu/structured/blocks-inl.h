@@ -12,28 +12,22 @@ namespace LOWBIT_ISA {
 namespace {
 
 // The weights of vector `i` of kVecLanes, without their scale; levels as StructuredWeight::table.
-template <int kBits>
 LOWBIT_INLINE inline F level_values(const BlockFields& f, int i, const float* levels) {
-#if defined(__AVX2__)
-  const auto eight = [&](int g) LOWBIT_INLINE {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i shifts = _mm256_mullo_epi32(lane, _mm256_set1_epi32(kBits));
-    const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(f.codes[g])), shifts);
-    const __m256i flips = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(f.flips[g])),
-                                            _mm256_sub_epi32(_mm256_set1_epi32(31), lane));
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(levels), codes),
-                            _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels + 8), codes), _mm256_castsi256_ps(flips));
-  };
-  if constexpr (kVecLanes == 8) {
-    return eight(i);
-  } else {
-    return _mm512_insertf32x8(_mm512_castps256_ps512(eight(2 * i)), eight(2 * i + 1), 1);
-  }
+#if defined(__AVX512F__)
+  const I shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  const __m512i eight = _mm512_set1_epi32(static_cast<int>(f.nibbles[2 * i]));
+  const I nibbles = _mm512_mask_set1_epi32(eight, 0xFF00, static_cast<int>(f.nibbles[2 * i + 1]));
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(nibbles, shifts), load(levels));
+#elif defined(__AVX2__)
+  const I nibbles = set1_i(static_cast<int32_t>(f.nibbles[i]));
+  const I numbers = _mm256_srlv_epi32(nibbles, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+  const I flips = _mm256_sllv_epi32(nibbles, _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(load(levels), numbers),
+                          _mm256_permutevar8x32_ps(load(levels + 8), numbers), as_float(flips));
 #else
   float values[kVecLanes];
   for (int j = 0; j < kVecLanes; ++j) {
-    const int g = (i * kVecLanes + j) / 8, at = j % 8;
-    values[j] = levels[(f.flips[g] >> at & 1) * 8 + (f.codes[g] >> (kBits * at) & 7)];
+    values[j] = levels[f.nibbles[(i * kVecLanes + j) / 8] >> (4 * (j % 8)) & 15];
   }
   return load(values);
 #endif
@@ -46,7 +40,7 @@ LOWBIT_INLINE inline void for_vectors(const StructuredWeight& w, const uint8_t* 
   BlockFields f;
   read_fields<kCodec>(block, w.grid, f);
   for (int i = 0; i < kBlockVecs; ++i) {
-    fn(i, mul(level_values<BlockOf<kCodec>::kBits>(f, i, w.table), set1(f.scales[i * kVecLanes / 16])));
+    fn(i, mul(level_values(f, i, w.table), set1(f.scales[i * kVecLanes / 16])));
   }
 }
 
@@ -80,6 +74,7 @@ void multiply_blocks(const StructuredLinear& l, int64_t row, float* y) {
   }
   for (int r = 0; r < kRows; ++r) y[r] += sum_lanes(sums[r]);
 }
+#endif
 
 void multiply_block_rows(const StructuredLinear& l, int64_t begin, int64_t end) {
   with_codec(l.w.codec, [&](auto codec) {
@@ -88,7 +83,6 @@ void multiply_block_rows(const StructuredLinear& l, int64_t begin, int64_t end) 
     });
   });
 }
-#endif
 
 constexpr StructuredKernel kBlocksKernel{
     .rows = decode_block_rows, .prepare = prepare_blocks, .linear = multiply_block_rows};

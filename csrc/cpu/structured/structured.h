@@ -18,10 +18,10 @@ struct StructuredWeight {
   int64_t n, k, row_bytes;
   const uint8_t* codes;  // (n, row_bytes)
   // kVector: (2^bits, dim). kE8p: vectors of absolute values (256, 8), and with 24 bits the points (256, 8) of the
-  // second stage. Blocks: (2, 8), levels without and with the bit that lies apart, exact in bf16. Values are finite.
+  // second stage. Blocks: (2, 8), levels without and with the bit that lies apart. Values are finite.
   const float* table;
   const float* signs;    // kE8p: (128, 8), by the bits of seven signs
-  const uint16_t* grid;  // blocks: the numbers of the levels of each vector, 8 times 2 bits or 4 times 3
+  const uint32_t* grid;  // blocks: the numbers of the levels of each vector, 8 or 4 nibbles below 8
   float second;          // kE8p: what a point of the second stage is multiplied by
   const void* scales;    // (n, groups), or null for 1
   Dtype scale_dtype;

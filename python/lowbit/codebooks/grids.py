@@ -1,9 +1,8 @@
 """The vectors that numbers in GGUF's blocks IQ1_S to IQ3_S stand for: tables of package `gguf`, and how kernels read
 them.
 
-A vector has 8 values of up to three levels, or 4 of eight, so that it fits 16 bits: two or three bits a value, the
-first one lowest, which number the level. The sign of a value, or what IQ1 adds to it, chooses between two tables of
-levels.
+A vector has 8 values of three levels, or 4 of eight. To kernels a value is a nibble, the first one lowest: three bits
+that number its level, and the highest one for its sign, or for what IQ1 adds to it.
 """
 
 from __future__ import annotations
@@ -48,20 +47,17 @@ def has_delta(codec: str) -> bool:
 
 
 def levels(codec: str) -> np.ndarray:  # (2, 8) fp32
-    """The values by their number, without and with the bit of theirs that lies apart, again and again up to 8."""
+    """The values of nibbles, without and with the highest bit; zeros where there is no level."""
     found = np.unique(vectors(codec))
-    room = 4 if vectors(codec).shape[1] == 8 else _LEVELS
-    filled = np.concatenate([found, np.zeros(room - len(found), np.float32)])
-    row = np.tile(filled, _LEVELS // room).astype(np.float32)
-    pair = (row + DELTA, row - DELTA) if has_delta(codec) else (row, -row)
+    pair = (found + DELTA, found - DELTA) if has_delta(codec) else (found, -found)
+    pair = tuple(np.pad(row, (0, _LEVELS - len(found))) for row in pair)
     return np.stack(pair).astype(np.float32)
 
 
-def words(codec: str) -> np.ndarray:  # (E,) uint16
-    """The numbers of the levels of every vector."""
+def words(codec: str) -> np.ndarray:  # (E,) uint32
+    """The numbers of the levels of every vector, a nibble each."""
     table = vectors(codec)
-    numbers = np.searchsorted(np.unique(table), table).astype(np.uint16)
-    bits = 2 if table.shape[1] == 8 else 3
-    shifts = np.arange(0, bits * table.shape[1], bits, dtype=np.uint16)
+    numbers = np.searchsorted(np.unique(table), table).astype(np.uint32)
+    shifts = np.arange(0, 4 * table.shape[1], 4, dtype=np.uint32)
     joined: np.ndarray = np.bitwise_or.reduce(numbers << shifts, axis=1)
     return joined

@@ -169,8 +169,8 @@ def _levels(codec: str) -> Tensor:  # (2, 8) fp32
 
 @functools.cache
 @modes.outside()
-def _grid(codec: str) -> Tensor:  # (E,) 16 bits of `grids.words`
-    return torch.from_numpy(grids.words(codec).view(np.int16))
+def _grid(codec: str) -> Tensor:  # (E,) the 32 bits of `grids.words`
+    return torch.from_numpy(grids.words(codec).view(np.int32))
 
 
 def encode_trellis(

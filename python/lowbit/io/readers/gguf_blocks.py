@@ -277,7 +277,7 @@ BLOCK_TYPES = {
         (_T.Q5_K, "q5_k", _q5_k, _join_q5_k),
         (_T.Q6_K, "q6_k", _q6_k, _join_q6_k),
         (_T.IQ4_XS, "iq4_xs", _iq4_xs, _join_iq4_xs),
-        *((_T[codec.upper()], codec, _whole, _join_whole) for codec in BLOCK_BYTES),
+        *((GGMLQuantizationType[codec.upper()], codec, _whole, _join_whole) for codec in BLOCK_BYTES),
     )
 }  # fmt: skip
 DENSE_TYPES = {_T.F32: torch.float32, _T.F16: torch.float16, _T.BF16: torch.bfloat16}
