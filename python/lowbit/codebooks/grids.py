@@ -49,9 +49,8 @@ def has_delta(codec: str) -> bool:
 def levels(codec: str) -> np.ndarray:  # (2, 8) fp32
     """The values of nibbles, without and with the highest bit; zeros where there is no level."""
     found = np.unique(vectors(codec))
-    pair = (found + DELTA, found - DELTA) if has_delta(codec) else (found, -found)
-    pair = tuple(np.pad(row, (0, _LEVELS - len(found))) for row in pair)
-    return np.stack(pair).astype(np.float32)
+    pair = [found + DELTA, found - DELTA] if has_delta(codec) else [found, -found]
+    return np.stack([np.pad(row, (0, _LEVELS - len(found))) for row in pair]).astype(np.float32)
 
 
 def words(codec: str) -> np.ndarray:  # (E,) uint32
