@@ -61,25 +61,43 @@ void decode_block_rows(const StructuredRows& r, int64_t begin, int64_t end) {
 #if !defined(__AVX512VBMI__)
 void prepare_blocks(const StructuredLinear& l) { prepare_rows(l); }
 
+// sums[r] += the products of weights [begin, end) of a row, whole blocks, with row r of x.
 template <StructuredCodec kCodec, int kRows>
-void multiply_blocks(const StructuredLinear& l, int64_t row, float* y) {
-  const uint8_t* block = l.w.codes + row * l.w.row_bytes;
-  F sums[kRows];
-  for (F& sum : sums) sum = zero();
-  for (int64_t k = 0; k < l.w.k; k += kBlockWeights, block += BlockOf<kCodec>::kBytes) {
+void multiply_blocks(const StructuredLinear& l, int64_t row, int64_t begin, int64_t end, F* sums) {
+  const uint8_t* block = l.w.codes + row * l.w.row_bytes + begin / kBlockWeights * BlockOf<kCodec>::kBytes;
+  for (int64_t k = begin; k < end; k += kBlockWeights, block += BlockOf<kCodec>::kBytes) {
     for_vectors<kCodec>(l.w, block, [&](int v, F weights) LOWBIT_INLINE {
       const float* x = l.prepared + k + v * kVecLanes;
       for (int r = 0; r < kRows; ++r) sums[r] = fma(weights, load(x + r * l.padded_k), sums[r]);
     });
   }
-  for (int r = 0; r < kRows; ++r) y[r] += sum_lanes(sums[r]);
 }
 #endif
 
+// Of many rows of x so many columns meet all rows of a tile as stay in the first cache.
+template <int kRows>
+constexpr int64_t kColumns = kRows <= 2 ? INT64_MAX : 2 * kBlockWeights;
+
+template <StructuredCodec kCodec, int kRows>
+void multiply_tile(const StructuredLinear& l, int64_t n0, int64_t count, Tile& tile) {
+  F sums[kStructuredTile][kRows];
+  for (auto& row : sums) {
+    for (F& sum : row) sum = zero();
+  }
+  for (int64_t begin = 0; begin < l.w.k;) {
+    const int64_t end = l.w.k - begin > kColumns<kRows> ? begin + kColumns<kRows> : l.w.k;
+    for (int64_t i = 0; i < count; ++i) multiply_blocks<kCodec, kRows>(l, n0 + i, begin, end, sums[i]);
+    begin = end;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    for (int r = 0; r < kRows; ++r) tile[r][i] = sum_lanes(sums[i][r]);
+  }
+}
+
 void multiply_block_rows(const StructuredLinear& l, int64_t begin, int64_t end) {
   with_codec(l.w.codec, [&](auto codec) {
-    multiply_tiles(l, begin, end, [&](auto rows, int64_t row, float* y) {
-      multiply_blocks<decltype(codec)::value, decltype(rows)::value>(l, row, y);
+    multiply_tiles(l, begin, end, [&](auto rows, int64_t n0, int64_t count, Tile& tile) {
+      multiply_tile<decltype(codec)::value, decltype(rows)::value>(l, n0, count, tile);
     });
   });
 }

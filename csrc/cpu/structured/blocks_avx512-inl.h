@@ -186,13 +186,14 @@ void prepare_blocks(const StructuredLinear& l) {
   }
 }
 
+// sums[r] += the products of weights [begin, end) of a row, whole blocks, with row r of x.
 template <StructuredCodec kCodec, int kRows>
-LOWBIT_INLINE inline void multiply_blocks(const StructuredLinear& l, int64_t row, float* y) {
-  const uint8_t* block = l.w.codes + row * l.w.row_bytes;
+void multiply_blocks(const StructuredLinear& l, int64_t row, int64_t begin, int64_t end, F* sums_of_rows) {
+  const uint8_t* block = l.w.codes + row * l.w.row_bytes + begin / kBlockWeights * BlockOf<kCodec>::kBytes;
   const F levels = load(l.w.table);
   F sums[kRows];
-  for (F& sum : sums) sum = zero();
-  for (int64_t k = 0; k < l.w.k; k += kBlockWeights, block += BlockOf<kCodec>::kBytes) {
+  for (int r = 0; r < kRows; ++r) sums[r] = sums_of_rows[r];
+  for (int64_t k = begin; k < end; k += kBlockWeights, block += BlockOf<kCodec>::kBytes) {
     const BlockHalves b = read_halves<kCodec>(block, l.w.grid);
     unroll<2>([&](auto h) LOWBIT_INLINE {
       F weights[8];
@@ -207,7 +208,7 @@ LOWBIT_INLINE inline void multiply_blocks(const StructuredLinear& l, int64_t row
       });
     });
   }
-  for (int r = 0; r < kRows; ++r) y[r] += sum_lanes(sums[r]);
+  for (int r = 0; r < kRows; ++r) sums_of_rows[r] = sums[r];
 }
 
 }  // namespace

@@ -187,8 +187,13 @@ void multiply_row(const StructuredLinear& l, int64_t row, const float* x, float*
 }
 
 void multiply_rows(const StructuredLinear& l, int64_t begin, int64_t end) {
-  multiply_tiles(l, begin, end,
-                 [&](auto rows, int64_t row, float* y) { multiply_row<decltype(rows)::value>(l, row, l.prepared, y); });
+  multiply_tiles(l, begin, end, [&](auto rows, int64_t n0, int64_t count, Tile& tile) {
+    for (int64_t i = 0; i < count; ++i) {
+      float y[kStructuredRows] = {};
+      multiply_row<decltype(rows)::value>(l, n0 + i, l.prepared, y);
+      for (int r = 0; r < rows; ++r) tile[r][i] = y[r];
+    }
+  });
 }
 
 constexpr StructuredKernel kStructuredKernel{.rows = decode_rows, .prepare = prepare_rows, .linear = multiply_rows};

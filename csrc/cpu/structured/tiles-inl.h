@@ -25,44 +25,41 @@ inline void prepare_rows(const StructuredLinear& l) {
   }
 }
 
-// y + bias of tiles of rows of the weight; `multiply(rows, row, y)` adds to y[r] the product of a row of the weight
-// with row r of x, of which there are `rows`, an integral_constant.
+// Tiles of rows of the weight: y + bias. `multiply(rows, n0, count, y)` sets y[r][i] to the product of row n0 + i of
+// the weight with row r of x, for i below `count`; r is below `rows`, an integral_constant.
+using Tile = float[kStructuredRows][kStructuredTile];
 template <class Multiply>
 void multiply_tiles(const StructuredLinear& l, int64_t begin, int64_t end, const Multiply& multiply) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n0 = task * kStructuredTile;
     const int64_t count = l.w.n - n0 < kStructuredTile ? l.w.n - n0 : kStructuredTile;
-    alignas(64) float tile[kStructuredRows][kStructuredTile] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      float y[kStructuredRows] = {};
-      const auto run = [&](auto rows) { multiply(rows, n0 + i, y); };
-      switch (l.m) {
-        case 1:
-          run(std::integral_constant<int, 1>{});
-          break;
-        case 2:
-          run(std::integral_constant<int, 2>{});
-          break;
-        case 3:
-          run(std::integral_constant<int, 3>{});
-          break;
-        case 4:
-          run(std::integral_constant<int, 4>{});
-          break;
-        case 5:
-          run(std::integral_constant<int, 5>{});
-          break;
-        case 6:
-          run(std::integral_constant<int, 6>{});
-          break;
-        case 7:
-          run(std::integral_constant<int, 7>{});
-          break;
-        default:
-          run(std::integral_constant<int, 8>{});
-          break;
-      }
-      for (int64_t m = 0; m < l.m; ++m) tile[m][i] = y[m];
+    alignas(64) Tile tile = {};
+    const auto run = [&](auto rows) { multiply(rows, n0, count, tile); };
+    switch (l.m) {
+      case 1:
+        run(std::integral_constant<int, 1>{});
+        break;
+      case 2:
+        run(std::integral_constant<int, 2>{});
+        break;
+      case 3:
+        run(std::integral_constant<int, 3>{});
+        break;
+      case 4:
+        run(std::integral_constant<int, 4>{});
+        break;
+      case 5:
+        run(std::integral_constant<int, 5>{});
+        break;
+      case 6:
+        run(std::integral_constant<int, 6>{});
+        break;
+      case 7:
+        run(std::integral_constant<int, 7>{});
+        break;
+      default:
+        run(std::integral_constant<int, 8>{});
+        break;
     }
     if (l.bias) {
       alignas(64) float bias[kStructuredTile];
