@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,12 @@ def test_grids_as_kernels_read_them(name):
         assert np.array_equal(levels[0][number], vectors[:, j] + 0.125 * name.startswith("iq1"))
         other = vectors[:, j] - 0.125 if name.startswith("iq1") else -vectors[:, j]
         assert np.array_equal(levels[1][number], other)
+
+
+def test_without_the_package_of_the_vectors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf.quants", None)
+    with pytest.raises(ModuleNotFoundError, match="weights in format 'iq3_s' need package gguf"):
+        grids.vectors.__wrapped__("iq3_s")
 
 
 def test_formats_of_blocks():
