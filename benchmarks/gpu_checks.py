@@ -18,7 +18,7 @@ from gpu_kernels import FAMILIES, PEERS, TOLERANCE, error, ours
 from torch import Tensor
 
 import lowbit
-from lowbit import float8, fp8, layouts
+from lowbit import float8, fp8, layouts, packing
 from lowbit.backends.cuda import fp8_matmul as matmul_cuda
 from lowbit.backends.triton import fp8 as fp8_triton
 from lowbit.backends.triton import fp8_matmul as matmul_triton
@@ -251,7 +251,8 @@ def tasks(families: list[str]) -> list[list[Any]]:
     found: list[list[Any]] = []
     for family in sorted(families):
         for name, format in lowbit.formats().items():
-            if family != "cuda" or "m16" in layouts.fitting(format):
+            made_here = not packing.is_blocks(format)
+            if made_here and (family != "cuda" or "m16" in layouts.fitting(format)):
                 found.append(["linear", family, name])
         granularity = CUDA_GRANULARITIES if family == "cuda" else float8.GRANULARITIES
         found += [["fp8_product", family, g] for g in granularity]

@@ -53,6 +53,7 @@ lowbit_family(scale_search cpu/offline/scale_search SearchRows search_rows scala
 lowbit_family(outliers cpu/sparse/outliers OutlierKernel kOutlierKernel scalar avx2 avx512)
 lowbit_family(pruned cpu/sparse/pruned MultiplyPruned multiply_pruned_blocks scalar avx2 avx512)
 lowbit_family(structured cpu/structured/structured StructuredKernel kStructuredKernel scalar avx2 avx512)
+lowbit_family(blocks cpu/structured/blocks StructuredKernel kBlocksKernel scalar avx2 avx512)
 lowbit_family(trellis cpu/structured/trellis TrellisKernel kTrellisKernel scalar avx2 avx512)
 lowbit_family(fp8 cpu/fp8/fp8_quantize Fp8Ops kFp8Ops scalar avx2 avx512)
 lowbit_family(fp8_matmul cpu/fp8/fp8_matmul_f32 Fp8MatmulKernel "fp8_matmul_kernel<Fp8F32Family>()" scalar avx512)

@@ -26,7 +26,7 @@ MIXED = {
 }  # fmt: skip
 _SCALES = {
     GGMLType.Q4_K: 2e-4, GGMLType.Q6_K: 4e-5, GGMLType.IQ4_XS: 4e-5, GGMLType.Q5_0: 6e-3,
-    GGMLType.Q8_0: 8e-4, GGMLType.IQ2_XXS: 3e-3,
+    GGMLType.Q8_0: 8e-4, GGMLType.IQ2_XXS: 3e-3, GGMLType.IQ1_M: 3e-3,
 }  # fmt: skip
 _MLP = {"ffn_gate": ("mlp", "hidden"), "ffn_up": ("mlp", "hidden"), "ffn_down": ("hidden", "mlp")}
 _LINEARS = {

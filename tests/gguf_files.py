@@ -30,9 +30,14 @@ HALF_FIELDS = {
     GGMLType.Q5_K: (0, 2),
     GGMLType.Q6_K: (208,),
     GGMLType.IQ4_XS: (0,),
+    GGMLType.IQ1_S: (0,),
+    GGMLType.IQ1_M: (),
+    GGMLType.IQ2_XXS: (0,),
+    GGMLType.IQ2_XS: (0,),
+    GGMLType.IQ2_S: (0,),
+    GGMLType.IQ3_XXS: (0,),
+    GGMLType.IQ3_S: (0,),
 }
-# The same of types that no format holds.
-OTHER_HALF_FIELDS = {GGMLType.IQ2_XXS: (0,)}
 
 
 def random_blocks(
@@ -43,13 +48,21 @@ def random_blocks(
     """
     size = gguf.GGML_QUANT_SIZES[kind][1]
     data = rng.integers(0, 256, (n * blocks, size), dtype=np.uint8)
-    for start in {**HALF_FIELDS, **OTHER_HALF_FIELDS}[kind]:
+    for start in HALF_FIELDS[kind]:
         half = data[:, start : start + 2].copy().view(np.uint16)
         # The top exponent is inf and NaN.
         half[(half & 0x7C00) == 0x7C00] ^= 0x4000
         if scale is not None:
             half[:] = np.float16(scale).view(np.uint16)
         data[:, start : start + 2] = half.view(np.uint8)
+    if kind == GGMLType.IQ1_M:
+        # A nibble of each of the last four words, the last one with the top of the exponent.
+        if scale is None:
+            data[:, 55] &= 0xBF
+        else:
+            bits = int(np.float16(scale).view(np.uint16))
+            for i in range(4):
+                data[:, 49 + 2 * i] = data[:, 49 + 2 * i] & 15 | (bits >> 4 * i & 15) << 4
     if kind == GGMLType.MXFP4:
         # 255 is NaN, and from 253 on the largest value overflows fp32.
         data[:, 0] %= 253

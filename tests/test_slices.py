@@ -73,7 +73,8 @@ def test_columns_are_those_of_the_whole(format: Format):
             found.add(piece.format)
         assert len(found) == 1
         cut += 1
-    assert cut >= 1 + (format.activation is None) or format.codec == "trellis", "nothing was cut"
+    never = format.codec == "trellis" or format.dim > K // 2
+    assert never or cut >= 1 + (format.activation is None), "nothing was cut"
 
 
 def test_pieces_of_whole_groups_keep_the_format():

@@ -79,6 +79,13 @@ def random_weight(format: Format, n: int, k: int, seed: int = 0) -> QuantTensor:
 
 def random_codes(format: Format, n: int, k: int, g: torch.Generator) -> torch.Tensor:
     """Codes that stand for finite values."""
+    if packing.is_blocks(format):
+        codes = torch.randint(0, 256, (n, format.num_vectors(k), format.bits // 8), generator=g).to(
+            torch.uint8
+        )
+        # Below the largest exponent of fp16: the scale is finite.
+        codes[..., 55 if format.codec == "iq1_m" else 1] &= 0x3F
+        return codes
     # Codes of structured formats stand for several weights, and may have more than 8 bits.
     dtype = torch.uint8 if format.bits <= 8 else torch.int64
     shape = (n, format.num_vectors(k))

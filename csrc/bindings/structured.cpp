@@ -56,8 +56,8 @@ Array<uint8_t> py_encode_trellis(const Array<float>& numbers, const Array<float>
 }
 
 StructuredWeight weight_of(int codec, int bits, int dim, int64_t n, int64_t k, int64_t row_bytes, uint64_t codes,
-                           uint64_t table, uint64_t signs, float second, uint64_t scales, int scale_dtype,
-                           int64_t group) {
+                           uint64_t table, uint64_t signs, uint64_t grid, float second, uint64_t scales,
+                           int scale_dtype, int64_t group) {
   want_positive({{"k", k}, {"group", group}, {"bits", bits}, {"dim", dim}});
   StructuredWeight w{};
   w.codec = static_cast<StructuredCodec>(codec);
@@ -69,6 +69,7 @@ StructuredWeight weight_of(int codec, int bits, int dim, int64_t n, int64_t k, i
   w.codes = pointer<const uint8_t>(codes);
   w.table = pointer<const float>(table);
   w.signs = pointer<const float>(signs);
+  w.grid = pointer<const uint32_t>(grid);
   w.second = second;
   w.scales = pointer<const void>(scales);
   w.scale_dtype = static_cast<Dtype>(scale_dtype);
@@ -112,13 +113,15 @@ void bind_structured(py::module_& m) {
         arg("first") = py::none(), arg("threads") = 1, arg("isa") = "");
   py::class_<StructuredWeight>(m, "StructuredWeight")
       .def(py::init(&weight_of), py::kw_only(), arg("codec"), arg("bits"), arg("dim"), arg("n"), arg("k"),
-           arg("row_bytes"), arg("codes"), arg("table"), arg("signs"), arg("second"), arg("scales"), arg("scale_dtype"),
-           arg("group"));
+           arg("row_bytes"), arg("codes"), arg("table"), arg("signs"), arg("grid"), arg("second"), arg("scales"),
+           arg("scale_dtype"), arg("group"));
   m.def("structured_rows", &py_structured_rows, arg("weight"), py::kw_only(), arg("rows"), arg("count"), arg("out"),
         arg("out_dtype"), arg("threads"), arg("isa") = "");
   m.def("structured_linear", &py_structured_linear, arg("weight"), py::kw_only(), arg("x"), arg("x_dtype"), arg("m"),
         arg("x_stride"), arg("bias"), arg("bias_dtype"), arg("out"), arg("out_dtype"), arg("threads"), arg("isa") = "");
-  m.def("structured_isa", [] { return structured_isa(active_isa()); });
+  m.def(
+      "structured_isa", [](int codec) { return structured_isa(static_cast<StructuredCodec>(codec), active_isa()); },
+      arg("codec"));
 }
 
 }  // namespace lowbit

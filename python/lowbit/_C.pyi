@@ -92,6 +92,7 @@ class StructuredWeight:
         codes: int,
         table: int,
         signs: int,
+        grid: int,
         second: float,
         scales: int,
         scale_dtype: int,
@@ -122,7 +123,7 @@ def structured_linear(
     threads: int,
     isa: str = "",
 ) -> None: ...
-def structured_isa() -> str: ...
+def structured_isa(codec: int) -> str: ...
 def encode_trellis(
     numbers: NDArray[np.float32],
     values: NDArray[np.float32],

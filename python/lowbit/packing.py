@@ -7,7 +7,8 @@ a row takes ceil(K * b / 8) bytes; the unused high bits of its last byte are zer
 Digits of base B. As many codes as fit a byte, d with B^d <= 256, make the byte c0 + B*c1 + B^2*c2 + ...: five of
 base 3 (0..242), three of base 5 or 6; a row takes ceil(K / d) bytes, the missing digits of its last byte are zero.
 
-A code of `dim` weights takes the place of theirs: ceil(K / dim) of up to 32 bits. Kernels read `layouts/`, made of it.
+A code of `dim` weights takes the place of theirs: ceil(K / dim) of up to 32 bits, or of whole blocks of bytes. Kernels
+read `layouts/`, made of it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from lowbit.codebooks.tables import digits_per_byte
 from lowbit.formats import Format
+from lowbit.structured import BLOCK_BYTES
 
 # Rows are packed in slices of about this many codes, which bounds the temporaries to 16 MiB.
 _SLICE_CODES = 1 << 22
 
 
 def pack_codes(
-    codes: Tensor,  # (N, C) uint8, or int64 with more than 8 bits; C is K, or ceil(K / dim)
+    codes: Tensor,  # (N, C) uint8, or int64 with more than 8 bits, or (N, C, bytes) uint8; C is K, or ceil(K / dim)
     format: Format,
 ) -> Tensor:  # (N, format.row_bytes(K)) uint8
     """Packs codes into the canonical layout.
@@ -33,6 +35,8 @@ def pack_codes(
         ValueError: a code does not fit the format.
     """
     _check_codes(codes, format)
+    if is_blocks(format):
+        return codes.reshape(len(codes), -1)
     n, k = codes.shape[0], codes.shape[1] * format.dim
     out = torch.empty((n, format.row_bytes(k)), dtype=torch.uint8, device=codes.device)
     for rows in _row_slices(n, k):
@@ -44,7 +48,7 @@ def unpack_codes(
     packed: Tensor,  # (N, format.row_bytes(K)) uint8
     format: Format,
     k: int,
-) -> Tensor:  # (N, C) uint8, or int64 with more than 8 bits
+) -> Tensor:  # (N, C) uint8, or int64 with more than 8 bits, or (N, C, bytes) uint8 of blocks
     """Inverse of `pack_codes`."""
     n = packed.shape[0]
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (n, format.row_bytes(k)):
@@ -52,6 +56,8 @@ def unpack_codes(
             f"packed must be uint8 of shape ({n}, {format.row_bytes(k)}) for K = {k} in format "
             f"{format.name!r}, got {packed.dtype} of shape {tuple(packed.shape)}"
         )
+    if is_blocks(format):
+        return packed.reshape(n, format.num_vectors(k), format.bits // 8)
     dtype = _code_dtype(format)
     out = torch.empty((n, format.num_vectors(k)), dtype=dtype, device=packed.device)
     for rows in _row_slices(n, k):
@@ -109,10 +115,23 @@ def check_padding_and_range(packed: Tensor, format: Format, k: int) -> None:
         highest = f"a code above {format.num_codes - 1}"
     if highest:
         raise ValueError(f"codes of format {format.name!r} hold {highest}: the data is damaged")
+    if is_blocks(format):
+        scales = block_scales(unpack_codes(packed, format, k), format.codec)
+        if not bool(scales.isfinite().all()):
+            raise ValueError(
+                f"codes of format {format.name!r} hold NaN or inf as the scale of a block"
+            )
 
 
 def _check_codes(codes: Tensor, format: Format) -> None:
     dtype = _code_dtype(format)
+    if is_blocks(format):
+        if codes.dtype != dtype or codes.dim() != 3 or codes.shape[2] != format.bits // 8:
+            raise ValueError(
+                f"codes must be a uint8 tensor of shape (N, C, {format.bits // 8}) for format {format.name!r}, got "
+                f"{codes.dtype} of shape {tuple(codes.shape)}"
+            )
+        return
     if codes.dtype != dtype or codes.dim() != 2:
         raise ValueError(
             f"codes must be a 2-D {str(dtype)[6:]} tensor, got {codes.dtype} of shape {tuple(codes.shape)}"
@@ -127,8 +146,30 @@ def _check_codes(codes: Tensor, format: Format) -> None:
         )
 
 
+def is_blocks(format: Format) -> bool:
+    """Whether codes are blocks of bytes."""
+    return format.codec in BLOCK_BYTES
+
+
+def little_endian(b: Tensor) -> Tensor:  # (..., 2 W) integers below 256 -> (..., W)
+    """Words of 16 bits."""
+    return b[..., 0::2] | b[..., 1::2] << 8
+
+
+def block_scales(blocks: Tensor, codec: str) -> Tensor:  # (..., bytes) uint8 -> (...) fp32
+    """The fp16 number of each block of a codec of `structured.BLOCK_BYTES`: in the first two bytes, but of IQ1_M in the
+    top nibbles of the last four words.
+    """
+    if codec == "iq1_m":
+        top = little_endian(blocks[..., 48:56].long()) >> 12
+        bits = top[..., 0] | top[..., 1] << 4 | top[..., 2] << 8 | top[..., 3] << 12
+    else:
+        bits = little_endian(blocks[..., :2].long())[..., 0]
+    return bits.to(torch.int16).view(torch.float16).to(torch.float32)
+
+
 def _code_dtype(format: Format) -> torch.dtype:
-    return torch.uint8 if format.bits <= 8 else torch.int64
+    return torch.uint8 if format.bits <= 8 or is_blocks(format) else torch.int64
 
 
 def _row_slices(n: int, k: int) -> list[slice]:

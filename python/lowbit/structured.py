@@ -3,8 +3,9 @@
 vector   a code stands for `dim` weights along K, a row of a table that is fitted to the weight
 e8p      a code stands for 8 weights: a point of the lattice E8 (QuIP#, https://arxiv.org/abs/2402.04396), of 16 bits,
          or 24 and 32 bits where a second point stands for what the first one leaves (residual vector quantization)
-trellis  a weight is a function of 16 bits of the stream of codes, from its own code on (QTIP,
-         https://arxiv.org/abs/2406.11235)
+trellis  a weight is a function of 16 bits from its own code on (QTIP, https://arxiv.org/abs/2406.11235)
+iq...    a code stands for 256 weights: a block of GGUF as it is, with numbers of vectors of 8 or 4 values, signs, and
+         two levels of scales (`reference/blocks.py`)
 """
 
 from __future__ import annotations
@@ -15,9 +16,19 @@ from typing import Any
 
 from lowbit.files import shown
 
-CODECS = ("vector", "e8p", "trellis")
-BITS = {"vector": tuple(range(1, 17)), "e8p": (16, 24, 32), "trellis": (2, 3, 4)}
-DIMS = {"vector": (2, 4, 8), "e8p": (8,)}
+# Codecs of blocks by the bytes of one, and the weights of all of them.
+BLOCK_BYTES = {
+    "iq1_s": 50, "iq1_m": 56, "iq2_xxs": 66, "iq2_xs": 74, "iq2_s": 82, "iq3_xxs": 98, "iq3_s": 110,
+}  # fmt: skip
+BLOCK_WEIGHTS = 256
+CODECS = ("vector", "e8p", "trellis", *BLOCK_BYTES)
+BITS = {
+    "vector": tuple(range(1, 17)),
+    "e8p": (16, 24, 32),
+    "trellis": (2, 3, 4),
+    **{codec: (8 * size,) for codec, size in BLOCK_BYTES.items()},
+}
+DIMS = {"vector": (2, 4, 8), "e8p": (8,), **dict.fromkeys(BLOCK_BYTES, (BLOCK_WEIGHTS,))}
 STATE_BITS = 16  # of the stream that a weight of a trellis is a function of
 GROUP_UNIT = 8  # groups are multiples of it
 _SCALES = (None, "fp32", "fp16", "bf16")
@@ -26,6 +37,10 @@ _NAMES: dict[str, dict[str, Any]] = {
     "e8p_rvq3": {"codec": "e8p", "bits": 24, "dim": 8},
     "e8p_rvq4": {"codec": "e8p", "bits": 32, "dim": 8},
     **{f"trellis{b}": {"codec": "trellis", "bits": b} for b in BITS["trellis"]},
+    **{
+        name: {"codec": name, "bits": 8 * size, "dim": BLOCK_WEIGHTS, "scale": None}
+        for name, size in BLOCK_BYTES.items()
+    },
 }
 # Names of vectors that lists show; others of the form are formats, too.
 _VECTORS = ("vq8_d4", "vq12_d4", "vq16_d8")
@@ -62,6 +77,9 @@ def check_fields(format: Any, check: Callable[[bool, str, str], None]) -> None:
     argument is true.
     """
     given = f"with codec {format.codec!r}"
+    if format.codec in BLOCK_BYTES:
+        check(format.group is None, "group", f"None {given}: blocks hold their scales")
+        check(format.scale is None, "scale", f"None {given}: blocks hold their scales")
     check(
         format.group is None or (format.group % GROUP_UNIT == 0),
         "group",

@@ -95,7 +95,20 @@ def test_the_file_that_was_loaded_comes_back(tmp_path: Path, kind: GGMLType) -> 
 
 
 @pytest.mark.parametrize(
-    "kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ2_0", "NVFP4"]
+    "kind",
+    [
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "IQ4_XS",
+        "TQ2_0",
+        "NVFP4",
+        "IQ1_M",
+        "IQ2_XS",
+        "IQ3_XXS",
+    ],
 )
 def test_super_blocks_come_back(tmp_path: Path, kind: str) -> None:
     spec, rng = Llama(hidden=256, heads=4, kv_heads=2, mlp=256, layers=1), np.random.default_rng(0)

@@ -417,6 +417,9 @@ K_QUANTS = {
     "Q3_K and Q2_K": lambda name: GGMLType.Q2_K if name.startswith("ffn") else GGMLType.Q3_K,
     "IQ4_XS": lambda name: GGMLType.IQ4_XS,
     "TQ1_0": lambda name: GGMLType.TQ1_0 if name != "token_embd" else GGMLType.Q6_K,
+    "IQ3_M": lambda name: GGMLType.IQ3_S if name.startswith("ffn") else GGMLType.IQ3_XXS,
+    "IQ2_M": lambda name: GGMLType.IQ2_S if name != "attn_q" else GGMLType.IQ2_XXS,
+    "IQ1_M": lambda name: {"attn_v": GGMLType.IQ2_XS, "ffn_up": GGMLType.IQ1_S}.get(name, GGMLType.IQ1_M),
 }  # fmt: skip
 
 
@@ -449,13 +452,11 @@ def test_any_type_can_be_requantized(tmp_path):
     up = {"blk.0.ffn_up.weight": (blocks, GGMLType.IQ2_XXS)}
     path = changed(tmp_path / "a.gguf", up, spec)
     expected = torch.from_numpy(gguf.dequantize(blocks, GGMLType.IQ2_XXS))
-    with pytest.warns(
-        UserWarning, match=r"1 tensors of type IQ2_XXS; .* int8_g32, .* blk.0.ffn_up"
-    ):
-        nearest = load_gguf(path).model.layers[0].mlp.up_proj.quant_tensor()
-    assert nearest.format.name == "int8_g32"
-    for got in (nearest, load_gguf(path, format="int8").model.layers[0].mlp.up_proj.quant_tensor()):
-        assert (got.dequantize() - expected).abs().max() <= expected.abs().max() / 127
+    stored = load_gguf(path).model.layers[0].mlp.up_proj.quant_tensor()
+    assert stored.format.name == "iq2_xxs"
+    assert torch.equal(stored.dequantize(), expected)
+    got = load_gguf(path, format="int8").model.layers[0].mlp.up_proj.quant_tensor()
+    assert (got.dequantize() - expected).abs().max() <= expected.abs().max() / 127
 
 
 SCALED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}

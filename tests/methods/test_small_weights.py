@@ -10,12 +10,13 @@ import torch
 
 import lowbit
 from lowbit.formats import parse
+from lowbit.packing import is_blocks
 
 N, K = 8, 128
 MAGNITUDES = (1e-30, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e5, 1e30)
 HESSIAN = {"hessian": torch.eye(K) + 0.1}
 CASES: list[tuple[str, str | None, dict[str, Any]]] = [
-    *((name, None, {}) for name in lowbit.formats()),
+    *((f.name, None, {}) for f in lowbit.formats().values() if not is_blocks(f)),
     *((f, None, {}) for f in ("int8_row", "nf4_g64_dq8", "int3_g64_o4", "int4_g32_fp32", "nf4_bf16", "uint4_fp32")),
     *((f, m, {}) for f in ("kmeans3_pr", "kmeans4") for m in ("lloyd", "kde", "distq", "multibit")),
     *((f, "gptq", HESSIAN) for f in ("int4_g32", "nf4", "kmeans3_pr", "int4_g32_fp32")),

@@ -1,9 +1,7 @@
 // Structured weights: a chunk of a row is decoded into a buffer, and leaves for the result or meets rows of x.
 #pragma once
 
-#include <type_traits>
-
-#include "cpu/structured/structured.h"
+#include "cpu/structured/tiles-inl.h"
 #include "cpu/structured/windows-inl.h"
 #include "cpu/weights/common-inl.h"
 
@@ -135,19 +133,6 @@ void decode_rows(const StructuredRows& r, int64_t begin, int64_t end) {
   }
 }
 
-void prepare_structured(const StructuredLinear& l) {
-  for (int64_t m = 0; m < l.m; ++m) {
-    float* out = l.prepared + m * l.padded_k;
-    int64_t i = 0;
-    for (; i + kVecLanes <= l.w.k; i += kVecLanes) store(out + i, load_as(l.x, l.x_dtype, m * l.x_stride + i));
-    if (i < l.w.k) {
-      store(out + i, load_tail(l.x, l.x_dtype, m * l.x_stride + i, l.w.k - i));
-      i += kVecLanes;
-    }
-    for (; i < l.padded_k; i += kVecLanes) store(out + i, zero());
-  }
-}
-
 // sums[r] = the product of `count` values, a multiple of 8, with row r of x.
 template <int kRows>
 inline void multiply(const float* values, const float* x, int64_t stride, int64_t count, float* sums) {
@@ -202,57 +187,16 @@ void multiply_row(const StructuredLinear& l, int64_t row, const float* x, float*
 }
 
 void multiply_rows(const StructuredLinear& l, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t n0 = task * kStructuredTile;
-    const int64_t count = l.w.n - n0 < kStructuredTile ? l.w.n - n0 : kStructuredTile;
-    alignas(64) float tile[kStructuredRows][kStructuredTile] = {};
+  multiply_tiles(l, begin, end, [&](auto rows, int64_t n0, int64_t count, Tile& tile) {
     for (int64_t i = 0; i < count; ++i) {
       float y[kStructuredRows] = {};
-      const auto run = [&](auto rows) { multiply_row<decltype(rows)::value>(l, n0 + i, l.prepared, y); };
-      switch (l.m) {
-        case 1:
-          run(std::integral_constant<int, 1>{});
-          break;
-        case 2:
-          run(std::integral_constant<int, 2>{});
-          break;
-        case 3:
-          run(std::integral_constant<int, 3>{});
-          break;
-        case 4:
-          run(std::integral_constant<int, 4>{});
-          break;
-        case 5:
-          run(std::integral_constant<int, 5>{});
-          break;
-        case 6:
-          run(std::integral_constant<int, 6>{});
-          break;
-        case 7:
-          run(std::integral_constant<int, 7>{});
-          break;
-        default:
-          run(std::integral_constant<int, 8>{});
-          break;
-      }
-      for (int64_t m = 0; m < l.m; ++m) tile[m][i] = y[m];
+      multiply_row<decltype(rows)::value>(l, n0 + i, l.prepared, y);
+      for (int r = 0; r < rows; ++r) tile[r][i] = y[r];
     }
-    if (l.bias) {
-      alignas(64) float bias[kStructuredTile];
-      for (int64_t i = 0; i < kStructuredTile; i += kVecLanes) {
-        const int64_t rest = count - i < 0 ? 0 : count - i < kVecLanes ? count - i : kVecLanes;
-        store(bias + i, load_tail(l.bias, l.bias_dtype, n0 + i, rest));
-      }
-      for (int64_t m = 0; m < l.m; ++m) {
-        for (int64_t i = 0; i < count; ++i) tile[m][i] += bias[i];
-      }
-    }
-    for (int64_t m = 0; m < l.m; ++m) store_as(l.out, l.out_dtype, m * l.w.n + n0, tile[m], count);
-  }
+  });
 }
 
-constexpr StructuredKernel kStructuredKernel{
-    .rows = decode_rows, .prepare = prepare_structured, .linear = multiply_rows};
+constexpr StructuredKernel kStructuredKernel{.rows = decode_rows, .prepare = prepare_rows, .linear = multiply_rows};
 
 }  // namespace
 }  // namespace LOWBIT_ISA

@@ -8,7 +8,9 @@
 
 namespace lowbit {
 
-enum class StructuredCodec : int32_t { kVector, kE8p, kTrellis };
+// From kIq1S on: blocks of 256 weights as GGUF files hold them, whose kernels are a family of their own.
+enum class StructuredCodec : int32_t { kVector, kE8p, kTrellis, kIq1S, kIq1M, kIq2Xxs, kIq2Xs, kIq2S, kIq3Xxs, kIq3S };
+constexpr int64_t kBlockWeights = 256;
 
 struct StructuredWeight {
   StructuredCodec codec;
@@ -16,11 +18,12 @@ struct StructuredWeight {
   int64_t n, k, row_bytes;
   const uint8_t* codes;  // (n, row_bytes)
   // kVector: (2^bits, dim). kE8p: vectors of absolute values (256, 8), and with 24 bits the points (256, 8) of the
-  // second stage. Values are finite.
+  // second stage. Blocks: (2, 8), levels without and with the bit that lies apart. Values are finite.
   const float* table;
-  const float* signs;  // kE8p: (128, 8), by the bits of seven signs
-  float second;        // kE8p: what a point of the second stage is multiplied by
-  const void* scales;  // (n, groups), or null for 1
+  const float* signs;    // kE8p: (128, 8), by the bits of seven signs
+  const uint32_t* grid;  // blocks: the numbers of the levels of each vector, 8 or 4 nibbles below 8
+  float second;          // kE8p: what a point of the second stage is multiplied by
+  const void* scales;    // (n, groups), or null for 1
   Dtype scale_dtype;
   int64_t group, groups;  // a multiple of 8, or at least k
 };
@@ -47,7 +50,7 @@ struct StructuredLinear {
   void* out;  // (m, n)
   Dtype out_dtype;
   // Set by structured_linear.
-  float* prepared;   // x in fp32, (m, padded_k), zeros beyond k
+  float* prepared;   // x in fp32, (m, padded_k), zeros beyond k; of blocks in any order and dtype
   int64_t padded_k;  // k, rounded up to whole chunks
 };
 constexpr int64_t kStructuredTile = 16;    // rows of the weight of a task
@@ -60,7 +63,7 @@ struct StructuredKernel {
 };
 
 // The instruction set of the kernels that run with a mask.
-const char* structured_isa(uint32_t isa_mask);
+const char* structured_isa(StructuredCodec codec, uint32_t isa_mask);
 
 void structured_rows(const StructuredRows& request, uint32_t isa, int threads);
 // Sums in fp32, rounded once.

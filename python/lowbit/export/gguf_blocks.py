@@ -11,13 +11,15 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lowbit.formats import Format
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, Array, Parts
+from lowbit.packing import is_blocks
 from lowbit.weights.quantized import QuantTensor
 
-# What a weight can be quantized to: those of one level of scales, without a factor of the whole tensor.
+# What a weight can be quantized to: those of one level of scales, without a factor of the whole tensor, and not blocks
+# of vectors, for which there is no method.
 REQUANTIZED = {
     kind.name: kind
     for kind, block in BLOCK_TYPES.items()
-    if block.format.scale2 is None and block.format.scale != "e4m3"
+    if block.format.scale2 is None and block.format.scale != "e4m3" and not is_blocks(block.format)
 }
 
 
@@ -29,7 +31,8 @@ def block_type(format: Format, k: int) -> GGMLQuantizationType | None:
     """
     for kind, block in BLOCK_TYPES.items():
         own = block.format
-        assert own.group is not None
+        if own.codec != format.codec:
+            continue
         one_level = format.scale2 is None
         alike = dataclasses.replace(
             format,
@@ -39,7 +42,7 @@ def block_type(format: Format, k: int) -> GGMLQuantizationType | None:
             activation_group=None,
             group=own.group if one_level else format.group,
         )
-        shared = not one_level or (format.group or k) % own.group == 0
+        shared = not one_level or own.group is None or (format.group or k) % own.group == 0
         if alike == own and shared and k % GGML_QUANT_SIZES[kind][0] == 0:
             return kind
     return None
@@ -53,8 +56,6 @@ def to_blocks(weight: QuantTensor, kind: GGMLQuantizationType) -> Array:
     """
     n, k = weight.shape
     block, size = BLOCK_TYPES[kind], GGML_QUANT_SIZES[kind][0]
-    group = block.format.group
-    assert group is not None
     if block.format.scale == "e4m3":
         factor = float(weight.tensors["scales2"])
         if factor != 1:
@@ -65,11 +66,13 @@ def to_blocks(weight: QuantTensor, kind: GGMLQuantizationType) -> Array:
             continue
         values = t
         if name in ("scales", "zeros"):
+            group = block.format.group
+            assert group is not None
             repeat = (weight.format.group or k) // group
             values = t.repeat_interleave(repeat, 1)[:, : k // group]
         raw = values.contiguous()
         if raw.dtype.is_floating_point and raw.dtype.itemsize == 1:
             raw = raw.view(torch.uint8)
         fields[name] = raw.numpy().reshape(n * k // size, -1)
-    codes = weight.unpack().numpy().reshape(n * k // size, size)
+    codes = weight.unpack().numpy().reshape(n * k // size, -1)
     return np.ascontiguousarray(block.join(Parts(codes, **fields)).reshape(n, -1))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit import packing
 from lowbit.forking import alone_after_fork
 from lowbit.formats import Format, as_format
 from lowbit.methods import (
@@ -110,6 +111,7 @@ def quantize(
     Raises:
         TypeError, ValueError: an argument is not what is said above, or a scale or an outlier does
             not fit the format's dtype.
+        NotImplementedError: the format is of blocks of GGUF that nothing here makes ("iq2_xxs").
     """
     format = as_format(format)
     name = method
@@ -137,11 +139,20 @@ def quantize(
 
 
 def _check_codec(format: Format, method: str) -> None:
+    _refuse_blocks(format)
     fitting_method = _STRUCTURED.get(format.codec)
     if fitting_method is not None and method != fitting_method:
         raise ValueError(
             f"method must be {fitting_method!r} for format {format.name!r}, whose codec is {format.codec!r}, "
             f"got {method!r}"
+        )
+
+
+def _refuse_blocks(format: Format) -> None:
+    if packing.is_blocks(format):
+        raise NotImplementedError(
+            f"format must be one that a method makes, got {format.name!r}, whose weights are read from GGUF files; "
+            "of about as few bits are 'e8p', 'trellis2' and 'trellis3'"
         )
 
 
@@ -160,7 +171,12 @@ def _with_outliers(
 
 
 def default_method(format: Format) -> str:
-    """The method of a format where none is asked for."""
+    """The method of a format where none is asked for.
+
+    Raises:
+        NotImplementedError: no method makes the blocks of the format.
+    """
+    _refuse_blocks(format)
     if format.structured:
         return _STRUCTURED[format.codec]
     if not format.fitted:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lowbit.codebooks import lattice
 from lowbit.formats import Format
-from lowbit.structured import STATE_BITS
+from lowbit.reference.blocks import block_values
+from lowbit.structured import BLOCK_BYTES, STATE_BITS
 
 # A multiplicative step of 32 bits whose bytes look random (1MAD of QTIP, https://arxiv.org/abs/2406.11235): their sum
 # is nearly normal, and a weight is this sum, less its mean, in units of 2^-7.
@@ -56,7 +57,7 @@ def _rows(table: object, index: Tensor) -> Tensor:
 
 
 def structured_values(
-    codes: Tensor,  # (N, ceil(K / dim)), from `packing.unpack_codes`
+    codes: Tensor,  # (N, ceil(K / dim)), or (N, ceil(K / dim), bytes), from `packing.unpack_codes`
     format: Format,
     table: Tensor | None,  # (2^bits, dim) fp32 of codec "vector"
 ) -> Tensor:  # (N, ceil(K / dim) * dim) fp32
@@ -65,5 +66,7 @@ def structured_values(
         return trellis_values(trellis_states(codes, format.bits))
     if format.codec == "e8p":
         return e8p_values(codes, format.bits).flatten(1)
+    if format.codec in BLOCK_BYTES:
+        return block_values(codes, format.codec).flatten(1)
     assert table is not None
     return table[codes.long()].flatten(1)

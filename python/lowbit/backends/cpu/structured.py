@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,15 +15,32 @@ from lowbit import _C, modes
 from lowbit.backends.base import Backend
 from lowbit.backends.cpu import sparse
 from lowbit.backends.cpu.requests import CODES, of_bias, of_x
-from lowbit.codebooks import lattice
+from lowbit.codebooks import grids, lattice
 from lowbit.forking import alone_after_fork
 from lowbit.formats import Format
 from lowbit.layouts import Operands
 from lowbit.strides import address
+from lowbit.structured import BLOCK_BYTES
 from lowbit.weights.sparse import SparseTerm
 
 # csrc/cpu/structured/structured.h StructuredCodec
-_CODECS = {"vector": 0, "e8p": 1, "trellis": 2}
+_CODECS = {
+    codec: i
+    for i, codec in enumerate(
+        (
+            "vector",
+            "e8p",
+            "trellis",
+            "iq1_s",
+            "iq1_m",
+            "iq2_xxs",
+            "iq2_xs",
+            "iq2_s",
+            "iq3_xxs",
+            "iq3_s",
+        )
+    )
+}
 _MOST_ROWS = 8  # of x: structured.h kStructuredRows
 # Weights that are decoded at a time for a dense product: 4 MiB of fp32.
 _SLICE_WEIGHTS = 1 << 20
@@ -60,7 +78,7 @@ class StructuredBackend(Backend):
     ) -> str:
         """What `explain` calls the kernel that `linear` runs."""
         op = "gemv" if m <= _MOST_ROWS else "panel"
-        return f"{op}_{format.codec}_rows_{_C.structured_isa()}"
+        return f"{op}_{format.codec}_rows_{_C.structured_isa(_CODECS[format.codec])}"
 
     def sparse_linear(self, x: Tensor, term: SparseTerm) -> Tensor:
         """`sparse.sparse_linear`."""
@@ -127,8 +145,9 @@ def _weight(w: Operands) -> _C.StructuredWeight:
         k=w.k,
         row_bytes=format.row_bytes(w.k),
         codes=address(w.codes),
-        table=address(w.table),
+        table=address(_levels(format.codec) if format.codec in BLOCK_BYTES else w.table),
         signs=address(_signs()) if format.codec == "e8p" else 0,
+        grid=address(_grid(format.codec)) if format.codec in BLOCK_BYTES else 0,
         second=lattice.SECOND_STAGE.get(format.bits, 0.0),
         scales=address(w.scales),
         scale_dtype=0 if w.scales is None else CODES[w.scales.dtype],
@@ -140,6 +159,18 @@ def _weight(w: Operands) -> _C.StructuredWeight:
 @modes.outside()
 def _signs() -> Tensor:  # (128, 8) fp32
     return torch.from_numpy(lattice.sign_patterns().copy())
+
+
+@functools.cache
+@modes.outside()
+def _levels(codec: str) -> Tensor:  # (2, 8) fp32
+    return torch.from_numpy(grids.levels(codec))
+
+
+@functools.cache
+@modes.outside()
+def _grid(codec: str) -> Tensor:  # (E,) the 32 bits of `grids.words`
+    return torch.from_numpy(grids.words(codec).view(np.int32))
 
 
 def encode_trellis(

@@ -21,7 +21,7 @@ from torch import Tensor
 from lowbit.files import shown
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES, BlockType
 from lowbit.io.readers.gguf_header import GGUFTensor, read_header
-from lowbit.packing import pack_codes
+from lowbit.packing import is_blocks, pack_codes
 from lowbit.weights.quantized import QuantTensor, tensor_specs
 
 # Bytes of blocks that are converted at a time.
@@ -160,8 +160,9 @@ class GGUFFile(Mapping[str, "QuantTensor | Tensor"]):
             # What is not finite is found below.
             with np.errstate(invalid="ignore"):
                 parts = block.split(data.reshape(-1, block_bytes))
-            codes = torch.from_numpy(parts.codes.reshape(stop - start, k))
-            out["codes"][start:stop] = codes if fmt.bits == 8 else pack_codes(codes, fmt)
+            codes = torch.from_numpy(parts.codes.reshape(stop - start, -1))
+            as_stored = fmt.bits == 8 or is_blocks(fmt)
+            out["codes"][start:stop] = codes if as_stored else pack_codes(codes, fmt)
             for key, values in parts._asdict().items():
                 if key != "codes" and values is not None:
                     stored = torch.from_numpy(values).view(out[key].dtype)

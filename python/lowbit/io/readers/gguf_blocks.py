@@ -1,7 +1,8 @@
 """The block types of GGUF: how the bytes of a block split into codes, scales and minima of a Format, and join again.
 
 Byte layouts of ggml-common.h. Scales of scales (Q2_K .. Q6_K, IQ4_XS) are kept apart from what
-multiplies them; those of 4 and 6 bits take a byte each.
+multiplies them; those of 4 and 6 bits take a byte each. Blocks of vectors (IQ1_S .. IQ3_S) stay whole: a
+block is a code of its format.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import torch
 from gguf import GGMLQuantizationType
 
 from lowbit.formats import Format, as_format
+from lowbit.structured import BLOCK_BYTES
 
 Array = np.ndarray[Any, Any]
 
 
 class Parts(NamedTuple):
-    """Of B blocks: codes (B, weights) uint8; scales and minima (B, groups) and their second level
-    (B, 1), in the dtypes of the format.
+    """Of B blocks: codes (B, weights) uint8, or (B, bytes) of blocks that stay whole; scales and minima (B, groups) and
+    their second level (B, 1), in the dtypes of the format.
     """
 
     codes: Array
-    scales: Array
+    scales: Array | None = None
     zeros: Array | None = None
     scales2: Array | None = None
     zeros2: Array | None = None
@@ -228,6 +230,7 @@ def _nvfp4(b: Array) -> Parts:  # 4 scales in E4M3 without a sign, 4 times 8 byt
 
 
 def _join_nvfp4(p: Parts) -> Array:
+    assert p.scales is not None
     scales = _within(p.scales.view(np.uint8), 0, 126)
     return _bytes(scales, _join_fields(p.codes, 4, 8))
 
@@ -238,6 +241,14 @@ def _join_plain(p: Parts) -> Array:  # Q4_0, Q4_1, IQ4_NL, MXFP4
 
 def _join_five(p: Parts) -> Array:  # Q5_0, Q5_1
     return _bytes(p.scales, p.zeros, _join_fifth_bits(p.codes), _join_nibbles(p.codes))
+
+
+def _whole(b: Array) -> Parts:
+    return Parts(b)
+
+
+def _join_whole(p: Parts) -> Array:
+    return p.codes
 
 
 _T = GGMLQuantizationType
@@ -266,6 +277,7 @@ BLOCK_TYPES = {
         (_T.Q5_K, "q5_k", _q5_k, _join_q5_k),
         (_T.Q6_K, "q6_k", _q6_k, _join_q6_k),
         (_T.IQ4_XS, "iq4_xs", _iq4_xs, _join_iq4_xs),
+        *((GGMLQuantizationType[codec.upper()], codec, _whole, _join_whole) for codec in BLOCK_BYTES),
     )
 }  # fmt: skip
 DENSE_TYPES = {_T.F32: torch.float32, _T.F16: torch.float16, _T.BF16: torch.bfloat16}
