@@ -13,7 +13,9 @@ from lowbit.formats import Format
 from lowbit.io import extra_state
 from lowbit.io.native import prefix_of
 from lowbit.io.readers.native import NativeReader
-from lowbit.nn import PackedModule, QuantLinear
+from lowbit.nn import PackedModule
+from lowbit.nn.conv import CONVOLUTIONS, matrix_of
+from lowbit.nn.product import PackedProduct
 from lowbit.nn.surgery import obstacle
 
 _SHOWN = 20  # differences in an error message
@@ -71,7 +73,8 @@ class Match:
             if name in header.layers or name in self.tied:
                 own.pop(f"{prefix_of(name)}weight", None)
                 static = f"{prefix_of(name)}input_scale"
-                if static in self._available and isinstance(module, nn.Linear | QuantLinear):
+                kinds = (nn.Linear, *CONVOLUTIONS, PackedProduct)
+                if static in self._available and isinstance(module, kinds):
                     # Loading makes it where the model has none.
                     own.setdefault(static, torch.empty((), dtype=torch.float32, device="cpu"))
                 order = f"{prefix_of(name)}input_order"
@@ -98,7 +101,7 @@ class Match:
         return {
             name: stored[_identity(module)]
             for name, module in self.modules.items()
-            if isinstance(module, nn.Linear | nn.Embedding | PackedModule)
+            if isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS, PackedModule))
             and _identity(module) in stored
             and name not in layers
             and name not in self.tied
@@ -116,14 +119,15 @@ class Match:
                 f"layer {shown(name)} is {module.format.name} {module.shape} in the model, "
                 f"{format.name} {shape} in the file"
             )
-        if not isinstance(module, nn.Linear | nn.Embedding):
-            return f"layer {shown(name)} is a {type(module).__name__}, not an nn.Linear or nn.Embedding"
+        if not isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS)):
+            kind = type(module).__name__
+            return f"layer {shown(name)} is a {kind}, not an nn.Linear, nn.Embedding or convolution"
         if not name:
             return f"the model is itself the layer, a {type(module).__name__}: put it in a module"
         if reason := obstacle(module):
             return f"layer {name!r} cannot be replaced: {reason}"
-        if tuple(module.weight.shape) != shape:
-            own = tuple(module.weight.shape)
+        own = tuple(matrix_of(module).shape)
+        if own != shape:
             return f"layer {shown(name)} has shape {own} in the model, {shape} in the file"
         return None
 
