@@ -50,6 +50,7 @@ lowbit_family(trits cpu/weights/trits ExpandTrits expand_trits scalar avx2 avx51
 lowbit_family(embedding cpu/weights/embedding EmbedRows embed_rows scalar)
 lowbit_family(quantize cpu/activations/quantize_ops QuantizeOps kQuantizeOps scalar avx2 avx512)
 lowbit_family(outliers cpu/sparse/outliers OutlierKernel kOutlierKernel scalar avx2 avx512)
+lowbit_family(grouped_conv cpu/conv/grouped RunGroupedConv grouped_conv scalar avx2 avx512)
 lowbit_family(structured cpu/structured/structured StructuredKernel kStructuredKernel scalar avx2 avx512)
 lowbit_family(trellis cpu/structured/trellis TrellisKernel kTrellisKernel scalar avx2 avx512)
 lowbit_family(fp8 cpu/fp8/fp8_quantize Fp8Ops kFp8Ops scalar avx2 avx512)
