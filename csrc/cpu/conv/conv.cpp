@@ -127,6 +127,7 @@ void run_conv(const Kernel& kernel, Launch l, const ConvShape& s, int threads) {
   const int64_t pixel_bytes = s.channels * kElementBytes[static_cast<int>(l.x_dtype)];
   const int64_t row_bytes = s.taps() * pixel_bytes, out_bytes = l.n * kElementBytes[static_cast<int>(l.out_dtype)];
   const float* scales = l.x_dtype == Dtype::kI8 ? l.x_scales : nullptr;
+  const bool pointwise = s.taps() == 1 && s.rows() == s.pixels();  // patches lie there already
   const int64_t rows = tile_rows(kernel, l, row_bytes, threads);
   parallel(ceil_div(l.m, rows), threads, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
@@ -141,7 +142,11 @@ void run_conv(const Kernel& kernel, Launch l, const ConvShape& s, int threads) {
       tile.m = last - first;
       tile.x = memory;
       tile.out = static_cast<char*>(l.out) + first * out_bytes;
-      gather(s, static_cast<const char*>(l.x), pixel_bytes, first, last, memory);
+      if (pointwise) {
+        tile.x = static_cast<const char*>(l.x) + first * row_bytes;
+      } else {
+        gather(s, static_cast<const char*>(l.x), pixel_bytes, first, last, memory);
+      }
       if (scales) {
         tile.x_scales = reinterpret_cast<float*>(memory + patch_bytes);
         gather_scales(s, scales, first, last, tile.x_scales);
