@@ -65,18 +65,18 @@ void py_conv(const BoundWeight& given, const ConvShape& shape, uint64_t x, int x
   run_conv(chosen, l, shape, threads);
 }
 
-void py_grouped_conv(const ConvShape& shape, uint64_t x, int x_dtype, uint64_t weight, int64_t n, int64_t padded_n,
-                     uint64_t bias, int bias_dtype, int activation, uint64_t out, int out_dtype, int threads,
-                     const std::string& isa) {
-  want_positive({{"n", n}});
-  if (padded_n < n || padded_n % kMostLanes) fail("padded_n must be n in whole vectors of 16");
-  if (shape.channels % shape.groups || n % shape.groups) fail("groups must divide channels and filters");
+// As py_conv, with groups: the weight (n, taps * channels / groups) is decoded first.
+void py_grouped_conv(const BoundWeight& w, const ConvShape& shape, uint64_t x, int x_dtype, uint64_t bias,
+                     int bias_dtype, int activation, uint64_t out, int out_dtype, int threads, const std::string& isa) {
+  const int64_t n = w.weight.n, k = shape.taps() * (shape.channels / shape.groups);
+  if (shape.channels % shape.groups || n % shape.groups || n < 1) fail("groups must divide channels and filters");
+  if (k != w.weight.k) {
+    fail("weight must have " + std::to_string(k) + " columns, got " + std::to_string(w.weight.k));
+  }
   const GroupedConv c{.shape = shape,
                       .x = pointer<const void>(x),
                       .x_dtype = static_cast<Dtype>(x_dtype),
-                      .weight = pointer<const float>(weight),
                       .n = n,
-                      .padded_n = padded_n,
                       .bias = pointer<const void>(bias),
                       .bias_dtype = static_cast<Dtype>(bias_dtype),
                       .activation = activation_of(activation),
@@ -86,8 +86,9 @@ void py_grouped_conv(const ConvShape& shape, uint64_t x, int x_dtype, uint64_t w
     fail("x must be fp32 unless each channel has a filter of its own");
   }
   const uint32_t mask = isa.empty() ? active_isa() : cap_isa(detect_isa(), isa.c_str());
+  const Kernel& decode = w.weight.kernel(w.weight.request(Op::kDequantize, Dtype::kF32, 1, threads), -1);
   py::gil_scoped_release unlocked;
-  run_grouped_conv(c, mask, threads);
+  run_grouped_conv(c, decode, w.launch, mask, threads);
 }
 
 }  // namespace
@@ -101,9 +102,9 @@ void bind_conv(py::module_& m) {
   m.def("conv_ptr", &py_conv, arg("weight"), arg("shape"), kw_only(), arg("x"), arg("x_dtype"), arg("x_scales"),
         arg("bias"), arg("bias_dtype"), arg("activation"), arg("out"), arg("out_dtype"), arg("threads"),
         arg("kernel") = -1);
-  m.def("grouped_conv_ptr", &py_grouped_conv, arg("shape"), kw_only(), arg("x"), arg("x_dtype"), arg("weight"),
-        arg("n"), arg("padded_n"), arg("bias"), arg("bias_dtype"), arg("activation"), arg("out"), arg("out_dtype"),
-        arg("threads"), arg("isa") = "");
+  m.def("grouped_conv_ptr", &py_grouped_conv, arg("weight"), arg("shape"), kw_only(), arg("x"), arg("x_dtype"),
+        arg("bias"), arg("bias_dtype"), arg("activation"), arg("out"), arg("out_dtype"), arg("threads"),
+        arg("isa") = "");
   m.def("grouped_conv_isa", [] { return grouped_conv_isa(active_isa()); });
 }
 

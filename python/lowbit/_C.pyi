@@ -176,13 +176,11 @@ def conv_ptr(
     kernel: int = -1,
 ) -> None: ...
 def grouped_conv_ptr(
+    weight: BoundWeight,
     shape: ConvShape,
     *,
     x: int,
     x_dtype: int,
-    weight: int,
-    n: int,
-    padded_n: int,
     bias: int,
     bias_dtype: int,
     activation: int,

@@ -121,7 +121,7 @@ int64_t tile_rows(const Kernel& kernel, const Launch& l, int64_t row_bytes, int 
 void run_conv(const Kernel& kernel, Launch l, const ConvShape& s, int threads) {
   if (l.m == 0 || l.n == 0) return;
   const int64_t work = l.m * l.n * l.k / kConvProductsPerThread;
-  threads = static_cast<int>(std::clamp<int64_t>(work, 1, usable_threads(threads)));
+  threads = static_cast<int>(std::clamp<int64_t>(work, 1, std::max(1, usable_threads(threads))));
   alignas(64) int8_t table[kMaxEntries];
   if (kernel.compute == Dtype::kI8) set_int8_table(kernel.codec, kernel.bits, table, &l);
   const int64_t pixel_bytes = s.channels * kElementBytes[static_cast<int>(l.x_dtype)];
@@ -162,12 +162,27 @@ void run_conv(const Kernel& kernel, Launch l, const ConvShape& s, int threads) {
 
 const char* grouped_conv_isa(uint32_t isa_mask) { return isa_name(newest(units::grouped_conv::kAll, isa_mask).isa); }
 
-void run_grouped_conv(const GroupedConv& c, uint32_t isa, int threads) {
+void run_grouped_conv(GroupedConv c, const Kernel& decode, Launch w, uint32_t isa, int threads) {
   const ConvShape& s = c.shape;
-  const RunGroupedConv run = *newest(units::grouped_conv::kAll, isa).given;
-  const int64_t work = s.rows() * c.n * s.taps() * (s.channels / s.groups) / kConvProductsPerThread;
+  const RunGroupedConv run_lines = *newest(units::grouped_conv::kAll, isa).given;
+  c.padded_n = ceil_div(c.n, kMostLanes) * kMostLanes;
+  thread_local Scratch scratch;
+  auto* weight = static_cast<float*>(scratch.get(static_cast<size_t>((c.padded_n + c.n) * w.k) * sizeof(float)));
+  float* rows = weight + c.padded_n * w.k;
+  w.m = 1;
+  w.out = rows;
+  w.out_dtype = Dtype::kF32;
+  w.out_stride = w.k;
+  run(decode, w, 1);
+  for (int64_t k = 0; k < w.k; ++k) {
+    for (int64_t n = 0; n < c.n; ++n) weight[k * c.padded_n + n] = rows[n * w.k + k];
+    std::fill(weight + k * c.padded_n + c.n, weight + (k + 1) * c.padded_n, 0.0f);
+  }
+  c.weight = weight;
+  const int64_t work = s.rows() * c.n * w.k / kConvProductsPerThread;
   threads = static_cast<int>(std::clamp<int64_t>(work, 1, std::max(1, usable_threads(threads))));
-  parallel(s.batch * s.out[0] * s.out[1], threads, [&](int64_t begin, int64_t end) { run(c, begin, end); });
+  parallel(s.batch * s.out[0] * s.out[1], threads, [&](int64_t begin, int64_t end) { run_lines(c, begin, end); });
+  scratch.trim();
 }
 
 }  // namespace lowbit

@@ -27,13 +27,15 @@ struct GroupedConv {
   ConvShape shape;
   const void* x;  // fp32, or of any float type where every channel is a group with one filter
   Dtype x_dtype;
-  const float* weight;  // (taps, channels / groups, padded_n), 0 beyond n
-  int64_t n, padded_n;  // a multiple of kMostLanes
-  const void* bias;     // may be null
+  int64_t n;
+  const void* bias;  // may be null
   Dtype bias_dtype;
   Activation activation;
   void* out;
   Dtype out_dtype;
+  // Set by run_grouped_conv.
+  const float* weight = nullptr;  // (taps, channels / groups, padded_n), 0 beyond n
+  int64_t padded_n = 0;           // a multiple of kMostLanes
 };
 constexpr int kMostLanes = 16;
 
@@ -41,6 +43,7 @@ using RunGroupedConv = void (*)(const GroupedConv& c, int64_t line_begin, int64_
 
 // The instruction set of the kernel that runs with a mask.
 const char* grouped_conv_isa(uint32_t isa_mask);
-void run_grouped_conv(const GroupedConv& c, uint32_t isa, int threads);
+// `weight` is decoded by a kernel for that.
+void run_grouped_conv(GroupedConv c, const Kernel& decode, Launch weight, uint32_t isa, int threads);
 
 }  // namespace lowbit

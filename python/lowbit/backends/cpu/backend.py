@@ -56,11 +56,10 @@ class CpuBackend(Backend):
         g: Geometry,
         activation: str | None,
     ) -> Tensor:
-        """`conv.conv`, and with groups `conv.grouped_conv` of the decoded weight."""
+        """`conv.conv`, and with groups `conv.grouped_conv`."""
         if g.groups == 1:
             return conv.conv(x, x_scales, w, bias, g, activation)
-        rows = self.dequantize(w, torch.float32)
-        return conv.grouped_conv(x, rows, bias, g, activation)
+        return conv.grouped_conv(x, w, bias, g, activation)
 
     def rows(self, indices: Tensor | None, w: Operands, dtype: torch.dtype) -> Tensor:
         """`weights.dequantize` and `weights.embedding`."""

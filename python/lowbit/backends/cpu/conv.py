@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit import _C
@@ -14,7 +13,6 @@ from lowbit.layouts import Operands
 from lowbit.reference import Geometry
 from lowbit.strides import address, contiguous
 
-_LANES = 16  # csrc/cpu/conv/conv.h kMostLanes
 isa: str = _C.grouped_conv_isa()
 
 
@@ -48,26 +46,22 @@ def conv(
 
 def grouped_conv(
     x: Tensor,  # (B, C, *size)
-    rows: Tensor,  # (N, K) fp32, the decoded weight
+    w: Operands,
     bias: Tensor | None,  # (N,) contiguous
     g: Geometry,
     activation: str | None,
     isa: str = "",
 ) -> Tensor:  # (B, N, *out) in channels_last memory, in the dtype of x
-    """A convolution with groups, in fp32 sums; `isa` caps the instruction set as LOWBIT_ISA does."""
-    n, channels = rows.shape[0], x.shape[1]
+    """A convolution with groups of the weight decoded to fp32, with fp32 sums; `isa` caps the instruction set as LOWBIT_ISA does."""
     pixels = contiguous(x.movedim(1, -1))
-    if not n == channels == g.groups:
+    if not w.n == x.shape[1] == g.groups:
         pixels = pixels.float()
-    weight = contiguous(F.pad(rows.t(), (0, -n % _LANES)))
-    out = _empty(x, n, g)
+    out = _empty(x, w.n, g)
     _C.grouped_conv_ptr(
+        bound(w),
         _shape(tuple(x.shape), *map(tuple, g[:4]), g.groups),
         x=address(pixels),
         x_dtype=CODES[pixels.dtype],
-        weight=address(weight),
-        n=n,
-        padded_n=weight.shape[1],
         **of_bias(bias),
         activation=ACTIVATIONS[activation],
         out=address(out.movedim(1, -1)),
