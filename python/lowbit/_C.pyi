@@ -145,20 +145,9 @@ def quantize_int8_ptr(
 def quantize_binary_ptr(
     *, x: int, x_dtype: int, m: int, k: int, x_stride: int, scales: int, bits: int, threads: int
 ) -> None: ...
+
 class ConvShape:
-    def __init__(
-        self,
-        *,
-        batch: int,
-        channels: int,
-        groups: int,
-        size: Sequence[int],
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        before: Sequence[int],
-        dilation: Sequence[int],
-        out: Sequence[int],
-    ) -> None: ...
+    def __init__(self, **numbers: int | Sequence[int]) -> None: ...
 
 def conv_ptr(
     weight: BoundWeight,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,74 @@ def test_an_empty_layer_is_filled(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(first(x), second(x))
     assert first(torch.randn(0, 6, 5, 5)).shape == (0, 8, 3, 3)
+
+
+def test_explain_says_what_multiplies() -> None:
+    x = torch.randn(2, 6, 9, 9)
+    layers = {
+        "gemm|gemv": (
+            made(QuantConv2d, {"kernel_size": 3}),
+            "M=98 N=12 K=54",
+            "of tiles of patches",
+        ),
+        "grouped_conv_f32_": (made(QuantConv2d, {"kernel_size": 3, "groups": 2}), "N=12 K=27", ""),
+        "torch": (
+            made(QuantConvTranspose2d, {"kernel_size": 3, "groups": 2}),
+            "",
+            "decoded weight",
+        ),
+        "": (made(QuantConvTranspose2d, {"kernel_size": 2}), "M=162 N=48 K=6", "of the pixels"),
+    }
+    for name, (layer, request, how) in layers.items():
+        found = layer.explain(x)
+        assert re.search(name, found.selected), found
+        assert request in found.request
+        assert how in found.selected
+
+
+def test_batch_norms_are_folded() -> None:
+    torch.manual_seed(0)
+    kinds = [
+        (nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)),
+        (nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8, affine=False)),
+        (nn.ConvTranspose2d(8, 6, 2, stride=2), nn.BatchNorm2d(6)),
+        (nn.ConvTranspose2d(6, 4, 2, groups=2), nn.BatchNorm2d(4)),
+    ]
+    layers = [layer for pair in kinds for layer in pair]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 81, 5), nn.BatchNorm1d(5)).train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                if module.affine:
+                    module.weight.uniform_(0.5, 2)
+                    module.bias.normal_()
+        with pytest.raises(ValueError, match="must be in evaluation mode"):
+            lowbit.fold_norms(model)
+        x = torch.randn(2, 3, 8, 8)
+        expected = model.eval()(x)
+        assert lowbit.fold_norms(model) == ["1", "3", "5", "7", "10"]
+        close(model(x), expected.double(), 1e-5)
+    report = lowbit.quantize_model(model, "int8", progress=False)
+    assert not report.left
+
+
+class Shared(nn.Module):
+    """A norm whose input is read by something else, and one of a convolution that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As x."""
+        y = self.a(x)
+        return self.first(y) + y + self.second(self.b(x)) + self.b(x)
+
+
+def test_norms_that_others_need_stay() -> None:
+    model = Shared().eval()
+    assert lowbit.fold_norms(model) == []
+    assert isinstance(model.first, nn.BatchNorm2d)

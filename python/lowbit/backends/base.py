@@ -112,6 +112,10 @@ class Backend:
             y = reference.apply_epilogue(y, activation, None, None)
         return y.view(shape).movedim(-1, 1).clone()
 
+    def conv_name(self, kernel: str, groups: int) -> str:
+        """What `explain` calls `conv` where `linear` would run this kernel."""
+        return "the decoded weight by torch" if groups > 1 else f"{kernel} of patches in memory"
+
     @alone_after_fork
     def _dense_conv(
         self,

@@ -78,6 +78,10 @@ class PyTorchBackend(Backend):
             return super().conv(x, x_scales, w, bias, g, activation)
         return self._dense_conv(x, w, bias, g, activation)
 
+    def conv_name(self, kernel: str, groups: int) -> str:
+        """As `conv`."""
+        return "the decoded weight by torch"
+
     def sparse_linear(self, x: Tensor, term: SparseTerm) -> Tensor:
         """x S^T in fp32."""
         _log_sparse_once(x.device.type)

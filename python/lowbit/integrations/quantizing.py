@@ -91,13 +91,10 @@ class OnLoad(Job):
             setattr(module, key, model.get_parameter(first))
         with stand_ins(model) as forms:
             found = plan_layers(model, selection, Report(), stacklevel=5)
-        self._plan = {
-            names: (
-                fitting(model.get_submodule(names[0]), rule.completed(method, options), False)[0],
-                weight,
-            )
-            for names, (rule, weight) in found.items()
-        }
+        self._plan = {}
+        for names, (rule, weight) in found.items():
+            completed = rule.completed(method, options)
+            self._plan[names] = fitting(model.get_submodule(names[0]), completed, False)[0], weight
         check_rules([rule for rule, _ in self._plan.values()], False)
         self._forms = forms
         parts: dict[str, list[tuple[str, Rule, Any]]] = {}
@@ -351,10 +348,8 @@ class Stored(Job):
         if dense is None:
             return
         if not isinstance(dense, (nn.Linear, nn.Embedding, *CONVOLUTIONS)):
-            raise ValueError(
-                f"{self._path}: layer {shown(name)} is a {type(dense).__name__}, not an nn.Linear, nn.Embedding or "
-                "convolution"
-            )
+            what = f"a {type(dense).__name__}, not an nn.Linear, nn.Embedding or convolution"
+            raise ValueError(f"{self._path}: layer {shown(name)} is {what}")
         if (own := tuple(matrix_of(dense).shape)) != shape:
             raise ValueError(
                 f"{self._path}: layer {shown(name)} has shape {own} in the model, {shape} in the file"

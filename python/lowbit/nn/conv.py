@@ -6,14 +6,18 @@ The weight is a matrix: a filter a row, tap by tap, and of a transposed convolut
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit import reference
+from lowbit import backends, reference
+from lowbit.backends.base import Backend
+from lowbit.explanation import Explanation, explain_request
 from lowbit.formats import Format, as_format
 from lowbit.methods import quantize
 from lowbit.nn.base import zero_weight
@@ -261,6 +265,32 @@ class QuantConv(PackedProduct):
         return call_conv(
             x, w, bias, self._geometry, *others, x_scale=x_scale, takes_int8=takes_int8
         )
+
+    def explain(self, x: Tensor) -> Explanation:
+        """Says what computes a call: the kernel of a product, as `lowbit.explain`, and what it multiplies.
+
+        Args:
+            x: as in `forward`; only shape, dtype and device are read.
+        """
+        checks.check_tensors(x=x)
+        size = x.shape[-self.dims :]
+        batch = x.shape[0] if x.dim() == self.dims + 2 else 1
+        n, k = self.matrix_shape
+        backend = backends.find(x.device.type, self.layout)
+        if self.transposed:
+            m, how = batch * math.prod(size), "{} of the pixels, and sums of its taps"
+            how = "the decoded weight by torch" if self.groups > 1 else how
+        else:
+            pads = self._pads or (0,) * (2 * self.dims)
+            padded = [s + pads[2 * i] + pads[2 * i + 1] for i, s in enumerate(size)]
+            m = batch * math.prod(self._geometry.out_size(padded))
+            named = Backend.conv_name if self.format.more_terms else type(backend).conv_name
+            how = named(backend, "{}", self.groups)
+        dtype = torch.float32 if self.transposed else x.dtype
+        found = explain_request(self.format, n, k, m, dtype, x.device.type, self.layout)
+        found = replace(found, selected=how.format(found.selected), kernels=())
+        request = found.request.removeprefix("linear ")
+        return replace(found, request=f"{self.kind.__name__} of {tuple(x.shape)}: {request}")
 
     def rows(self, x: Tensor) -> Tensor:
         """What the matrix multiplies of x, (..., K): patches, or the pixels of a transposed convolution."""

@@ -89,8 +89,9 @@ def quantize_model(
     Args:
         model: any module. Its `nn.Linear` layers become `lowbit.nn.QuantLinear`, and so do GPT-2's Conv1D, Falcon's
             linears and each of the fused experts of transformers, which are layers of a `lowbit.nn.QuantExperts`
-            then; convolutions become a `lowbit.nn.QuantConv`, those with groups with activations as they are;
-            everything else stays, but for an `nn.Embedding` that a recipe names.
+            then. Convolutions become a `lowbit.nn.QuantConv` (`lowbit.fold_norms` takes their batch norms along),
+            those with groups with activations as they are. Everything else stays, but for an `nn.Embedding` that
+            a recipe names.
         format: a Format or its name for every linear, as "km4" (4.25 bits), "km3" or "km2_g16": of the
             formats with a code for every weight these have the least error for their bits, and with
             two tables, "km4x2", less still. Or a recipe {pattern: format, `Rule` or None}, as a

@@ -61,6 +61,10 @@ class CpuBackend(Backend):
             return conv.conv(x, x_scales, w, bias, g, activation)
         return conv.grouped_conv(x, w, bias, g, activation)
 
+    def conv_name(self, kernel: str, groups: int) -> str:
+        """As `conv`."""
+        return f"grouped_conv_f32_{conv.isa}" if groups > 1 else f"{kernel} of tiles of patches"
+
     def rows(self, indices: Tensor | None, w: Operands, dtype: torch.dtype) -> Tensor:
         """`weights.dequantize` and `weights.embedding`."""
         if indices is None:

@@ -52,7 +52,7 @@ def grouped_conv(
     activation: str | None,
     isa: str = "",
 ) -> Tensor:  # (B, N, *out) in channels_last memory, in the dtype of x
-    """A convolution with groups of the weight decoded to fp32, with fp32 sums; `isa` caps the instruction set as LOWBIT_ISA does."""
+    """A convolution with groups, in fp32 with the decoded weight; `isa` caps the instruction set as LOWBIT_ISA does."""
     pixels = contiguous(x.movedim(1, -1))
     if not w.n == x.shape[1] == g.groups:
         pixels = pixels.float()
