@@ -22,6 +22,9 @@ namespace {
 // Patches of a tile as they are and as the kernel reads them take at most this, which is about half of an L2 cache,
 // unless that is too few rows to decode a weight for.
 constexpr int64_t kTileBytes = 1 << 20;
+// Few rows of x are multiplied so many at a time, and the rest by other instructions, which add in another order: tiles
+// end where a product of all rows would.
+constexpr int64_t kRowsTogether = 4;
 constexpr int64_t kLeastTileRows = 48, kMostTileRows = 516;
 constexpr int64_t kElementBytes[] = {4, 2, 2, 1};  // by Dtype, of what x may be
 
@@ -113,7 +116,7 @@ int64_t tile_rows(const Kernel& kernel, const Launch& l, int64_t row_bytes, int 
   int64_t rows = std::clamp(kTileBytes / bytes, kLeastTileRows, kMostTileRows);
   if (kernel.rows_per_task) rows = std::min(rows, kernel.rows_per_task);
   const int64_t tiles = ceil_div(ceil_div(l.m, rows), threads) * threads;
-  return ceil_div(l.m, tiles);
+  return ceil_div(ceil_div(l.m, tiles), kRowsTogether) * kRowsTogether;
 }
 
 }  // namespace

@@ -76,6 +76,8 @@ class QuantConv(PackedProduct):
     groups: int
     padding_mode: str
     output_padding: tuple[int, ...]
+    _geometry: Geometry
+    _pads: tuple[int, ...] | None
     takes_over = (*_SHAPE, "transposed", "_reversed_padding_repeated_twice")
 
     def __init__(
@@ -226,7 +228,7 @@ class QuantConv(PackedProduct):
         """A layer as this one was made, on the meta device."""
         return type(self).from_quant_tensor(self.quant_tensor().to("meta"), like=self)
 
-    def weight_spec(self) -> tuple[Sequence[int], torch.dtype, torch.device]:
+    def weight_spec(self) -> tuple[Sequence[int], torch.dtype, torch.device]:  # type: ignore[override]
         """Shape, dtype and device of `weight`."""
         _, dtype, device = super().weight_spec()
         per_group = self.in_channels // self.groups, self.out_channels // self.groups
@@ -362,7 +364,7 @@ _KINDS: dict[type[nn.Module], type[QuantConv]] = {
         QuantConvTranspose3d,
     )
 }
-CONVOLUTIONS = tuple(_KINDS)
+CONVOLUTIONS: tuple[type[nn.Module], ...] = tuple(_KINDS)
 
 
 def packed_conv(conv: nn.Module, weight: QuantTensor, bias: Tensor | None) -> QuantConv:

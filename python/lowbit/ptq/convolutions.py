@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-
-from torch import nn
+from typing import Any
 
 from lowbit.methods.registry import calibrates, keywords
 from lowbit.nn.conv import CONVOLUTIONS
@@ -14,18 +13,19 @@ from lowbit.ptq.report import Report
 from lowbit.ptq.scaling import SCALINGS
 
 
-def fitting(module: nn.Module, rule: Rule, calibrated: bool) -> tuple[Rule, str | None]:
+def fitting(module: Any, rule: Rule, calibrated: bool) -> tuple[Rule, str | None]:
     """The rule that a layer is quantized by, without what a convolution cannot do, and a note of that."""
-    if not isinstance(module, CONVOLUTIONS) or rule.format is None:
+    format = rule.format
+    if not isinstance(module, CONVOLUTIONS) or format is None:
         return rule, None
     notes = []
     if rule.method in SCALINGS:
         notes.append(f"scales of a convolution are not folded: quantized without {rule.method!r}")
         rule = replace(rule, method=None, options={})
     if module.groups > 1:
-        if rule.format.activation is not None:
+        if format.activation is not None:
             notes.append("with groups of channels: activations stay as they are")
-            rule = replace(rule, format=rule.format.with_activation(None))
+            rule = replace(rule, format=format.with_activation(None))
         if calibrated and rule.method is not None and calibrates(rule.method):
             notes.append("with groups of channels: quantized without calibration")
         if rule.method is not None and "hessian" in keywords(rule.method):

@@ -18,14 +18,14 @@ def features_of(module: nn.Module) -> int:
     return features  # type: ignore[no-any-return]
 
 
-def multiplies_rows(module: nn.Module) -> bool:
+def multiplies_rows(module: Any) -> bool:
     """Whether one matrix multiplies all that goes into a module: not with groups of channels."""
     if isinstance(module, CONVOLUTIONS):
-        return module.groups == 1
+        return bool(module.groups == 1)
     return isinstance(module, nn.Linear)
 
 
-def inputs_of(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+def inputs_of(module: Any, x: Tensor) -> Iterator[Tensor]:
     """What the matrix of a layer multiplies of its input, in parts: patches are made an image at a time."""
     if not isinstance(module, CONVOLUTIONS):
         yield x

@@ -468,7 +468,7 @@ def _make(
         if first:
             made.share_weight(first[1])
     elif isinstance(dense, CONVOLUTIONS):
-        made = packed_conv(dense, qt, dense.bias)
+        made = packed_conv(dense, qt, dense._parameters["bias"])
         if first:
             made.share_weight(first[1])
     elif first:

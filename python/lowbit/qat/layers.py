@@ -305,7 +305,9 @@ def _packed_conv(conv: PatchConv2d, linear: QuantLinear) -> nn.Module:
         padding_mode=conv.padding_mode,  # type: ignore[arg-type]
         device="meta",
     )
-    return packed_conv(dense, linear.quant_tensor(), linear.bias).train(conv.training)
+    return packed_conv(dense, linear.quant_tensor(), linear._parameters["bias"]).train(
+        conv.training
+    )
 
 
 def _swap_all(

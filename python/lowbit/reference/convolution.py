@@ -154,13 +154,15 @@ def sum_of_taps(taps: Tensor, g: Geometry) -> Tensor:  # (B, *out, N)
     for tap, at in enumerate(
         torch.cartesian_prod(*map(torch.arange, kernel)).view(-1, g.dims).tolist()
     ):
-        window = tuple(
+        window = [slice(None)]
+        window += [
             slice(i * d, i * d + span, s)
             for i, d, span, s in zip(at, g.dilation, spans, g.stride, strict=True)
-        )
-        total[(slice(None), *window)] += taps.select(-2, tap)
-    inside = tuple(
+        ]
+        total[tuple(window)] += taps.select(-2, tap)
+    inside = [slice(None)]
+    inside += [
         slice(before, length - after)
         for (before, after), length in zip(g.pairs(), full, strict=True)
-    )
-    return total[(slice(None), *inside)]
+    ]
+    return total[tuple(inside)]
