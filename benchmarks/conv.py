@@ -13,7 +13,9 @@ import copy
 import importlib.util
 import io
 import json
+import logging
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +45,7 @@ LAYERS = {
     "EfficientNet-lite0 depthwise 3x3, 7": (1152, 1152, 3, 1, 1152, 7),
 }
 BATCHES = (1, 16)
-CODEBOOK, INT8 = "kmeans4_row", "int8_row_a8"
+CODEBOOK, INT8 = "nf4_row", "int8_row_a8"
 Calls = dict[str, Callable[[], object]]
 
 
@@ -62,13 +64,14 @@ def medians(calls: Calls, seconds: float) -> dict[str, float]:
 
 
 def packed(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
-    """The model with packed weights: a codebook, and integers with static scales of activations."""
+    """The model with packed weights: a codebook, and integers with static scales of activations, which convolutions
+    with groups take as they are.
+    """
     made = {"codebook": copy.deepcopy(model), "int8": copy.deepcopy(model)}
-    # Speed does not depend on the values of the codebook: quick ones.
-    lowbit.quantize_model(made["codebook"], CODEBOOK, method="rtn", progress=False)
-    lowbit.quantize_model(
-        made["int8"], INT8, observer="minmax", calibration=[x[:1]], progress=False
-    )
+    lowbit.quantize_model(made["codebook"], CODEBOOK, progress=False)
+    static = any(getattr(module, "groups", 0) == 1 for module in model.modules())
+    given = {"observer": "minmax", "calibration": [x[:1]]} if static else {}
+    lowbit.quantize_model(made["int8"], INT8, progress=False, **given)
     return made
 
 
@@ -90,8 +93,6 @@ def calls_of(model: nn.Module, x: Tensor, threads: int) -> Calls:
 
 def onnxruntime_int8(model: nn.Module, x: Tensor, threads: int) -> Callable[[], object]:
     """The model by onnxruntime, its weights and activations in static int8 by its own quantizer."""
-    import tempfile
-
     import onnxruntime as ort
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
@@ -114,9 +115,11 @@ def onnxruntime_int8(model: nn.Module, x: Tensor, threads: int) -> Callable[[], 
     with tempfile.TemporaryDirectory() as folder:
         dense, made = Path(folder) / "dense.onnx", Path(folder) / "int8.onnx"
         dense.write_bytes(buffer.getvalue())
+        logging.disable()  # advice to change the model first
         quantize_static(dense, made, One(), quant_format=QuantFormat.QDQ, per_channel=True)
+        logging.disable(logging.NOTSET)
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
         session = ort.InferenceSession(made, options, providers=["CPUExecutionProvider"])
     given = {"x": x.contiguous().numpy()}
     return lambda: session.run(None, given)

@@ -18,6 +18,7 @@ from lowbit.files import cut, shown
 from lowbit.formats import Format
 from lowbit.integrations.dense import dense_of
 from lowbit.integrations.pretrained import put, unhooked
+from lowbit.io.match import DENSE_KINDS
 from lowbit.io.native import prefix_of
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.safetensors_file import Specs
@@ -219,9 +220,7 @@ class _Slot(HasPackedWeight):
     dtype: torch.dtype
     shape: tuple[int, int]
 
-    def __init__(
-        self, dense: nn.Linear | nn.Embedding, format: Format | None, specs: Specs
-    ) -> None:
+    def __init__(self, dense: Any, format: Format | None, specs: Specs) -> None:
         super().__init__()
         self.dense, self.format = (dense,), format  # a tuple: no child
         self.dtype, self.shape = dense.weight.dtype, tuple(matrix_of(dense).shape)  # type: ignore[assignment]
@@ -347,7 +346,7 @@ class Stored(Job):
         dense = self._modules.get(name)
         if dense is None:
             return
-        if not isinstance(dense, (nn.Linear, nn.Embedding, *CONVOLUTIONS)):
+        if not isinstance(dense, DENSE_KINDS):
             what = f"a {type(dense).__name__}, not an nn.Linear, nn.Embedding or convolution"
             raise ValueError(f"{self._path}: layer {shown(name)} is {what}")
         if (own := tuple(matrix_of(dense).shape)) != shape:

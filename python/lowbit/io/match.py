@@ -18,6 +18,9 @@ from lowbit.nn.conv import CONVOLUTIONS, matrix_of
 from lowbit.nn.product import PackedProduct
 from lowbit.nn.surgery import obstacle
 
+# What packed modules take the place of, and what may have a static scale of activations.
+DENSE_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
+_WITH_SCALES: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, PackedProduct)
 _SHOWN = 20  # differences in an error message
 
 
@@ -73,8 +76,7 @@ class Match:
             if name in header.layers or name in self.tied:
                 own.pop(f"{prefix_of(name)}weight", None)
                 static = f"{prefix_of(name)}input_scale"
-                kinds = (nn.Linear, *CONVOLUTIONS, PackedProduct)
-                if static in self._available and isinstance(module, kinds):
+                if static in self._available and isinstance(module, _WITH_SCALES):
                     # Loading makes it where the model has none.
                     own.setdefault(static, torch.empty((), dtype=torch.float32, device="cpu"))
                 order = f"{prefix_of(name)}input_order"
@@ -101,7 +103,7 @@ class Match:
         return {
             name: stored[_identity(module)]
             for name, module in self.modules.items()
-            if isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS, PackedModule))
+            if isinstance(module, (*DENSE_KINDS, PackedModule))
             and _identity(module) in stored
             and name not in layers
             and name not in self.tied
@@ -119,7 +121,7 @@ class Match:
                 f"layer {shown(name)} is {module.format.name} {module.shape} in the model, "
                 f"{format.name} {shape} in the file"
             )
-        if not isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS)):
+        if not isinstance(module, DENSE_KINDS):
             kind = type(module).__name__
             return f"layer {shown(name)} is a {kind}, not an nn.Linear, nn.Embedding or convolution"
         if not name:

@@ -15,14 +15,14 @@ from lowbit.ptq.scaling import SCALINGS
 
 def fitting(module: Any, rule: Rule, calibrated: bool) -> tuple[Rule, str | None]:
     """The rule that a layer is quantized by, without what a convolution cannot do, and a note of that."""
-    format = rule.format
+    conv, format = module, rule.format
     if not isinstance(module, CONVOLUTIONS) or format is None:
         return rule, None
     notes = []
     if rule.method in SCALINGS:
         notes.append(f"scales of a convolution are not folded: quantized without {rule.method!r}")
         rule = replace(rule, method=None, options={})
-    if module.groups > 1:
+    if conv.groups > 1:
         if format.activation is not None:
             notes.append("with groups of channels: activations stay as they are")
             rule = replace(rule, format=format.with_activation(None))

@@ -62,7 +62,7 @@ def fold_norms(model: nn.Module) -> list[str]:
 
 
 def _folds(layer: nn.Module, norm: nn.Module) -> bool:
-    kinds = (nn.Linear, *CONVOLUTIONS)
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
     kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
     if kind is None or type(layer).forward is not kind.forward or obstacle(layer) is not None:  # type: ignore[attr-defined]
         return False

@@ -30,6 +30,7 @@ def inputs_of(module: Any, x: Tensor) -> Iterator[Tensor]:
     if not isinstance(module, CONVOLUTIONS):
         yield x
         return
-    images = x[None] if x.dim() == len(module.kernel_size) + 1 else x
+    conv: Any = module
+    images = x[None] if x.dim() == len(conv.kernel_size) + 1 else x
     for i in range(len(images)):
         yield rows_of(module, images[i : i + 1]).reshape(-1, features_of(module))
