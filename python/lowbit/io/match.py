@@ -48,7 +48,7 @@ class Match:
 
     def __init__(self, model: nn.Module, checkpoint: NativeReader) -> None:
         """Raises ValueError, listing every difference, if the checkpoint does not fit the model."""
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self._checkpoint = checkpoint
         header = checkpoint.header
         dense_ties = {name for name, first in header.tied.items() if first in checkpoint.dense}

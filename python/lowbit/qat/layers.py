@@ -304,6 +304,7 @@ def _packed_conv(conv: PatchConv2d, linear: QuantLinear) -> nn.Module:
         conv.dilation,  # type: ignore[arg-type]
         padding_mode=conv.padding_mode,  # type: ignore[arg-type]
         device="meta",
+        dtype=linear.dtype,
     )
     return packed_conv(dense, linear.quant_tensor(), linear._parameters["bias"]).train(
         conv.training

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowbit.nn.conv import check_dense, rows_of
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.ops import checks
+from lowbit.reference import to_filters
 
 # What says where the patches lie, with the names of torch.
 _GEOMETRY = (
@@ -48,6 +49,12 @@ class PatchConv2d(nn.Module):
         vars(self).update({name: getattr(conv, name) for name in _GEOMETRY})
         self.linear = linear
         self.train(conv.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, C, R, S), that of the linear as it has it."""
+        own: Any = self
+        return to_filters(own.linear.weight, own.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) or (C, H, W) gives (B, N, H', W') or (N, H', W')."""
