@@ -118,6 +118,7 @@ peers: $(PEERS)/.built
 # On an idle machine: measures, and writes the result files, their tables and the plots. Commit first.
 bench: $(PEERS)/.built
 	$(PEERS)/bin/python benchmarks/record.py
+	$(PEERS)/bin/python benchmarks/conv.py
 	$(PEERS)/bin/python benchmarks/peers_model.py
 	$(PEERS)/bin/python benchmarks/checkpoints.py
 	$(PEERS)/bin/python benchmarks/checkpoints_speed.py

@@ -8,6 +8,7 @@ of which the results are added up.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -178,8 +179,9 @@ def call_conv_transpose(
     """
     x = autocast(x)
     checks.check_float("x", x.dtype)
-    _check_input(x, w.k, g)
-    _check_groups(w, g)
+    if not torch.compiler.is_compiling():
+        _check_input(x, w.k, g)
+        _check_groups(w, g)
     if bias is not None:
         checks.check_bias(bias, w.n // g.taps * g.groups, x.device)
     with checks.no_autocast(x.device.type):
@@ -220,22 +222,31 @@ def _in_order(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _check_input(x: Tensor, channels: int, g: Geometry) -> None:
+    _check_numbers(*map(tuple, g[:4]))
     dims = len(g.kernel_size)
-    if not 1 <= dims <= 3:
-        raise ValueError(f"kernel_size must have 1 to 3 numbers, got {tuple(g.kernel_size)}")
-    shape = ", ".join(["B", str(channels), *_LETTERS[-dims:]])
     if x.dim() != dims + 2 or x.shape[1] != channels:
+        shape = ", ".join(["B", str(channels), *_LETTERS[-dims:]])
         raise ValueError(f"x must have shape ({shape}), got {tuple(x.shape)}")
+
+
+@functools.lru_cache(4096)
+def _check_numbers(
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> None:
+    dims = len(kernel_size)
+    if not 1 <= dims <= 3:
+        raise ValueError(f"kernel_size must have 1 to 3 numbers, got {kernel_size}")
     for name, least, given, length in (
-        ("kernel_size", 1, g.kernel_size, dims),
-        ("stride", 1, g.stride, dims),
-        ("dilation", 1, g.dilation, dims),
-        ("padding", 0, g.padding, 2 * dims),
+        ("kernel_size", 1, kernel_size, dims),
+        ("stride", 1, stride, dims),
+        ("dilation", 1, dilation, dims),
+        ("padding", 0, padding, 2 * dims),
     ):
         if len(given) != length or any(value < least for value in given):
-            raise ValueError(
-                f"{name} must be {length} numbers of at least {least}, got {tuple(given)}"
-            )
+            raise ValueError(f"{name} must be {length} numbers of at least {least}, got {given}")
 
 
 def _check(

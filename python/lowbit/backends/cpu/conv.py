@@ -27,10 +27,11 @@ def conv(
 ) -> Tensor:  # (B, N, *out) in channels_last memory, in the dtype of x, of int8 fp32
     """A convolution without groups: every thread gathers a tile of patches at a time."""
     pixels = contiguous(x.movedim(1, -1))
-    out = _empty(x, w.n, g)
+    shape, size = _shape(tuple(x.shape), *map(tuple, g[:4]), 1)
+    out = _empty(x, w.n, size)
     _C.conv_ptr(
         bound(w),
-        _shape(tuple(x.shape), *map(tuple, g[:4]), 1),
+        shape,
         x=address(pixels),
         x_dtype=CODES[x.dtype],
         x_scales=address(x_scales),
@@ -56,10 +57,11 @@ def grouped_conv(
     pixels = contiguous(x.movedim(1, -1))
     if not w.n == x.shape[1] == g.groups:
         pixels = pixels.float()
-    out = _empty(x, w.n, g)
+    shape, size = _shape(tuple(x.shape), *map(tuple, g[:4]), g.groups)
+    out = _empty(x, w.n, size)
     _C.grouped_conv_ptr(
         bound(w),
-        _shape(tuple(x.shape), *map(tuple, g[:4]), g.groups),
+        shape,
         x=address(pixels),
         x_dtype=CODES[pixels.dtype],
         **of_bias(bias),
@@ -72,8 +74,8 @@ def grouped_conv(
     return out
 
 
-def _empty(x: Tensor, n: int, g: Geometry) -> Tensor:
-    shape = (x.shape[0], n, *g.out_size(x.shape[2:]))
+def _empty(x: Tensor, n: int, size: tuple[int, ...]) -> Tensor:
+    shape = (x.shape[0], n, *size)
     strides = [1] * len(shape)
     length = n
     for i in (*range(len(shape) - 1, 1, -1), 0):
@@ -91,11 +93,12 @@ def _shape(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
-) -> _C.ConvShape:
+) -> tuple[_C.ConvShape, tuple[int, ...]]:  # and the spatial size of the result
     g = Geometry(kernel, stride, padding, dilation, groups)
+    out = tuple(g.out_size(x[2:]))
     front = (0,) * (3 - g.dims)
     ones = (1,) * len(front)
-    return _C.ConvShape(
+    shape = _C.ConvShape(
         batch=x[0],
         channels=x[1],
         groups=groups,
@@ -104,5 +107,6 @@ def _shape(
         stride=(*ones, *stride),
         before=(*front, *(before for before, _ in g.pairs())),
         dilation=(*ones, *dilation),
-        out=(*ones, *g.out_size(x[2:])),
+        out=(*ones, *out),
     )
+    return shape, out
