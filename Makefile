@@ -57,7 +57,7 @@ unit: $(VENV)/.built
 
 # The C++ tests, which are built with the module: every kernel, for each instruction set that the CPU has, and the CUDA
 # kernels' data movement.
-CPP_TESTS := test_kernels test_activations test_decoder test_fp8 test_fp8_mm test_fp8_adamw test_outliers test_structured
+CPP_TESTS := test_kernels test_activations test_decoder test_fp8 test_fp8_mm test_fp8_adamw test_outliers test_structured test_conv
 cpp: $(VENV)/.built
 	set -e; for test in $(CPP_TESTS) test_cuda; do $(BUILD)/$$test; done
 
@@ -116,6 +116,7 @@ peers: $(PEERS)/.built
 # On an idle machine: measures, and writes the result files, their tables and the plots. Commit first.
 bench: $(PEERS)/.built
 	$(PEERS)/bin/python benchmarks/record.py
+	$(PEERS)/bin/python benchmarks/conv.py
 	$(PEERS)/bin/python benchmarks/peers_model.py
 	$(PEERS)/bin/python benchmarks/checkpoints.py
 	$(PEERS)/bin/python benchmarks/checkpoints_speed.py

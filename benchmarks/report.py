@@ -26,6 +26,7 @@ BY_HAND = re.compile(r"put together|by hand|hand-written", re.IGNORECASE)
 # The documents and the result files that each needs; without one of them there is no document.
 TOPICS = {
     "checkpoints": ("checkpoints", "checkpoints_speed"),
+    "conv": ("conv",),
     "cpu": ("kernels", "model"),
     "digits": ("digits",),
     "fp8": ("fp8_avx512bf16", "fp8_avx2"),
@@ -39,6 +40,7 @@ TOPICS = {
 }
 ABOUT = {
     "checkpoints": "real GGUF files as stored",
+    "conv": "convolutions on the CPU",
     "cpu": "linears and a whole model on the CPU",
     "digits": "training through the quantizer",
     "fp8": "FP8 products on the CPU",
@@ -139,6 +141,7 @@ def documents(found: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The text of every document whose result files are there."""
     makers = {
         "checkpoints": lambda data, speed: report_checkpoints.tables(data, speed),
+        "conv": lambda data: (report_cpu.conv_table(data),),
         "cpu": lambda kernels, model: (
             report_cpu.model_table(model), report_cpu.kernel_table(kernels),
         ),

@@ -34,6 +34,28 @@ def kernel_table(data: dict[str, Any]) -> str:
     return "\n".join([caption, "", *lines])
 
 
+def conv_table(data: dict[str, Any]) -> str:
+    """Convolutions by layer and batch, as ratios of times in the same turns."""
+    heads = {
+        "codebook, bf16 x, to torch bf16": ("torch_bf16", "codebook_bf16"),
+        "codebook, fp32 x, to torch fp32": ("torch_fp32", "codebook_fp32"),
+        "int8 to torch fp32": ("torch_fp32", "int8"),
+        "int8 to onnxruntime int8": ("onnxruntime_int8", "int8"),
+    }
+    lines = [row("layer", ["batch", "torch fp32", *heads]), "|---|" + "---|" * (2 + len(heads))]
+    for r in data["rows"]:
+        ms = r["ms"]
+        cells = [f"{ms[a] / ms[b]:.2f}x" if a in ms else "" for a, b in heads.values()]
+        lines.append(row(r["layer"], [str(r["batch"]), f"{ms['torch_fp32']:.2f} ms", *cells]))
+    caption = (
+        f"Convolutions in channels_last memory, {data['threads']} threads: how many times faster than dense ones "
+        "(below 1: slower), by medians of calls in turns. The codebook is NF4 with a scale for each filter and x as it "
+        "is; int8 has static scales of activations, but for depthwise layers, which take x as it is. "
+        f"{about(data)}"
+    )
+    return "\n".join([caption, "", *lines])
+
+
 def model_table(data: dict[str, Any]) -> str:
     """`lowbit run --compare` on the model of the demo."""
     first = data["runs"][0]

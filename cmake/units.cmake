@@ -52,6 +52,7 @@ lowbit_family(quantize cpu/activations/quantize_ops QuantizeOps kQuantizeOps sca
 lowbit_family(scale_search cpu/offline/scale_search SearchRows search_rows scalar avx2 avx512)
 lowbit_family(outliers cpu/sparse/outliers OutlierKernel kOutlierKernel scalar avx2 avx512)
 lowbit_family(pruned cpu/sparse/pruned MultiplyPruned multiply_pruned_blocks scalar avx2 avx512)
+lowbit_family(grouped_conv cpu/conv/grouped RunGroupedConv grouped_conv scalar avx2 avx512)
 lowbit_family(structured cpu/structured/structured StructuredKernel kStructuredKernel scalar avx2 avx512)
 lowbit_family(blocks cpu/structured/blocks StructuredKernel kBlocksKernel scalar avx2 avx512)
 lowbit_family(trellis cpu/structured/trellis TrellisKernel kTrellisKernel scalar avx2 avx512)

@@ -157,7 +157,7 @@ for kernel in (1, 3):
         conv = nn.Conv2d(4, 7, kernel, stride=2, padding=kernel // 2, padding_mode=groups)
         module_case(
             f"QuantConv2d {kernel}x{kernel} {groups}",
-            functools.partial(lowbit.nn.QuantConv2d.from_conv2d, conv, "nf4"),
+            functools.partial(lowbit.nn.QuantConv2d.from_conv, conv, "nf4"),
             (4, 9, 8),
         )
 

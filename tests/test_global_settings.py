@@ -236,7 +236,7 @@ WORK: dict[str, Work] = {
     "embedding": lambda x, w: lowbit.nn.QuantEmbedding.from_embedding(
         nn.Embedding(N, K, _weight=w), "int4"
     )(torch.arange(7, dtype=torch.int64, device="cpu")),
-    "conv": lambda x, w: lowbit.nn.QuantConv2d.from_conv2d(nn.Conv2d(4, 5, 3, **FP32), "int4_row")(
+    "conv": lambda x, w: lowbit.nn.QuantConv2d.from_conv(nn.Conv2d(4, 5, 3, **FP32), "int4_row")(
         x[0].reshape(1, 4, 4, 4)
     ),
     **{f"state dict {f}": state_dict_of(f) for f in ("nf4", "int3_g64_o4", "nvfp4")},

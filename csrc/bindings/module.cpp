@@ -13,6 +13,7 @@
 namespace lowbit {
 
 void bind_activations(py::module_& m);              // activations.cpp
+void bind_conv(py::module_& m);                     // conv.cpp
 void bind_decoder(py::module_& m);                  // decoder.cpp
 void bind_fp8(py::module_& m);                      // fp8.cpp
 void bind_fp8_matmul(py::module_& m);               // fp8_matmul.cpp
@@ -103,6 +104,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("BLOCK_N") = kBlockN;
   m.attr("CHUNK_K") = kChunkK;
   bind_activations(m);
+  bind_conv(m);
   bind_decoder(m);
   bind_fp8(m);
   bind_fp8_matmul(m);

@@ -20,6 +20,7 @@ constexpr int64_t kLeastFp8AdamWParameters = 8 * 1024;  // parameters of a step 
 // The least work of each thread, counted alike.
 constexpr int64_t kEmbeddingWeightsPerThread = 64 * 1024;  // weights of an embedding's rows
 constexpr int64_t kDecoderProductsPerThread = 64 * 1024;   // multiply-adds of a decoder between two barriers
+constexpr int64_t kConvProductsPerThread = 128 * 1024;     // multiply-adds of a convolution
 
 // Rows of x from which outliers take tiles of 16: a row takes 0.4 ns for each entry by itself and a tile 1.6 (AVX2, x
 // in L1 and L2).

@@ -1,5 +1,6 @@
 """Types of the compiled module; csrc/bindings."""
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -149,6 +150,40 @@ def quantize_int8_ptr(
 def quantize_binary_ptr(
     *, x: int, x_dtype: int, m: int, k: int, x_stride: int, scales: int, bits: int, threads: int
 ) -> None: ...
+
+class ConvShape:
+    def __init__(self, **numbers: int | Sequence[int]) -> None: ...
+
+def conv_ptr(
+    weight: BoundWeight,
+    shape: ConvShape,
+    *,
+    x: int,
+    x_dtype: int,
+    x_scales: int,
+    bias: int,
+    bias_dtype: int,
+    activation: int,
+    out: int,
+    out_dtype: int,
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def grouped_conv_ptr(
+    weight: BoundWeight,
+    shape: ConvShape,
+    *,
+    x: int,
+    x_dtype: int,
+    bias: int,
+    bias_dtype: int,
+    activation: int,
+    out: int,
+    out_dtype: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def grouped_conv_isa() -> str: ...
 def multiply_outliers_ptr(
     *,
     x: int,

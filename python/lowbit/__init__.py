@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from lowbit.ops.linear import linear
     from lowbit.ops.many import linear_many
     from lowbit.ops.weights import dequantize
-    from lowbit.ptq import quantize_llm_int8, quantize_model
+    from lowbit.ptq import fold_norms, quantize_llm_int8, quantize_model
     from lowbit.weights.quantized import QuantTensor
 
 # Where each name lives; None for a module.
 _HOMES = {
     "LowbitConfig": "lowbit.integrations.quantizer",
     "QuantTensor": "lowbit.weights.quantized", "binary": None, "codebooks": None, "dequantize": "lowbit.ops.weights",
-    "dequantize_model": "lowbit.integrations.dequantizing", "explain": "lowbit.explanation",
+    "dequantize_model": "lowbit.integrations.dequantizing", "explain": "lowbit.explanation", "fold_norms": "lowbit.ptq",
     "fp8": None, "int8": None, "integrations": None, "kernels": "lowbit._C", "linear": "lowbit.ops.linear",
     "linear_many": "lowbit.ops.many", "methods": None,
     "load": "lowbit.io.save_load", "load_model": "lowbit.integrations.load", "nn": None, "optim": None, "qat": None,
@@ -52,7 +52,7 @@ _EXTRAS = {
 }  # fmt: skip
 __all__ = [
     "Format", "LowbitConfig", "QuantTensor", "__version__", "binary", "codebooks", "dequantize", "dequantize_model",
-    "explain", "formats",
+    "explain", "fold_norms", "formats",
     "fp8", "int8", "integrations", "kernels", "linear", "linear_many", "load", "load_model", "methods", "nn", "optim",
     "qat", "quantize", "quantize_llm_int8", "quantize_model", "save",
 ]  # fmt: skip

@@ -40,7 +40,7 @@ USES = {
     "k-means": "lowbit.quantize(dense[:64], 'kmeans4')",
     "save": "lowbit.save(model, sys.argv[2])",
     "export": "layer.state_dict()",
-    "conv": "lowbit.nn.QuantConv2d(lowbit.nn.QuantLinear.from_quant_tensor(q), (1, 1))(x.view(1, k, 1, 1))",
+    "conv": "lowbit.nn.QuantConv2d.from_quant_tensor(q, like=torch.nn.Conv2d(k, n, 1))(x.view(1, k, 1, 1))",
     "int8": "lowbit.int8.static_linear(x, torch.tensor(0.1), static)",
 }
 FORMATS = ("int4_g32", "uint4", "nf4_g64_dq8", "kmeans4", "mxfp4", "int4_g32_o4")

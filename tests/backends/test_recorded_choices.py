@@ -98,7 +98,10 @@ def siblings(made: QuantLinear, x: torch.Tensor) -> torch.Tensor:
 
 
 def convolved(made: QuantLinear, x: torch.Tensor) -> torch.Tensor:
-    conv = QuantConv2d(made, (1, 1))
+    conv = QuantConv2d.from_quant_tensor(
+        made.quant_tensor(), made.bias, like=torch.nn.Conv2d(K, N, 1)
+    )
+    conv.set_input_scale(made.input_scale)
     rows = x.reshape(-1, K)
     y = conv(rows.t().reshape(1, K, len(rows), 1))
     return y[0, :, :, 0].t().reshape(*x.shape[:-1], N)

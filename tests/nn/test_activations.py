@@ -90,7 +90,7 @@ def test_state_dicts_hold_them():
 def test_bad_input():
     with pytest.raises(ValueError, match="activations must be int8 or int8_table.*got 'int8_g32'"):
         set_activations(model_of("int4_g32"), "int8_g32")
-    with pytest.raises(ValueError, match="QuantLinear layers that are not skipped, got none"):
+    with pytest.raises(ValueError, match="packed layers that are not skipped, got none"):
         set_activations(nn.Linear(3, 3), "int8")
     model = model_of("int4_g32", "int4_g20")
     with pytest.raises(

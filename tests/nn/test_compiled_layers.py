@@ -56,7 +56,7 @@ LAYERS: dict[str, Make] = {
     "fused": lambda: Siblings(),
     "QuantConv2d": lambda: nn.Sequential(
         nn.Unflatten(-1, (4, 4, 4)),
-        lnn.QuantConv2d.from_conv2d(nn.Conv2d(4, 5, 3), "int4_row"),
+        lnn.QuantConv2d.from_conv(nn.Conv2d(4, 5, 3), "int4_row"),
     ),
 }
 

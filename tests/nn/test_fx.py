@@ -68,7 +68,7 @@ def test_a_layer_is_a_node(name: str) -> None:
     ("layer", "x"),
     [
         (lambda: lowbit.nn.QuantEmbedding.from_embedding(nn.Embedding(9, 8), "nf4"), torch.tensor([[1, 8]])),
-        (lambda: lowbit.nn.QuantConv2d.from_conv2d(nn.Conv2d(4, 8, 3), "nf4"), torch.randn(2, 4, 5, 5)),
+        (lambda: lowbit.nn.QuantConv2d.from_conv(nn.Conv2d(4, 8, 3), "nf4"), torch.randn(2, 4, 5, 5)),
     ],
 )  # fmt: skip
 def test_other_inputs(layer: Callable[[], nn.Module], x: Tensor) -> None:

@@ -55,7 +55,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module
     ),
     "convolution": (
         lambda: nn.Conv2d(3, 5, (3, 2)),
-        lambda d: QuantConv2d.from_conv2d(d, "int8"),
+        lambda d: QuantConv2d.from_conv(d, "int8"),
     ),
     "LLM.int8()": (lambda: nn.Linear(K, N), LLMInt8Linear.from_linear),
     "LLM.int8() of fixed features": (lambda: nn.Linear(K, N), of_fixed_features),
@@ -72,11 +72,11 @@ def pair(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.M
 
 def dequantized(layer: nn.Module) -> torch.Tensor:
     """The weight by the canonical tensors alone."""
+    if isinstance(layer, QuantConv2d):
+        rows = layer.quant_tensor().dequantize(layer.dtype)
+        return rows.view(5, 3, 2, 3).permute(0, 3, 1, 2).contiguous()
     if isinstance(layer, PackedModule):
         return layer.quant_tensor().dequantize(layer.dtype)
-    if isinstance(layer, QuantConv2d):
-        flat = layer.linear.quant_tensor().dequantize(layer.linear.dtype)
-        return flat.view(5, 3, 3, 2)
     weight = layer.quantized.quant_tensor().dequantize(layer.quantized.dtype)
     if layer.features is not None:
         weight[:, layer.features] = layer.columns

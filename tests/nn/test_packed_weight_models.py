@@ -78,7 +78,10 @@ def quantized(model: nn.Module, format: Any = "int8", **options: Any) -> nn.Modu
     assert made
     with torch.no_grad():
         for name, weight in made.items():
-            weight_of(dense, name).copy_(weight)
+            filters = weight_of(dense, name)
+            if filters.dim() > 2:
+                weight = lowbit.reference.to_filters(weight, filters.shape[2:])
+            filters.copy_(weight)
     return dense
 
 

@@ -58,7 +58,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     **{name: linear(name) for name in ("nf4", "uint4_zfloat", "q5_1", "nvfp4", "nf4_g64_dq8")},
     **{name: linear(name) for name in ("mxfp4", "kmeans3_pr", "nf4_o2", "ternary_trits", "e4m3")},
     "embedding": lambda: QuantEmbedding.from_embedding(nn.Embedding(N, K), "int8"),
-    "convolution": lambda: QuantConv2d.from_conv2d(nn.Conv2d(3, 5, 3), "nf4"),
+    "convolution": lambda: QuantConv2d.from_conv(nn.Conv2d(3, 5, 3), "nf4"),
     "LLM.int8()": lambda: LLMInt8Linear.from_linear(nn.Linear(K, N)),
     "LLM.int8() of fixed features": with_outlier_features,
     "binary": lambda: BinaryLinear.from_linear(nn.Linear(K, N), "binary"),

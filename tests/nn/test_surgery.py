@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module]
     ),
     "convolution": (
         lambda: nn.Conv2d(2, 4, 3),
-        lambda d: QuantConv2d.from_conv2d(d, "int8"),
+        lambda d: QuantConv2d.from_conv(d, "int8"),
     ),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -78,7 +78,7 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "QuantLinear.from_quant_tensor weight": lnn.QuantLinear.from_quant_tensor,
     "QuantLinear.from_quant_tensor bias": lambda b: lnn.QuantLinear.from_quant_tensor(NF4, b),
     "QuantEmbedding indices": lnn.QuantEmbedding.from_quant_tensor(NF4),
-    "QuantConv2d x": lnn.QuantConv2d.from_conv2d(nn.Conv2d(4, 5, 3), "nf4_row"),
+    "QuantConv2d x": lnn.QuantConv2d.from_conv(nn.Conv2d(4, 5, 3), "nf4_row"),
     "LLMInt8Linear x": lnn.LLMInt8Linear.from_linear(DENSE),
     "BinaryLinear x": lnn.BinaryLinear.from_linear(DENSE, "binary_row"),
     "FP8Linear x": lnn.FP8Linear(K, N),

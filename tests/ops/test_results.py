@@ -179,7 +179,7 @@ def test_convolutions_lie_as_those_of_torch(
     order: torch.memory_format, grad: bool, kernel: int
 ) -> None:
     conv = nn.Conv2d(4, 6, kernel, padding=kernel // 2)
-    layer = lowbit.nn.QuantConv2d.from_conv2d(conv, "nf4")
+    layer = lowbit.nn.QuantConv2d.from_conv(conv, "nf4")
     x = torch.randn(2, 4, 5, 7).contiguous(memory_format=order)
     with torch.set_grad_enabled(grad):
         y, expected = layer(x.requires_grad_(grad)), conv(x)

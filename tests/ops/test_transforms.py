@@ -219,7 +219,7 @@ LAYERS: dict[str, Callable[[], Function]] = {
 
 
 def convolution() -> Function:
-    layer = lowbit.nn.QuantConv2d.from_conv2d(nn.Conv2d(4, 3, 3, padding=1), "nf4")
+    layer = lowbit.nn.QuantConv2d.from_conv(nn.Conv2d(4, 3, 3, padding=1), "nf4")
     return lambda x: layer(x.unflatten(-1, (4, 4, 4))).flatten(-3)
 
 

@@ -130,12 +130,16 @@ def test_the_reasons():
         "pruned": "weight is computed anew in every call (weight_norm, pruning): weight_orig",
         "bilinear": "Bilinear has no quantized form",
         "lstm": "LSTM has no quantized form: weight_ih_l0, weight_hh_l0",
-        "conv": "Conv1d has no quantized form",
         "attention": "MultiheadAttention has no quantized form: in_proj_weight",
         "attention.out_proj": "the parent of this NonDynamicallyQuantizableLinear reads its weight directly",
         "plain": "only the weight is quantized: extra",
     }
     assert "left dense: the model (Odd has" in str(report)
+
+
+class OwnConv(nn.Conv1d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
 
 
 ASKED = [
@@ -148,11 +152,11 @@ ASKED = [
 
 @pytest.mark.parametrize(("rules", "skip"), ASKED, ids=str)
 def test_what_was_asked_for_is_left_without_a_word(rules, skip):
-    model = nn.ModuleDict({"up": nn.Linear(32, 32), "conv": nn.Conv1d(32, 32, 3)})
+    model = nn.ModuleDict({"up": nn.Linear(32, 32), "conv": OwnConv(32, 32, 3)})
     report = quantize_model(model, rules, skip=skip, progress=False)
     assert "conv" in report.left
     assert not report.unasked
-    model = nn.ModuleDict({"up": nn.Linear(32, 32), "conv": nn.Conv1d(32, 32, 3)})
+    model = nn.ModuleDict({"up": nn.Linear(32, 32), "conv": OwnConv(32, 32, 3)})
     with pytest.warns(UserWarning, match=r"^75% of the weights .*: conv\.weight \("):
         quantize_model(model, "int4", progress=False)
 

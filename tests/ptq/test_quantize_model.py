@@ -175,10 +175,15 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class OwnConv(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
 def test_what_cannot_be_replaced_is_left():
     model = nn.ModuleDict(
         {
-            "conv": nn.Conv2d(3, 4, 3),
+            "conv": OwnConv(3, 4, 3),
             "own": Doubled(4, 4),
             "attention": nn.MultiheadAttention(8, 2),
             "encoder": nn.TransformerEncoderLayer(8, 2, 16),
@@ -192,7 +197,7 @@ def test_what_cannot_be_replaced_is_left():
         report = quantize_model(model, {".*": "int4"}, progress=False)
     assert not report.layers
     assert report.left == {
-        "conv": "Conv2d has no quantized form",
+        "conv": "OwnConv has a forward of its own",
         "own": "Doubled has a forward of its own",
         "attention": "MultiheadAttention has no quantized form: in_proj_weight",
         "attention.out_proj": "the parent of this NonDynamicallyQuantizableLinear reads its weight directly",

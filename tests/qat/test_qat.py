@@ -15,6 +15,7 @@ import lowbit
 from lowbit import qat
 from lowbit.formats import Format
 from lowbit.nn import BinaryLinear, QuantConv2d, QuantLinear
+from lowbit.nn.product import PackedProduct
 
 SPECS = {
     "int4": qat.Spec("int4_g32"),
@@ -79,7 +80,7 @@ def test_prepare_train_convert(name: str) -> None:
         weights = [layer.quantizer(layer.weight) for layer in fake_layers(model)]
     assert len(qat.convert(model)) == 3
     assert fake_layers(model) == []
-    packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    packed = [m for m in model.modules() if isinstance(m, PackedProduct)]
     for layer, weight in zip(packed, weights, strict=True):
         assert torch.equal(layer.quant_tensor().dequantize(), weight)
     with torch.no_grad():
@@ -88,8 +89,8 @@ def test_prepare_train_convert(name: str) -> None:
         # side of a boundary of the next layer's activations, for one sample in a hundred at most.
         bad = ~torch.isclose(y, expected, rtol=1e-4, atol=1e-4).all(1)
     assert bad.sum() <= (1 if SPECS[name].activation else 0)
-    kind = BinaryLinear if name == "xnor" else QuantLinear
-    assert all(type(layer) is kind for layer in packed)
+    kinds = {BinaryLinear} if name == "xnor" else {QuantConv2d, QuantLinear}
+    assert {type(layer) for layer in packed} == kinds
     assert all((layer.format.activation == "int8") == (name == "bitnet") for layer in packed)
 
 
@@ -184,7 +185,7 @@ def test_tables_get_the_sum_of_the_gradients_of_their_weights() -> None:
     torch.testing.assert_close(table.grad, expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(bias.grad, g.sum(0))
     assert len(qat.train_tables(model, bias=False)) == 1
-    with pytest.raises(ValueError, match="no QuantLinear whose format is fitted"):
+    with pytest.raises(ValueError, match="no packed linear or convolution whose format is fitted"):
         qat.train_tables(dense)
 
 
@@ -244,12 +245,11 @@ GEOMETRIES = {
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_conv_is_that_of_torch(name: str, bias: bool) -> None:
     conv = nn.Conv2d(3, 7, bias=bias, **GEOMETRIES[name]).eval()
-    layer = QuantConv2d.from_conv2d(conv, "nf4_g16_fp32")
+    layer = QuantConv2d.from_conv(conv, "nf4_g16_fp32")
     assert not layer.training
     dense = copy.deepcopy(conv).double()
-    weight = layer.linear.quant_tensor().dequantize()
     with torch.no_grad():
-        dense.weight.copy_(weight.view_as(conv.weight))
+        dense.weight.copy_(layer.weight)
     x = torch.randn(2, 3, 9, 8)
     expected = dense(x.double())
     y = layer(x)
@@ -262,11 +262,11 @@ def test_conv_is_that_of_torch(name: str, bias: bool) -> None:
 
 def test_conv_has_gradients_and_learns_tables() -> None:
     conv = nn.Conv2d(2, 3, 3, padding=1)
-    layer = QuantConv2d.from_conv2d(conv, "kmeans2_pr")
+    layer = QuantConv2d.from_conv(conv, "kmeans2_pr")
     x = torch.randn(1, 2, 5, 5, requires_grad=True)
     parameters = qat.train_tables(layer)
     layer(x).square().sum().backward()
-    weight = layer.linear.quant_tensor().dequantize().view_as(conv.weight)
+    weight = layer.weight.detach() + 0
     other = x.detach().clone().requires_grad_()
     F.conv2d(other, weight, conv.bias, padding=1).square().sum().backward()
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-4)
@@ -275,18 +275,18 @@ def test_conv_has_gradients_and_learns_tables() -> None:
 
 def test_conv_refuses() -> None:
     with pytest.raises(TypeError, match="conv must be an nn.Conv2d, got Linear"):
-        QuantConv2d.from_conv2d(nn.Linear(2, 2), "nf4")
+        QuantConv2d.from_conv(nn.Linear(2, 2), "nf4")
     with pytest.raises(NotImplementedError, match="groups must be 1, got 4"):
-        QuantConv2d.from_conv2d(nn.Conv2d(4, 4, 3, groups=4), "nf4")
-    with pytest.raises(ValueError, match="padding_mode must be one of"):
-        QuantConv2d(nn.Identity(), (1, 1), padding_mode="zero")
+        qat.prepare(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), "lsq")
+    with pytest.raises(NotImplementedError, match="with groups .4. takes activations as they are"):
+        QuantConv2d.from_conv(nn.Conv2d(4, 4, 3, groups=4), "int8_a8")
 
     class Other(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             return x
 
     with pytest.raises(NotImplementedError, match="conv is a Other"):
-        QuantConv2d.from_conv2d(Other(2, 2, 1), "nf4")
+        QuantConv2d.from_conv(Other(2, 2, 1), "nf4")
 
 
 @pytest.mark.parametrize("name", ["idkm", "xnor", "lsq", "bitnet"])

@@ -17,6 +17,7 @@ from lowbit import packing, reference
 from lowbit.forking import alone_after_fork
 from lowbit.formats import FORMATS, Format
 from lowbit.layouts import Operands, PrunedOperands, canonical_tensors, group_terms
+from lowbit.strides import rows_of
 from lowbit.weights.sparse import SparseTerm
 
 _FP16_MAX = 65504
@@ -84,6 +85,49 @@ class Backend:
     ) -> list[Tensor]:  # (M, N_i), dtype of x
         """x W_i^T + bias_i."""
         return [self.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
+
+    def conv(
+        self,
+        x: Tensor,  # (B, C, *size)
+        x_scales: Tensor | None,  # (B * pixels,) fp32 of int8 x
+        w: Operands,
+        bias: Tensor | None,
+        g: reference.Geometry,
+        activation: str | None,
+    ) -> Tensor:  # (B, N, *out) in the dtype of x, of int8 fp32; no view
+        """activation(conv(x, W) + bias), rounded once: patches in memory by `linear`, and with groups of channels the
+        decoded weight by torch.
+        """
+        if g.groups > 1:
+            return self._dense_conv(x, w, bias, g, activation)
+        patches = reference.patches(x, g)
+        shape = (*patches.shape[:-2], w.n)
+        rows = rows_of(patches, w.k)
+        if x_scales is None:
+            y = self.linear_epilogue(rows, w, bias, None, None, None, activation)
+        else:
+            # One number, but NaN for a patch with a pixel that has NaN.
+            scales = reference.patches(x_scales.view(x.shape[0], 1, *x.shape[2:]), g).amax(-1)
+            y = self.int8_linear(rows, scales.flatten(), w, bias, torch.float32, None)
+            y = reference.apply_epilogue(y, activation, None, None)
+        return y.view(shape).movedim(-1, 1).clone()
+
+    def conv_name(self, kernel: str, groups: int) -> str:
+        """What `explain` calls `conv` where `linear` would run this kernel."""
+        return "the decoded weight by torch" if groups > 1 else f"{kernel} of patches in memory"
+
+    @alone_after_fork
+    def _dense_conv(
+        self,
+        x: Tensor,
+        w: Operands,
+        bias: Tensor | None,
+        g: reference.Geometry,
+        activation: str | None,
+    ) -> Tensor:
+        y = reference.convolution(x, self.dequantize(w, torch.float32), bias, g)
+        y = reference.apply_epilogue(y, activation, None, None)
+        return y.to(x.dtype)
 
     def dequantize(self, w: Operands, dtype: torch.dtype) -> Tensor:  # (N, K)
         """The weight in fp32, rounded once to `dtype`."""

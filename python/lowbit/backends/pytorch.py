@@ -63,6 +63,25 @@ class PyTorchBackend(Backend):
         values = reference.code_values(unpacked, format, table, chosen)[:, : w.k]
         return reference.apply_scales(values, format, *group_terms(w, indices)).to(dtype)
 
+    def conv(
+        self,
+        x: Tensor,
+        x_scales: Tensor | None,
+        w: Operands,
+        bias: Tensor | None,
+        g: reference.Geometry,
+        activation: str | None,
+    ) -> Tensor:
+        """That of the decoded weight by torch, in fp32."""
+        _log_once(x.device.type)
+        if w.format.activation is not None:
+            return super().conv(x, x_scales, w, bias, g, activation)
+        return self._dense_conv(x, w, bias, g, activation)
+
+    def conv_name(self, kernel: str, groups: int) -> str:
+        """As `conv`."""
+        return "the decoded weight by torch"
+
     def sparse_linear(self, x: Tensor, term: SparseTerm) -> Tensor:
         """x S^T in fp32."""
         _log_sparse_once(x.device.type)

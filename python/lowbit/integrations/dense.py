@@ -5,27 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear
+from lowbit.nn import PackedModule, QuantConv, QuantEmbedding, QuantLinear
 
 
-def dense_of(module: PackedModule, dtype: torch.dtype | None = None) -> nn.Linear | nn.Embedding:
+def dense_of(module: PackedModule, dtype: torch.dtype | None = None) -> nn.Module:
     """A dense module with the values that a packed one stands for, by default in the dtype of its weight.
 
     Raises:
-        NotImplementedError: it is neither a linear nor an embedding.
+        NotImplementedError: it is neither a linear, an embedding nor a convolution.
     """
     if isinstance(module, QuantEmbedding):
         return module.to_embedding(dtype)
     if isinstance(module, QuantLinear):
         return module.to_linear(dtype)
+    if isinstance(module, QuantConv):
+        return module.to_conv(dtype)
     raise NotImplementedError(
-        f"a {type(module).__name__} has no dense form; expected a linear or an embedding"
+        f"a {type(module).__name__} has no dense form; expected a linear, an embedding or a convolution"
     )
 
 
 def values_of(module: PackedModule) -> Tensor:
     """The weight of a packed linear or embedding, (N, K) fp32, its columns in the order of x."""
-    return dense_of(module, torch.float32).weight.detach()
+    return dense_of(module, torch.float32).weight.detach()  # type: ignore[union-attr,operator,return-value]
 
 
 def cast_dense(model: nn.Module, dtype: torch.dtype) -> None:

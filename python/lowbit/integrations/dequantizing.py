@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from lowbit.integrations.dense import dense_of
-from lowbit.nn import PackedModule, QuantEmbedding, QuantExperts, QuantLinear, unfuse
+from lowbit.nn import (
+    PackedModule,
+    QuantConv,
+    QuantEmbedding,
+    QuantExperts,
+    QuantLinear,
+    unfuse,
+)
 from lowbit.nn.surgery import replace
 
 
@@ -39,7 +46,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list
     """
     if isinstance(model, PackedModule):
         raise ValueError(
-            f"model is a {type(model).__name__} itself: its to_linear or to_embedding makes the dense module"
+            f"model is a {type(model).__name__} itself: its to_linear, to_embedding or to_conv makes the dense module"
         )
     owners = _owners(model, "")
     inside = tuple(f"{name}." for name in owners if name)
@@ -80,7 +87,7 @@ def put_dense(model: nn.Module, names: Iterable[str], dtype: torch.dtype | None 
 
 
 def _check(name: str, module: nn.Module) -> None:
-    if not isinstance(module, QuantLinear | QuantEmbedding):
+    if not isinstance(module, QuantLinear | QuantEmbedding | QuantConv):
         raise NotImplementedError(f"{name} is a {type(module).__name__}, which has no dense form")
     if module.split is not None:
         raise NotImplementedError(f"{name} cannot be made dense: {module.split}")
@@ -88,7 +95,10 @@ def _check(name: str, module: nn.Module) -> None:
 
 def _own_names(module: Any) -> set[str]:
     """What a packed layer has of itself, and nobody attached to it."""
-    blank = type(module).from_quant_tensor(module.quant_tensor().to("meta"))
+    if isinstance(module, QuantConv):
+        blank: Any = module.blank()
+    else:
+        blank = type(module).from_quant_tensor(module.quant_tensor().to("meta"))
     return {*vars(blank), *blank._buffers, *blank._parameters, "_siblings", "_tied"}
 
 

@@ -39,6 +39,7 @@ from lowbit.io.readers.native import NativeReader
 from lowbit.io.safetensors_file import FILE_NAME, INDEX_NAME, SafetensorsFile, tensor_files
 from lowbit.io.save_load import load, save
 from lowbit.io.shards import parse_size
+from lowbit.nn.conv import CONVOLUTIONS
 from lowbit.nn.names import Selection
 from lowbit.nn.stand_ins import stand_ins
 from lowbit.ptq import Report
@@ -199,7 +200,7 @@ def obstacles(
 
     None if that does not give what the model is: if transformers renames, fuses or converts tensors
     of the checkpoint as it loads them, or keeps some in another dtype, or if weights to quantize
-    are stored transposed. Then the model must be loaded to be quantized.
+    are stored transposed or as filters of convolutions. Then the model must be loaded to be quantized.
     """
     model = empty_model(folder)
     shapes = {
@@ -221,7 +222,8 @@ def obstacles(
     left = Report()
     with stand_ins(model) as transposed:
         planned = {name for names in plan_layers(model, selection, left) for name in names}
-    return left.left if planned.isdisjoint(transposed) else None
+        reordered = any(isinstance(model.get_submodule(name), CONVOLUTIONS) for name in planned)
+    return left.left if planned.isdisjoint(transposed) and not reordered else None
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

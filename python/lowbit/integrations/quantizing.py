@@ -18,6 +18,7 @@ from lowbit.files import cut, shown
 from lowbit.formats import Format
 from lowbit.integrations.dense import dense_of
 from lowbit.integrations.pretrained import put, unhooked
+from lowbit.io.match import DENSE_KINDS
 from lowbit.io.native import prefix_of
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.safetensors_file import Specs
@@ -25,16 +26,20 @@ from lowbit.io.save_load import checkpoint_state
 from lowbit.methods.grid import check_weight
 from lowbit.nn import (
     PackedModule,
+    QuantConv,
     QuantEmbedding,
     QuantExperts,
     QuantLinear,
     ReorderedLinear,
 )
+from lowbit.nn.conv import CONVOLUTIONS, matrix_of, packed_conv
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.names import Rule, Selection
+from lowbit.nn.product import PackedProduct
 from lowbit.nn.stand_ins import Form, dense_forms, put_stand_ins, stand_ins, take_away
 from lowbit.nn.surgery import replace
 from lowbit.nn.weight import HasPackedWeight
+from lowbit.ptq.convolutions import fitting
 from lowbit.ptq.model import Method, check_rules
 from lowbit.ptq.plan import plan_layers
 from lowbit.ptq.report import Report
@@ -87,10 +92,10 @@ class OnLoad(Job):
             setattr(module, key, model.get_parameter(first))
         with stand_ins(model) as forms:
             found = plan_layers(model, selection, Report(), stacklevel=5)
-        self._plan = {
-            names: (rule.completed(method, options), weight)
-            for names, (rule, weight) in found.items()
-        }
+        self._plan = {}
+        for names, (rule, weight) in found.items():
+            completed = rule.completed(method, options)
+            self._plan[names] = fitting(model.get_submodule(names[0]), completed, False)[0], weight
         check_rules([rule for rule, _ in self._plan.values()], False)
         self._forms = forms
         parts: dict[str, list[tuple[str, Rule, Any]]] = {}
@@ -137,9 +142,14 @@ class OnLoad(Job):
         for name, rule, key in self._taken[tensor]:
             if key not in self._made:
                 try:
-                    self._quantize(rule, key, self._form(name).linear(stored))
+                    self._quantize(rule, key, self._matrix(name, stored))
                 except (TypeError, ValueError) as e:
                     self._errors.append(type(e)(f"{name}: {e}"))
+
+    def _matrix(self, name: str, stored: Tensor) -> Tensor:
+        if name in self._forms:
+            return self._forms[name].linear(stored)
+        return matrix_of(self._model.get_submodule(name), stored)
 
     def _quantize(self, rule: Rule, key: Any, weight: Tensor) -> None:
         values = weight.detach()
@@ -164,7 +174,7 @@ class OnLoad(Job):
             if key not in self._made:
                 if names[0] not in read:
                     continue
-                self._quantize(rule, key, dense.weight)
+                self._quantize(rule, key, matrix_of(dense))
             weight, dtype = self._made[key]
             made = _packed(dense, weight, packed.get(key), dense._parameters.get("bias"))
             packed.setdefault(key, made)
@@ -210,12 +220,10 @@ class _Slot(HasPackedWeight):
     dtype: torch.dtype
     shape: tuple[int, int]
 
-    def __init__(
-        self, dense: nn.Linear | nn.Embedding, format: Format | None, specs: Specs
-    ) -> None:
+    def __init__(self, dense: Any, format: Format | None, specs: Specs) -> None:
         super().__init__()
         self.dense, self.format = (dense,), format  # a tuple: no child
-        self.dtype, self.shape = dense.weight.dtype, tuple(dense.weight.shape)  # type: ignore[assignment]
+        self.dtype, self.shape = dense.weight.dtype, tuple(matrix_of(dense).shape)  # type: ignore[assignment]
         self.specs = specs
         for name, (shape, dtype) in specs.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
@@ -244,7 +252,7 @@ class _Slot(HasPackedWeight):
         order = self._parameters.get("input_order")
         made = _packed(self.dense[0], weight, None, self._parameters["bias"], order)
         if (scale := self._parameters.get("input_scale")) is not None:
-            assert isinstance(made, QuantLinear)
+            assert isinstance(made, PackedProduct)
             made.set_input_scale(scale)
         return made
 
@@ -338,21 +346,18 @@ class Stored(Job):
         dense = self._modules.get(name)
         if dense is None:
             return
-        if not isinstance(dense, nn.Linear | nn.Embedding):
-            kind = type(dense).__name__
+        if not isinstance(dense, DENSE_KINDS):
+            what = f"a {type(dense).__name__}, not an nn.Linear, nn.Embedding or convolution"
+            raise ValueError(f"{self._path}: layer {shown(name)} is {what}")
+        if (own := tuple(matrix_of(dense).shape)) != shape:
             raise ValueError(
-                f"{self._path}: layer {shown(name)} is a {kind}, not an nn.Linear or nn.Embedding"
-            )
-        if tuple(dense.weight.shape) != shape:
-            raise ValueError(
-                f"{self._path}: layer {shown(name)} has shape {tuple(dense.weight.shape)} in the model, {shape} in "
-                "the file"
+                f"{self._path}: layer {shown(name)} has shape {own} in the model, {shape} in the file"
             )
         slot = _Slot(dense, format, {} if format is None else self._reader.specs(stored))
-        for own in ("input_scale", "input_order"):
-            if (spec := self._dense.get(f"{prefix_of(stored)}{own}")) is not None:
+        for key in ("input_scale", "input_order"):
+            if (spec := self._dense.get(f"{prefix_of(stored)}{key}")) is not None:
                 empty = torch.empty(spec[0], dtype=spec[1], device="meta")
-                slot.register_parameter(own, nn.Parameter(empty, requires_grad=False))
+                slot.register_parameter(key, nn.Parameter(empty, requires_grad=False))
         names = [n for n, module in self._modules.items() if module is dense]
         replace(self._model, names, slot)
         for pattern, dtype in self._dtypes.items():
@@ -422,6 +427,10 @@ def _packed(
         made = packed_embedding(dense, weight, dense.weight.dtype)
         if first is not None:
             made.share_weight(first)
+    elif isinstance(dense, CONVOLUTIONS):
+        made = packed_conv(dense, first.quant_tensor() if weight is None else weight, bias)  # type: ignore[union-attr]
+        if first is not None:
+            made.share_weight(first)
     elif first is not None:
         made = QuantLinear.tied_to(first, bias)
     elif order is not None:
@@ -454,14 +463,14 @@ def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype | None) -> Non
     still does.
 
     Raises:
-        NotImplementedError: a packed module is neither a linear nor an embedding. Nothing is changed then.
+        NotImplementedError: a packed module has another dense form. Nothing is changed then.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     packed = {name: m for name, m in modules.items() if isinstance(m, PackedModule)}
     for name, module in packed.items():
-        if not isinstance(module, QuantLinear | QuantEmbedding):
+        if not isinstance(module, QuantLinear | QuantEmbedding | QuantConv):
             raise NotImplementedError(
-                f"{name} is a {type(module).__name__}; expected a linear or an embedding"
+                f"{name} is a {type(module).__name__}; expected a linear, an embedding or a convolution"
             )
     with torch.device("meta"):
         empty = type(model)(copy.deepcopy(model.config))

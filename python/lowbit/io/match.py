@@ -13,9 +13,14 @@ from lowbit.formats import Format
 from lowbit.io import extra_state
 from lowbit.io.native import prefix_of
 from lowbit.io.readers.native import NativeReader
-from lowbit.nn import PackedModule, QuantLinear
+from lowbit.nn import PackedModule
+from lowbit.nn.conv import CONVOLUTIONS, matrix_of
+from lowbit.nn.product import PackedProduct
 from lowbit.nn.surgery import obstacle
 
+# What packed modules take the place of, and what may have a static scale of activations.
+DENSE_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
+_WITH_SCALES: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, PackedProduct)
 _SHOWN = 20  # differences in an error message
 
 
@@ -43,7 +48,7 @@ class Match:
 
     def __init__(self, model: nn.Module, checkpoint: NativeReader) -> None:
         """Raises ValueError, listing every difference, if the checkpoint does not fit the model."""
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self._checkpoint = checkpoint
         header = checkpoint.header
         dense_ties = {name for name, first in header.tied.items() if first in checkpoint.dense}
@@ -71,7 +76,7 @@ class Match:
             if name in header.layers or name in self.tied:
                 own.pop(f"{prefix_of(name)}weight", None)
                 static = f"{prefix_of(name)}input_scale"
-                if static in self._available and isinstance(module, nn.Linear | QuantLinear):
+                if static in self._available and isinstance(module, _WITH_SCALES):
                     # Loading makes it where the model has none.
                     own.setdefault(static, torch.empty((), dtype=torch.float32, device="cpu"))
                 order = f"{prefix_of(name)}input_order"
@@ -98,7 +103,7 @@ class Match:
         return {
             name: stored[_identity(module)]
             for name, module in self.modules.items()
-            if isinstance(module, nn.Linear | nn.Embedding | PackedModule)
+            if isinstance(module, (*DENSE_KINDS, PackedModule))
             and _identity(module) in stored
             and name not in layers
             and name not in self.tied
@@ -116,14 +121,15 @@ class Match:
                 f"layer {shown(name)} is {module.format.name} {module.shape} in the model, "
                 f"{format.name} {shape} in the file"
             )
-        if not isinstance(module, nn.Linear | nn.Embedding):
-            return f"layer {shown(name)} is a {type(module).__name__}, not an nn.Linear or nn.Embedding"
+        if not isinstance(module, DENSE_KINDS):
+            kind = type(module).__name__
+            return f"layer {shown(name)} is a {kind}, not an nn.Linear, nn.Embedding or convolution"
         if not name:
             return f"the model is itself the layer, a {type(module).__name__}: put it in a module"
         if reason := obstacle(module):
             return f"layer {name!r} cannot be replaced: {reason}"
-        if tuple(module.weight.shape) != shape:
-            own = tuple(module.weight.shape)
+        own = tuple(matrix_of(module).shape)
+        if own != shape:
             return f"layer {shown(name)} has shape {own} in the model, {shape} in the file"
         return None
 

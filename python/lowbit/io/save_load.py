@@ -32,6 +32,7 @@ from lowbit.io.readers.native import NativeReader
 from lowbit.io.safetensors_file import FILE_NAME, Source
 from lowbit.io.shards import parse_size, write_shards
 from lowbit.nn import PackedModule, QuantLinear, ReorderedLinear
+from lowbit.nn.conv import CONVOLUTIONS, packed_conv
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.stand_ins import stand_ins
 from lowbit.nn.surgery import replace
@@ -254,7 +255,7 @@ def load(
 ) -> nn.Module:
     """Loads a checkpoint into a model.
 
-    Each layer that the header names takes the place of the `nn.Linear` or `nn.Embedding` of that
+    Each layer that the header names takes the place of the `nn.Linear`, `nn.Embedding` or convolution of that
     name, or fills a quantized one of the same format; every other tensor is copied into the model,
     in the model's dtype. What the model shares, it still shares. Extra states are given to
     `set_extra_state`.
@@ -322,6 +323,8 @@ def _quantized(module: Any, weight: QuantTensor, reordered: bool = False) -> Pac
     made: PackedModule
     if isinstance(module, nn.Embedding):
         made = packed_embedding(module, weight, module.weight.dtype)
+    elif isinstance(module, CONVOLUTIONS):
+        made = packed_conv(module, weight, _bias(module, weight.device))
     else:
         kind = ReorderedLinear if reordered else QuantLinear
         made = kind.from_quant_tensor(weight, _bias(module, weight.device))
@@ -337,6 +340,8 @@ def _tied(module: nn.Module, first: nn.Module, made: PackedModule) -> PackedModu
         return QuantLinear.tied_to(made, _bias(module, device)).train(module.training)
     if isinstance(module, nn.Embedding):
         module = _quantized(module, made.quant_tensor())
+    if isinstance(module, CONVOLUTIONS):
+        module = packed_conv(module, made.quant_tensor(), _bias(module, _device_of(made, "cpu")))
     assert isinstance(module, PackedModule)
     module.share_weight(made)
     return module

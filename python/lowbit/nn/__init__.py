@@ -3,7 +3,15 @@
 from lowbit.nn.activations import set_activations
 from lowbit.nn.base import PackedModule
 from lowbit.nn.binary import BinaryLinear
-from lowbit.nn.conv import QuantConv2d
+from lowbit.nn.conv import (
+    QuantConv,
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+)
 from lowbit.nn.embedding import QuantEmbedding
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fp8 import FP8Linear
@@ -25,7 +33,8 @@ from lowbit.nn.siblings import fuse, unfuse
 
 __all__ = [
     "BinaryLinear", "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "LLMInt8Linear", "PackedModule", "PrunedLinear",
-    "QuantConv2d", "QuantEmbedding", "QuantExperts", "QuantLinear", "ReorderedLinear",
+    "QuantConv", "QuantConv1d", "QuantConv2d", "QuantConv3d", "QuantConvTranspose1d", "QuantConvTranspose2d",
+    "QuantConvTranspose3d", "QuantEmbedding", "QuantExperts", "QuantLinear", "ReorderedLinear",
     "fp8_add", "fp8_gelu", "fp8_layer_norm", "fp8_mul", "fp8_rms_norm", "fp8_silu", "fuse", "set_activations",
     "unfuse",
 ]  # fmt: skip

@@ -8,9 +8,9 @@ from torch import nn
 
 from lowbit import format_names
 from lowbit.formats import Format
-from lowbit.nn.linear import QuantLinear
 from lowbit.nn.llm_int8 import LLMInt8Linear
 from lowbit.nn.names import DEFAULT_SKIP, compile_patterns
+from lowbit.nn.product import PackedProduct
 
 
 def set_activations(
@@ -22,7 +22,8 @@ def set_activations(
     saved where many rows meet a weight, in prompts and batches; a single row waits for the weight to be read.
 
     Args:
-        model: with QuantLinear layers. Those that are the exact part of an LLMInt8Linear keep what they have.
+        model: with packed linears and convolutions. Those with groups of channels, and those that are the exact part
+            of an LLMInt8Linear, keep what they have.
         activations: None takes x as it is given. "int8" quantizes each row of x by absmax / 127, "int8_b32" each 32
             values of a row; another number must divide the groups of the weights or be a multiple of them.
             "int8_table" and "int8_table_b32" also round tables to int8 that are not exact there.
@@ -45,12 +46,13 @@ def set_activations(
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QuantLinear)
+        if isinstance(module, PackedProduct)
+        and getattr(module, "groups", 1) == 1
         and id(module) not in inner
         and not any(pattern.search(name) for pattern in patterns)
     }
     if not found:
-        raise ValueError("model must have QuantLinear layers that are not skipped, got none")
+        raise ValueError("model must have packed layers that are not skipped, got none")
     for name, module in found.items():
         try:
             module.check_activations(_kind_for(kind, module.format), group)

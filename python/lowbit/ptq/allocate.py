@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lowbit.formats import Format
 from lowbit.methods.errors import errors
 from lowbit.methods.registry import calibrates, keywords
+from lowbit.nn.conv import matrix_of
 from lowbit.nn.names import DEFAULT_SKIP, Rule, Selection, as_rule, listed
 from lowbit.nn.stand_ins import stand_ins
 from lowbit.ptq.allocation import Allocation, Choice, Option, as_bytes, check_capacity, choose
@@ -354,7 +355,7 @@ def _naming(name: str) -> Iterator[None]:
 
 def _weight(weights: nn.Module | Mapping[str, Tensor], name: str) -> Tensor:
     if isinstance(weights, nn.Module):
-        return weights.get_parameter(f"{name}.weight").detach()
+        return matrix_of(weights.get_submodule(name))
     return weights[name].detach()
 
 

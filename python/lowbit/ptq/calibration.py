@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.ops import checks
+from lowbit.ptq.inputs import features_of, inputs_of
 from lowbit.ptq.padding import Padding
 
 T = TypeVar("T")
@@ -165,10 +166,9 @@ class SplitStatistics:
 
     @classmethod
     def of(cls, model: nn.Module, name: str) -> SplitStatistics:
-        """For an `nn.Linear` of a model."""
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        return cls(linear.in_features, linear.weight.device)
+        """For an `nn.Linear` or a convolution of a model."""
+        module = model.get_submodule(name)
+        return cls(features_of(module), model.get_parameter(f"{name}.weight").device)
 
     def update(self, x: Tensor) -> None:
         """Adds x (..., K); errors as `InputStatistics.update`."""
@@ -223,7 +223,8 @@ def collect(
 
     Args:
         model: any module; it is left as it is, and the hooks are removed at the end.
-        names: dotted names of modules with `in_features` that take x (..., K) as first argument.
+        names: dotted names of modules with `in_features` that take x (..., K) as first argument, or of convolutions
+            without groups, whose inputs are patches.
         hessian: as in `InputStatistics`.
 
     Raises:
@@ -233,8 +234,8 @@ def collect(
     statistics = {}
     for name in names:
         module = model.get_submodule(name)
-        features = getattr(module, "in_features", None)
-        if not isinstance(features, int):
+        features = features_of(module)
+        if not features:
             raise TypeError(f"{name} must be a linear, got {type(module).__name__}")
         device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
         statistics[name] = InputStatistics(features, hessian, device)
@@ -277,7 +278,8 @@ def _hook(
         if not args:
             raise TypeError(f"{name}: the input of a linear must be its first positional argument")
         try:
-            recorder.update(padding.rows(args[0]))
+            for rows in inputs_of(module, padding.rows(args[0])):
+                recorder.update(rows)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from e
 

@@ -1,4 +1,4 @@
-"""quantize_model: swaps the linears (and, by recipe, embeddings) of a model for quantized ones, in
+"""quantize_model: swaps the linears and convolutions (and, by recipe, embeddings) of a model for quantized ones, in
 place.
 
 One layer at a time. Modules and weights that were shared stay shared. Calibration runs the model once
@@ -22,8 +22,10 @@ from lowbit.methods.grid import check_weight
 from lowbit.methods.registry import calibrates, check_options, default_method, keywords, quantize
 from lowbit.nn import PackedModule, QuantLinear
 from lowbit.nn import fuse as fuse_siblings
+from lowbit.nn.conv import CONVOLUTIONS, matrix_of, packed_conv
 from lowbit.nn.embedding import packed_embedding
 from lowbit.nn.names import Rule, Rules, Selection, listed, rules_of, skip_of
+from lowbit.nn.product import PackedProduct
 from lowbit.nn.stand_ins import stand_ins
 from lowbit.ptq.calibration import (
     InputStatistics,
@@ -33,6 +35,7 @@ from lowbit.ptq.calibration import (
     calibrate,
     parts,
 )
+from lowbit.ptq.convolutions import add_notes, fitting
 from lowbit.ptq.given import (
     Given,
     Plan,
@@ -43,6 +46,7 @@ from lowbit.ptq.given import (
     with_method,
 )
 from lowbit.ptq.importance import as_importance
+from lowbit.ptq.inputs import features_of, multiplies_rows
 from lowbit.ptq.observers import OBSERVERS, Observer
 from lowbit.ptq.plan import Names, plan_layers
 from lowbit.ptq.progress import bar
@@ -85,7 +89,9 @@ def quantize_model(
     Args:
         model: any module. Its `nn.Linear` layers become `lowbit.nn.QuantLinear`, and so do GPT-2's Conv1D, Falcon's
             linears and each of the fused experts of transformers, which are layers of a `lowbit.nn.QuantExperts`
-            then; everything else stays, but for an `nn.Embedding` that a recipe names.
+            then. Convolutions become a `lowbit.nn.QuantConv` (`lowbit.fold_norms` takes their batch norms along),
+            those with groups with activations as they are. Everything else stays, but for an `nn.Embedding` that
+            a recipe names.
         format: a Format or its name for every linear, as "km4" (4.25 bits), "km3" or "km2_g16": of the
             formats with a code for every weight these have the least error for their bits, and with
             two tables, "km4x2", less still. Or a recipe {pattern: format, `Rule` or None}, as a
@@ -159,6 +165,11 @@ def quantize_model(
             plan = {
                 names: (with_method(rule), weight_id) for names, (rule, weight_id) in plan.items()
             }
+        fitted = {
+            names: fitting(model.get_submodule(names[0]), rule, batches is not None)
+            for names, (rule, _) in plan.items()
+        }
+        plan = {names: (fitted[names][0], weight_id) for names, (_, weight_id) in plan.items()}
         scalings = _scalings(model, plan, batches is not None)
         plan = {names: (base_rule(rule), weight_id) for names, (rule, weight_id) in plan.items()}
         rules = [rule for rule, _ in plan.values()] or [Rule(None, method)]
@@ -181,7 +192,7 @@ def quantize_model(
         learning = {
             names[0]: "hessian" in keywords(rule.method or "")
             for names, (rule, _) in plan.items()
-            if calibrates(rule.method) and isinstance(model.get_submodule(names[0]), nn.Linear)
+            if calibrates(rule.method) and multiplies_rows(model.get_submodule(names[0]))
         }
         hessians = {name for name, wanted in learning.items() if wanted}
         split = {
@@ -233,6 +244,7 @@ def quantize_model(
             source = "calibration" if features is None else "importance"
             check_notes(report, calibrated, source, stacklevel=2)
             note_unscaled(report, scalings, folded)
+            add_notes(report, {names[0]: note for names, (_, note) in fitted.items()})
             if fuse:
                 fuse_siblings(model)
     late.quantized(model)
@@ -316,7 +328,7 @@ def informed(rule: Rule, inputs: Inputs | None) -> tuple[Method, str | None]:
 
 def _set_input_scale(module: PackedModule, observer: Observer) -> str | None:
     """Makes the scale of a layer's activations static, or says why it is not."""
-    assert isinstance(module, QuantLinear)
+    assert isinstance(module, PackedProduct)
     if observer.missing is not None:
         return f"{observer.missing}: its activations have a scale per row of x"
     module.set_input_scale(observer.grid().scale)
@@ -350,7 +362,7 @@ def check_layers(model: nn.Module, plan: Plan, given: Mapping[str, Given]) -> No
     layer's name, before anything is quantized.
     """
     for names, (rule, _) in plan.items():
-        weight = model.get_parameter(f"{names[0]}.weight").detach()
+        weight = matrix_of(model.get_submodule(names[0]))
         assert rule.format is not None
         try:
             check_weight(weight, rule.format.matrix)
@@ -378,7 +390,7 @@ def _observers(
         for names, (rule, _) in plan.items()
         if rule.format is not None
         and rule.format.activation is not None
-        and isinstance(model.get_submodule(names[0]), nn.Linear)
+        and multiplies_rows(model.get_submodule(names[0]))
     }
     if not made:
         raise ValueError(
@@ -415,8 +427,7 @@ def chunks(
     """
 
     def hessian(names: Names) -> tuple[int, int]:
-        features: Any = getattr(model.get_submodule(names[0]), "in_features", 0)
-        return (copies if names[0] in hessians else 0), features
+        return (copies if names[0] in hessians else 0), features_of(model.get_submodule(names[0]))
 
     return parts(plan, hessian)
 
@@ -446,7 +457,7 @@ def _make(
     already.
     """
     dense: Any = model.get_submodule(name)
-    weight = dense.weight.detach()
+    weight = matrix_of(dense)
     qt = first[1].quant_tensor() if first else method(dense, weight)
     row = measure(name, weight, qt, None if first else method.hessian)
     if on_layer is not None and not first:
@@ -454,6 +465,10 @@ def _make(
     made: PackedModule
     if isinstance(dense, nn.Embedding):
         made = packed_embedding(dense, qt, weight.dtype)
+        if first:
+            made.share_weight(first[1])
+    elif isinstance(dense, CONVOLUTIONS):
+        made = packed_conv(dense, qt, dense._parameters["bias"])
         if first:
             made.share_weight(first[1])
     elif first:

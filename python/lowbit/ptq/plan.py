@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lowbit.nn import PackedModule
+from lowbit.nn.conv import CONVOLUTIONS
 from lowbit.nn.embedding import scale_of
 from lowbit.nn.names import Rule, Selection
 from lowbit.nn.stand_ins import is_linear
@@ -127,7 +128,8 @@ def _reason(
 def _obstacle(module: nn.Module, own: str, fused: bool) -> str | None:
     """Why a module cannot be replaced, whatever the recipe says."""
     kind = type(module)
-    base = next((base for base in (nn.Linear, nn.Embedding) if isinstance(module, base)), None)
+    kinds = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
+    base = next((base for base in kinds if isinstance(module, base)), None)
     if base is None and is_linear(module):
         return obstacle(module)
     if base is None:

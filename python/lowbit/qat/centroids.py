@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from lowbit.formats import Format
 from lowbit.methods import grid, kmeans
-from lowbit.nn import QuantLinear
+from lowbit.nn.product import PackedProduct
 from lowbit.qat.base import WeightQuantizer, set_codes
 from lowbit.weights.quantized import QuantTensor
 
 
 def train_tables(model: nn.Module, bias: bool = True) -> list[nn.Parameter]:
-    """Makes the tables of all packed linears with fitted formats learnable, and their biases.
+    """Makes the tables of all packed linears and convolutions with fitted formats learnable, and their biases.
 
     dL/dtable[e] is the sum of scale * dL/dw over the weights of entry e; of a format without scales,
     `Format.lut(bits=b, group=None, scale=None)`, it is the rule of Deep Compression. Entries that are
@@ -31,9 +31,9 @@ def train_tables(model: nn.Module, bias: bool = True) -> list[nn.Parameter]:
     Raises:
         ValueError: no layer has a fitted format.
     """
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.format.fitted]
+    layers = [m for m in model.modules() if isinstance(m, PackedProduct) and m.format.fitted]
     if not layers:
-        raise ValueError("model has no QuantLinear whose format is fitted")
+        raise ValueError("model has no packed linear or convolution whose format is fitted")
     learned = []
     for layer in layers:
         names = ["table", "bias"] if bias and layer.bias is not None else ["table"]

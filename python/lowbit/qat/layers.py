@@ -1,7 +1,7 @@
 """FakeQuantLinear: a linear layer that trains through its quantizers; prepare and convert: into and out of it.
 
-A convolution becomes a `lowbit.nn.QuantConv2d` around a FakeQuantLinear, and is a convolution of packed weights once
-that is converted.
+A convolution becomes a `PatchConv2d` around a FakeQuantLinear. Converted, it is a `lowbit.nn.QuantConv2d`, or still a
+PatchConv2d if its activations are quantized in a way that only a linear knows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.formats import Format, as_format
-from lowbit.nn import QuantConv2d, QuantLinear
+from lowbit.nn import QuantLinear
+from lowbit.nn.conv import matrix_of, packed_conv
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.names import compile_patterns, warn_unmatched
 from lowbit.nn.surgery import obstacle
@@ -28,6 +29,7 @@ from lowbit.qat.activations import ActivationQuantizer, Int8Activation
 from lowbit.qat.base import STE, WeightQuantizer
 from lowbit.qat.few_levels import BWN, TTQ, TWN, BitNet, DoReFa
 from lowbit.qat.learned_step import LSQ
+from lowbit.qat.patch_conv import PatchConv2d
 from lowbit.text import did_you_mean
 
 _SHAPE = ("in_features", "out_features")
@@ -185,8 +187,8 @@ def prepare(
 ) -> list[str]:
     """Puts fake quantizers into the linears and 2-D convolutions of a model, in place.
 
-    nn.Linear becomes FakeQuantLinear, which keeps the Parameters; nn.Conv2d becomes QuantConv2d around a
-    FakeQuantLinear with a new Parameter (N, C * R * S), behind its activation quantizer in an nn.Sequential unless
+    nn.Linear becomes FakeQuantLinear, which keeps the Parameters; nn.Conv2d becomes PatchConv2d around a
+    FakeQuantLinear with a new Parameter (N, taps * C), behind its activation quantizer in an nn.Sequential unless
     that works on patches. A module under two names stays one. Call it before the optimizer is made.
 
     Args:
@@ -276,12 +278,37 @@ def convert(model: nn.Module) -> list[str]:
             made[id(module)][0].append(name)
             continue
         try:
-            made[id(module)] = [name], module.convert()
+            converted = module.convert()
         except NotImplementedError as e:
             raise NotImplementedError(f"{name}: {e}") from e
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if (
+            isinstance(parent, PatchConv2d)
+            and parent is not model
+            and type(converted) is QuantLinear
+        ):
+            name, converted = name.rpartition(".")[0], _packed_conv(parent, converted)
+        made[id(module)] = [name], converted
     if not made:
         raise ValueError("model has no FakeQuantLinear")
-    return _swap_all(model, made.values(), own=("quantizer", "activation", *_SHAPE))
+    return _swap_all(model, made.values(), own=("quantizer", "activation", "linear", *_SHAPE))
+
+
+def _packed_conv(conv: PatchConv2d, linear: QuantLinear) -> nn.Module:
+    dense = nn.Conv2d(
+        conv.in_channels,  # type: ignore[arg-type]
+        conv.out_channels,  # type: ignore[arg-type]
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        padding_mode=conv.padding_mode,  # type: ignore[arg-type]
+        device="meta",
+        dtype=linear.dtype,
+    )
+    return packed_conv(dense, linear.quant_tensor(), linear._parameters["bias"]).train(
+        conv.training
+    )
 
 
 def _swap_all(
@@ -307,11 +334,11 @@ def _fake(module: nn.Module, spec: Spec) -> nn.Module:
     if isinstance(module, nn.Linear):
         return FakeQuantLinear.from_linear(module, spec)
     assert isinstance(module, nn.Conv2d)
-    weight = module.weight.detach().flatten(1).clone()
+    weight = matrix_of(module).clone(memory_format=torch.contiguous_format)
     activation = spec.activation_quantizer(weight.device)
     on_patches = activation if activation is not None and activation.per_row else None
     inner = FakeQuantLinear(weight, module.bias, spec.weight_quantizer(weight), on_patches)
-    made: nn.Module = QuantConv2d.like(module, inner)
+    made: nn.Module = PatchConv2d(module, inner)
     if activation is not None and on_patches is None:
         made = nn.Sequential(activation, made)
     return made.train(module.training)

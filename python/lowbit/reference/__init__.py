@@ -10,6 +10,17 @@ from lowbit.reference.activations import (
     requantize,
     table_int8,
 )
+from lowbit.reference.convolution import (
+    Geometry,
+    convolution,
+    patches,
+    sum_of_taps,
+    to_filters,
+    to_rows,
+    to_transposed_filters,
+    to_transposed_rows,
+    transposed_convolution,
+)
 from lowbit.reference.hadamard import matrix as hadamard_matrix
 from lowbit.reference.hadamard import order as hadamard_order
 from lowbit.reference.hadamard import transform as hadamard_transform
@@ -50,6 +61,7 @@ from lowbit.reference.weights import (
 
 __all__ = [
     "INT8_PART",
+    "Geometry",
     "add_low_rank",
     "add_outliers",
     "apply_epilogue",
@@ -57,6 +69,7 @@ __all__ = [
     "binary_linear",
     "chosen_tables",
     "code_values",
+    "convolution",
     "dequantize",
     "dequantize_rows",
     "dynamic_map",
@@ -76,6 +89,7 @@ __all__ = [
     "of_double_quantization",
     "of_two_levels",
     "outlier_product",
+    "patches",
     "per_weight",
     "pruned_places",
     "pruned_product",
@@ -85,7 +99,13 @@ __all__ = [
     "requantize",
     "scale_values",
     "structured_values",
+    "sum_of_taps",
     "table_int8",
+    "to_filters",
+    "to_rows",
+    "to_transposed_filters",
+    "to_transposed_rows",
+    "transposed_convolution",
     "trellis_states",
     "trellis_values",
     "values_of",

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.base import Backend
-from lowbit.backends.cpu import activations, requests, sparse, weights
+from lowbit.backends.cpu import activations, conv, requests, sparse, weights
 from lowbit.formats import Format
 from lowbit.layouts import Operands, PrunedOperands
+from lowbit.reference import Geometry
 from lowbit.weights.sparse import SparseTerm
 
 
@@ -45,6 +46,24 @@ class CpuBackend(Backend):
     ) -> list[Tensor]:
         """`weights.linear_many`."""
         return weights.linear_many(x, weights_given, biases)
+
+    def conv(
+        self,
+        x: Tensor,
+        x_scales: Tensor | None,
+        w: Operands,
+        bias: Tensor | None,
+        g: Geometry,
+        activation: str | None,
+    ) -> Tensor:
+        """`conv.conv`, and with groups `conv.grouped_conv`."""
+        if g.groups == 1:
+            return conv.conv(x, x_scales, w, bias, g, activation)
+        return conv.grouped_conv(x, w, bias, g, activation)
+
+    def conv_name(self, kernel: str, groups: int) -> str:
+        """As `conv`."""
+        return f"grouped_conv_f32_{conv.isa}" if groups > 1 else f"{kernel} of tiles of patches"
 
     def rows(self, indices: Tensor | None, w: Operands, dtype: torch.dtype) -> Tensor:
         """`weights.dequantize` and `weights.embedding`."""
