@@ -66,6 +66,7 @@ RESTRICTED = {
     "triton": set(),
     "transformers": {"cli", "decoder", "export", "integrations"},
     "typer": {"cli"},
+    "vllm": {"integrations"},
 }
 
 
