@@ -79,7 +79,7 @@ def prepare() -> None:
         _lowbit("export", "packed", "compressed", "--to", "compressed-tensors")
     if not (FOLDER / "all").is_dir():
         model = load_dense(FOLDER / "dense")
-        rules = {"embed_tokens|lm_head": ROWS_FORMAT, "_proj": FORMAT}
+        rules = {"embed_tokens|lm_head": ROWS_FORMAT, ".*": FORMAT}
         quantize_model(model, rules, skip=())
         save_folder(model, FOLDER / "dense", FOLDER / "all")
 
