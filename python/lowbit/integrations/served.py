@@ -122,6 +122,17 @@ class Catalog:
         found = [Shard(name, self._find(name)) for name in names]
         return found if any(shard.stored for shard in found) else []
 
+    def refuse_inside(self, prefix: str, program: str) -> None:
+        """Raises NotImplementedError if layers within a module are packed: it is of experts, which `program` computes
+        at once.
+        """
+        inside = [name for name in self.layers if name.startswith(prefix_of(prefix))]
+        if inside:
+            raise NotImplementedError(
+                f"{prefix}: packed experts are not computed in {program}, and the checkpoint has {len(inside)} such "
+                f"weights ({cut(inside[0])}, ...): leave them dense (--skip experts), or run it with lowbit.load_model"
+            )
+
     def _find(self, name: str) -> Stored | None:
         return self.layers.get(self.tied.get(name, name))
 

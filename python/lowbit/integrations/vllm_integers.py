@@ -18,10 +18,10 @@ from vllm.model_executor.kernels.linear.mixed_precision import (
 from vllm.platforms import PlatformEnum, current_platform
 
 from lowbit.integrations.served import Product
+from lowbit.integrations.served_methods import HELD
 from lowbit.io.readers.codes import weight_of_words
 from lowbit.ops.checks import FLOAT_DTYPES
 
-_HELD = "lowbit_weight"
 _BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
@@ -54,11 +54,11 @@ class LowbitLinearKernel(MPLinearKernel):  # type: ignore[misc]
         for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
             if name is not None and getattr(layer, name, None) is not None:
                 delattr(layer, name)
-        setattr(layer, _HELD, Product([weight], dtype=c.act_type))
+        setattr(layer, HELD, Product([weight], dtype=c.act_type))
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias."""
-        made: Tensor = getattr(layer, _HELD)(x, bias)
+        made: Tensor = getattr(layer, HELD)(x, bias)
         return made
 
 
