@@ -59,6 +59,7 @@ RESTRICTED = {
     "rich": {"cli", "ptq"},
     "safetensors": {"io"},
     "scipy": {"codebooks"},
+    "sglang": {"integrations"},
     "sklearn": {"qat"},
     "tomli": {"ptq"},
     "tomllib": {"ptq"},
