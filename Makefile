@@ -143,10 +143,10 @@ $(VLLM)/.built: $(VLLM)/.ready $(SOURCES)
 	touch $@
 
 # Serves a model in vLLM: tests, greedy tokens against those of transformers, and times. On an idle machine; commit first.
-vllm: $(VLLM)/.built
+vllm: $(VLLM)/.built $(VENV)/.ready
 	$(VLLM)/bin/pytest -q tests/integrations/test_vllm.py
 	$(VLLM)/bin/python benchmarks/vllm_serving.py $(VLLM_OPTIONS)
-	$(VLLM)/bin/python benchmarks/report.py
+	$(BIN)/python benchmarks/report.py
 
 # On a machine with an NVIDIA GPU: checks and times the GPU kernels, and writes the result file and its tables.
 gpu: $(VENV)/.built

@@ -138,6 +138,18 @@ def test_registering_again_changes_nothing() -> None:
     assert get_quantization_config("lowbit") is LowbitVllmConfig
 
 
+def test_the_kernel_is_the_first_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own takes the weight there, and fails in the first product."""
+    own = [k for k in _POSSIBLE_KERNELS[PlatformEnum.CPU] if k is not LowbitLinearKernel]
+    for supported in (True, False):
+        kernels = list(own)
+        monkeypatch.setitem(_POSSIBLE_KERNELS, PlatformEnum.CPU, kernels)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda answer=supported: answer)
+        register()
+        register()
+        assert kernels == ([*own, LowbitLinearKernel] if supported else [LowbitLinearKernel, *own])
+
+
 def test_the_entry_point_is_that_of_the_package() -> None:
     found = importlib.metadata.entry_points(group="vllm.general_plugins")
     assert [e.load() for e in found if e.name == "lowbit"] == [register]
