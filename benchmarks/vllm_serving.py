@@ -113,23 +113,25 @@ def check(eager: bool) -> dict[str, Any]:
         server.end()
     model = load_folder(FOLDER / "all").to(torch.float32)
     same, first, gaps = 0, 0, []
-    for prompt, ours in zip(given, found, strict=True):
-        with torch.inference_mode():
-            ids = torch.tensor([prompt], dtype=torch.int64)
-            want = model.generate(
-                ids, max_new_tokens=CHECKED_TOKENS, min_new_tokens=CHECKED_TOKENS, do_sample=False
-            )[0, len(prompt) :].tolist()
-            equal = next(
-                (i for i, (a, b) in enumerate(zip(ours, want, strict=True)) if a != b), None
-            )
-            if equal is None:
-                same += 1
-                first += CHECKED_TOKENS
-                continue
+    ids = torch.tensor(given, dtype=torch.int64)
+    with torch.inference_mode():
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=CHECKED_TOKENS,
+            min_new_tokens=CHECKED_TOKENS,
+            do_sample=False,
+        )[:, ids.shape[1] :].tolist()
+        for prompt, ours, want in zip(given, found, made, strict=True):
+            pairs = enumerate(zip(ours, want, strict=True))
+            equal = next((i for i, (a, b) in pairs if a != b), CHECKED_TOKENS)
             first += equal
-            # How far the token that vLLM chose is below the best, where the two part.
-            logits = model(torch.tensor([prompt + want[:equal]], dtype=torch.int64)).logits[0, -1]
-            gaps.append(float(logits.max() - logits[ours[equal]]))
+            same += equal == CHECKED_TOKENS
+            if equal < CHECKED_TOKENS:
+                # How far the token that vLLM chose is below the best, where the two part.
+                text = torch.tensor([prompt + want[:equal]], dtype=torch.int64)
+                logits = model(text).logits[0, -1]
+                gaps.append(float(logits.max() - logits[ours[equal]]))
     return {
         "requests": CHECKED,
         "tokens": CHECKED_TOKENS,
