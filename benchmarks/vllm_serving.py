@@ -36,6 +36,8 @@ FORMAT, ROWS_FORMAT = "int4_g128", "int8_g32"
 CONCURRENT = (1, 8, 32)
 CHECKED, CHECKED_TOKENS = 50, 32
 PROMPT_TOKENS = 96
+# Sums in another order: of two tokens whose logits are nearer to each other than this, either may come.
+NEAR = 0.01
 # vLLM then takes the next kernel that it knows of, which is lowbit's.
 OURS = {"VLLM_DISABLED_KERNELS": "CPUWNA16LinearKernel"}
 
@@ -230,6 +232,9 @@ def main() -> None:
     (RESULTS / "vllm.json").write_text(text + "\n")
     for row in result["summary"]:
         print(json.dumps(row))
+    gaps = result.get("check", {}).get("logit_gaps_where_they_part", [])
+    if max(gaps, default=0) > NEAR:
+        raise SystemExit(f"vLLM chose tokens whose logits are {max(gaps):.3g} below the best")
 
 
 if __name__ == "__main__":
