@@ -144,7 +144,7 @@ $(VLLM)/.built: $(VLLM)/.ready $(SOURCES)
 
 # Serves a model in vLLM: tests, greedy tokens against those of transformers, and times. On an idle machine; commit first.
 vllm: $(VLLM)/.built $(VENV)/.ready
-	$(VLLM)/bin/pytest -q tests/integrations/test_vllm.py
+	$(VLLM)/bin/pytest -q tests/integrations/test_vllm.py tests/integrations/test_vllm_engine.py
 	$(VLLM)/bin/python benchmarks/vllm_serving.py $(VLLM_OPTIONS)
 	$(BIN)/python benchmarks/report.py
 
