@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -168,6 +169,26 @@ def test_rows_that_are_not_there_are_named(tmp_path: Path) -> None:
         ValueError, match="embed_tokens: process 0 of 1 cannot have the rows from 0 to 71 of 70"
     ):
         method.process_weights_after_loading(layer)
+
+
+def test_entry_points_are_functions() -> None:
+    """Those that pyproject.toml names: they import without the programs."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    named = re.findall(r'^lowbit = "(lowbit\.integrations\.\w+):(\w+)"', text, re.MULTILINE)
+    assert [name for name, _ in named] == ["lowbit.integrations.vllm", "lowbit.integrations.sglang"]
+    for module, function in named:
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize("program", ("vLLM", "SGLang"))
+def test_a_program_of_another_version_goes_on(
+    program: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = program.lower()
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.delitem(sys.modules, f"lowbit.integrations.{name}_layers", raising=False)
+    importlib.import_module(f"lowbit.integrations.{name}").register()
+    assert f"lowbit is not registered in this version of {program}: " in caplog.text
 
 
 class _Base:

@@ -5,10 +5,11 @@ SGLang calls `register` in each of its processes: pyproject.toml names it in the
 
 from __future__ import annotations
 
-import importlib
+from lowbit.integrations.served_plugins import enter_all
 
 
 def register() -> None:
-    """Enters lowbit in SGLang's tables; again changes nothing."""
-    # Its modules have theirs as base classes.
-    importlib.import_module("lowbit.integrations.sglang_layers").enter()
+    """Enters lowbit in SGLang's tables; again changes nothing. Of an SGLang that has other names than 0.5 it only
+    warns: models of others shall run there.
+    """
+    enter_all("SGLang", ("lowbit.integrations.sglang_layers",))

@@ -6,11 +6,11 @@ Nothing is to be called or imported: `vllm serve FOLDER` is all.
 
 from __future__ import annotations
 
-import importlib
+from lowbit.integrations.served_plugins import enter_all
 
 
 def register() -> None:
-    """Enters lowbit in vLLM's tables; again changes nothing."""
-    # Its modules have theirs as base classes.
-    importlib.import_module("lowbit.integrations.vllm_layers").enter()
-    importlib.import_module("lowbit.integrations.vllm_integers").enter()
+    """Enters lowbit in vLLM's tables; again changes nothing. Of a vLLM that has other names than 0.32 and 0.33 it only
+    warns: models of others shall run there.
+    """
+    enter_all("vLLM", ("lowbit.integrations.vllm_layers", "lowbit.integrations.vllm_integers"))
