@@ -56,7 +56,7 @@ class Server:
             "--max-num-seqs", "64", "--no-enable-prefix-caching", *(["--enforce-eager"] if eager else []),
         ]  # fmt: skip
         preload = _intel_openmp()
-        more = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         if preload is not None:
             more["LD_PRELOAD"] = preload
         self.log = log
