@@ -100,6 +100,8 @@ class LowbitVllmConfig(QuantizationConfig):  # type: ignore[misc]
         """
         shards = self.catalog.shards(prefix, self.packed_modules_mapping)
         device = current_platform.device_type
+        if shards and device == "cpu":
+            _allow_tiles()
         if isinstance(layer, LinearBase):
             return LowbitLinearMethod(shards, device) if shards else UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
@@ -107,6 +109,14 @@ class LowbitVllmConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, RoutedExperts):
             self.catalog.refuse_inside(prefix, "vLLM")
         return None
+
+
+def _allow_tiles() -> None:
+    """Asks the system for AMX, as dense products of torch do when they first run: vLLM's attention uses it without
+    asking, and is an illegal instruction where every linear is packed.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def enter() -> None:
