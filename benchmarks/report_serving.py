@@ -10,7 +10,7 @@ from report_gpu import row
 
 def tables(data: dict[str, Any]) -> tuple[str, ...]:
     """What benchmarks/vllm_serving.py found."""
-    return speeds(data), agreement(data) if "check" in data else ""
+    return (speeds(data), agreement(data)) if "check" in data else (speeds(data),)
 
 
 def speeds(data: dict[str, Any]) -> str:
