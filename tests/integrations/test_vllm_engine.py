@@ -27,9 +27,9 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    folder, world, prompts, tokens = json.loads(sys.argv[1])
+    folder, world, dtype, prompts, tokens = json.loads(sys.argv[1])
     model = LLM(
-        folder, dtype="float32", max_model_len=64, enforce_eager=True, max_num_seqs=4, skip_tokenizer_init=True,
+        folder, dtype=dtype, max_model_len=64, enforce_eager=True, max_num_seqs=4, skip_tokenizer_init=True,
         tensor_parallel_size=world,
     )
     settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
@@ -38,18 +38,18 @@ if __name__ == "__main__":
 """
 
 
-def model(tied: bool) -> Any:
+def model(tied: bool, rules: Any = RULES) -> Any:
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         vocab_size=130, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.2,
     )  # fmt: skip
     made = transformers.Qwen2ForCausalLM(config).eval()
-    lowbit.quantize_model(made, RULES, skip=())
+    lowbit.quantize_model(made, rules, skip=())
     return made
 
 
-def served(folder: Path, script: Path, world: int) -> list[list[int]]:
+def served(folder: Path, script: Path, world: int, dtype: str = "float32") -> list[list[int]]:
     script.write_text(RUN)
     environment = {
         **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
@@ -57,7 +57,7 @@ def served(folder: Path, script: Path, world: int) -> list[list[int]]:
     if world > 1:
         cpus = sorted(os.sched_getaffinity(0))
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cpu) for cpu in cpus[:world])
-    given = json.dumps([str(folder), world, PROMPTS, TOKENS])
+    given = json.dumps([str(folder), world, dtype, PROMPTS, TOKENS])
     ended = subprocess.run(
         [sys.executable, str(script), given],
         env=environment,
@@ -98,3 +98,12 @@ def test_greedy_tokens(tmp_path: Path, tied: bool, world: int, pretrained: bool)
         )
         want.append(out[0, len(prompt) :].tolist())
     assert served(folder, tmp_path / "run.py", world) == want
+
+
+def test_nothing_dense_in_bf16(tmp_path: Path) -> None:
+    """No dense product asks the system for AMX then, which vLLM's attention needs."""
+    model(True, {"embed_tokens|lm_head": "int8_g32", ".*": "int4_g32"}).save_pretrained(
+        tmp_path / "model"
+    )
+    made = served(tmp_path / "model", tmp_path / "run.py", 1, "bfloat16")
+    assert [len(m) for m in made] == [TOKENS] * len(PROMPTS)
