@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= .venv-peers
 PEERS_JOBS ?= 2
+VLLM ?= .venv-vllm
 TEST_JOBS ?= 2
 BIN := $(VENV)/bin
 BUILD := build/module
@@ -10,7 +11,7 @@ SOURCES := $(shell find csrc cmake python tests/cpp $(wildcard kernels) -type f 
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 
-.PHONY: demo test lint types unit cpp emulate sanitize dist docs peers bench gpu clean
+.PHONY: demo test lint types unit cpp emulate sanitize dist docs peers bench vllm gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lowbit run --compare
@@ -96,7 +97,7 @@ docs: $(VENV)/.installed
 
 # The peers that the benchmarks compare with, in an environment of their own. llama.cpp is compiled for this CPU with the
 # build tools of requirements.txt.
-$(PEERS)/.ready: requirements.txt $(wildcard benchmarks/*requirements.txt)
+$(PEERS)/.ready: requirements.txt $(wildcard benchmarks/peers*requirements.txt)
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install -q torch==2.13.0
 	$(PEERS)/bin/pip install -q -r requirements.txt -r benchmarks/peers-requirements.txt
@@ -125,10 +126,31 @@ bench: $(PEERS)/.built
 	$(PEERS)/bin/python benchmarks/kl.py
 	$(PEERS)/bin/python benchmarks/report.py
 
+# vLLM in an environment of its own. The packages for images and sound that it asks for are builds for another torch, with
+# which transformers fails to import.
+$(VLLM)/.ready: $(wildcard benchmarks/vllm*requirements.txt)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q torch==2.13.0
+	$(VLLM)/bin/pip install -q -r benchmarks/vllm-requirements.txt
+	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install -q --no-deps -r benchmarks/vllm-nodeps-requirements.txt
+	touch $@
+
+$(VLLM)/.built: $(VLLM)/.ready $(SOURCES)
+	PATH=$(abspath $(VLLM))/bin:$$PATH $(VLLM)/bin/pip install -q --no-build-isolation --no-deps --force-reinstall . \
+	  --config-settings=cmake.define.LOWBIT_WERROR=ON
+	touch $@
+
+# Serves a model in vLLM: tests, greedy tokens against those of transformers, and times. On an idle machine; commit first.
+vllm: $(VLLM)/.built $(VENV)/.ready
+	$(VLLM)/bin/pytest -q tests/integrations/test_vllm.py tests/integrations/test_vllm_engine.py
+	$(VLLM)/bin/python benchmarks/vllm_serving.py $(VLLM_OPTIONS)
+	$(BIN)/python benchmarks/report.py
+
 # On a machine with an NVIDIA GPU: checks and times the GPU kernels, and writes the result file and its tables.
 gpu: $(VENV)/.built
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/report.py
 
 clean:
-	rm -rf build $(VENV) $(PEERS)
+	rm -rf build $(VENV) $(PEERS) $(VLLM)

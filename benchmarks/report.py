@@ -17,6 +17,7 @@ import report_checkpoints
 import report_cpu
 import report_gpu
 import report_quality
+import report_serving
 from report_gpu import row
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,10 @@ TOPICS = {
     "quantizers": ("quantizers",),
     "training": ("fp8_training",),
     "vit": ("vit",),
+    "vllm": ("vllm",),
 }
+# README names these where it says what they are of.
+NAMED_IN_TEXT = {"vllm"}
 ABOUT = {
     "checkpoints": "real GGUF files as stored",
     "conv": "convolutions on the CPU",
@@ -51,6 +55,7 @@ ABOUT = {
     "quantizers": "time and error of each quantizer",
     "training": "training in FP8",
     "vit": "vision transformers in integers",
+    "vllm": "a model served by vLLM",
 }
 
 
@@ -121,7 +126,8 @@ def readme_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
 def readme_links(found: dict[str, dict[str, Any]]) -> str:
     """Which documents there are, and what makes those that there are not."""
     there = [t for t, names in TOPICS.items() if all(name in found for name in names)]
-    links = "; ".join(f"[{ABOUT[t]}](benchmarks/results/{t}.md)" for t in there)
+    listed = [t for t in there if t not in NAMED_IN_TEXT]
+    links = "; ".join(f"[{ABOUT[t]}](benchmarks/results/{t}.md)" for t in listed)
     missing = [
         f"{what} are made by `make {target}`"
         for topic, what, target in (
@@ -159,6 +165,7 @@ def documents(found: dict[str, dict[str, Any]]) -> dict[str, str]:
         "quantizers": lambda data: (report_quality.quantizers_table(data),),
         "training": lambda data: (report_quality.training_table(data),),
         "vit": lambda data: (report_quality.vit_table(data),),
+        "vllm": lambda data: report_serving.tables(data),
     }  # fmt: skip
     texts = {}
     for topic, names in TOPICS.items():

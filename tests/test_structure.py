@@ -59,6 +59,7 @@ RESTRICTED = {
     "rich": {"cli", "ptq"},
     "safetensors": {"io"},
     "scipy": {"codebooks"},
+    "sglang": {"integrations"},
     "sklearn": {"qat"},
     "tomli": {"ptq"},
     "tomllib": {"ptq"},
@@ -66,6 +67,7 @@ RESTRICTED = {
     "triton": set(),
     "transformers": {"cli", "decoder", "export", "integrations"},
     "typer": {"cli"},
+    "vllm": {"integrations"},
 }
 
 

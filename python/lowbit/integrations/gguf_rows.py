@@ -209,15 +209,8 @@ def joined(weights: Sequence[QuantTensor | Tensor]) -> QuantTensor | Tensor:
     if len(weights) == 1:
         return weights[0]
     packed = [w for w in weights if isinstance(w, QuantTensor)]
-    if len(packed) < len(weights) or len({weight.format for weight in packed}) > 1:
-        return torch.cat([dense(weight) for weight in weights])
-    format = packed[0].format
-    tensors = {
-        k: torch.cat([weight.tensors[k] for weight in packed]) if slices.is_by_row(format, k) else t
-        for k, t in packed[0].tensors.items()
-    }
-    shape = sum(weight.shape[0] for weight in packed), packed[0].shape[1]
-    return QuantTensor(format, shape, tensors)
+    whole = slices.stacked(packed) if len(packed) == len(weights) else None
+    return torch.cat([dense(weight) for weight in weights]) if whole is None else whole
 
 
 def dense(weight: QuantTensor | Tensor) -> Tensor:  # fp32

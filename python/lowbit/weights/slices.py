@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -90,6 +91,40 @@ def rows_of(weight: QuantTensor, rows: slice | Tensor) -> QuantTensor:
             )
         tensors["scales2"] = tensors["scales2"][first // DQ_BLOCK : -(-last // DQ_BLOCK)]
     return QuantTensor(f, (len(tensors["codes"]), k), tensors)
+
+
+def stacked(weights: Sequence[QuantTensor]) -> QuantTensor | None:
+    """Weights one below the other; None if no weight of their format is that.
+
+    They must be of one format and one K, and what of it is not stored by row (a table of the whole weight, R of a
+    low-rank term) must be the same in all. Factors of double quantization go over all rows: there is none.
+
+    Args:
+        weights: at least one, (N_i, K) each.
+
+    Returns:
+        (N_1 + N_2 + ..., K); the weight itself if it is alone.
+
+    Example:
+        >>> qt = lowbit.quantize(torch.randn(64, 128), "nf4")
+        >>> stacked([qt, qt]).shape
+        (128, 128)
+    """
+    first, *others = weights
+    if not others:
+        return first
+    f, k = first.format, first.shape[1]
+    if f.scale == "dq8" or any(w.format != f or w.shape[1] != k for w in others):
+        return None
+    made = {}
+    for name, t in first.tensors.items():
+        if is_by_row(f, name):
+            made[name] = torch.cat([w.tensors[name] for w in weights])
+        elif all(torch.equal(t, w.tensors[name]) for w in others):
+            made[name] = t
+        else:
+            return None
+    return QuantTensor(f, (sum(w.shape[0] for w in weights), k), made)
 
 
 def column_format(format: Format, k: int, unit: int) -> Format:

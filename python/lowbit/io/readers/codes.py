@@ -78,6 +78,46 @@ def pack(codes: Tensor, format: Format, **tensors: Tensor) -> QuantTensor:
     return QuantTensor(format, (codes.shape[0], codes.shape[1]), made)
 
 
+def weight_of_words(
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    shape: tuple[int, int],
+    group: int,
+) -> QuantTensor:
+    """A weight scale * (code - zero) of streams of codes, as GPTQ and compressed-tensors have them.
+
+    Args:
+        words: (N, words of K codes) int32.
+        scales: (N, groups) in fp32, bf16 or fp16.
+        zeros: (groups, words of N codes) int32, the zeros themselves; None if all are the middle, 2^(bits - 1).
+        bits: of a code, 2 to 8.
+        shape: (N, K).
+        group: columns that share a scale.
+
+    Raises:
+        ValueError: a shape or a dtype is another one.
+    """
+    n, k = shape
+    groups = -(-k // group)
+    check("words", (tuple(words.shape), words.dtype), (n, -(-k * bits // 32)), (torch.int32,))
+    check("scales", (tuple(scales.shape), scales.dtype), (n, groups), FLOATS)
+    format = affine(bits, group, k, scales.dtype, None if zeros is None else "int")
+    named = {"scales": scales}
+    if zeros is not None:
+        wanted = (groups, -(-n * bits // 32))
+        check("zeros", (tuple(zeros.shape), zeros.dtype), wanted, (torch.int32,))
+        named["zeros"] = stream_codes(zeros, bits, n).t()
+    if format.bits == bits:
+        made = {name: t.contiguous() for name, t in named.items()}
+        return QuantTensor(format, shape, {"codes": stream_bytes(words, bits, k), **made})
+    codes = stream_codes(words, bits, k)
+    if zeros is None:
+        codes = codes + ((1 << format.bits - 1) - (1 << bits - 1))
+    return pack(codes, format, **named)
+
+
 def need(specs: Mapping[str, Spec], part: str) -> Spec:
     """The shape and dtype of a part that a layer must have."""
     if part not in specs:
