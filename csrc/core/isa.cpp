@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #define LOWBIT_ISA_ENTRY(bit, text, others) {.isa = bit, .name = text, .below = others},
@@ -27,6 +29,13 @@ Registers cpuid(uint32_t leaf, uint32_t subleaf) {
 }
 constexpr bool bit(uint32_t word, int i) { return word >> i & 1; }
 
+// Asks the system for the data of tiles, for all threads of the process (Linux 5.16). It refuses where a thread has a
+// stack for signals that is too small.
+bool tiles_granted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 }  // namespace
 
 uint32_t detect_isa() {
@@ -45,6 +54,8 @@ uint32_t detect_isa() {
   if (bit(seven_one.a, 5)) mask |= kAvx512Bf16;
   if (bit(seven.c, 11)) mask |= kAvx512Vnni;
   if (bit(seven.c, 14)) mask |= kAvx512Vpopcntdq;
+  const bool os_tiles = (low & 0x60000) == 0x60000, tiles = bit(seven.d, 22) && bit(seven.d, 24);  // amx-bf16, amx-tile
+  if (os_tiles && tiles && mask & kAvx512Bf16 && tiles_granted()) mask |= kAmxBf16;
   return mask;
 }
 #else

@@ -4,14 +4,16 @@
 
 #include <cstdint>
 
-// X(enumerator, name, what it builds on). avx2: with fma, f16c. avx512: f, bw, vl, dq, vbmi.
-#define LOWBIT_FOREACH_ISA(X)                             \
-  X(kScalar, "scalar", 0)                                 \
-  X(kAvx2, "avx2", kScalar)                               \
-  X(kAvx512, "avx512", kScalar | kAvx2)                   \
-  X(kAvx512Bf16, "avx512bf16", kScalar | kAvx2 | kAvx512) \
-  X(kAvx512Vnni, "avx512vnni", kScalar | kAvx2 | kAvx512) \
-  X(kAvx512Vpopcntdq, "avx512vpopcntdq", kScalar | kAvx2 | kAvx512)
+// X(enumerator, name, what it builds on). avx2: with fma, f16c. avx512: f, bw, vl, dq, vbmi. amxbf16: with tiles, which
+// the system lets a process use that asks.
+#define LOWBIT_FOREACH_ISA(X)                                       \
+  X(kScalar, "scalar", 0)                                           \
+  X(kAvx2, "avx2", kScalar)                                         \
+  X(kAvx512, "avx512", kScalar | kAvx2)                             \
+  X(kAvx512Bf16, "avx512bf16", kScalar | kAvx2 | kAvx512)           \
+  X(kAvx512Vnni, "avx512vnni", kScalar | kAvx2 | kAvx512)           \
+  X(kAvx512Vpopcntdq, "avx512vpopcntdq", kScalar | kAvx2 | kAvx512) \
+  X(kAmxBf16, "amxbf16", kScalar | kAvx2 | kAvx512 | kAvx512Bf16)
 
 #define LOWBIT_ISA_POSITION(isa, name, below) isa##Position,
 #define LOWBIT_ISA_MASK(isa, name, below) isa = 1u << isa##Position,

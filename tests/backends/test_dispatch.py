@@ -18,7 +18,7 @@ from lowbit.formats import parse
 from lowbit.ops.terms import matrix
 from weights import random_weight
 
-ALL_ISAS = ["scalar", "avx2", "avx512", "avx512bf16", "avx512vnni", "avx512vpopcntdq"]
+ALL_ISAS = ["scalar", "avx2", "avx512", "avx512bf16", "avx512vnni", "avx512vpopcntdq", "amxbf16"]
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
