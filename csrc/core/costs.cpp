@@ -1,19 +1,35 @@
 #include "core/costs.h"
 
 #include <algorithm>
-#include <iterator>
+#include <initializer_list>
+#include <span>
 #include <string>
 #include <string_view>
 
+#include "core/costs/sapphire.h"
 #include "core/costs/zen5.h"
 
 namespace lowbit {
 
 namespace {
 
+bool is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+// From the table of the nearest CPU, or from the other one for kernels that it cannot run.
 const KernelCost* find(std::string_view name) {
-  const auto* found = std::ranges::find_if(kZen5, [&](const KernelCost& c) { return name == c.name; });
-  return found == std::end(kZen5) ? nullptr : found;
+  static const bool intel = is_intel();
+  const std::span<const KernelCost> sapphire = kSapphire, zen5 = kZen5;
+  for (const auto table : {intel ? sapphire : zen5, intel ? zen5 : sapphire}) {
+    const auto found = std::ranges::find_if(table, [&](const KernelCost& c) { return name == c.name; });
+    if (found != table.end()) return &*found;
+  }
+  return nullptr;
 }
 
 // Of a pair of tables that was not measured: as of one with the entries of both; where there is none, as of one table,

@@ -31,8 +31,8 @@ struct KernelCost {
   const char* name;
   Cost cost;
 };
-// From the table of the CPU that the constants were fitted on. A kernel without rivals may be missing there: it counts
-// as kUnratedPs.
+// From the table of the nearest CPU that was measured: Sapphire Rapids for all of Intel's, Zen 5 for others. A kernel
+// without rivals may be missing there: it counts as kUnratedPs.
 Cost cost_of(const Kernel& kernel);
 
 }  // namespace lowbit

@@ -278,10 +278,11 @@ const Kernel* select(const Request& request, uint32_t isa_mask) {
   const Kernel* best = nullptr;
   for (const Kernel* k : kernels()) {
     if (rejection(*k, request, isa_mask)) continue;
-    // The newest instruction set wins; costs compare kernels of one set, whose constants were measured together. Those
-    // of one thread: another number of threads must not take another kernel, which adds in another order.
+    // The widest vectors win, and of equal ones the least work. That of one thread: another number of threads must not
+    // take another kernel, which adds in another order.
+    const auto width = [](const Kernel& of) { return std::min(of.isa, kAvx512); };
     const auto work = [&](const Kernel& of) { return work_ns(of, request.m, request.n, request.k, request.group); };
-    if (!best || k->isa > best->isa || (k->isa == best->isa && work(*k) <= work(*best))) best = k;
+    if (!best || width(*k) > width(*best) || (width(*k) == width(*best) && work(*k) <= work(*best))) best = k;
   }
   return best;
 }
