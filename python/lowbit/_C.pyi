@@ -170,18 +170,7 @@ def conv_ptr(
     kernel: int = -1,
 ) -> None: ...
 def grouped_conv_ptr(
-    weight: BoundWeight,
-    shape: ConvShape,
-    *,
-    x: int,
-    x_dtype: int,
-    bias: int,
-    bias_dtype: int,
-    activation: int,
-    out: int,
-    out_dtype: int,
-    threads: int,
-    isa: str = "",
+    weight: BoundWeight, shape: ConvShape, *, threads: int, isa: str = "", **numbers: int
 ) -> None: ...
 def grouped_conv_isa() -> str: ...
 def multiply_outliers_ptr(
@@ -201,23 +190,7 @@ def multiply_outliers_ptr(
     isa: str = "",
 ) -> None: ...
 def outliers_isa() -> str: ...
-def multiply_pruned_ptr(
-    *,
-    x: int,
-    x_dtype: int,
-    m: int,
-    k: int,
-    x_stride: int,
-    entries: int,
-    steps: int,
-    starts: int,
-    table: int,
-    bits: int,
-    n: int,
-    out: int,
-    threads: int,
-    isa: str = "",
-) -> None: ...
+def multiply_pruned_ptr(*, threads: int, isa: str = "", **numbers: int) -> None: ...
 def pruned_isa() -> str: ...
 
 class Fp8State:

@@ -209,8 +209,11 @@ def test_no_less_exact_than_dense(name: str, dtype: torch.dtype, m: int) -> None
     """Against float64 on the dequantized weight: the mean error of the chosen row is at most that of torch's dense
     linear, whose weight is that one rounded to the activations' dtype.
 
-    Where both round alike (fp32 sums; a bf16 table against bf16 weights) chance decides: 2 % of slack.
+    Where both round alike (a bf16 table against bf16 weights) chance decides: 2 % of slack. With fp32 x both only round
+    their sums, and the error goes with the root of the additions in a chain: twice as much for chains four times as
+    long as those that torch has on some CPUs.
     """
+    slack = 2.0 if dtype == torch.float32 else 1.02
     format = parse(name)
     qt = random_weight(format, 256, 1024)
     op = matrix(qt)
@@ -219,4 +222,4 @@ def test_no_less_exact_than_dense(name: str, dtype: torch.dtype, m: int) -> None
     exact = F.linear(x.double(), weight.double())
     ours = (linear(op, x, -1).double() - exact).abs().mean()
     dense = (F.linear(x, weight.to(dtype)).double() - exact).abs().mean()
-    assert ours <= dense * 1.02, f"{float(ours):.4g} against {float(dense):.4g}"
+    assert ours <= dense * slack, f"{float(ours):.4g} against {float(dense):.4g}"

@@ -121,7 +121,8 @@ MUTANTS = [
     ),
     *python("integrations/pretrained.py", "folders")(
         ("if not same or not shapes.keys() <= state.keys() or own_dtypes:", "if not same or own_dtypes:"),
-        ("return left.left if planned.isdisjoint(transposed) else None", "return left.left"),
+        ("if planned.isdisjoint(transposed) and not reordered else None", "if not reordered else None"),
+        ("if planned.isdisjoint(transposed) and not reordered else None", "if planned.isdisjoint(transposed) else None"),
     ),
     *python("nn/stand_ins.py", "folders", "quantizer")(
         ("weight = weight.t() if is_transposed(module) else weight", "weight = weight"),
