@@ -92,10 +92,10 @@ class OnLoad(Job):
             setattr(module, key, model.get_parameter(first))
         with stand_ins(model) as forms:
             found = plan_layers(model, selection, Report(), stacklevel=5)
-        self._plan = {}
-        for names, (rule, weight) in found.items():
-            completed = rule.completed(method, options)
-            self._plan[names] = fitting(model.get_submodule(names[0]), completed, False)[0], weight
+            self._plan = {}
+            for names, (rule, weight) in found.items():
+                completed, module = rule.completed(method, options), model.get_submodule(names[0])
+                self._plan[names] = fitting(module, completed, False)[0], weight
         check_rules([rule for rule, _ in self._plan.values()], False)
         self._forms = forms
         parts: dict[str, list[tuple[str, Rule, Any]]] = {}
