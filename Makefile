@@ -69,7 +69,7 @@ emulate: $(VENV)/.built
 	@if command -v qemu-x86_64 >/dev/null; then \
 	  set -e; for cpu in $(EMULATED); do for test in $(CPP_TESTS); do \
 	    echo "qemu-x86_64 -cpu $$cpu $$test"; \
-	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu $(BUILD)/$$test --sample 4 2>$(BUILD)/qemu.log || \
+	    OMP_NUM_THREADS=2 qemu-x86_64 -cpu $$cpu $(BUILD)/$$test --sample 16 2>$(BUILD)/qemu.log || \
 	      { cat $(BUILD)/qemu.log; exit 1; }; done; done; \
 	else echo "SKIPPED: qemu-x86_64 not found (Debian package qemu-user): rows not run on emulated CPUs"; fi
 
