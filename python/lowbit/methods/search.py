@@ -61,8 +61,8 @@ def quantize(
     every weight.
 
     The sum of importance * (W - W^)^2 never rises from one iteration to the next, and is never above that of
-    `kmeans`, or of `rtn` for a format with values of its own. Tables of large weights are fitted to some of the rows,
-    and once more to all of them when the scales are there.
+    `kmeans` with tables of as many bins, or of `rtn` for a format with values of its own. Tables of large weights are
+    fitted to some of the rows, and once more to all of them when the scales are there.
 
     Args:
         weight: (N, K) in fp32, bf16, fp16 or fp64, finite, not empty; computed in fp32.

@@ -36,7 +36,8 @@ PAD_MODES = {
     "replicate": "replicate",
     "circular": "circular",
 }
-_SHAPE = (
+# What says where the patches of a convolution lie, with the names of torch.
+SHAPE = (
     "in_channels",
     "out_channels",
     "kernel_size",
@@ -78,7 +79,7 @@ class QuantConv(PackedProduct):
     output_padding: tuple[int, ...]
     _geometry: Geometry
     _pads: tuple[int, ...] | None
-    takes_over = (*_SHAPE, "transposed", "_reversed_padding_repeated_twice")
+    takes_over = (*SHAPE, "transposed", "_reversed_padding_repeated_twice")
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class QuantConv(PackedProduct):
 
     def _set_geometry(self, like: Any) -> None:
         # Before the layer is a module: it has no members yet.
-        vars(self).update({name: getattr(like, name) for name in _SHAPE})
+        vars(self).update({name: getattr(like, name) for name in SHAPE})
         pads = _pads(self)
         vars(self)["_pads"] = pads if self.padding_mode != "zeros" else None
         vars(self)["_geometry"] = Geometry(

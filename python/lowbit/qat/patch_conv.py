@@ -7,24 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.nn.conv import check_dense, rows_of
+from lowbit.nn.conv import SHAPE, check_dense, rows_of
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.ops import checks
 from lowbit.reference import to_filters
 
-# What says where the patches lie, with the names of torch.
-_GEOMETRY = (
-    "in_channels",
-    "out_channels",
-    "kernel_size",
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-    "padding_mode",
-    "output_padding",
-    "transposed",
-)
+_GEOMETRY = (*SHAPE, "transposed")
 
 
 class PatchConv2d(nn.Module):
