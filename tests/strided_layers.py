@@ -186,14 +186,6 @@ for name, make_quantizer in QUANTIZERS.items():
         return Case(call, {"w": torch.randn(6, 40)})
 
 
-for name in ("int4", "uint4_zfloat", "nf4_g64_dq8", "kmeans3_pr", "int3_g64_o2", "mxfp4", "binary"):
-
-    @case(f"quantize {name}")
-    def _(m: int, name: str = name) -> Case:
-        call = lambda w: list(lowbit.quantize(w, name).tensors.values())  # noqa: E731
-        return Case(call, {"w": torch.randn(6, K)})
-
-
 @case("statistics and smooth scales")
 def _(m: int) -> Case:
     def call(x: Tensor, w: Tensor) -> Any:

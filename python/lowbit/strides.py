@@ -20,8 +20,16 @@ def contiguous(t: T) -> T:
     return None if t is None else (t.resolve_neg() if t.is_neg() else t).contiguous()
 
 
+def bytes_of(t: Tensor) -> Tensor:  # (B,) uint8
+    """The bytes of the elements of a tensor one after another, on the CPU, as files hold them."""
+    flat = contiguous(t.detach().cpu())
+    # A contiguous tensor of at most one element has any strides, or none: it cannot be viewed in another dtype.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
+
+
 def rows_of(x: Tensor, width: int) -> Tensor:  # (M, width)
     """A tensor (..., width) as rows that `address_of_rows` takes."""
+    x = x.resolve_neg() if x.is_neg() else x
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), width)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -35,10 +43,7 @@ def address(t: Tensor | None) -> int:
     if t is None:
         return 0
     if not t.is_contiguous() or t.is_neg():
-        negative = " and the negative bit" if t.is_neg() else ""
-        raise ValueError(
-            f"a kernel takes contiguous tensors, got shape {tuple(t.shape)} with strides {t.stride()}{negative}"
-        )
+        raise ValueError(f"a kernel takes contiguous tensors, got {_lies(t)}")
     return t.data_ptr()
 
 
@@ -52,11 +57,14 @@ def address_of_rows(t: Tensor | None) -> tuple[int, int]:
     """
     if t is None:
         return 0, 0
-    if t.dim() != 2 or (t.stride(1) != 1 and t.shape[1] > 1 and t.shape[0] > 0):
-        raise ValueError(
-            f"a kernel takes rows of unit stride, got shape {tuple(t.shape)} with strides {t.stride()}"
-        )
+    if t.dim() != 2 or t.is_neg() or (t.stride(1) != 1 and t.shape[1] > 1 and t.shape[0] > 0):
+        raise ValueError(f"a kernel takes rows of unit stride, got {_lies(t)}")
     return t.data_ptr(), t.stride(0)
+
+
+def _lies(t: Tensor) -> str:
+    negative = " and the negative bit" if t.is_neg() else ""
+    return f"shape {tuple(t.shape)} with strides {t.stride()}{negative}"
 
 
 def shaped(y: Tensor, *shape: int) -> Tensor:

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import strided_layers
+import strided_methods
 import strided_products
+import strided_terms
 import torch
 from strided import CASES, flat, same_bits, walk
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
 from lowbit import strides
 
-FILLED_BY = (strided_layers, strided_products)  # CASES
+FILLED_BY = (strided_layers, strided_methods, strided_products, strided_terms)  # CASES
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values")
@@ -45,7 +48,25 @@ def test_all_were_walked(request: pytest.FixtureRequest) -> None:
     """At least this many (function, operand, stride kind): the number is printed with -s."""
     walked = sum(len(list(walk(make(m)))) for make in CASES.values() for m in (5, 1))
     print(f"{walked} combinations of function, operand and stride kind, {len(CASES)} functions")
-    assert walked >= 3000
+    assert walked >= 4000
+
+
+def test_every_op_is_walked() -> None:
+    """A new op fails here until the walk calls it."""
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.add(op.name().split(".")[0])
+            return op(*args, **(kwargs or {}))
+
+    called: set[str] = set()
+    for make in CASES.values():
+        c = make(2)
+        with Record():
+            c.call(**c.operands)
+    schemas = torch._C._jit_get_all_schemas()
+    ops = {schema.name for schema in schemas if schema.name.startswith("lowbit::")}
+    assert ops - called == set()
 
 
 def test_addresses_are_taken_in_one_place() -> None:

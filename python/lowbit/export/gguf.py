@@ -39,6 +39,7 @@ from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, DENSE_TYPES
 from lowbit.methods import quantize
 from lowbit.nn import PackedModule
+from lowbit.strides import bytes_of
 
 _ROPE_FACTORS = "rope_freqs.weight"
 # Keys of "general" that stay true of a model whose tensors have other types.
@@ -232,8 +233,8 @@ def _dense(t: Tensor, vector: bool) -> _Tensor:
     dtype = torch.float32 if vector else _narrowest(t)
 
     def make() -> np.ndarray[Any, Any]:
-        raw = t.to("cpu", dtype).contiguous().view(torch.uint8)
-        return np.asarray(raw.numpy())
+        raw = bytes_of(t.to("cpu", dtype))
+        return np.asarray(raw.view(*t.shape[:-1], -1).numpy())
 
     return _Tensor(tuple(t.shape), _NAMES[dtype], make)
 

@@ -12,6 +12,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from lowbit.formats import Format
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES, Array, Parts
 from lowbit.packing import is_blocks
+from lowbit.strides import contiguous
 from lowbit.weights.quantized import QuantTensor
 
 # What a weight can be quantized to: those of one level of scales, without a factor of the whole tensor, and not blocks
@@ -70,7 +71,7 @@ def to_blocks(weight: QuantTensor, kind: GGMLQuantizationType) -> Array:
             assert group is not None
             repeat = (weight.format.group or k) // group
             values = t.repeat_interleave(repeat, 1)[:, : k // group]
-        raw = values.contiguous()
+        raw = contiguous(values)
         if raw.dtype.is_floating_point and raw.dtype.itemsize == 1:
             raw = raw.view(torch.uint8)
         fields[name] = raw.numpy().reshape(n * k // size, -1)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lowbit.files import shown, write_atomically
 from lowbit.io import huffman
+from lowbit.strides import bytes_of
 from lowbit.weights.pruned import PrunedTensor
 
 MAGIC = b"LBPRUNE1"
@@ -122,8 +123,7 @@ def _pruned(t: PrunedTensor) -> tuple[dict[str, Any], bytes]:
 
 def _dense(t: Tensor) -> tuple[dict[str, Any], bytes]:
     dtype = next(name for name, each in _DTYPES.items() if each == t.dtype)
-    raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return {"shape": list(t.shape), "dtype": dtype}, raw.numpy().tobytes()
+    return {"shape": list(t.shape), "dtype": dtype}, bytes_of(t).numpy().tobytes()
 
 
 def _length(entry: dict[str, Any]) -> int:

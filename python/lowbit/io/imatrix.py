@@ -18,6 +18,7 @@ from torch import Tensor
 from lowbit.files import InputFile, kind_of, shown, staged
 from lowbit.io.gguf_names import tensor_names
 from lowbit.io.readers.gguf import GGUFFile
+from lowbit.strides import contiguous
 
 __all__ = ["Entry", "Imatrix", "read", "tensor_names", "write"]
 
@@ -107,8 +108,8 @@ def write(path: str | os.PathLike[str], imatrix: Imatrix) -> None:
                 sums, counts = entry.sums, entry.counts[:, None]
                 if len(sums) == 1:  # ggml has no outer dimensions of 1
                     sums, counts = sums[0], counts[0]
-                writer.add_tensor(name + _SUMS, sums.contiguous().numpy())
-                writer.add_tensor(name + _COUNTS, counts.contiguous().numpy())
+                writer.add_tensor(name + _SUMS, contiguous(sums).numpy())
+                writer.add_tensor(name + _COUNTS, contiguous(counts).numpy())
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()

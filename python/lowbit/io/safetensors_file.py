@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowbit.files import InputFile, cut, kind_of, shown, write_atomically
+from lowbit.strides import bytes_of
 
 FILE_NAME = "model.safetensors"
 INDEX_NAME = f"{FILE_NAME}.index.json"
@@ -87,9 +88,7 @@ def write(path: Path, sources: list[Source], metadata: Mapping[str, str]) -> Non
                         f"got {t.dtype} of shape {tuple(t.shape)}"
                     )
                 f.seek(len(header) + offsets[name])
-                # A tensor without dimensions cannot be viewed in another dtype.
-                flat = t.detach().cpu().contiguous().view(-1)
-                f.write(flat.view(torch.uint8).numpy().data)
+                f.write(bytes_of(t).numpy().data)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, write_all)

@@ -18,6 +18,7 @@ from lowbit import reference
 from lowbit.backends.cpu.scale_search import search_scales
 from lowbit.formats import INTEGER_SCALES, SECOND_LEVELS, Format, as_format
 from lowbit.methods import fitting, grid, kmeans, rtn, scales
+from lowbit.strides import contiguous
 from lowbit.weights.quantized import SCALE_DTYPES, QuantTensor
 
 # Candidates of a scale over that which takes the largest weight of its group to the largest value: for tables that are
@@ -211,8 +212,8 @@ def _slices(
     weight: Tensor, weights: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:  # (R, K) fp32 on the CPU
     for rows, w in grid.slices(weight):
-        importance = None if weights is None else weights[rows].float().contiguous().cpu()
-        yield rows, w.contiguous().cpu(), importance
+        importance = None if weights is None else contiguous(weights[rows].float()).cpu()
+        yield rows, contiguous(w).cpu(), importance
 
 
 def _steps(qt: QuantTensor) -> Tensor | None:  # (N, groups) fp32

@@ -31,7 +31,7 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     bits = _BITS[a.element_size()]
-    return torch.equal(a.view(bits), b.view(bits))
+    return torch.equal(a.resolve_neg().view(bits), b.resolve_neg().view(bits))
 
 
 def holds(made: Tensor | None, t: Tensor) -> bool:
