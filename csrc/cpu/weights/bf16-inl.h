@@ -176,13 +176,13 @@ inline void prepare_bf16(const Launch& l, int64_t begin, int64_t end) {
   }
 }
 
-// Sums of row m of x over each group, its first chunk at `row`.
+// Sums of row m of x over each group, its chunks `stride` apart from `row` on.
 template <int kTerms>
-inline void sum_chunks(const Launch& l, int64_t m, const uint16_t* row) {
+inline void sum_chunks(const Launch& l, int64_t m, const uint16_t* row, int64_t stride) {
   constexpr int kHalf = kHalfChunk * kTerms;
   if (halves_chunks(l.group, l.k)) {
     for (int64_t g = 0; g < l.num_groups; ++g) {
-      const uint16_t* in = row + g / 2 * l.m * kChunkK * kTerms + g % 2 * kHalf;
+      const uint16_t* in = row + g / 2 * stride + g % 2 * kHalf;
       F total = zero();
       for (int i = 0; i < kHalf; i += kUnitLanes) total = add(total, load_bf16(in + i));
       l.x_sums[m * l.num_groups + g] = sum_lanes(total);
@@ -194,26 +194,30 @@ inline void sum_chunks(const Launch& l, int64_t m, const uint16_t* row) {
     const int64_t chunk_end = (g + 1) * chunks_per_group < chunks ? (g + 1) * chunks_per_group : chunks;
     F total = zero();
     for (int64_t c = g * chunks_per_group; c < chunk_end; ++c) {
-      const uint16_t* in = row + c * l.m * kChunkK * kTerms;
+      const uint16_t* in = row + c * stride;
       for (int i = 0; i < kChunkK * kTerms; i += kUnitLanes) total = add(total, load_bf16(in + i));
     }
     l.x_sums[m * l.num_groups + g] = sum_lanes(total);
   }
 }
 
+// Row m of bf16 x in chunks that lie `stride` apart, zero beyond k, and the sums of its groups.
+inline void copy_chunks(const Launch& l, int64_t m, uint16_t* out, int64_t stride) {
+  const int64_t chunks = num_chunks(l.k);
+  const uint16_t* x = static_cast<const uint16_t*>(l.x) + m * l.x_stride;
+  alignas(64) uint16_t last[kChunkK] = {};
+  __builtin_memcpy(last, x + (chunks - 1) * kChunkK, (l.k - (chunks - 1) * kChunkK) * 2);
+  for (int64_t c = 0; c < chunks; ++c) {
+    _mm512_storeu_si512(out + c * stride, load_i(c + 1 < chunks ? x + c * kChunkK : last));
+  }
+  if (l.x_sums) sum_chunks<1>(l, m, out, stride);
+}
+
 // Rows [begin, end) of bf16 x as the panels meet them: [k / 32][row][32], zero beyond k. The rows of a tile are then
 // one stream, where rows that lie a power of two apart would share few sets of the cache.
 inline void prepare_bf16_chunks(const Launch& l, int64_t begin, int64_t end) {
-  const int64_t chunks = num_chunks(l.k);
   for (int64_t m = begin; m < end; ++m) {
-    const uint16_t* x = static_cast<const uint16_t*>(l.x) + m * l.x_stride;
-    uint16_t* out = static_cast<uint16_t*>(l.prepared) + m * kChunkK;
-    alignas(64) uint16_t last[kChunkK] = {};
-    __builtin_memcpy(last, x + (chunks - 1) * kChunkK, (l.k - (chunks - 1) * kChunkK) * 2);
-    for (int64_t c = 0; c < chunks; ++c) {
-      _mm512_storeu_si512(out + c * l.m * kChunkK, load_i(c + 1 < chunks ? x + c * kChunkK : last));
-    }
-    if (l.x_sums) sum_chunks<1>(l, m, out);
+    copy_chunks(l, m, static_cast<uint16_t*>(l.prepared) + m * kChunkK, l.m * kChunkK);
   }
 }
 
@@ -252,9 +256,9 @@ inline void decode_words(const Launch& l, const C& codec, const Span& span, uint
 }
 
 // Scales and zeros of a panel's groups in fp32: all tiles of rows need them.
+template <int kChunks = kWordPanelChunks>
 struct PanelTerms {
-  static constexpr int kGroups = 2 * kWordPanelChunks;
-  alignas(64) float scales[kGroups][kBlockN], zeros[kGroups][kBlockN];
+  alignas(64) float scales[2 * kChunks][kBlockN], zeros[2 * kChunks][kBlockN];
   void read(const Launch& l, const Span& span) {
     const int64_t first = span.group_of(span.chunk), last = span.group_of(span.chunk_end - 1) + (span.halves ? 1 : 0);
     for (int64_t g = first; g <= last && g < l.num_groups; ++g) {
@@ -271,7 +275,7 @@ struct PanelTerms {
 // Multiplies a panel; wherever a group ends, adds its scaled sums to `y`. The sums of an unfinished group go to
 // `carry`. Both are (rows, 64).
 template <int kRows, int kTerms>
-inline void multiply_words(const Launch& l, const Span& span, const uint16_t* panel, const PanelTerms& panel_terms,
+inline void multiply_words(const Launch& l, const Span& span, const uint16_t* panel, const PanelTerms<>& panel_terms,
                            int64_t row, float* carry_row, float* y_row) {
   using Compute = ComputeBf16<1>;  // the product is the same for all bit widths
   F acc[kRows][kColumnVecs];
@@ -331,7 +335,7 @@ template <class C, int kTerms = 1>
 void gemm_words_run(const Launch& l, int64_t begin, int64_t end) {
   const C codec(l);
   alignas(64) uint16_t panel[kWordPanelChunks * kChunkK * kBlockN];
-  PanelTerms terms;
+  PanelTerms<> terms;
   alignas(64) float carry[kWordRowsPerTask * kBlockN];
   alignas(64) float y[kWordRowsPerTask * kBlockN];
   const int64_t row_blocks = ceil_div(l.m, kWordRowsPerTask), chunks = num_chunks(l.k);

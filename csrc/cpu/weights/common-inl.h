@@ -161,12 +161,16 @@ LOWBIT_INLINE inline GroupTerms group_terms(const Launch& l, int64_t block, int6
 
 // y + scale * (acc - zero * x_sum), or y + (scale * acc + zero * x_sum). With one x equal to 1 and the rest 0 this is
 // the dequantized weight, rounded as the reference rounds it.
-inline F finish_group(const Launch& l, GroupTerms t, F y, F acc, float x_sum) {
-  if (l.zero == ZeroMode::kNone) return fma(t.scale, acc, y);
-  if (l.zero == ZeroMode::kSubtract) {
-    return fma(t.scale, sub(acc, mul(t.zero, set1(x_sum))), y);
-  }
+template <ZeroMode kZero>
+inline F finish_group(GroupTerms t, F y, F acc, float x_sum) {
+  if constexpr (kZero == ZeroMode::kNone) return fma(t.scale, acc, y);
+  if constexpr (kZero == ZeroMode::kSubtract) return fma(t.scale, sub(acc, mul(t.zero, set1(x_sum))), y);
   return add(add(mul(t.scale, acc), mul(t.zero, set1(x_sum))), y);
+}
+inline F finish_group(const Launch& l, GroupTerms t, F y, F acc, float x_sum) {
+  if (l.zero == ZeroMode::kNone) return finish_group<ZeroMode::kNone>(t, y, acc, x_sum);
+  if (l.zero == ZeroMode::kSubtract) return finish_group<ZeroMode::kSubtract>(t, y, acc, x_sum);
+  return finish_group<ZeroMode::kAdd>(t, y, acc, x_sum);
 }
 
 // A function of its own: calls without an epilogue pay one test.

@@ -60,7 +60,7 @@ inline void prepare_f16_chunks(const Launch& l, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {
     uint16_t* out = static_cast<uint16_t*>(l.prepared) + m * kChunkK * kHalfTerms;
     split_row(l, m, out, l.m * kChunkK * kHalfTerms);
-    if (l.x_sums) sum_chunks<kHalfTerms>(l, m, out);
+    if (l.x_sums) sum_chunks<kHalfTerms>(l, m, out, l.m * kChunkK * kHalfTerms);
   }
 }
 
