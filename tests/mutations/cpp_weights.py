@@ -76,6 +76,14 @@ MUTANTS = [
         ("const F low = _mm512_maskz_sub_ps(finite, v, high);", "const F low = _mm512_maskz_sub_ps(finite, v, v);"),
         ("uint16_t* out = static_cast<uint16_t*>(l.prepared) + m * kChunkK * kHalfTerms;", "uint16_t* out = static_cast<uint16_t*>(l.prepared) + m * kChunkK;"),
     ),
+    *cpp("cpu/weights/amx-inl.h", "test_kernels", "amxbf16")(
+        ("l.x_sums[(row + r) * l.num_groups + group]", "l.x_sums[row * l.num_groups + group]"),
+        ("if (p.begin % per_group == 0) {", "if (p.begin == 0) {"),
+        ("return x + at / kChunkK * rows * kChunkK + at % kChunkK;", "return x + at / kChunkK * rows * kChunkK;"),
+        ("rows = l.m - first < kTile ? l.m - first : kTile;", "rows = kTile;"),
+        ("p.terms.at(group - p.begin / per_group, v * kTile)", "p.terms.at(0, v * kTile)"),
+        ("finish(step + 3, sums[3]);", "finish(step + 2, sums[3]);"),
+    ),
     *cpp("cpu/weights/columns-inl.h", "test_kernels", "avx512bf16")(
         ("out[1] = k + 1 < l.k ? x[k + 1] : uint16_t{0};", "out[1] = k < l.k ? x[k + 1] : uint16_t{0};"),
         ("if (l.table_groups > 1 && slab.end > group_end) slab.end = group_end;", ""),
