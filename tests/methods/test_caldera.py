@@ -44,6 +44,25 @@ def test_low_rank_is_the_best_of_its_rank() -> None:
     )
 
 
+def test_columns_of_the_left_factor_weigh_as_their_singular_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is lost by rounding L = U is E S^2 E^T: its first moment is diagonal, for any H."""
+    w, h = problem()
+    loss = caldera.Loss(h, 0.01)
+    moments: list[Tensor | None] = []
+
+    def store(factor: Tensor, moment: Tensor | None) -> Tensor:
+        moments.append(moment)
+        return factor
+
+    monkeypatch.setattr(caldera, "_stores", lambda format: store)
+    caldera.low_rank(w, parse("int2_r5int4"), loss, 1)
+    expected = torch.linalg.svdvals(w @ loss.root)[:5].square().diag()
+    assert moments[0] is not None
+    torch.testing.assert_close(moments[0], expected, rtol=1e-6, atol=1e-6 * float(expected.max()))
+
+
 def test_subspace_iteration_finds_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     w, h = problem()
     loss = caldera.Loss(h, 0.01)

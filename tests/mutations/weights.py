@@ -50,7 +50,7 @@ MUTANTS = [
     *python("float8.py", "formats", "kernels", "ops")(
         ("code - E8M0_BIAS)", "code - E8M0_BIAS + 1)"),
     ),
-    *python("reference/weights.py", "formats", "kernels", "ops")(
+    *python("reference/weights.py", "formats", "kernels", "ops", "layouts")(
         ('scale * values + zero if format.zero == "min" else scale * (values - zero)', 'scale * values + zero if format.zero == "min" else scale * (values + zero)'),
         ("return values * factor + offset", "return values * factor - offset"),
         ("groups) // DQ_BLOCK]", "groups) // (DQ_BLOCK + 1)]"),
