@@ -141,6 +141,11 @@ REFUSED = {
         "qwen2", {"blk.0.ffn_up_exps.weight": BIAS}, {"arch": "deepseek2"}, NotImplementedError,
         "'deepseek2'; .*load a folder of transformers",
     ),
+    "rotated by time, height and width": (
+        "phi3", {}, {"arch": "glm4", **{f"glm4.{k[5:]}": v for k, v in fields_of(SPECS["phi3"]).items() if k[0] == "p"},
+                     "glm4.rope.dimension_sections": [8, 12, 12, 0]},
+        NotImplementedError, r"glm4.rope.dimension_sections .*; expected 0",
+    ),
     "no architecture": ("qwen2", {}, {"arch": ""}, ValueError, "architecture' is missing"),
 }  # fmt: skip
 
