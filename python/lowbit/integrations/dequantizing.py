@@ -17,6 +17,7 @@ from lowbit.nn import (
     QuantLinear,
     unfuse,
 )
+from lowbit.nn.stand_ins import join_dense
 from lowbit.nn.surgery import replace
 
 
@@ -84,6 +85,7 @@ def put_dense(model: nn.Module, names: Iterable[str], dtype: torch.dtype | None 
         dense.weight = weights.setdefault(id(module._buffers), dense.weight)
         every = [other for other, m in modules.items() if m is module]
         replace(model, every, dense, own=_own_names(module))
+    join_dense(model)
 
 
 def _check(name: str, module: nn.Module) -> None:
