@@ -103,12 +103,16 @@ class OnLoad(Job):
             for name in names:
                 part = name, rule, (weight, rule.format)
                 parts.setdefault(self._tensor(name), []).append(part)
+        # A weight that the model shares is one tensor of the checkpoint, and may have several formats.
+        shared: dict[int, list[tuple[str, Rule, Any]]] = {}
+        for each in parts.values():
+            shared.setdefault(each[0][2][0], []).extend(each)
         # A weight that something else has too must be there when that is tied to it.
         parameters = dict(model.named_parameters(remove_duplicate=False))
         dense = {id(p) for name, p in parameters.items() if name not in parts}
         # Of experts in one tensor all or none.
         self._taken = {
-            name: each
+            name: shared[each[0][2][0]]
             for name, each in parts.items()
             if id(parameters[name]) not in dense
             and (self._form(each[0][0]).expert is None or len(each) == len(parameters[name]))
