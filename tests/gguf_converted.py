@@ -96,6 +96,10 @@ FIELDS = {
     "rope.freq_base": 5e4, "rope.dimension_count": 16,
 }  # fmt: skip
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}, "rms_norm_eps": 1e-5}
+ROTATED = {
+    "rope_parameters": {**ROPE["rope_parameters"], "partial_rotary_factor": 0.5},
+    "rms_norm_eps": 1e-5,
+}
 _BIASES = {"attention_bias": True, "mlp_bias": True}
 _FALCON = {
     **{k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")},
@@ -142,6 +146,16 @@ CASES = {
         {**FIELDS, "logit_scale": 2.0}, permuted,
     ),
     "olmo2": Case("olmo2", "Olmo2ForCausalLM", {**SIZES, **ROPE}, FIELDS),
+    # Neither permutes heads: these models rotate pairs of neighbours themselves.
+    "glm4": Case(
+        "glm4", "Glm4ForCausalLM",
+        {**SIZES, "head_dim": 32, "attention_bias": False, **ROTATED, "tie_word_embeddings": False},
+        {**FIELDS, "attention.key_length": 32, "attention.value_length": 32},
+    ),
+    "chatglm": Case(
+        "chatglm", "GlmForCausalLM", {**SIZES, "head_dim": 16, "attention_bias": True, **ROTATED},
+        {**FIELDS, "rope.dimension_count": 8},
+    ),
     "falcon 7b": Case(
         "falcon", "FalconForCausalLM", {**_FALCON, "num_kv_heads": 1, "ffn_hidden_size": 256},
         {**_FALCON_FIELDS, "attention.head_count_kv": 1, "feed_forward_length": 256}, ungrouped, reads=True,
@@ -248,9 +262,9 @@ def _round(model: Any, case: Case, names: Any, kinds: dict[str, GGMLType]) -> No
         "o_proj": "attn_output",
     }
     own |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-    own |= {"router": "ffn_gate_inp", "input_linear": "ffn_gate_shexp"}
+    own |= {"router": "ffn_gate_inp", "input_linear": "ffn_gate_shexp", "gate_up_proj": "ffn_up"}
     for name, module in model.named_modules():
-        if hasattr(module, "gate_up_proj"):
+        if isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
             for part, stored in (("gate_up", "gate"), ("down", "down")):
                 weight = getattr(module, f"{part}_proj")
                 rows = weight.transpose(1, 2) if module.is_transposed else weight

@@ -13,6 +13,8 @@ pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 
 from gguf import GGMLQuantizationType as GGMLType
+from gguf_converted import KINDS, make
+from gguf_moe import MOE
 from test_cli import fail, run, run_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,6 +62,25 @@ def test_quantized_anew(tmp_path: Path, capsys: Any) -> None:
     assert isinstance(head, QuantLinear)
     assert head.format.name == "q8_0"
     assert found.dtype == torch.bfloat16
+
+
+def test_halves_of_two_types_stay_as_stored(tmp_path: Path, capsys: Any) -> None:
+    """What is skipped: of a linear, and of experts."""
+    kinds = {**KINDS, "ffn_up_shexp": GGMLType.Q8_0, "ffn_up_exps": GGMLType.Q8_0}
+    file, _ = make(MOE["granitemoe with a shared expert"], tmp_path, kinds)
+    out = tmp_path / "out"
+    skipped = ("--skip", "shared_mlp", "--skip", "experts")
+    run(capsys, "quantize", file, out, "-f", "nf4", "--quantized", "requantize", *skipped)
+    found, stored = lowbit.load_model(out), lowbit.load_model(file)
+    name = "model.layers.0.shared_mlp.input_linear"
+    assert [half.format.name for half in found.get_submodule(name)] == ["q4_1", "q8_0"]
+    for i in range(2):
+        weights = [m.get_submodule(f"{name}.{i}").quant_tensor() for m in (found, stored)]
+        assert torch.equal(*(weight.dequantize() for weight in weights))
+    assert found.model.layers[0].self_attn.q_proj.format.name == "nf4"
+    experts = found.model.layers[0].block_sparse_moe.experts
+    halves = [experts.gate_proj, experts.up_proj, experts.down_proj]
+    assert [{m.format.name for m in half} for half in halves] == [{"q4_0"}, {"q8_0"}, {"q5_1"}]
 
 
 def test_a_dense_file(tmp_path: Path, capsys: Any) -> None:

@@ -11,6 +11,7 @@ from tiny import LENGTH, VOCAB, bound, tiny  # noqa: E402
 
 import lowbit  # noqa: E402
 from lowbit.decoder.compiled import CompiledDecoder  # noqa: E402
+from lowbit.decoder.eager import EagerDecoder  # noqa: E402
 from lowbit.decoder.generic import GenericDecoder  # noqa: E402
 from lowbit.decoder.runner import Runner  # noqa: E402
 
@@ -119,9 +120,25 @@ def own_embedding(model):
     model.model.embed_tokens = Shifted(VOCAB, 72)
 
 
+def hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, x, y: 2 * y)
+
+
+def hooked_before(model):
+    model.model.norm.register_forward_pre_hook(lambda module, x: (x[0] + 1,))
+
+
+def patched(model):
+    attention = model.model.layers[0].self_attn.o_proj
+    attention.forward = lambda x: 2 * type(attention).forward(attention, x)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
+        (hooked, "model.layers.1.mlp, a Gemma3MLP, has hooks, which it would not call"),
+        (hooked_before, "model.norm, a Gemma3RMSNorm, has hooks, which it would not call"),
+        (patched, "model.layers.0.self_attn.o_proj, a QuantLinear, has a forward that is patched"),
         (own_mlp, "mlp of layer 1 is a MLP, not transformers' own"),
         (own_norm, "self_attn.q_norm of layer 2 is a RMSNorm, not transformers' own"),
         (other_activation, "its activation is 'quick_gelu'"),
@@ -142,6 +159,27 @@ def test_obstacles(change, why, caplog):
         expected = packed(IDS[None]).logits[0]
     runner.forward(IDS[:39])
     assert (runner.forward(IDS[39:]) - expected[-1]).abs().max() < bound(packed, expected)
+
+
+def test_hooks_of_transformers_do_nothing():
+    packed, _ = tiny("gemma3")
+    packed(IDS[None], output_hidden_states=True)
+    assert any(m._forward_hooks for m in packed.modules())
+    assert CompiledDecoder.obstacle(packed) is None
+
+
+def test_hooks_of_a_llama_on_torch_are_called():
+    """Another decoder of a llama, which torch's calls are."""
+    packed, _ = tiny("linear")
+    dense_layer(packed)
+    assert EagerDecoder.serves(packed)
+    assert isinstance(Runner(packed, LENGTH)._decoder, EagerDecoder)
+    packed.model.layers[0].mlp.register_forward_hook(lambda module, x, y: 2 * y)
+    assert not EagerDecoder.serves(packed)
+    runner = Runner(packed, LENGTH)
+    with torch.inference_mode():
+        expected = packed(IDS[None]).logits[0, -1]
+    assert (runner.forward(IDS) - expected).abs().max() < bound(packed, expected)
 
 
 def test_gate_and_up_in_one_weight_of_odd_size():

@@ -137,6 +137,66 @@ def test_fused_layers(tmp_path: Path) -> None:
     assert torch.allclose(torch.from_numpy(y), expected, rtol=tolerance, atol=tolerance)
 
 
+CONVOLUTIONS: dict[str, tuple[nn.Module, str, tuple[int, ...]]] = {
+    "two dimensions": (nn.Conv2d(8, 16, 3, padding=1), "nf4", (2, 8, 9, 7)),
+    "strided, in groups": (nn.Conv2d(8, 16, 3, stride=2, dilation=2, groups=2, bias=False), "q4_1", (2, 8, 11, 12)),
+    "one dimension, padded by itself": (
+        nn.Conv1d(8, 12, 4, padding="same", padding_mode="reflect"), "int3_g64", (2, 8, 20),
+    ),
+    "three dimensions": (nn.Conv3d(4, 6, 2), "mxfp4", (1, 4, 5, 5, 5)),
+    "outliers": (nn.Conv2d(8, 16, 3, padding=(1, 0)), "int4_g32_o2", (2, 8, 9, 7)),
+    "transposed": (
+        nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1), "nf4", (2, 8, 5, 6),
+    ),
+    "transposed, int8": (nn.ConvTranspose1d(8, 6, 3, dilation=2), "int4_row_a8", (2, 8, 5)),
+    "transposed, in groups": (nn.ConvTranspose2d(8, 6, 3, groups=2), "kmeans3_g32", (2, 8, 5, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions(tmp_path: Path, case: str) -> None:
+    conv, format, shape = CONVOLUTIONS[case]
+    model = nn.Sequential(conv)
+    lowbit.quantize_model(model, format, skip=(), progress=False)
+    x = torch.randn(shape)
+    (y,) = run(exported(model, x, tmp_path / "conv.onnx"), x)
+    expected = model(x)
+    assert isinstance(model[0], lowbit.nn.QuantConv)
+    assert y.shape == expected.shape
+    # Sums of at most 72 products in fp32, in another order.
+    assert (torch.from_numpy(y) - expected).abs().max() < 1e-6 * 72**0.5 * expected.abs().max()
+
+
+def test_a_convolutional_network(tmp_path: Path) -> None:
+    """Any number of images; no dense weight in the file."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+    lowbit.quantize_model(model, "int4_g32", skip=(), progress=False)
+    images = torch.export.Dim("images", min=1, max=64)
+    x = torch.randn(3, 3, 16, 16)
+    path = exported(model, x, tmp_path / "net.onnx", dynamic_shapes=({0: images},))
+    for count in (1, 5):
+        x = torch.randn(count, 3, 16, 16)
+        torch.testing.assert_close(
+            torch.from_numpy(run(path, x)[0]), model(x), rtol=1e-4, atol=1e-5
+        )
+    stored = sum(len(t.raw_data) for t in onnx.load(path).graph.initializer)
+    packed = sum(b.nbytes for b in model.buffers() if b is not None)
+    assert packed <= stored < 1.3 * packed
+
+
+def test_convolutions_of_int8_are_refused() -> None:
+    conv = lowbit.nn.QuantConv2d.from_conv(nn.Conv2d(8, 16, 3), "int8_row_a8")
+    known = library.flat_calls(decompositions.DECOMPOSITIONS)[torch.ops.lowbit.conv.default]
+    numbers = ([3, 3], [1, 1], [0] * 4, [1, 1], 1, None)
+    with pytest.raises(
+        NotImplementedError, match="int8 activations are not exported, got format 'int8_row_a8'"
+    ):
+        known(torch.randn(1, 8, 5, 5), None, *conv.kernel_weight().operands, None, *numbers)
+
+
 def test_other_layouts_are_refused() -> None:
     qt = lowbit.quantize(torch.randn(32, 64), "nf4")
     w = layouts.to_operands(qt, "k16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.nn import QuantEmbedding, QuantLinear, ReorderedLinear
+from lowbit.integrations import dense, dequantizing
+from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
 from lowbit.nn.embedding import ScaledEmbedding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,6 +95,72 @@ def test_models_of_transformers_within_another(tmp_path: Path) -> None:
     inner.save_pretrained(tmp_path)
     found = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(found(IDS[None]).logits, inner(IDS[None]).logits)
+
+
+def state_of(model: nn.Module) -> list[object]:
+    """Identities of modules, tensors and hooks, and the names of attributes."""
+    found: list[object] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        own, config = vars(module), vars(module).get("config")
+        hooks = {key: list(value.items()) for key, value in own.items() if key.endswith("_hooks")}
+        found.append(
+            (name, id(module), sorted(own), hooks, vars(config).copy() if config else None)
+        )
+        tensors = {**module._parameters, **module._buffers}
+        found.append({key: id(t) for key, t in tensors.items()})
+        for hook in module._load_state_dict_pre_hooks.values():
+            found.append(hook.module() is module)
+    return found
+
+
+@pytest.mark.parametrize("failing", ["no dense form", 3, 9, 16, 18])
+def test_whatever_is_raised_it_is_as_it_was(monkeypatch, failing: str | int) -> None:
+    """Two models of transformers, with experts, and packed layers beside them that are fused."""
+    transformers = pytest.importorskip("transformers")
+    from lowbit.integrations import quantizing
+
+    size = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+    }
+    config = transformers.MixtralConfig(**size, num_key_value_heads=2, num_local_experts=2)
+    inner = [transformers.MixtralForCausalLM(config).eval() for _ in range(2)]
+    outer = nn.ModuleDict({"first": inner[0], "second": inner[1], "net": Net()})
+    lowbit.quantize_model(outer, "int4_g32", progress=False)
+    q = inner[0].model.layers[0].self_attn.q_proj
+    q.register_load_state_dict_pre_hook(lambda *_: None)
+    q.register_forward_hook(lambda *_: None)
+    assert lowbit.nn.fuse(outer) == 2
+    if failing == "no dense form":
+        inner[1].extra = PackedModule(lowbit.quantize(torch.randn(64, 64), "nf4"))
+    else:
+        _fail_at(monkeypatch, quantizing, failing)
+    before, ids = state_of(outer), IDS[None]
+    fused = q._siblings
+    y = inner[0](ids).logits, outer["net"](IDS)
+    with pytest.raises((NotImplementedError, KeyboardInterrupt)):
+        lowbit.dequantize_model(outer)
+    assert state_of(outer) == before
+    assert q._siblings is fused
+    assert len(fused.layers) == 3
+    assert torch.equal(inner[0](ids).logits, y[0])
+    assert torch.equal(outer["net"](IDS), y[1])
+
+
+def _fail_at(monkeypatch, quantizing, number: int) -> None:
+    """The layer of this number is interrupted."""
+    count = itertools.count(1)
+
+    def dense_of(module, dtype):
+        if next(count) == number:
+            raise KeyboardInterrupt
+        return dense.dense_of(module, dtype)
+
+    monkeypatch.setattr(dequantizing, "dense_of", dense_of)
+    monkeypatch.setattr(quantizing, "dense_of", dense_of)
 
 
 def test_bad_input() -> None:

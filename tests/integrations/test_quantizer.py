@@ -216,6 +216,20 @@ def test_recipes_and_ties(tmp_path: Path, name: str, skip: tuple[str, ...]):
         assert_same(again, model)
 
 
+@pytest.mark.parametrize("name", ["tied", "gpt2"])
+def test_a_tied_weight_in_two_formats(tmp_path: Path, name: str):
+    """Each has a weight of its own then, also where the folder is loaded again."""
+    recipe = {"embed_tokens|wte": "int8_g32", ".*": "nf4"}
+    dense(name).save_pretrained(tmp_path / "dense")
+    config = lowbit.LowbitConfig(recipe, skip=())
+    model = load(name, tmp_path / "dense", quantization_config=config)
+    assert_same(model, quantized(load(name, tmp_path / "dense"), recipe, skip=()))
+    head, rows = model.get_output_embeddings(), model.get_input_embeddings()
+    assert (head.format.name, rows.format.name) == ("nf4", "int8_g32")
+    model.save_pretrained(tmp_path / "out")
+    assert_same(load(name, tmp_path / "out"), model)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_dtypes(tmp_path: Path, name: str, dtype: torch.dtype):

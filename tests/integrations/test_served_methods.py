@@ -244,6 +244,10 @@ def test_sglang_finds_the_layers(sglang: dict[str, Any], tmp_path: Path) -> None
         assert sglang[table] == {"lowbit": kind}
     model = types.SimpleNamespace(_name_or_path=str(tmp_path))
     config = kind.from_config({"quant_method": "lowbit", "hf_config": model})
+    assert (kind.get_name(), kind.get_config_filenames(), kind.get_min_capability()) == (
+        "lowbit", [], 80,
+    )  # fmt: skip
+    assert torch.bfloat16 in kind.get_supported_act_dtypes()
     linear = SGLANG["sglang.srt.layers.linear"]["LinearBase"]()
     rows = SGLANG["sglang.srt.layers.vocab_parallel_embedding"]["VocabParallelEmbedding"]()
     assert isinstance(config.get_quant_method(linear, "qkv_proj"), LinearMethod)

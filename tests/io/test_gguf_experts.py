@@ -26,6 +26,7 @@ from gguf_moe import MOE, MXFP4
 from test_fuzz_readers import edits, fuzz, overwrite
 from test_gguf_models import TOKENS, bound
 from test_gguf_models_bad import output_of
+from transformers import AutoModelForCausalLM
 
 import lowbit
 from gguf_files import random_blocks, write
@@ -35,7 +36,7 @@ from lowbit.integrations.quantizing import dequantize_modules
 from lowbit.integrations.transformers import load_gguf, load_gguf_decoded, packed_modules
 from lowbit.io.readers.gguf import GGUFFile
 from lowbit.io.readers.gguf_blocks import BLOCK_TYPES
-from lowbit.nn import QuantExperts
+from lowbit.nn import JoinedLinear, QuantExperts
 
 every_case = pytest.mark.parametrize("case", MOE)
 
@@ -184,19 +185,89 @@ def test_halves_of_two_types_are_kept_apart(
         assert all(torch.equal(t, state[n]) for n, t in dense.state_dict().items())
 
 
-def test_a_joint_linear_of_two_types_is_quantized_anew(tmp_path: Path) -> None:
-    """That of granitemoe's shared expert, with a warning, or as one says."""
-    kinds = {**KINDS, "ffn_up_shexp": GGMLType.Q8_0}
-    path, _ = make(MOE["granitemoe with a shared expert"], tmp_path, kinds)
-    with pytest.warns(UserWarning, match="2 tensors of type Q4_1, Q8_0, some joined to one weight"):
+SHARED = "granitemoe with a shared expert"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [None, GGMLType.Q8_0])
+def test_halves_of_a_linear_are_kept_apart(
+    tmp_path: Path, recwarn: Any, kind: GGMLType | None
+) -> None:
+    """Of granitemoe's shared expert, whose gates transformers has in one linear with what they multiply."""
+    rng = np.random.default_rng(0)
+    up = rng.standard_normal((32, 64)).astype(np.float32) / 8
+    stored = up if kind is None else gguf.quantize(up, kind)
+    path, oracle = make(MOE[SHARED], tmp_path, more={"blk.0.ffn_up_shexp.weight": (stored, kind)})
+    values = torch.from_numpy(up if kind is None else gguf.dequantize(stored, kind))
+    name = "model.layers.0.shared_mlp.input_linear"
+    oracle.get_submodule(name).weight.data[32:] = values
+    state = oracle.state_dict()
+    model = lowbit.load_model(path, dtype=torch.float32)
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+    joined = model.get_submodule(name)
+    assert isinstance(joined, JoinedLinear)
+    assert (joined.out_features, joined.in_features) == (64, 64)
+    gate, other = joined
+    assert gate.format.name == "q4_1"
+    assert torch.equal(gate.quant_tensor().dequantize(), state[f"{name}.weight"][:32])
+    if kind is None:
+        assert type(other) is torch.nn.Linear
+        assert torch.equal(other.weight, values)
+    else:
+        assert other.format.name == "q8_0"
+        assert torch.equal(other.quant_tensor().dequantize(), values)
+    expected = oracle(TOKENS[None]).logits
+    assert (model(TOKENS[None]).logits - expected).abs().max() < bound(model.config, expected)
+    # Saved and loaded, by three ways, and dense again by two.
+    lowbit.save(model, tmp_path / "own" / "model.safetensors")
+    model.config.save_pretrained(tmp_path / "own")
+    model.save_pretrained(tmp_path / "theirs")
+    read = [lowbit.load_model(tmp_path / "own")]
+    read.append(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"))
+    read.append(lowbit.load(type(oracle)(copy.deepcopy(oracle.config)), tmp_path / "own"))
+    packed = model.state_dict()
+    for again in read:
+        assert again.state_dict().keys() == packed.keys()
+        assert all(torch.equal(t, packed[n]) for n, t in again.state_dict().items())
+        assert torch.equal(again(TOKENS[None]).logits, model(TOKENS[None]).logits)
+    dense = load_gguf_decoded(path, torch.float32)
+    dequantize_modules(read[0], torch.float32)
+    dequantized = read[1].get_submodule(name)
+    lowbit.dequantize_model(read[1].get_submodule("model.layers.0.shared_mlp"), torch.float32)
+    assert type(read[1].get_submodule(name)) is torch.nn.Linear
+    assert not any(isinstance(m, JoinedLinear) for m in (*dense.modules(), *read[0].modules()))
+    assert torch.equal(read[1].get_submodule(name).weight, state[f"{name}.weight"])
+    assert isinstance(dequantized, JoinedLinear)
+    for each in (dense, read[0]):
+        assert each.state_dict().keys() == state.keys()
+        assert all(torch.equal(t, state[n]) for n, t in each.state_dict().items())
+
+
+def test_dense_halves_of_two_types_are_one_linear(tmp_path: Path) -> None:
+    kinds = {**KINDS, "ffn_gate_shexp": None, "ffn_up_shexp": GGMLType.F16}
+    path, _ = make(MOE[SHARED], tmp_path, kinds)
+    model = load_gguf(path, dtype=torch.float32)
+    assert type(model.model.layers[0].shared_mlp.input_linear) is torch.nn.Linear
+    stored = GGUFFile(path)
+    halves = [stored[f"blk.0.ffn_{half}_shexp.weight"].float() for half in ("gate", "up")]
+    got = model.model.layers[0].shared_mlp.input_linear.weight
+    assert torch.equal(got, torch.cat(halves))
+
+
+def test_a_type_that_no_format_holds_is_quantized_anew(tmp_path: Path, monkeypatch: Any) -> None:
+    """One that a later package `gguf` knows: with a warning, or as one says."""
+    path, oracle = make(MOE[SHARED], tmp_path)
+    monkeypatch.delitem(BLOCK_TYPES, GGMLType.Q8_0)
+    with pytest.warns(UserWarning, match="no format holds . tensors of type Q8_0; they are"):
         model = load_gguf(path, dtype=torch.float32)
-    assert model.model.layers[0].shared_mlp.input_linear.format.name == "int8_g32"
+    name = "model.layers.0.shared_mlp.output_linear"
+    assert model.get_submodule(name).format.name == "int8_g32"
     exact = lowbit.load_model(path, dtype=torch.float32, inexact="dense")
-    values = exact.model.layers[0].shared_mlp.input_linear.weight.detach()
-    assert values.dtype == torch.float32
+    values = exact.get_submodule(name).weight.detach()
+    assert torch.equal(values, oracle.get_submodule(name).weight)
     with pytest.warns(UserWarning, match="quantized anew to nf4, with a loss: a relative"):
         model = load_gguf(path, dtype=torch.float32, inexact="nf4")
-    got = model.model.layers[0].shared_mlp.input_linear.quant_tensor()
+    got = model.get_submodule(name).quant_tensor()
     assert torch.equal(got.dequantize(), lowbit.quantize(values, "nf4").dequantize())
 
 

@@ -27,6 +27,7 @@ FUSED: dict[str, Case] = {
     "smollm3": CASES["smollm3 with biases"],
     "qwen3moe": MOE["qwen3moe"],
     "gpt-oss": MOE["gpt-oss"],
+    "chatglm": CASES["chatglm"],  # of which ChatGLM's own checkpoints are
 }
 
 

@@ -16,14 +16,21 @@ pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from gguf import MODEL_ARCH_NAMES
 from gguf import GGMLQuantizationType as GGMLType
 from gguf_architectures import SPECS, Spec, fields_of, tensors_of, write_model
 from test_fuzz_readers import edits, fuzz, outcome, overwrite
+from transformers.modeling_gguf_pytorch_utils import GGUF_CONFIG_MAPPING
 
 from gguf_files import random_blocks
 from lowbit.integrations import gguf_models
+from lowbit.integrations.gguf_configs import _ARCHITECTURES
 from lowbit.integrations.transformers import load_gguf
 
+# By llama.cpp's names: other entries are sections of the metadata, or names that transformers changes before.
+ARCHITECTURES_OF_TRANSFORMERS = [
+    name for name in GGUF_CONFIG_MAPPING if name in MODEL_ARCH_NAMES.values()
+]
 RNG = np.random.default_rng(0)
 
 BIAS, FACTORS = (np.zeros(256, np.float32), None), (np.ones(64, np.float32), None)
@@ -141,6 +148,11 @@ REFUSED = {
         "qwen2", {"blk.0.ffn_up_exps.weight": BIAS}, {"arch": "deepseek2"}, NotImplementedError,
         "'deepseek2'; .*load a folder of transformers",
     ),
+    "rotated by time, height and width": (
+        "phi3", {}, {"arch": "glm4", **{f"glm4.{k[5:]}": v for k, v in fields_of(SPECS["phi3"]).items() if k[0] == "p"},
+                     "glm4.rope.dimension_sections": [8, 12, 12, 0]},
+        NotImplementedError, r"glm4.rope.dimension_sections .*; expected 0",
+    ),
     "no architecture": ("qwen2", {}, {"arch": ""}, ValueError, "architecture' is missing"),
 }  # fmt: skip
 
@@ -151,6 +163,14 @@ def test_what_is_refused_and_why(tmp_path, case):
     with pytest.raises(error, match=message) as e:
         load_gguf(write_model(tmp_path / "bad.gguf", SPECS[arch], tensors, **fields))
     assert "bad.gguf" in str(e.value)
+
+
+@pytest.mark.parametrize("arch", sorted({*ARCHITECTURES_OF_TRANSFORMERS} - {*_ARCHITECTURES}))
+def test_every_other_architecture_of_transformers_reader_is_refused(tmp_path, arch):
+    """By its name, before anything is made, and with what can be done."""
+    path = write_model(tmp_path / "a.gguf", SPECS["qwen2"], arch=arch)
+    with pytest.raises(NotImplementedError, match=rf"'{arch}'; expected one of .*gguf_file=name"):
+        load_gguf(path)
 
 
 def test_heads_of_a_stablelm_are_as_wide_as_it_is(tmp_path):

@@ -89,14 +89,17 @@ def test_a_folder_is_recognized(tmp_path: Path) -> None:
     assert isinstance(open_checkpoint(tmp_path), NativeReader)
 
 
-def test_dense_tensors_are_converted_when_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mmap", [True, False])
+def test_dense_tensors_are_converted_when_asked(tmp_path: Path, mmap: bool) -> None:
     save_file({"b": DENSE, "i": torch.ones(2, dtype=torch.int32)}, tmp_path / "x.safetensors")
-    checkpoint = DenseReader(tmp_path, dtype=torch.bfloat16)
+    checkpoint = DenseReader(tmp_path, mmap, torch.bfloat16)
     assert {row.name: row.format for row in checkpoint.describe()} == {
         "b": "bfloat16",
         "i": "int32",
     }
-    assert checkpoint.layer("b").dtype == torch.bfloat16
+    assert torch.equal(checkpoint.layer("b"), DENSE.bfloat16())
+    assert torch.equal(checkpoint.layer("i"), torch.ones(2, dtype=torch.int32))
+    assert torch.equal(checkpoint.files[0].tensor("b", 1), DENSE[1].bfloat16())
 
 
 def test_what_no_reader_takes_is_named(tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ _SANDWICH_NORMS = {
 _HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
 
+# transformers installs hooks at the first call that asks for hidden states; they do nothing in others.
+_CAPTURING = "transformers.utils.output_capturing"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Architecture:
     """In what the forward of an architecture differs from llama's.
@@ -137,6 +141,8 @@ def describe(model: PreTrainedModel) -> Description:
         raise NotImplementedError(
             f"the model is a {type(model).__name__}, not one of {', '.join(_ARCHITECTURES)}"
         )
+    if why := attached(model):
+        raise NotImplementedError(why)
     inner: Any = model.model
     config, attention = model.config, inner.layers[0].self_attn
     dtype = inner.norm.weight.dtype
@@ -178,6 +184,18 @@ def describe(model: PreTrainedModel) -> Description:
     )
     _check(described, found)
     return described
+
+
+def attached(model: nn.Module) -> str | None:
+    """What is attached to modules of a model and only their own calls do: hooks, or a forward that is patched."""
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        what = f"{name or 'the model'}, a {type(module).__name__},"
+        if any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
+            return f"{what} has hooks, which it would not call"
+        if "forward" in vars(module) and "_hf_hook" not in vars(module):
+            return f"{what} has a forward that is patched"
+    return None
 
 
 def other_rope(model: PreTrainedModel) -> str | None:

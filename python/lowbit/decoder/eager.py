@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from lowbit.decoder.bound import bind_linear
-from lowbit.decoder.description import other_rope
+from lowbit.decoder.description import attached, other_rope
 from lowbit.decoder.sampling import likeliest
 from lowbit.nn import QuantLinear
 
@@ -63,6 +63,7 @@ class EagerDecoder:
             isinstance(model, LlamaForCausalLM)
             and model.config.hidden_act == "silu"
             and other_rope(model) is None
+            and attached(model) is None
         )
 
     def forward(

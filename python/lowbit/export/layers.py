@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
+from lowbit.nn import JoinedLinear, PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear
 from lowbit.nn.embedding import ScaledQuantEmbedding
 from lowbit.weights.quantized import QuantTensor
 
@@ -52,6 +52,11 @@ def packed_layers(model: nn.Module) -> dict[str, PackedModule]:
     """
     found: dict[str, PackedModule] = {}
     for name, module in model.named_modules():
+        if isinstance(module, JoinedLinear):
+            raise NotImplementedError(
+                f"{name} is a JoinedLinear, whose halves are one weight elsewhere: load the model with format=, "
+                "or make it dense (lowbit.dequantize_model)"
+            )
         if not isinstance(module, PackedModule):
             continue
         if type(module) not in _KINDS:

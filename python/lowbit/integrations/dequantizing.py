@@ -17,14 +17,16 @@ from lowbit.nn import (
     QuantLinear,
     unfuse,
 )
+from lowbit.nn.stand_ins import join_dense
 from lowbit.nn.surgery import replace
+from lowbit.nn.undo import as_it_was
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Puts a dense module with the values that a packed one stands for in the place of each, in place.
 
     What shares a weight still does. A model of transformers or diffusers, also one within another module, says that it
-    is dense again, as its own `dequantize()` lets it.
+    is dense again, as its own `dequantize()` lets it. If anything is raised, all is as it was.
 
     Args:
         model: with packed layers, or without.
@@ -35,8 +37,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list
 
     Raises:
         ValueError: the model itself is a packed layer (`QuantLinear.to_linear` makes the dense one).
-        NotImplementedError: a packed layer has no dense form, or is spread over processes; nothing is changed then but
-            models of a library before the one that holds it.
+        NotImplementedError: a packed layer has no dense form, or is spread over processes.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -54,9 +55,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list
     rest = [] if "" in owners else [name for name in names if not name.startswith(inside)]
     for name in rest:
         _check(name, model.get_submodule(name))
-    for owner in owners.values():
-        owner.hf_quantizer.make_dense(owner, dtype)
-    put_dense(model, rest, dtype)
+    with as_it_was(model):
+        for owner in owners.values():
+            owner.hf_quantizer.make_dense(owner, dtype)
+        put_dense(model, rest, dtype)
     return names
 
 
@@ -84,6 +86,7 @@ def put_dense(model: nn.Module, names: Iterable[str], dtype: torch.dtype | None 
         dense.weight = weights.setdefault(id(module._buffers), dense.weight)
         every = [other for other, m in modules.items() if m is module]
         replace(model, every, dense, own=_own_names(module))
+    join_dense(model)
 
 
 def _check(name: str, module: nn.Module) -> None:

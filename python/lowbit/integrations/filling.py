@@ -217,6 +217,8 @@ class _Filling:
             # What scores experts: a parameter of a module of its own.
             decoded = True
             self.found.dense.append(name)
+        elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            decoded = True  # DeepSeek-V4's products of groups
         target = None if self._is_head(module) else self.format
         nearest = self._nearest(layer) if target is None else None
         if decoded or target is not None:

@@ -17,7 +17,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lowbit import layouts
 from lowbit.backends import available
 from lowbit.integrations.parts import whole
-from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, ReorderedLinear, states, unfuse
+from lowbit.nn import (
+    PackedModule,
+    QuantConv,
+    QuantEmbedding,
+    QuantLinear,
+    ReorderedLinear,
+    states,
+    unfuse,
+)
 from lowbit.nn.embedding import ScaledQuantEmbedding
 from lowbit.nn.split import BYTES
 from lowbit.weights.quantized import QuantTensor, tensor_specs
@@ -42,7 +50,8 @@ def shardable(model: Model) -> Model:
         The model.
 
     Raises:
-        NotImplementedError: a packed module is of another kind than a linear or an embedding. Nothing is changed then.
+        NotImplementedError: a packed module is of another kind than a linear, an embedding or a convolution. Nothing is
+            changed then.
         ValueError: parts of a weight are learnable, or it is spread over ranks already. Nothing is changed then.
 
     Example:
@@ -53,7 +62,7 @@ def shardable(model: Model) -> Model:
     """
     packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedModule)}
     for name, module in packed.items():
-        if type(module) not in _KINDS:
+        if type(module) not in _KINDS and not isinstance(module, QuantConv):
             raise NotImplementedError(
                 f"{name} is a {type(module).__name__}, which cannot be sharded"
             )
@@ -137,6 +146,10 @@ class Bytes:
         """x W^T + bias."""
         return layer.product(x, layer._parameters["bias"], self._tensors(layer))  # type: ignore[no-any-return]
 
+    def convolution(self, layer: Any, x: Tensor) -> Tensor:
+        """The convolution of x."""
+        return layer.product(x, self._tensors(layer))  # type: ignore[no-any-return]
+
     def embedding(self, layer: Any, indices: Tensor) -> Tensor:
         """Rows of the weight."""
         return layer.rows(indices, self._tensors(layer))  # type: ignore[no-any-return]
@@ -171,7 +184,8 @@ class Bytes:
         flat = layer._parameters[BYTES].detach()
         local = flat.to_local() if isinstance(flat, DTensor) else flat
         weight = QuantTensor.from_file(layer.format, layer.shape, full).validate().to(local.device)
-        blank = type(layer).from_quant_tensor(weight)
+        more = {"like": layer} if isinstance(layer, QuantConv) else {}
+        blank = type(layer).from_quant_tensor(weight, **more)
         values = self.joined(blank._buffers)
         if isinstance(flat, DTensor):
             values = _rows(values, flat.device_mesh).to_local()

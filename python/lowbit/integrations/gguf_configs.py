@@ -15,6 +15,8 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
     GPT2Config,
     GptOssConfig,
     GraniteConfig,
@@ -208,6 +210,15 @@ def _phi3(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
     arguments["sliding_window"] = unless_zero(file, "phi3.attention.sliding_window", int)
 
 
+def _glm(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
+    """Gates are the first half of the rows of `ffn_up`, as of phi3."""
+    arch = file.metadata["general.architecture"]
+    # Of the part of a GLM-4V or GLM-OCR that reads text.
+    for name in ("rope.dimension_sections", "nextn_predict_layers"):
+        want(file, f"{arch}.{name}", 0, 0)
+    arguments["attention_bias"] = has(file, "blk.0.attn_q.bias")
+
+
 def _starcoder2(file: GGUFFile, arguments: _Arguments, dim: int) -> None:
     arguments["use_bias"] = "blk.0.attn_output.bias" in file.tensors
 
@@ -359,11 +370,14 @@ _EXPERTS: dict[str, Any] = {"experts": True}
 _SHARED = "granitemoe.expert_shared_feed_forward_length"
 _ARCHITECTURES = {
     "bert": Architecture(config=BertConfig, more=_bert, **_ENCODER),
+    # Their converter leaves heads as they are, and both programs rotate pairs of neighbours.
+    "chatglm": Architecture(config=GlmConfig, partial=True, more=_glm),
     "falcon": Architecture(
         config=FalconConfig, eps="layer_norm_epsilon", more=_falcon, processor=FalconProcessor
     ),
     "gemma2": Architecture(config=Gemma2Config, more=_gemma2, **_LIKE_GEMMA),
     "gemma3": Architecture(config=Gemma3TextConfig, more=_gemma3, **_LIKE_GEMMA),
+    "glm4": Architecture(config=Glm4Config, partial=True, more=_glm),
     "gpt-oss": Architecture(config=GptOssConfig, more=gpt_oss, yarn=True, **_EXPERTS),
     "gpt2": Architecture(config=GPT2Config, eps="layer_norm_epsilon", more=_gpt2),
     "granite": Architecture(config=GraniteConfig, more=_granite, **_LIKE_LLAMA),

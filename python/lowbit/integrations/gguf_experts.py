@@ -18,6 +18,8 @@ from lowbit.nn.experts import rows_of_halves
 
 _Array = np.ndarray[Any, Any]
 
+# GraniteMoe's gates of the expert that every token has, and what they multiply: one linear there.
+SHARED = "shared_mlp.input_linear"
 # A linear of a QuantExperts; transformers has one parameter of all, and another one of their biases.
 _SPLIT = re.compile(r"(.+\.(?:gate_up|gate|up|down)_proj)\.(\d+)\.(weight|bias)")
 _GATE = re.compile(r"(.+)\.gate_proj(|_bias)")
@@ -26,7 +28,7 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 # them by turns. The names are those of other classes: gguf's map has them for all architectures.
 _PULLED_APART = {
     "block_sparse_moe.input_linear.weight": ("mlp.experts.{}_proj.weight", False),
-    "shared_mlp.input_linear.weight": ("mlp.shared_expert.{}_proj.weight", False),
+    f"{SHARED}.weight": ("mlp.shared_expert.{}_proj.weight", False),
     "mlp.experts.gate_up_proj": ("mlp.experts.{}_proj.weight", True),
     "mlp.experts.gate_up_proj_bias": ("mlp.experts.{}_proj.bias", True),
 }
@@ -40,8 +42,14 @@ _RENAMED = {
 
 def experts_together(numbers: Mapping[str, _Array], model: nn.Module) -> dict[str, _Array]:
     """The rows (N,) of the linears of a `QuantExperts` as those (E, N) of the parameter of a model that they are parts
-    of; gates that are apart are joined with what they multiply.
+    of; gates that are apart are joined with what they multiply, and so are those of a `JoinedLinear`.
     """
+    numbers = dict(numbers)
+    for name in [name for name in numbers if name.endswith(f"{SHARED}.0.weight")]:
+        stem = name.removesuffix(".0.weight")
+        numbers[f"{stem}.weight"] = np.concatenate(
+            [numbers.pop(f"{stem}.{i}.weight") for i in range(2)]
+        )
     made = _stacked(numbers, _SPLIT, lambda m: m[1] + ("_bias" if m[3] == "bias" else ""))
     for name in [name for name in made if _GATE.fullmatch(name)]:
         experts, bias = _GATE.fullmatch(name).groups()  # type: ignore[union-attr]

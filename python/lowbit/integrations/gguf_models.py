@@ -16,6 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 from lowbit.formats import Format, as_format
 from lowbit.integrations.configuration import without_weights
 from lowbit.integrations.gguf_configs import architecture, config_of
+from lowbit.integrations.gguf_experts import SHARED
 from lowbit.integrations.gguf_keys import divided
 from lowbit.integrations.gguf_rows import (
     ROPE_FACTORS,
@@ -98,12 +99,16 @@ def configured(file: GGUFFile) -> tuple[Any, Any]:
 
 
 def _apart(file: GGUFFile, model: PreTrainedModel) -> list[str]:
-    """The modules of experts whose gates are of another type than what they multiply, and are kept apart from it."""
+    """The modules whose gates are of another type than what they multiply, and are kept apart from it: experts, and the
+    linear of one that is shared.
+    """
     found = []
     for name, module in model.named_modules():
         number = re.search(r"\.(\d+)\.", name)
-        if number is not None and "gate_up_proj" in projections(module):
-            halves = [f"blk.{number[1]}.ffn_{half}_exps.weight" for half in ("gate", "up")]
+        shared = name.endswith(SHARED)
+        if number is not None and (shared or "gate_up_proj" in projections(module)):
+            kind = "shexp" if shared else "exps"
+            halves = [f"blk.{number[1]}.ffn_{half}_{kind}.weight" for half in ("gate", "up")]
             if len({file.tensors[half].type for half in halves if half in file.tensors}) == 2:
                 found.append(name)
     return found
@@ -150,11 +155,9 @@ class _Filling:
         if self.lossy:
             assert isinstance(self.nearest, Format)
             types = {self.file.tensors[name].type for name in self.lossy}
-            # Those that a format does hold, alone.
-            joint = ", some joined to one weight" if types & BLOCK_TYPES.keys() else ""
             warnings.warn(
                 f"{self.file.path}: no format holds {len(self.lossy)} tensors of type "
-                f"{', '.join(sorted(t.name for t in types))}{joint}; they are quantized anew "
+                f"{', '.join(sorted(t.name for t in types))}; they are quantized anew "
                 f"to {self.nearest.name}, with a loss: a relative error of up to {max(self.lossy.values()):.2g}: "
                 f"{', '.join(list(self.lossy)[:8])}",
                 stacklevel=5,

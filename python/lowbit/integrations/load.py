@@ -26,6 +26,7 @@ from lowbit.io.readers.native import NativeReader
 from lowbit.io.readers.registry import open_checkpoint
 from lowbit.methods import quantize
 from lowbit.nn import PackedModule, QuantEmbedding, QuantLinear, set_activations
+from lowbit.nn.stand_ins import stand_ins
 from lowbit.nn.surgery import replace
 from lowbit.ptq import quantize_model
 
@@ -165,16 +166,20 @@ def keep_stored(model: PreTrainedModel, path: str | os.PathLike[str]) -> dict[st
         stored = _load_native(Path(path), model.dtype, "cpu", None)
     else:
         stored, _ = load_as_stored(path, model.dtype)
+    packed = {n: m for n, m in stored.named_modules() if isinstance(m, PackedModule)}
     kept: dict[str, str] = {}
-    for name, module in stored.named_modules():
-        dense = model.get_submodule(name)
-        if not isinstance(module, PackedModule) or type(dense) not in (nn.Linear, nn.Embedding):
-            continue
-        weight = dense.get_parameter("weight")
-        if torch.equal(values_of(module).to(weight.dtype), weight):
-            kept[name] = module.format.name
-    for name in kept:
-        replace(model, name, stored.get_submodule(name))
+    # Experts, and halves of a linear, are layers of their own there.
+    with stand_ins(model, packed):
+        modules = dict(model.named_modules())
+        for name, module in packed.items():
+            dense = modules.get(name)
+            if not (isinstance(dense, nn.Linear) or type(dense) is nn.Embedding):
+                continue
+            weight = dense.get_parameter("weight")
+            if torch.equal(values_of(module).to(weight.dtype), weight):
+                kept[name] = module.format.name
+        for name in kept:
+            replace(model, name, stored.get_submodule(name))
     return kept
 
 

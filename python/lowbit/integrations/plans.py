@@ -20,7 +20,7 @@ from lowbit.integrations.distributed import (
     RowwiseParallel,
     split_experts,
 )
-from lowbit.nn import PackedModule, QuantExperts
+from lowbit.nn import JoinedLinear, PackedModule, QuantExperts
 
 Plan = Mapping[str, "str | ParallelStyle"]
 
@@ -39,6 +39,7 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
 _OF_EXPERTS = {"packed_colwise": (0, 2), "colwise": (0, 1), "rowwise": (1, 1)}
 # Styles that cut no weight: transformers' own do for packed modules.
 UNCUT = ("replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj", "all_reduce")
+_KINDS = (PackedModule, QuantExperts, JoinedLinear)
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
 
 
@@ -95,7 +96,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Plan | None = None) ->
 def _split_dense(model: nn.Module, mesh: DeviceMesh, rules: Plan) -> None:
     named: dict[str, str] = {}
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedModule | QuantExperts):
+        if isinstance(module, _KINDS):
             continue
         style = _style(name, rules)
         for key in [*module._parameters]:
@@ -119,7 +120,7 @@ def split_packed(model: nn.Module, mesh: DeviceMesh, rules: Plan) -> None:
     """
     for name, module in list(model.named_modules()):
         style = _style(name, rules)
-        if style is None or not isinstance(module, PackedModule | QuantExperts):
+        if style is None or not isinstance(module, _KINDS):
             continue
         try:
             _split(model, name, module, style, mesh)

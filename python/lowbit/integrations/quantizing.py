@@ -99,16 +99,20 @@ class OnLoad(Job):
         check_rules([rule for rule, _ in self._plan.values()], False)
         self._forms = forms
         parts: dict[str, list[tuple[str, Rule, Any]]] = {}
+        # What the model shares is one tensor of the checkpoint, and may have several formats.
+        shared: dict[int, list[tuple[str, Rule, Any]]] = {}
         for names, (rule, weight) in self._plan.items():
             for name in names:
                 part = name, rule, (weight, rule.format)
                 parts.setdefault(self._tensor(name), []).append(part)
+        for each in parts.values():
+            shared.setdefault(each[0][2][0], []).extend(each)
         # A weight that something else has too must be there when that is tied to it.
         parameters = dict(model.named_parameters(remove_duplicate=False))
         dense = {id(p) for name, p in parameters.items() if name not in parts}
         # Of experts in one tensor all or none.
         self._taken = {
-            name: each
+            name: shared[each[0][2][0]]
             for name, each in parts.items()
             if id(parameters[name]) not in dense
             and (self._form(each[0][0]).expert is None or len(each) == len(parameters[name]))
@@ -122,7 +126,7 @@ class OnLoad(Job):
 
     def layers(self) -> set[str]:
         """By the plan."""
-        names = {name for names in self._plan for name in names}
+        names = {name for each in self._plan for name in each}
         fused = {_owner(name) for name in names if self._form(name).expert is not None}
         return names | fused | {_owner(name) for name in fused}
 
@@ -154,8 +158,7 @@ class OnLoad(Job):
     def _quantize(self, rule: Rule, key: Any, weight: Tensor) -> None:
         values = weight.detach()
         check_weight(values, rule.format.matrix)  # type: ignore[union-attr]
-        made = Method(rule, None)(None, values.contiguous())
-        self._made[key] = made, weight.dtype
+        self._made[key] = Method(rule, None)(None, values.contiguous()), weight.dtype
 
     def finish(self) -> None:
         """Raises what the first weight that cannot be quantized raised."""

@@ -14,12 +14,37 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.integrations.served import Pieces, Place, Product, Rows, Shard, Weight, rows_between
+from lowbit.ops.checks import FLOAT_DTYPES
 from lowbit.weights.quantized import QuantTensor
 
 METHOD = "lowbit"
 _QKV = {"q": 0, "k": 1, "v": 2}
 # The attribute of a layer that holds its packed weight.
 HELD = "lowbit_weight"
+
+
+class ServedConfig:
+    """What configurations of every program say of the method."""
+
+    @classmethod
+    def get_name(cls) -> str:
+        """As in config.json."""
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """The dtypes of activations."""
+        return list(FLOAT_DTYPES)
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Of GPUs: that of the CUDA and Triton kernels."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: formats are in the metadata of the tensors' files."""
+        return []
 
 
 class _Stand(nn.Parameter):

@@ -18,8 +18,7 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from torch import nn
 
 from lowbit.integrations.served import Catalog
-from lowbit.integrations.served_methods import METHOD, EmbeddingMethod, LinearMethod
-from lowbit.ops.checks import FLOAT_DTYPES
+from lowbit.integrations.served_methods import METHOD, EmbeddingMethod, LinearMethod, ServedConfig
 
 # Of linears that are one in SGLang, where a model does not say which.
 _PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -33,7 +32,7 @@ class LowbitEmbeddingMethod(EmbeddingMethod, QuantizeMethodBase):  # type: ignor
     """Computes embeddings and heads of packed weights."""
 
 
-class LowbitSglangConfig(QuantizationConfig):  # type: ignore[misc]
+class LowbitSglangConfig(ServedConfig, QuantizationConfig):  # type: ignore[misc]
     """What SGLang asks of a model whose config.json names "lowbit".
 
     Args:
@@ -43,26 +42,6 @@ class LowbitSglangConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, catalog: Catalog) -> None:
         super().__init__()
         self.catalog = catalog
-
-    @classmethod
-    def get_name(cls) -> str:
-        """As in config.json."""
-        return METHOD
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """The dtypes of activations."""
-        return list(FLOAT_DTYPES)
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Of GPUs: that of the CUDA and Triton kernels."""
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """None: formats are in the metadata of the tensors' files."""
-        return []
 
     def get_scaled_act_names(self) -> list[str]:
         """None."""

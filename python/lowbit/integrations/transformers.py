@@ -40,9 +40,9 @@ def load_gguf(
     F32) stay dense in `dtype`. Frequencies of the rotary embedding are divided by the file's
     factors (`rope_freqs.weight`) if it has them. All is read into memory: the file may change later.
     Linears and embeddings of a type that no format holds are quantized anew, and a warning names
-    them; so are tensors of two types that are one weight of transformers' model (of granitemoe's shared
-    expert). Of bert and nomic-bert it is the encoder, without pooling. Experts are in a `QuantExperts`; gates and
-    what they multiply, which the file has apart, are in two of them in layers that have two types.
+    them. Of bert and nomic-bert it is the encoder, without pooling. Experts are in a `QuantExperts`; gates and
+    what they multiply, which the file has apart, are in two of them in layers that have two types, and those of
+    granitemoe's shared expert in a `JoinedLinear`.
 
     Args:
         path: the file, or any part of a split one.

@@ -26,8 +26,7 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 from vllm.platforms import current_platform
 
 from lowbit.integrations.served import Catalog
-from lowbit.integrations.served_methods import METHOD, EmbeddingMethod, LinearMethod
-from lowbit.ops.checks import FLOAT_DTYPES
+from lowbit.integrations.served_methods import METHOD, EmbeddingMethod, LinearMethod, ServedConfig
 
 
 class LowbitLinearMethod(LinearMethod, LinearMethodBase):  # type: ignore[misc]
@@ -38,7 +37,7 @@ class LowbitEmbeddingMethod(EmbeddingMethod, QuantizeMethodBase):  # type: ignor
     """Computes embeddings and heads of packed weights."""
 
 
-class LowbitVllmConfig(QuantizationConfig):  # type: ignore[misc]
+class LowbitVllmConfig(ServedConfig, QuantizationConfig):  # type: ignore[misc]
     """What vLLM asks of a model whose config.json names "lowbit".
 
     Attributes:
@@ -48,26 +47,6 @@ class LowbitVllmConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.catalog = Catalog()
-
-    @classmethod
-    def get_name(cls) -> str:
-        """As in config.json."""
-        return METHOD
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """The dtypes of activations."""
-        return list(FLOAT_DTYPES)
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Of GPUs: that of the CUDA and Triton kernels."""
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """None: formats are in the metadata of the tensors' files."""
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LowbitVllmConfig:

@@ -19,8 +19,13 @@ _QUANTIZER_FILES = {
     "quant_config.json": "AWQ",
     "hf_quant_config.json": "ModelOpt",
 }
-# Those that say all that a reader needs.
-METHOD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Those that say all that a reader needs, of ModelOpt in a part of this name.
+METHOD_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
+_PART = "quantization"
 _QMAP = "quanto_qmap.json"
 OWN_FILES = (*METHOD_FILES, _QMAP)
 CONFIG_KEYS = ("quantization_config", "compression_config")
@@ -61,7 +66,8 @@ def refuse_quantized(source: Path) -> None:
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
     """What the program that quantized a folder of transformers wrote of it: `quantization_config` (or
-    `compression_config`) of config.json, at its top or in a part, else GPTQ's or AWQ's own file, with "quant_method".
+    `compression_config`) of config.json, at its top or in a part, else GPTQ's, AWQ's or ModelOpt's own file, with
+    "quant_method".
 
     None if there is no config.json, or nothing says that the folder is quantized.
 
@@ -89,7 +95,11 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
         return {"quant_method": "quanto", "map": read_json(own)}
     for name, method in METHOD_FILES.items():
         if (own := folder / name).is_file():
-            return {"quant_method": method, **read_json(own)}
+            content = read_json(own)
+            inner = content.get(_PART) if method == "modelopt" else content
+            if not isinstance(inner, dict):
+                raise ValueError(f"{own}: {_PART} must be an object, got {inner!r:.100}")
+            return {"quant_method": method, **inner}
     return None
 
 

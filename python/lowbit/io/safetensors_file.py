@@ -160,14 +160,15 @@ class SafetensorsFile:
             self._file = safe_open(self._input.name, framework="pt")
             self.metadata: dict[str, str] = self._file.metadata() or {}
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-        self.specs: Specs = {}
+        self._stored: Specs = {}
         for name, s in slices.items():
             if s.get_dtype() not in _TORCH_DTYPES:
                 raise ValueError(
                     f"{path}: tensor {shown(name)} has the dtype {s.get_dtype()}, which lowbit or "
                     f"torch {torch.__version__} does not know"
                 )
-            self.specs[name] = (tuple(s.get_shape()), _TORCH_DTYPES[s.get_dtype()])
+            self._stored[name] = (tuple(s.get_shape()), _TORCH_DTYPES[s.get_dtype()])
+        self.specs = self._stored
 
     def tensor(self, name: str, index: int | None = None) -> Tensor:
         """The tensor `name`, on the CPU, or with an `index` what it has there, of which alone bytes are read."""
@@ -181,7 +182,7 @@ class SafetensorsFile:
 
     def _read(self, name: str, index: int | None) -> Tensor:
         """A copy that no mapped page stands behind."""
-        shape, dtype = self.specs[name]
+        shape, dtype = self._stored[name]
         shape = shape if index is None else shape[1:]
         if self._offsets is None:
             size = int.from_bytes(self._input.read(0, 8), "little")

@@ -25,6 +25,7 @@ from lowbit.nn.fp8_activations import (
     fp8_rms_norm,
     fp8_silu,
 )
+from lowbit.nn.joined import JoinedLinear
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.llm_int8 import LLMInt8Linear
 from lowbit.nn.pruned import PrunedLinear
@@ -32,9 +33,9 @@ from lowbit.nn.reordered import ReorderedLinear
 from lowbit.nn.siblings import fuse, unfuse
 
 __all__ = [
-    "BinaryLinear", "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "LLMInt8Linear", "PackedModule", "PrunedLinear",
-    "QuantConv", "QuantConv1d", "QuantConv2d", "QuantConv3d", "QuantConvTranspose1d", "QuantConvTranspose2d",
-    "QuantConvTranspose3d", "QuantEmbedding", "QuantExperts", "QuantLinear", "ReorderedLinear",
+    "BinaryLinear", "FP8LayerNorm", "FP8Linear", "FP8RMSNorm", "JoinedLinear", "LLMInt8Linear", "PackedModule",
+    "PrunedLinear", "QuantConv", "QuantConv1d", "QuantConv2d", "QuantConv3d", "QuantConvTranspose1d",
+    "QuantConvTranspose2d", "QuantConvTranspose3d", "QuantEmbedding", "QuantExperts", "QuantLinear", "ReorderedLinear",
     "fp8_add", "fp8_gelu", "fp8_layer_norm", "fp8_mul", "fp8_rms_norm", "fp8_silu", "fuse", "set_activations",
     "unfuse",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ The weight is a matrix: a filter a row, tap by tap, and of a transposed convolut
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -23,6 +23,7 @@ from lowbit.methods import quantize
 from lowbit.nn.base import zero_weight
 from lowbit.nn.leaf import Proxy, node_of
 from lowbit.nn.product import PackedProduct
+from lowbit.nn.split import ConvolutionSplit
 from lowbit.ops import checks
 from lowbit.ops.conv import call_conv, call_conv_transpose
 from lowbit.reference import Geometry
@@ -77,6 +78,7 @@ class QuantConv(PackedProduct):
     groups: int
     padding_mode: str
     output_padding: tuple[int, ...]
+    split: ConvolutionSplit | None
     _geometry: Geometry
     _pads: tuple[int, ...] | None
     takes_over = (*SHAPE, "transposed", "_reversed_padding_repeated_twice")
@@ -253,14 +255,23 @@ class QuantConv(PackedProduct):
         """x (B, C, *size) or (C, *size) gives (B, N, *out) or (N, *out)."""
         if isinstance(x, Proxy):
             return node_of(self, x)
+        return self.product(x) if self.split is None else self.split.convolution(self, x)
+
+    def product(self, x: Tensor, tensors: Mapping[str, Any] | None = None) -> Tensor:
+        """What `forward` gives, with the weight that is here.
+
+        Args:
+            x: as there.
+            tensors: those of the weight, by the names of buffers, where they are not the buffers.
+        """
         checks.check_tensors(x=x)
         if x.dim() == self.dims + 1:
-            y = self.forward(x[None])
+            y = self.product(x[None], tensors)
             return shaped(y, *y.shape[1:])
         if self._pads:
             x = F.pad(x, _torch_pads(self._pads), PAD_MODES[self.padding_mode])
-        b = {**self._buffers, **self._learned()} if self._trained else self._buffers
-        w, others = self._terms(b)
+        b = self._buffers if tensors is None else tensors
+        w, others = self._terms({**b, **self._learned()} if self._trained else b)
         bias, x_scale = self._parameters["bias"], self._parameters["input_scale"]
         if self.transposed:
             return call_conv_transpose(x, w, bias, self._geometry, *others, x_scale=x_scale)

@@ -195,6 +195,11 @@ def _fuse(model: nn.Module, made: list[tuple[nn.Module, Siblings]]) -> None:
                 made.append((module, group))
 
 
+def groups_of(model: nn.Module) -> list[Siblings]:
+    """What `fuse` has made in a model."""
+    return [group for module in model.modules() for group in vars(module).get(_GROUPS, ())]
+
+
 def unfuse(model: nn.Module) -> None:
     """Undoes `fuse`."""
     for module in model.modules():

@@ -36,3 +36,10 @@ class Split(Protocol):
         self, layer: Any, state_dict: Mapping[str, Any], prefix: str
     ) -> tuple[Mapping[str, Any], Collection[str]]:
         """A state dict with the module's own part in the place of a whole weight, and what of it is loaded already."""
+
+
+class ConvolutionSplit(Split, Protocol):
+    """Of weights of convolutions too."""
+
+    def convolution(self, layer: Any, x: Tensor) -> Tensor:
+        """What a convolution gives with the whole weight."""

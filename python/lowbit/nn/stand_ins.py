@@ -1,4 +1,4 @@
-"""Linears in the place of what computes one under another name: GPT-2's Conv1D, FalconLinear, fused experts.
+"""Linears in the place of what computes one under another name: GPT-2's Conv1D, FalconLinear, fused experts, halves.
 
 What quantizes a model, and what fills one from a checkpoint, knows nn.Linear alone. Within `stand_ins` every such
 module or parameter is one, of the same memory; what is still dense at the end is again what it was.
@@ -22,6 +22,8 @@ from lowbit.nn.experts import (
     rows_of_halves,
     split,
 )
+from lowbit.nn.joined import JoinedLinear, halved, settle, whole
+from lowbit.nn.joined import rows_of_halves as rows_of_linear
 from lowbit.nn.surgery import obstacle, put_back, replace
 
 # Classes of transformers by their names, and whether they hold the weight transposed. They need not be imported.
@@ -96,7 +98,8 @@ def stand_ins(
     Args:
         model: any.
         layers: those of a checkpoint, for which alone there are stand-ins; None for all.
-        apart: modules of experts, whose gates shall be apart from what they multiply, as those of `layers` may be.
+        apart: modules of experts, whose gates shall be apart from what they multiply, and linears whose halves shall
+            be, as those of `layers` may be.
 
     Yields:
         The form of those whose weight is stored in another one: transposed, or as a part of a parameter.
@@ -119,7 +122,10 @@ def put_stand_ins(
         names.setdefault(module, []).append(name)
     changed: dict[str, Form] = {}
     for module, own in names.items():
-        changed.update(_split(module, own, fused, not set(apart).isdisjoint(own)))
+        is_apart = not set(apart).isdisjoint(own)
+        changed.update(_split(module, own, fused, is_apart))
+        if is_apart or (fused is not None and not fused.isdisjoint(own)):
+            changed.update(_halve(model, module, own))
         is_wanted = wanted is None or not wanted.isdisjoint(own)
         if is_wanted and "" not in own and is_linear(module) and obstacle(module) is None:
             replace(model, own, StandIn(module), own=_OWN)
@@ -150,6 +156,16 @@ def _split(module: Any, own: list[str], wanted: set[str] | None, apart: bool) ->
     return made
 
 
+def _halve(model: nn.Module, module: nn.Module, own: list[str]) -> dict[str, Form]:
+    """Takes the halves of a linear of these names apart."""
+    if type(module) is not nn.Linear or "" in own or obstacle(module) is not None:
+        return {}
+    rows = rows_of_linear(module)
+    if rows:
+        replace(model, own, halved(module))
+    return {f"{name}.{i}": Form(False, None, part) for name in own for i, part in enumerate(rows)}
+
+
 def take_away(model: nn.Module) -> None:
     """Puts back what stand-ins that are still there stand for; weights that were set meanwhile stay."""
     names: dict[nn.Module, list[str]] = {}
@@ -158,6 +174,12 @@ def take_away(model: nn.Module) -> None:
     for module, own in names.items():
         if isinstance(module, StandIn):
             put_back(model, own, _original(module))
+        elif isinstance(module, JoinedLinear) and "stands_for" in vars(module):
+            linear = whole(module)
+            if linear is None:
+                settle(module)
+            else:
+                put_back(model, own, linear)
         elif any(isinstance(child, QuantExperts) for child in module.children()):
             _settle(module)
 
@@ -206,6 +228,7 @@ def dense_forms(model: nn.Module, names: Collection[str], kinds: dict[str, nn.Mo
         kind, linear = kinds.get(name), model.get_submodule(name)
         if kind is not None and is_linear(kind) and isinstance(linear, nn.Linear):
             _put(model, name, _as(kind, linear))
+    join_dense(model)
     for module in list(model.modules()):
         every = {
             k: child for k, child in module._modules.items() if isinstance(child, QuantExperts)
@@ -213,6 +236,18 @@ def dense_forms(model: nn.Module, names: Collection[str], kinds: dict[str, nn.Mo
         if all(isinstance(layer, nn.Linear) for experts in every.values() for layer in experts):
             for key in held(module):
                 fuse(module, key)
+
+
+def join_dense(model: nn.Module) -> None:
+    """Puts a linear in the place of halves that are both dense, with what is attached to them together."""
+    names: dict[JoinedLinear, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, JoinedLinear):
+            names.setdefault(module, []).append(name)
+    for joined, own in names.items():
+        linear = whole(joined)
+        if linear is not None and "" not in own:
+            replace(model, own, linear, own=[*joined._modules])
 
 
 def _as(kind: nn.Module, linear: nn.Linear) -> nn.Module:

@@ -106,7 +106,12 @@ def put_back(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
-    # The new module has got the dicts of hooks; these know the module that they are called with.
+    # The new module has got the dicts of hooks.
+    point_hooks_at(module)
+
+
+def point_hooks_at(module: nn.Module) -> None:
+    """Makes a module's hooks call it that know the module that they are called with."""
     for hook in module._load_state_dict_pre_hooks.values():
         if getattr(hook, "with_module", False):
             hook.module = weakref.ref(module)  # type: ignore[attr-defined]
@@ -151,9 +156,7 @@ def _carry(old: nn.Module, new: nn.Module, own: Collection[str], name: str) -> N
     for key in _HOOKS:
         object.__setattr__(new, key, getattr(old, key))
     object.__setattr__(new, "_is_full_backward_hook", old._is_full_backward_hook)
-    for hook in new._load_state_dict_pre_hooks.values():
-        if getattr(hook, "with_module", False):
-            hook.module = weakref.ref(new)  # type: ignore[attr-defined]
+    point_hooks_at(new)
     for group, values in members.items():
         getattr(new, group).update(values)
     new._non_persistent_buffers_set.update(

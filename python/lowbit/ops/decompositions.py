@@ -123,6 +123,18 @@ def _linear(x: Tensor, w: Operands, bias: Tensor | None, added: Tensor | None = 
     return (y if added is None else y + added).to(x.dtype)
 
 
+def _conv(
+    x: Tensor, x_scales: Tensor | None, w: Operands, bias: Tensor | None, *rest: Any
+) -> Tensor:
+    *geometry, activation = rest
+    if x_scales is not None or w.format.activation is not None:
+        raise NotImplementedError(
+            f"convolutions with int8 activations are not exported, got format {w.format.name!r}: leave out its suffix"
+        )
+    y = reference.convolution(x, _weight(w), bias, reference.Geometry(*geometry))
+    return reference.apply_epilogue(y, activation, None, None).to(x.dtype)
+
+
 def _linear_epilogue(x: Tensor, w: Operands, *rest: Any) -> Tensor:
     bias, gate, residual, added, activation = rest
     y = _product(x, w, bias)
@@ -158,6 +170,7 @@ def _int8_linear(q: Tensor, x_scales: Tensor, w: Operands, *rest: Any) -> Tensor
 
 
 DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "conv": _conv,
     "dequantize": _dequantize,
     "embedding": _embedding,
     "int8_linear": _int8_linear,

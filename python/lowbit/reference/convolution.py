@@ -7,11 +7,11 @@ convolution multiplies pixels instead: K = C, and a row for each tap of each of 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -151,9 +151,7 @@ def sum_of_taps(taps: Tensor, g: Geometry) -> Tensor:  # (B, *out, N)
         for span, k, d, more in zip(spans, kernel, g.dilation, g.output_padding, strict=True)
     ]
     total = taps.new_zeros(taps.shape[0], *full, taps.shape[-1])
-    for tap, at in enumerate(
-        torch.cartesian_prod(*map(torch.arange, kernel)).view(-1, g.dims).tolist()
-    ):
+    for tap, at in enumerate(itertools.product(*map(range, kernel))):
         window = [slice(None)]
         window += [
             slice(i * d, i * d + span, s)

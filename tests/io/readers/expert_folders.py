@@ -24,6 +24,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1, "first_k_dense_replace": 0, "q_lora_rank": 32, "kv_lora_rank": 32,
         "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     },
+    "DeepseekV4": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "head_dim": 16,
+        "q_lora_rank": 32, "o_lora_rank": 32, "o_groups": 2, "sliding_window": 8, "hc_mult": 2, "index_n_heads": 2,
+        "index_head_dim": 16, "index_topk": 8, "mlp_layer_types": ["moe"],
+        "layer_types": ["sliding_attention"], "partial_rotary_factor": 0.5,
+    },
 }  # fmt: skip
 LAYERS = r".*(experts?|self_attn)\..*_proj(_with_mqa)?\.weight|.*experts\..*\.w\d\.weight"
 

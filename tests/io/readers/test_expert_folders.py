@@ -119,6 +119,47 @@ def test_as_transformers_reads_fp8(tmp_path: Path) -> None:
     check(lowbit.load_model(tmp_path / "a"), theirs)
 
 
+def test_deepseek_v4(tmp_path: Path) -> None:
+    """Experts in FP4 and attention in FP8, under the names of its files; transformers' reader is the oracle, too. What
+    computes another thing than a linear with its weight stays dense.
+    """
+    blocks, fours = test_fp8.packer(32, 32, "scale"), test_fp8.fp4("scale")
+
+    def pack(name: str, weight: torch.Tensor) -> Any:
+        return (fours if "experts." in name and "shared" not in name else blocks)(name, weight)
+
+    layers = r".*(experts\.\d+\.w\d|attn\.w\w+|shared_experts\.w\d)\.weight"
+    settings = test_fp8.fp8([32, 32], scale_fmt="ue8m0", expert_dtype="fp4")
+    oracle = write(tmp_path / "a", settings, pack, "DeepseekV4", layers)
+    file = tmp_path / "a" / "model.safetensors"
+    # As the files have them: without it transformers takes the last norm for another one.
+    save_file({n.removeprefix("model."): t for n, t in load_file(file).items()}, file)
+    theirs = type(oracle).from_pretrained(tmp_path / "a", dtype=torch.float32)
+    loaded = lowbit.load_model(tmp_path / "a")
+    for model in (oracle, theirs):
+        names = check(loaded, model)
+    formats = {name: loaded.get_submodule(name).format.name for name in names}
+    assert {f for n, f in formats.items() if ".experts." in n} == {"mxfp4"}
+    rest = {f for n, f in formats.items() if ".experts." not in n}
+    assert rest == {"e4m3_g32_fp32", "e4m3_row_fp32"}
+    assert len(names) == 12 + 7
+    groups = loaded.model.layers[0].self_attn.o_a_proj
+    assert type(groups) is type(oracle.model.layers[0].self_attn.o_a_proj)
+
+
+def test_fp4_of_all_experts_in_one_tensor(tmp_path: Path) -> None:
+    oracle = write_stacks(tmp_path, test_fp8.fp8(expert_dtype="fp4"), 32)
+    state = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in state if name.endswith("_proj") and state[name].dim() == 3]:
+        made = [test_fp8.fp4("scale")(name, weight) for weight in state[name].float()]
+        state[name] = torch.stack([tensors["weight"] for tensors, _ in made])
+        state[f"{name}_scale_inv"] = torch.stack([tensors["scale"] for tensors, _ in made])
+        oracle.get_parameter(name).data = torch.stack([decoded for _, decoded in made])
+    save_file(state, tmp_path / "model.safetensors")
+    names = check(lowbit.load_model(tmp_path), oracle)
+    assert len(names) == 8
+
+
 def test_what_no_format_holds_is_dense_with_a_warning(tmp_path: Path) -> None:
     """Groups of unequal columns in one expert; the others are packed."""
     kind, quantization, pack, _ = CASES["gptq, columns in any order"]

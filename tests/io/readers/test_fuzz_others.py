@@ -18,6 +18,7 @@ import test_compressed_tensors
 import test_fp8
 import test_gptq_folders as test_gptq
 import test_hqq
+import test_modelopt
 import test_mxfp4
 import test_quanto
 import test_tables
@@ -77,6 +78,8 @@ BUILDERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "nvfp4": ("compressed-tensors", folder(CT.fours("nvfp4", 16), CT.fp4(16))),
     "fp8": ("fp8", folder(*test_fp8.CASES["ragged blocks"][:2])),
     "fp8 of all experts": ("fp8", lambda path: write_stacks(path, test_fp8.fp8([48, 48]), 48)),
+    "fp4": ("fp8", folder(*test_fp8.CASES["fp4, named scale"][:2])),
+    "modelopt": ("modelopt", folder(*test_modelopt.CASES["both"][:2])),
     "hqq": ("hqq", folder(test_hqq.HQQ, test_hqq.packer(3, 32))),
     "hqq columns": ("hqq", folder(test_hqq.HQQ, test_hqq.packer(4, 32, axis=0))),
     "bitnet": ("bitnet", folder(test_bitnet.BITNET, test_bitnet.packer())),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit.io.foreign import refuse_quantized
 from lowbit.io.readers.base import Reader, TensorInfo, dense_info
-from lowbit.io.safetensors_file import SafetensorsFile, Specs, tensor_files
+from lowbit.io.safetensors_file import SafetensorsFile, tensor_files
 
 # fp8 is left out: such a weight has a scale of its own beside it.
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -22,7 +22,7 @@ class DenseFile(SafetensorsFile):
     def __init__(self, path: Path, mmap: bool = True, dtype: torch.dtype | None = None) -> None:
         super().__init__(path, mmap)
         if dtype is not None:
-            self.specs: Specs = {
+            self.specs = {
                 name: (shape, dtype if own in WEIGHT_DTYPES else own)
                 for name, (shape, own) in self.specs.items()
             }

@@ -15,6 +15,7 @@ from lowbit.io.readers.fp8 import FP8Reader
 from lowbit.io.readers.gguf_reader import GGUFReader
 from lowbit.io.readers.gptq import GPTQReader
 from lowbit.io.readers.hqq import HQQReader
+from lowbit.io.readers.modelopt import ModelOptReader
 from lowbit.io.readers.mxfp4 import MXFP4Reader
 from lowbit.io.readers.native import NativeReader
 from lowbit.io.readers.quanto import QuantoReader
@@ -35,6 +36,7 @@ READERS: tuple[type[Reader], ...] = (
     SqueezeLLMReader,
     AnyPrecisionReader,
     MXFP4Reader,
+    ModelOptReader,
     QuantoReader,
     TorchAOReader,
     DenseReader,
