@@ -13,6 +13,7 @@ import torch
 
 import lowbit
 from lowbit import float8, layouts, reference
+from lowbit.backends import available
 from lowbit.backends.cuda import CUDA
 from lowbit.backends.cuda import fp8_matmul as matmul_cuda
 from lowbit.backends.cuda import weights as backend
@@ -31,7 +32,7 @@ class Launch:
         self.given: dict[str, Any] = {}
 
     def choose(
-        self, m: int, architecture: int, sms: int
+        self, m: int, architecture: int, code: int, sms: int
     ) -> tuple[str, int, int, int, int, int, bool]:
         return self.family, 1, self.splits, 1, 0, 4, True
 
@@ -58,6 +59,7 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(available, "_PROBED", {0: (None, 90)})
 
 
 def launch(

@@ -16,7 +16,7 @@ from weights import random_weight
 class Waits(TorchDispatchMode):
     """Fails where a tensor is looked at by the host, which waits for the device."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique2"), name
         return func(*args, **(kwargs or {}))

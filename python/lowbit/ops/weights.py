@@ -16,7 +16,6 @@ from lowbit.ops.terms import Weight, terms
 from lowbit.strides import contiguous, shaped
 from lowbit.weights.quantized import QuantTensor
 
-
 _ASSERTING = ("cuda", "meta")  # devices whose tensors are asserted about, not looked at
 
 

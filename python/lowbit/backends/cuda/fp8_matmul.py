@@ -31,8 +31,8 @@ def obstacle(device: torch.device, a: Granularity, b: Granularity, m: int) -> st
 
 @functools.cache
 def _obstacle(device: torch.device, a: Granularity, b: Granularity) -> str | None:
-    if available.cuda_obstacle() is not None:
-        return available.cuda_obstacle()
+    if (why := available.cuda_obstacle(device)) is not None:
+        return why
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"its instructions are those of sm_90a, this is sm_{capability[0]}{capability[1]}"

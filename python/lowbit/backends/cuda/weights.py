@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit.backends import available
 from lowbit.backends.base import Backend, compute_dtype, num_sms
 from lowbit.formats import Format
 from lowbit.layouts import LAYOUTS, M16, Operands
@@ -60,7 +61,8 @@ def _given(w: Operands) -> Weight:
 @functools.lru_cache(maxsize=4096)
 def _choose(w: Weight, m: int, device: torch.device) -> tuple[str, int, int, int, int, int, bool]:
     major, minor = torch.cuda.get_device_capability(device)
-    return w.choose(m, 10 * major + minor, num_sms(device))
+    code = available.cuda_code(device)
+    return w.choose(m, 10 * major + minor, code, num_sms(device))
 
 
 def multiplies(x: torch.dtype, format: Format) -> bool:
