@@ -83,9 +83,12 @@ def _operand(s: Scaled) -> tuple[int, int, bool, int, str]:
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """t, or a copy of it, with rows at multiples of 16 bytes."""
-    if t.stride(0) % _ALIGNMENT == 0 and t.data_ptr() % _ALIGNMENT == 0:
+    """t, or a copy of it, with rows at multiples of 16 bytes, none of them within another."""
+    apart = t.stride(0) >= t.shape[1] and t.stride(0) % _ALIGNMENT == 0
+    if apart and t.data_ptr() % _ALIGNMENT == 0:
         return t
     padded = F.pad(t.view(torch.uint8), (0, -t.shape[1] % _ALIGNMENT))
-    copied = padded if padded.data_ptr() != t.data_ptr() else padded.clone()
+    copied = padded
+    if padded.data_ptr() == t.data_ptr() or padded.stride(0) < padded.shape[1]:
+        copied = padded.clone(memory_format=torch.contiguous_format)
     return copied.view(t.dtype)[:, : t.shape[1]]

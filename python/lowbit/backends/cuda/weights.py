@@ -18,8 +18,8 @@ from torch import Tensor
 from lowbit.backends import available
 from lowbit.backends.base import Backend, compute_dtype, num_sms
 from lowbit.formats import Format
-from lowbit.layouts import LAYOUTS, M16, Operands
-from lowbit.layouts.m16 import TILE_K
+from lowbit.layouts import LAYOUTS, M16, Operands, group_terms
+from lowbit.layouts.m16 import TILE_K, TILE_N, num_words, unpack_fragments
 from lowbit.strides import address, address_of_rows
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ _TYPES = {
     torch.float16: "fp16",
     torch.int8: "int8",
 }
+# Of a decoded weight at once, and its rows: a copy of 8192 x 8192 in fp32, or in slices that fill torch's tiles.
+_DECODED_BYTES, _DECODED_ROWS = 1 << 28, 256
 _logger = logging.getLogger("lowbit")
 
 
@@ -106,12 +108,10 @@ class CudaBackend(Backend):
         if config[0] == "decode" or not multiplies(x.dtype, format):
             _log_decode(x.dtype, config[0] == "decode")
             compute = x.dtype if multiplies(x.dtype, format) else torch.float32
-            decoded = self.rows(None, w, compute)
-            bias = None if bias is None else bias.to(compute)
-            return F.linear(x.to(compute), decoded, bias).to(dtype)
+            return self._decoded_linear(x.to(compute), w, bias, dtype)
         if k % TILE_K:
             x = F.pad(x, (0, -k % TILE_K))
-        elif x.stride(1) != 1 or (m > 1 and x.stride(0) % 8) or x.data_ptr() % 16:
+        elif not _readable(x):
             x = x.clone(memory_format=torch.contiguous_format)
         out = torch.empty((m, n), dtype=dtype, device=x.device)
         splits = config[2]
@@ -139,6 +139,33 @@ class CudaBackend(Backend):
             )
         return out
 
+    def _decoded_linear(
+        self, x: Tensor, w: Operands, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:  # (M, N) in `dtype`
+        """The product with the weight decoded to the dtype of x, some of its rows at a time."""
+        bias = None if bias is None else bias.to(x.dtype)
+        parts = slices(w.n, w.k, x.dtype)
+        if len(parts) == 1:
+            return F.linear(x, self.rows(None, w, x.dtype), bias).to(dtype)
+        y = torch.empty((x.shape[0], w.n), dtype=dtype, device=x.device)
+        for part in parts:
+            decoded, of_part = self.rows(None, part_of(w, part), x.dtype), y[:, part]
+            if dtype != x.dtype:
+                of_part.copy_(F.linear(x, decoded, None if bias is None else bias[part]))
+            elif bias is None:
+                torch.mm(x, decoded.t(), out=of_part)
+            else:
+                torch.addmm(bias[part], x, decoded.t(), out=of_part)
+            del decoded  # before the next
+        return y
+
+    def _canonical(self, w: Operands) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """As in the base, but codes are unpacked once."""
+        codes = unpack_fragments(w.codes, w.format.bits, w.n, w.k)
+        table = w.table if w.format.fitted else None
+        fitted = None if table is None else LAYOUTS[M16].unpack_table(table, w.format, w.n)
+        return codes, *group_terms(w), fitted
+
     def rows(self, indices: Tensor | None, w: Operands, dtype: torch.dtype) -> Tensor:
         """Rows of the weight; only these are decoded."""
         rows, device = w.n if indices is None else indices.numel(), w.codes.device
@@ -160,6 +187,31 @@ class CudaBackend(Backend):
 
 
 CUDA = CudaBackend()
+
+
+def slices(n: int, k: int, dtype: torch.dtype) -> list[slice]:
+    """Rows of an (n, k) weight that are decoded at once, a multiple of what torch's product has in a tile."""
+    count = max(1, -(-n * k * dtype.itemsize // _DECODED_BYTES))
+    step = -(-n // count // _DECODED_ROWS) * _DECODED_ROWS
+    return [slice(i, min(n, i + step)) for i in range(0, n, step)]
+
+
+def part_of(w: Operands, rows: slice) -> Operands:
+    """Rows of a weight as one of its own, without a copy; the first is a multiple of 16."""
+    tiles = slice(rows.start // TILE_N, -(-rows.stop // TILE_N))
+    row_words = num_words(w.format.bits, TILE_N, w.k)
+    return w._replace(
+        codes=w.codes[tiles.start * row_words : tiles.stop * row_words],
+        scales=None if w.scales is None else w.scales[tiles],
+        zeros=None if w.zeros is None else w.zeros[tiles],
+        n=rows.stop - rows.start,
+    )
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether the kernels read x (M, K) as it lies: rows apart, as descriptions of tensors have them, and aligned."""
+    apart = x.shape[0] == 1 or (x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0)
+    return apart and x.stride(1) == 1 and x.data_ptr() % 16 == 0
 
 
 @functools.cache
