@@ -14,9 +14,11 @@ import torch
 import lowbit
 from lowbit import layouts
 from lowbit.backends import available
-from lowbit.backends.cuda import fp8_matmul
+from lowbit.backends.cuda import fp8_matmul, weights
+from lowbit.backends.triton import weights as triton
+from lowbit.explanation import explain_request
 from lowbit.float8 import find_granularity
-from lowbit.formats import FORMATS
+from lowbit.formats import FORMATS, Format, parse
 
 OLD = "the driver knows CUDA 12.4, the kernels were built with CUDA 13.0"
 NF4 = FORMATS["nf4"]
@@ -37,9 +39,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(lowbit, "_cuda", fake, raising=False)
     monkeypatch.setattr(available, "_CUDA_OBSTACLE", None)
     monkeypatch.setattr(available, "_PROBED", {})
-    fp8_matmul._obstacle.cache_clear()
+    for cached in (fp8_matmul._obstacle, weights._choose):
+        cached.cache_clear()
     yield found
-    fp8_matmul._obstacle.cache_clear()
+    for cached in (fp8_matmul._obstacle, weights._choose):
+        cached.cache_clear()
 
 
 def test_a_gpu_is_asked_about_once(
@@ -93,3 +97,59 @@ def test_a_compiled_function_asks_too() -> None:
 
     compiled = torch.compile(name, backend="eager", fullgraph=True)
     assert compiled(torch.zeros(())).item() == 2
+
+
+@pytest.fixture
+def h100(asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two H100s, of which the second cannot run the CUDA kernels; the choice is that of a wide and of a split tile."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(weights, "num_sms", lambda _: 132)
+    monkeypatch.setattr(triton, "num_sms", lambda _: 132)
+
+    class Chosen:
+        num_groups, float_zero = 64, True
+
+        def choose(self, m: int, architecture: int, code: int, sms: int) -> tuple[object, ...]:
+            assert (architecture, code, sms) == (90, 90, 132)
+            return ("decode", 0, 1) if m > 640 else ("mma", 2, 3)
+
+    monkeypatch.setattr(weights, "weight", lambda *_: Chosen())
+
+
+@pytest.mark.usefixtures("h100")
+def test_explain_says_which_dtype_and_how_much_memory() -> None:
+    def said(m: int, x: torch.dtype, n: int = 4096, k: int = 4096, name: str = "q4_1") -> object:
+        found = explain_request(parse(name), n, k, m, x, "cuda:0")
+        assert f"temporary memory: {found.memory:,} bytes" in str(found)
+        assert found.kernels == ()
+        return found.selected, found.memory
+
+    parts, sums = 3 * 4 * 16 * 4096, 64 * 16 * 4
+    assert said(16, torch.bfloat16) == ("cuda_mma_16_split3", parts + sums)
+    # x is padded to whole tiles of K.
+    padded = 16 * 4096 * 2
+    assert said(16, torch.bfloat16, k=4094) == ("cuda_mma_16_split3", parts + sums + padded)
+    # A decoded copy: fp32 x, a table that fp16 does not hold, and many rows, of which a large weight takes slices.
+    copied = 4096 * 4096
+    assert said(16, torch.float32) == ("cuda_dequantize, torch in fp32", 4 * copied)
+    assert said(1000, torch.float16) == ("cuda_dequantize, torch in fp16", 2 * copied)
+    wide = Format.lut(bits=2, table=[-1e5, 0.0, 1.0, 1e5], group=64)
+    table = explain_request(wide, 4096, 4096, 16, torch.float16, "cuda:0")
+    assert table.selected == "cuda_dequantize, torch in fp32"
+    assert table.memory == 4 * (copied + 16 * 4096)
+    _, large = said(1000, torch.bfloat16, n=128256)
+    assert large <= (1 << 28) + 256 * 4096 * 2
+
+
+@pytest.mark.usefixtures("h100")
+def test_explain_says_why_cuda_kernels_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(available, "_HAS_TRITON", True)
+    pytest.importorskip("triton")
+    found = explain_request(NF4, 64, 64, 1, torch.bfloat16, "cuda:1")
+    assert found.selected.startswith("triton_linear")
+    assert [(kernel.name, kernel.reason) for kernel in found.kernels] == [("cuda", OLD)]
+    assert OLD in str(found)
+    monkeypatch.setattr(available, "_HAS_TRITON", False)
+    found = explain_request(NF4, 64, 64, 1, torch.bfloat16, "cuda:1")
+    assert (found.selected, found.memory) == ("reference", None)
+    assert [kernel.name for kernel in found.kernels] == ["cuda", "triton"]

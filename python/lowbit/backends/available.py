@@ -90,6 +90,18 @@ def kernel_weight(qt: QuantTensor) -> KernelWeight:
     return to_kernel(qt, layout)
 
 
+def passed_over(device: torch.device, format: Format, layout: str) -> tuple[tuple[str, str], ...]:
+    """Kernels of a GPU that do not serve a layout, and why."""
+    if device.type != "cuda" or layout == M16:
+        return ()
+    found = [("cuda", cuda_passed_over(device, format))]
+    if layout != K16 and not has_triton():
+        found.append(("triton", "triton is not installed"))
+    elif layout != K16:
+        found.append(("triton", f"its kernels do not know the format {format.name}"))
+    return tuple(found)
+
+
 def cuda_passed_over(device: torch.device, format: Format) -> str:
     """Why a weight on a GPU is not left to the CUDA kernels."""
     return cuda_obstacle(device) or f"they do not know the format {format.name}"

@@ -67,6 +67,16 @@ class Backend:
         """What `explain` calls the kernel that `linear` runs for M rows of dtype `x`."""
         return self.name
 
+    def describe_integers(self, device: torch.device) -> str:
+        """What `explain` calls `int8_linear` and `binary_linear`."""
+        return "torch._int_mm" if device.type == "cuda" else "reference"
+
+    def temporary(
+        self, format: Format, n: int, k: int, m: int, x: torch.dtype, device: torch.device
+    ) -> int | None:
+        """Bytes that `linear` of M contiguous rows of dtype `x` takes beside y; None where that is not known."""
+        return None
+
     def sparse_name(self) -> str:
         """What `explain` calls `sparse_linear`."""
         return "torch"

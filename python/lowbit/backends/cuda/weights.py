@@ -72,6 +72,18 @@ def multiplies(x: torch.dtype, format: Format) -> bool:
     return x != torch.float32 and compute_dtype(x, format) == x
 
 
+def _decoded_to(x: torch.dtype, format: Format) -> torch.dtype:
+    """What torch multiplies x and a decoded copy in."""
+    return x if multiplies(x, format) else torch.float32
+
+
+def _described(format: Format, n: int, k: int) -> Weight:
+    """`weight` of operands as the format has them."""
+    specs = LAYOUTS[M16].specs(format, n, k)
+    scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
+    return weight(format, n, k, scales, zeros)
+
+
 class CudaBackend(Backend):
     """The CUDA kernels."""
 
@@ -81,17 +93,28 @@ class CudaBackend(Backend):
         self, format: Format, n: int, k: int, m: int, x: torch.dtype, device: torch.device
     ) -> str:
         """The family of the kernel, its rows of x and its splits."""
-        specs = LAYOUTS[M16].specs(format, n, k)
-        scales, zeros = (specs[t][1] if t in specs else None for t in ("scales", "zeros"))
-        known = weight(format, n, k, scales, zeros)
-        family, tiles, splits, *_ = _choose(known, max(1, m), device)
+        family, tiles, splits, *_ = _choose(_described(format, n, k), max(1, m), device)
         if not multiplies(x, format):
-            family = "decode"
+            return f"cuda_dequantize, torch in {_TYPES[_decoded_to(x, format)]}"
         return {
             "mma": f"cuda_mma_{8 * tiles}_split{splits}",
             "wgmma": f"cuda_wgmma_{8 * tiles}_split{splits}",
-            "decode": "cuda_dequantize, torch",
+            "decode": f"cuda_dequantize, torch in {_TYPES[x]}",
         }[family]
+
+    def temporary(
+        self, format: Format, n: int, k: int, m: int, x: torch.dtype, device: torch.device
+    ) -> int:
+        """The decoded copy and x in its dtype, or the parts of K, sums of x for float zeros and x padded."""
+        known = _described(format, n, k)
+        family, _, splits, *_ = _choose(known, max(1, m), device)
+        if family == "decode" or not multiplies(x, format):
+            compute = _decoded_to(x, format)
+            rows = max((part.stop - part.start for part in slices(n, k, compute)), default=0)
+            return (rows * k + (m * k if compute != x else 0)) * compute.itemsize
+        padded = m * (k + -k % TILE_K) * x.itemsize if k % TILE_K else 0
+        sums = known.num_groups * m * 4 if known.float_zero else 0
+        return padded + sums + (splits * m * n * 4 if splits > 1 else 0)
 
     def linear(
         self, x: Tensor, w: Operands, bias: Tensor | None, dtype: torch.dtype | None = None
@@ -107,8 +130,7 @@ class CudaBackend(Backend):
         config = _choose(known, m, x.device)
         if config[0] == "decode" or not multiplies(x.dtype, format):
             _log_decode(x.dtype, config[0] == "decode")
-            compute = x.dtype if multiplies(x.dtype, format) else torch.float32
-            return self._decoded_linear(x.to(compute), w, bias, dtype)
+            return self._decoded_linear(x.to(_decoded_to(x.dtype, format)), w, bias, dtype)
         if k % TILE_K:
             x = F.pad(x, (0, -k % TILE_K))
         elif not _readable(x):
