@@ -24,7 +24,8 @@ inline std::string obstacle(const Facts& f) {
   const std::string here =
       "the driver knows CUDA " + version(f.driver) + ", the kernels were built with CUDA " + version(f.runtime);
   if (!f.failed.empty())
-    return "they do not load on a GPU of architecture sm_" + std::to_string(f.device) + " (" + f.failed + "): " + here;
+    return "they do not load on " + (f.device ? "sm_" + std::to_string(f.device) : "the GPU") + " (" + f.failed +
+           "): " + here;
   // The code for sm_90 and later copies with descriptions of tensors; that for older ones runs without.
   if (f.code >= 90 && !f.describes_tensors)
     return "the driver cannot describe tensors (cuTensorMapEncodeTiled): " + here;

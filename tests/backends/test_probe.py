@@ -4,8 +4,13 @@ them, and no GPU is needed.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -153,3 +158,28 @@ def test_explain_says_why_cuda_kernels_are_passed_over(monkeypatch: pytest.Monke
     found = explain_request(NF4, 64, 64, 1, torch.bfloat16, "cuda:1")
     assert (found.selected, found.memory) == ("reference", None)
     assert [kernel.name for kernel in found.kernels] == ["cuda", "triton"]
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc not found: no driver is made")
+def test_a_driver_older_than_the_kernels(tmp_path: Path) -> None:
+    """The compiled module itself, with a driver that knows a version of CUDA and nothing else."""
+    if importlib.util.find_spec("lowbit._cuda") is None:
+        pytest.skip("the package was built without its CUDA kernels")
+    source = tmp_path / "driver.c"
+    source.write_text(
+        "int cuInit(unsigned flags) { return (int)flags; }\n"
+        "int cuDriverGetVersion(int *version) { *version = 11020; return 0; }\n"
+    )
+    driver = tmp_path / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", driver, source], check=True)
+    script = "import lowbit, lowbit._cuda as c; print(c.probe(0))"
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "they do not load on the GPU" in said.stdout
+    assert "the driver knows CUDA 11.2, the kernels were built with CUDA " in said.stdout

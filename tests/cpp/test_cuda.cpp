@@ -394,6 +394,7 @@ void check_probe() {
   has({12040, 12080, 90, 90, true, ""}, "");
   has({12040, 13000, 89, 0, false, "driver too old"},
       "sm_89 (driver too old): the driver knows CUDA 12.4, the kernels were built with CUDA 13.0");
+  has({12040, 13000, 0, 0, false, "driver too old"}, "on the GPU (driver too old)");
   has({13000, 13000, 75, 0, true, "no kernel image"}, "sm_75 (no kernel image)");
   has({11080, 12080, 90, 90, false, ""}, "cuTensorMapEncodeTiled");
   has({11080, 12080, 90, 80, false, ""}, "");  // translated code of sm_80 does without
