@@ -92,9 +92,20 @@ struct Weight {
 
   // (family, tiles_m, splits, stages_per_split, shared, depth, bulk)
   py::tuple choose(int64_t m, int architecture, int code, int sms) const {
+    return tuple_of(cuda::choose(request(m, architecture, code, sms)));
+  }
+  // All that `linear` takes; `choose` gives one of them, or decodes.
+  py::list candidates(int64_t m, int architecture, int code, int sms) const {
+    py::list found;
+    for (const Config& c : cuda::candidates(request(m, architecture, code, sms))) found.append(tuple_of(c));
+    return found;
+  }
+  Request request(int64_t m, int architecture, int code, int sms) const {
     if (m < 1 || sms < 1) throw std::invalid_argument("m and sms must be positive");
-    const Config c = cuda::choose(Request{m, n, k, group, bits, has_scale ? type_bytes(scale_type) : 0,
-                                          zero == Zero::kInt ? 1 : 0, architecture, code, sms});
+    return {m,    n,  k, group, bits, has_scale ? type_bytes(scale_type) : 0, zero == Zero::kInt ? 1 : 0, architecture,
+            code, sms};
+  }
+  static py::tuple tuple_of(const Config& c) {
     const char* const families[] = {"mma", "wgmma", "decode"};
     return py::make_tuple(families[static_cast<int>(c.family)], c.tiles_m, c.splits, c.stages_per_split, c.shared,
                           c.depth, c.bulk);
@@ -198,6 +209,7 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("zero_type"))
       .def_property_readonly("num_groups", &Weight::num_groups)
       .def_property_readonly("float_zero", &Weight::float_zero)
+      .def("candidates", &Weight::candidates, py::arg("m"), py::arg("architecture"), py::arg("code"), py::arg("sms"))
       .def("choose", &Weight::choose, py::arg("m"), py::arg("architecture"), py::arg("code"), py::arg("sms"))
       .def("linear", &Weight::linear)
       .def("dequantize", &Weight::dequantize, py::call_guard<py::gil_scoped_release>());

@@ -1,6 +1,8 @@
 // Which kernel computes a product, and its tile: plain arithmetic on the host, tested without a GPU.
 #pragma once
 
+#include <vector>
+
 #include "launch.h"
 #include "tile.h"
 
@@ -92,6 +94,43 @@ Config wgmma_config(const Request& r) {
       Family::kWgmma, kCols / 8, static_cast<int32_t>(ceil_div(tiles, per_split)), per_split, Tile::kShared, 0, true};
 }
 
+// Every other way to compute a product that a benchmark may try: tiles, stages in the ring, parts of K. All of them are
+// right; `choose` takes what is expected to be fast.
+template <int kBits>
+std::vector<Config> candidates(const Request& r) {
+  std::vector<Config> found;
+  const SharedLimits limits = shared_limits(r.architecture);
+  const auto split = [&](Config c, int64_t stages, int64_t least) {
+    for (const int64_t parts : {1, 2, 4, 8}) {
+      const int64_t each = ceil_div(stages, parts);
+      if (parts > 1 && (each < least || ceil_div(stages, each) != parts)) continue;
+      c.splits = static_cast<int32_t>(parts), c.stages_per_split = each;
+      found.push_back(c);
+    }
+  };
+  const auto with_tile = [&]<int kTilesM>() {
+    using Tile = MmaTile<kBits, kTilesM>;
+    if (kTilesM > 4 && r.m <= Tile::kCols / 2) return;
+    const bool bulk = Tile::kBulk && r.code >= 90;
+    const int groups = stage_groups<Tile>(groups_per_tile(r.group, r.k), tiles_per_group(r.group));
+    const int x_rows = static_cast<int>(r.m < Tile::kCols ? r.m : Tile::kCols);
+    const StageBytes stage = stage_bytes<Tile>(x_rows, groups, r.scale_bytes, r.zero_bytes);
+    for (int depth = 2; depth <= (bulk ? Tile::kMostStages : Tile::kMostAsyncStages); ++depth)
+      if (const int shared = shared_bytes<Tile>(depth, stage); shared <= limits.block)
+        split({Family::kMma, kTilesM, 1, 0, shared, depth, bulk}, ceil_div(ceil_div(r.k, kTileK), Tile::kStageTiles),
+              1);
+  };
+  with_tile.template operator()<1>();
+  with_tile.template operator()<2>();
+  with_tile.template operator()<4>();
+  with_tile.template operator()<8>();
+  if (r.architecture == 90 && (r.group >= r.k || r.group % kTileK == 0)) {
+    split({Family::kWgmma, 8, 1, 0, WgmmaTile<kBits, 64>::kShared, 0, true}, ceil_div(r.k, kTileK), 1);
+    if (r.m > 64) split({Family::kWgmma, 16, 1, 0, WgmmaTile<kBits, 128>::kShared, 0, true}, ceil_div(r.k, kTileK), 1);
+  }
+  return found;
+}
+
 template <int kBits>
 Config choose(const Request& r) {
   const bool wgmma = r.architecture == 90 && r.m > 16 && (r.group >= r.k || r.group % kTileK == 0);
@@ -135,6 +174,9 @@ auto for_bits(int bits, F&& f) {
   }
 }
 
+inline std::vector<Config> candidates(const Request& r) {
+  return for_bits(r.bits, [&]<int kBits>() { return candidates<kBits>(r); });
+}
 inline Config choose(const Request& r) {
   return for_bits(r.bits, [&]<int kBits>() { return choose<kBits>(r); });
 }

@@ -16,6 +16,9 @@ class Weight:
     def choose(
         self, m: int, architecture: int, code: int, sms: int
     ) -> tuple[str, int, int, int, int, int, bool]: ...
+    def candidates(
+        self, m: int, architecture: int, code: int, sms: int
+    ) -> list[tuple[str, int, int, int, int, int, bool]]: ...
     def linear(
         self,
         device: int,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from lowbit.strides import address, address_of_rows
 if TYPE_CHECKING:
     from lowbit._cuda import Weight
 
+# (family, x tiles of 8 rows in a block, parts of K, stages of a part, bytes of shared memory, stages in the ring, whether
+# a warp of its own fills it)
+Config: TypeAlias = tuple[str, int, int, int, int, int, bool]
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -60,11 +63,20 @@ def _given(w: Operands) -> Weight:
     return weight(w.format, w.n, w.k, scales, zeros)
 
 
-@functools.lru_cache(maxsize=4096)
-def _choose(w: Weight, m: int, device: torch.device) -> tuple[str, int, int, int, int, int, bool]:
+def _machine(device: torch.device) -> tuple[int, int, int]:
+    """The architecture of a GPU, that of the code which runs there, and its multiprocessors."""
     major, minor = torch.cuda.get_device_capability(device)
-    code = available.cuda_code(device)
-    return w.choose(m, 10 * major + minor, code, num_sms(device))
+    return 10 * major + minor, available.cuda_code(device), num_sms(device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(w: Weight, m: int, device: torch.device) -> Config:
+    return w.choose(m, *_machine(device))
+
+
+def candidates(w: Operands, m: int) -> list[Config]:
+    """All the ways in which the kernels multiply m rows of x, for benchmarks."""
+    return _given(w).candidates(m, *_machine(w.codes.device))
 
 
 def multiplies(x: torch.dtype, format: Format) -> bool:
@@ -117,9 +129,14 @@ class CudaBackend(Backend):
         return padded + sums + (splits * m * n * 4 if splits > 1 else 0)
 
     def linear(
-        self, x: Tensor, w: Operands, bias: Tensor | None, dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        w: Operands,
+        bias: Tensor | None,
+        dtype: torch.dtype | None = None,
+        config: Config | None = None,
     ) -> Tensor:
-        """x W^T + bias with fp32 sums, rounded once."""
+        """x W^T + bias with fp32 sums, rounded once; `config`, one of `candidates`, overrides the choice."""
         m, n, k, format, dtype = x.shape[0], w.n, w.k, w.format, dtype or x.dtype
         if format.activation is not None:
             return self.activation_linear(x, w, bias).to(dtype)
@@ -127,7 +144,7 @@ class CudaBackend(Backend):
         if m == 0 or n == 0 or k == 0:
             zeros_out = x.new_zeros((m, n), dtype=dtype)
             return zeros_out if bias is None else zeros_out + bias.to(dtype)
-        config = _choose(known, m, x.device)
+        config = config or _choose(known, m, x.device)
         if config[0] == "decode" or not multiplies(x.dtype, format):
             _log_decode(x.dtype, config[0] == "decode")
             return self._decoded_linear(x.to(_decoded_to(x.dtype, format)), w, bias, dtype)
