@@ -25,8 +25,8 @@ from lowbit.strides import address, address_of_rows
 if TYPE_CHECKING:
     from lowbit._cuda import Weight
 
-# (family, x tiles of 8 rows in a block, parts of K, stages of a part, bytes of shared memory, stages in the ring, whether
-# a warp of its own fills it)
+# (family, x tiles of 8 rows in a block, parts of K, stages of a part, bytes of shared memory, stages in the ring,
+# whether a warp of its own fills it)
 Config: TypeAlias = tuple[str, int, int, int, int, int, bool]
 _TYPES = {
     torch.float32: "fp32",
