@@ -19,7 +19,9 @@ from torch import Tensor
 
 import lowbit
 from lowbit import float8, fp8, layouts, packing
+from lowbit.backends.cuda import CUDA
 from lowbit.backends.cuda import fp8_matmul as matmul_cuda
+from lowbit.backends.cuda.weights import candidates
 from lowbit.backends.triton import fp8 as fp8_triton
 from lowbit.backends.triton import fp8_matmul as matmul_triton
 from lowbit.backends.triton.adamw import adamw_
@@ -231,6 +233,75 @@ def modules() -> Iterator[Result]:
     yield {"what": f"FP8 training, losses {losses}", "ok": ok}
 
 
+def lying(family: str, name: str) -> Iterator[Result]:
+    """x that lies in memory as kernels do not take it: one row for all, overlapping, misaligned, transposed."""
+    n, k = 144, 512
+    w = layouts.to_kernel(
+        lowbit.quantize(torch.randn(n, k, device=device()), name), FAMILIES[family]
+    )
+    want = lowbit.dequantize(w).double()
+    base = torch.randn(40 * k, device=device(), dtype=torch.bfloat16)
+    cases = {
+        "one row for all": base[:k].expand(7, k),
+        "overlapping rows": base.unfold(0, k, 8)[:9],
+        "misaligned rows": base[1 : 1 + 5 * k].view(5, k),
+        "transposed": base[: 24 * k].view(k, 24).t(),
+        "rows of two for many": base.view(40, k)[:2].repeat_interleave(20, 0)[::2],
+    }
+    for what, x in cases.items():
+        exact = x.double() @ want.T
+        wrong = float((lowbit.linear(x, w).double() - exact).norm() / exact.norm())
+        yield {"what": what, "ok": wrong <= TOLERANCE, "error": wrong}
+
+
+def captured() -> Iterator[Result]:
+    """Graphs of a product whose K is split, of an embedding and of a decoded weight, and products on another stream."""
+    torch.manual_seed(0)
+    qt = lowbit.quantize(torch.randn(256, 8192, device="cuda"), "nf4")
+    w = layouts.to_kernel(qt, FAMILIES["cuda"])
+    ids = torch.tensor([3, 255, 0], device="cuda")
+    runs = {
+        "split K": lambda x: lowbit.linear(x[:1], w),
+        "decoded": lambda x: lowbit.linear(x, w),
+        "embedding": lambda x: embedding(ids, w, torch.bfloat16) + x[:3],
+    }
+    for what, run in runs.items():
+        x = torch.randn(700, 8192, device="cuda", dtype=torch.bfloat16)
+        run(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(x)
+        x.copy_(torch.randn_like(x))
+        ids.copy_(torch.tensor([254, 1, 7]))
+        graph.replay()
+        yield {"what": f"graph of {what}", "ok": same_bits(out, run(x))}
+    stream = torch.cuda.Stream()
+    x = torch.randn(5, 8192, device="cuda", dtype=torch.bfloat16)
+    want = lowbit.linear(x, w)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = [lowbit.linear(x, w) for _ in range(8)]
+    torch.cuda.current_stream().wait_stream(stream)
+    yield {"what": "another stream", "ok": all(same_bits(y, want) for y in got)}
+
+
+def every_way(name: str) -> Iterator[Result]:
+    """All the tiles, rings and parts of K that the CUDA kernels have, those that are not chosen too."""
+    n, k = 144, 1088
+    w = layouts.to_operands(
+        lowbit.quantize(torch.randn(n, k, device="cuda"), name), FAMILIES["cuda"]
+    )
+    weight = CUDA.dequantize(w, torch.float32).double()
+    for m in (1, 8, 13, 40, 200):
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        exact = x.double() @ weight.T
+        for config in candidates(w, m):
+            y = CUDA.linear(x, w, None, config=config)
+            wrong = float((y.double() - exact).norm() / exact.norm())
+            yield {"what": f"M={m} {config}", "ok": wrong <= TOLERANCE, "error": wrong}
+
+
 def timed(family: str, name: str, n: int, k: int, rows: list[int]) -> Iterator[Result]:
     """A kernel that gpu.py times next: its products against float64, and its code in Triton's cache."""
     weight = torch.randn(n, k, device="cuda") * 0.02
@@ -242,7 +313,8 @@ def timed(family: str, name: str, n: int, k: int, rows: list[int]) -> Iterator[R
 
 
 CHECKS: dict[str, Callable[..., Iterator[Result]]] = {
-    f.__name__: f for f in (linear, fp8_quantize, fp8_product, adamw, modules, timed)
+    f.__name__: f
+    for f in (linear, fp8_quantize, fp8_product, adamw, modules, lying, captured, every_way, timed)
 }
 
 
@@ -260,7 +332,12 @@ def tasks(families: list[str]) -> list[list[Any]]:
     found += [
         ["adamw", "triton", t, e] for t in ("float8_e4m3fn", "float8_e5m2") for e in (False, True)
     ]
-    return found + ([["modules"]] if device() == "cuda" else [])
+    found += [["lying", family, name] for family in families for name in ("nf4", "q4_1")]
+    if device() != "cuda":
+        return found
+    if "cuda" in families:
+        found += [["captured"], *(["every_way", name] for name in ("int4", "binary", "q4_1"))]
+    return [*found, ["modules"]]
 
 
 def answer(task: list[Any]) -> list[Result]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,9 +36,8 @@ def microseconds(call: Call, copies: int = 4) -> float:
     return statistics.median(replay_microseconds(lambda: [call() for _ in range(copies)])) / copies
 
 
-def measure(families: list[str]) -> list[dict[str, Any]]:
+def measure(families: list[str]) -> Iterator[dict[str, Any]]:
     """Time and TFLOP/s of each pairing of scales, or what was wrong with it."""
-    results = []
     for m, n, k in SHAPES:
         x, w = torch.randn(m, k, device="cuda"), torch.randn(n, k, device="cuda")
         dense_x, dense_w = x.bfloat16(), w.bfloat16()
@@ -72,9 +71,8 @@ def measure(families: list[str]) -> list[dict[str, Any]]:
                 got = call()[:CHECKED_ROWS].double()
                 wrong = float((got - want).norm() / want.norm())
                 if not wrong <= TOLERANCE:
-                    results.append({**about, "failed": f"relative error {wrong:.3g}"})
+                    yield {**about, "failed": f"relative error {wrong:.3g}"}
                     continue
                 about["error"] = wrong
             us = microseconds(call)
-            results.append({**about, "us": us, "tflops": 2 * m * n * k / us / 1e6})
-    return results
+            yield {**about, "us": us, "tflops": 2 * m * n * k / us / 1e6}

@@ -10,14 +10,14 @@ REPLAYS = 25
 _WARM_UP = 3
 
 
-def replay_microseconds(run: Callable[[], object]) -> list[float]:
-    """Times of REPLAYS replays of a graph of `run`, which has been called before."""
+def replay_microseconds(run: Callable[[], object], replays: int = REPLAYS) -> list[float]:
+    """Times of replays of a graph of `run`, which has been called before."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
     taken = []
-    for _ in range(_WARM_UP + REPLAYS):
+    for _ in range(_WARM_UP + replays):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()

@@ -2,7 +2,8 @@
 # none, and GPUs run the Triton kernels.
 set(LOWBIT_CUDA AUTO CACHE STRING "Build the CUDA kernels: ON if nvcc is found, AUTO if a GPU is found too, OFF")
 set_property(CACHE LOWBIT_CUDA PROPERTY STRINGS AUTO ON OFF)
-set(LOWBIT_CUDA_ARCHITECTURES "80-real;90-real;90-virtual" CACHE STRING "GPUs that the mma kernels are compiled for")
+set(LOWBIT_CUDA_ARCHITECTURES "80-real;90-real;100-real;120-real;90-virtual" CACHE STRING
+  "GPUs that the mma kernels are compiled for; the driver translates the last one for others, which takes seconds")
 if(NOT LOWBIT_CUDA)
   message(STATUS "lowbit: no CUDA kernels are built, as LOWBIT_CUDA is ${LOWBIT_CUDA}")
   return()

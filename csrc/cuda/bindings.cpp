@@ -9,6 +9,8 @@
 #include "../core/address.h"
 #include "heuristics.h"
 #include "kernels.h"
+#include "launch.cuh"
+#include "probe.h"
 
 namespace py = pybind11;
 
@@ -33,6 +35,29 @@ cudaStream_t use(int device, uint64_t stream) {
   if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess)
     throw std::runtime_error(std::string("cudaSetDevice: ") + cudaGetErrorString(error));
   return reinterpret_cast<cudaStream_t>(static_cast<uintptr_t>(stream));
+}
+
+// Why the kernels of this build do not run on a device, None if they do, and the architecture that the mma kernels
+// which run there were compiled for: that of a device's own code, or an older one whose code the driver translates.
+std::pair<std::optional<std::string>, int> probe(int device) {
+  Facts f;
+  cudaDriverGetVersion(&f.driver);
+  cudaRuntimeGetVersion(&f.runtime);
+  if (f.driver) {
+    cudaFuncAttributes attributes{};
+    int major = 0, minor = 0;
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (error == cudaSuccess) error = mma_attributes(&attributes);
+    f.device = 10 * major + minor;
+    f.code = attributes.ptxVersion;
+    if (error != cudaSuccess) f.failed = cudaGetErrorString(error);
+    f.describes_tensors = error == cudaSuccess && encode_tiled_address();
+    cudaGetLastError();  // said here; the next launch is not to find it
+  }
+  const std::string why = obstacle(f);
+  return {why.empty() ? std::nullopt : std::optional(why), f.code};
 }
 
 // What an m16 weight is, apart from its bytes.
@@ -66,10 +91,21 @@ struct Weight {
   bool float_zero() const { return zero == Zero::kSubtract || zero == Zero::kAdd; }
 
   // (family, tiles_m, splits, stages_per_split, shared, depth, bulk)
-  py::tuple choose(int64_t m, int architecture, int sms) const {
+  py::tuple choose(int64_t m, int architecture, int code, int sms) const {
+    return tuple_of(cuda::choose(request(m, architecture, code, sms)));
+  }
+  // All that `linear` takes; `choose` gives one of them, or decodes.
+  py::list candidates(int64_t m, int architecture, int code, int sms) const {
+    py::list found;
+    for (const Config& c : cuda::candidates(request(m, architecture, code, sms))) found.append(tuple_of(c));
+    return found;
+  }
+  Request request(int64_t m, int architecture, int code, int sms) const {
     if (m < 1 || sms < 1) throw std::invalid_argument("m and sms must be positive");
-    const Config c = cuda::choose(Request{m, n, k, group, bits, has_scale ? type_bytes(scale_type) : 0,
-                                          zero == Zero::kInt ? 1 : 0, architecture, sms});
+    return {m,    n,  k, group, bits, has_scale ? type_bytes(scale_type) : 0, zero == Zero::kInt ? 1 : 0, architecture,
+            code, sms};
+  }
+  static py::tuple tuple_of(const Config& c) {
     const char* const families[] = {"mma", "wgmma", "decode"};
     return py::make_tuple(families[static_cast<int>(c.family)], c.tiles_m, c.splits, c.stages_per_split, c.shared,
                           c.depth, c.bulk);
@@ -173,9 +209,11 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("zero_type"))
       .def_property_readonly("num_groups", &Weight::num_groups)
       .def_property_readonly("float_zero", &Weight::float_zero)
-      .def("choose", &Weight::choose, py::arg("m"), py::arg("architecture"), py::arg("sms"))
+      .def("candidates", &Weight::candidates, py::arg("m"), py::arg("architecture"), py::arg("code"), py::arg("sms"))
+      .def("choose", &Weight::choose, py::arg("m"), py::arg("architecture"), py::arg("code"), py::arg("sms"))
       .def("linear", &Weight::linear)
       .def("dequantize", &Weight::dequantize, py::call_guard<py::gil_scoped_release>());
+  m.def("probe", &probe, py::arg("device"), py::call_guard<py::gil_scoped_release>());
   m.def("fp8_scaled_mm", &fp8_scaled_mm);
 }
 

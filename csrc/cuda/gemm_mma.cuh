@@ -41,6 +41,11 @@ constexpr bool kHasBulk = true;
 constexpr bool kHasBulk = false;
 #endif
 
+template <class Tile>
+constexpr int launch_threads = Tile::threads(kHasBulk && Tile::kBulk);
+template <class Tile>
+constexpr int launch_blocks = Tile::resident(kHasBulk && Tile::kBulk);
+
 // What a block knows of its problem, in 32 bits where that is enough.
 struct Block {
   int m0, tile_n0, tiles_n, tiles_k, rows, num_groups;
@@ -117,7 +122,7 @@ struct Ring {
 
 // kFine: groups of 16 or 32, several in a tile.
 template <class T, int kBits, int kTilesM, bool kFine>
-__global__ void __launch_bounds__(MmaTile<kBits, kTilesM>::kMostThreads, MmaTile<kBits, kTilesM>::kBlocksPerSm)
+__global__ void __launch_bounds__(launch_threads<MmaTile<kBits, kTilesM>>, launch_blocks<MmaTile<kBits, kTilesM>>)
     mma_kernel(__grid_constant__ const Maps maps, const Linear p, const MmaRun run) {
   using Tile = MmaTile<kBits, kTilesM>;
   extern __shared__ __align__(1024) uint8_t shared[];

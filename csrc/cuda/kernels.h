@@ -8,6 +8,8 @@
 
 namespace lowbit::cuda {
 
+// Attributes of one of the mma kernels, all of which are compiled alike.
+cudaError_t mma_attributes(cudaFuncAttributes*);
 void mma_bf16(const Linear&, const Config&, int device, cudaStream_t);
 void mma_f16(const Linear&, const Config&, int device, cudaStream_t);
 void wgmma_bf16(const Linear&, const Config&, int device, cudaStream_t);

@@ -14,6 +14,15 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// cuTensorMapEncodeTiled of the driver; null if it has none.
+inline void* encode_tiled_address() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? found : nullptr;
+}
+
 template <auto kKernel>
 void allow_shared(int device, int bytes) {
   constexpr int kDevices = 64;

@@ -17,16 +17,17 @@ void launch_mma(const Linear& p, const Config& c, int device, cudaStream_t strea
   Maps maps{};
   if (c.bulk) {
     const int64_t tiles_k = ceil_div(p.k, kTileK);
-    // K tiles of x stand behind each other, and so do the rows of each of them.
+    // K tiles of x stand behind each other, and so do the rows of each of them. cuda.h describes strides that include
+    // the one before, which these do for one row; drivers take the others as well.
     maps.x = tensor_map<3>(CU_TENSOR_MAP_DATA_TYPE_UINT16, p.x, {kTileK, p.m, tiles_k},
-                           {p.m > 1 ? p.x_stride * 2 : tiles_k * kXRowBytes, kXRowBytes},
+                           {p.m > 1 ? p.x_stride * 2 : kXRowBytes, kXRowBytes},
                            {kTileK, static_cast<int>(p.m < Tile::kCols ? p.m : Tile::kCols), Tile::kStageTiles}, true);
     maps.codes = codes_map(p, Tile::kRowTilesOfBlock, Tile::kStageTiles);
     if (groups && p.scales) maps.scales = values_map(p, p.scales, p.scale_type, Tile::kRowTilesOfBlock, groups);
     if (groups && p.zero == Zero::kInt) maps.zeros = values_map(p, p.zeros, Type::kI8, Tile::kRowTilesOfBlock, groups);
   }
   mma_kernel<T, kBits, kTilesM, kFine>
-      <<<blocks, Tile::kThreads + (c.bulk ? kLanes : 0), c.shared, stream>>>(maps, p, run_of(p, c, groups));
+      <<<blocks, Tile::threads(c.bulk), c.shared, stream>>>(maps, p, run_of(p, c, groups));
   check(cudaGetLastError(), "mma kernel");
   if (p.parts) add_parts(p, c.splits, stream);
 }

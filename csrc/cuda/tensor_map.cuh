@@ -4,26 +4,28 @@
 #include <cuda.h>
 
 #include "launch.cuh"
+#include "memo.h"
 
 namespace lowbit::cuda {
 
 inline auto encode_tiled() {
-  static const auto encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
-          "cuTensorMapEncodeTiled");
-    if (result != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  }();
+  static const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode_tiled_address());
+  if (!encode) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
   return encode;
 }
+
+// All that a description is made from.
+struct MapKey {
+  uint64_t data;
+  int64_t sizes[3], strides[2];
+  int32_t box[3], type, rank, swizzled;
+};
 
 // An array of `kRank` dimensions, the first without gaps, in boxes; zero beyond its edges. `strides`: bytes between
 // elements of the others.
 template <int kRank>
-CUtensorMap tensor_map(CUtensorMapDataType type, const void* data, const int64_t (&sizes)[kRank],
-                       const int64_t (&strides)[kRank - 1], const int (&box)[kRank], bool swizzled) {
+CUtensorMap encode_tensor_map(CUtensorMapDataType type, const void* data, const int64_t (&sizes)[kRank],
+                              const int64_t (&strides)[kRank - 1], const int (&box)[kRank], bool swizzled) {
   CUtensorMap map;
   cuuint64_t size[kRank], stride[kRank - 1];
   cuuint32_t boxes[kRank], steps[kRank];
@@ -37,6 +39,18 @@ CUtensorMap tensor_map(CUtensorMapDataType type, const void* data, const int64_t
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
   return map;
+}
+
+// `encode_tensor_map`, which takes the driver some time, once for each tensor.
+template <int kRank>
+CUtensorMap tensor_map(CUtensorMapDataType type, const void* data, const int64_t (&sizes)[kRank],
+                       const int64_t (&strides)[kRank - 1], const int (&box)[kRank], bool swizzled) {
+  static_assert(kRank <= 3);
+  MapKey key{reinterpret_cast<uintptr_t>(data), {}, {}, {}, static_cast<int32_t>(type), kRank, swizzled};
+  for (int i = 0; i < kRank; ++i) key.sizes[i] = sizes[i], key.box[i] = box[i];
+  for (int i = 0; i + 1 < kRank; ++i) key.strides[i] = strides[i];
+  thread_local Memo<MapKey, CUtensorMap> known;
+  return known.find(key, [&] { return encode_tensor_map<kRank>(type, data, sizes, strides, box, swizzled); });
 }
 
 // The codes of a weight in boxes of `row_tiles` by `k_tiles`, and scales or zeros in boxes of `row_tiles` by `groups`.

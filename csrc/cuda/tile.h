@@ -18,14 +18,15 @@ struct MmaTile {
   static constexpr int kRowTiles = 2;
   // Tiles along K that a warp takes in a stage: one of few bits would be few bytes in flight.
   static constexpr int kTilesK = kTilesM > 1 ? 1 : kBits == 1 ? 4 : kBits <= 3 ? 2 : 1;
-  static constexpr int kMostStages = 4;
-  // Blocks that a multiprocessor's registers hold at least, and that the ring leaves shared memory for.
-  static constexpr int kBlocksPerSm = kTilesM == 1 ? 2 : 1;
-  static constexpr int kResident = kTilesM == 1 ? 3 : kBlocksPerSm;
   static constexpr int kWarps = kWarpsN * kWarpsK, kThreads = kWarps * kLanes;
   // Whether a warp of its own fills the ring from sm_90 on. Larger tiles have no registers for it.
   static constexpr bool kBulk = kTilesM <= 2;
-  static constexpr int kMostThreads = kThreads + (kBulk ? kLanes : 0);
+  // Stages in the ring at most; cp.async waits for a number that its code spells out.
+  static constexpr int kMostStages = kBulk ? 8 : 4, kMostAsyncStages = 4;
+  // Threads of a block, and blocks that the registers of a multiprocessor hold, which is what the code is compiled for:
+  // with a warp that fills the ring (`bulk`), or without.
+  static constexpr int threads(bool bulk) { return kThreads + (bulk ? kLanes : 0); }
+  static constexpr int resident(bool bulk) { return kTilesM > 1 ? 1 : bulk && kBits <= 4 ? 3 : 2; }
   static constexpr int kRows = kWarpsN * kRowTiles * kTileN;
   static constexpr int kCols = kTilesM * 8;
   static constexpr int kStageTiles = kWarpsK * kTilesK;

@@ -14,8 +14,11 @@ class Weight:
         zero_type: str | None,
     ) -> None: ...
     def choose(
-        self, m: int, architecture: int, sms: int
+        self, m: int, architecture: int, code: int, sms: int
     ) -> tuple[str, int, int, int, int, int, bool]: ...
+    def candidates(
+        self, m: int, architecture: int, code: int, sms: int
+    ) -> list[tuple[str, int, int, int, int, int, bool]]: ...
     def linear(
         self,
         device: int,
@@ -50,6 +53,7 @@ class Weight:
         out_type: str,
     ) -> None: ...
 
+def probe(device: int) -> tuple[str | None, int]: ...
 def fp8_scaled_mm(
     device: int,
     stream: int,

@@ -47,6 +47,7 @@ class Explanation:
     """The kernel that runs a request and the fate of the others; `str()` is a table.
 
     `outliers` names what multiplies the outliers of the weight, if it has any, and `lowrank` the low-rank terms.
+    `memory`: bytes that the product takes on a GPU beside y and gives back, where that is known.
     """
 
     request: str
@@ -54,6 +55,7 @@ class Explanation:
     kernels: tuple[Kernel, ...]
     outliers: str | None = None
     lowrank: str | None = None
+    memory: int | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.request}: {self.selected}"]
@@ -61,6 +63,8 @@ class Explanation:
             lines.append(f"  outliers: {self.outliers}")
         if self.lowrank is not None:
             lines.append(f"  low rank: {self.lowrank}")
+        if self.memory is not None:
+            lines.append(f"  temporary memory: {self.memory:,} bytes")
         width = max((len(kernel.name) for kernel in self.kernels), default=0)
         for kernel in self.kernels:
             verdict = ["runs"] if kernel.name == self.selected else []
@@ -101,7 +105,7 @@ def explain(x: Tensor, weight: Weight | PrunedTensor) -> Explanation:
     matrix = weight.matrix if isinstance(weight, CompositeWeight) else weight
     layout = getattr(matrix, "layout", None) or available.kernel_layout(x.device, matrix.format)
     m = x.numel() // width if width else 0
-    found = explain_request(matrix.format, n, k, m, x.dtype, x.device.type, layout)
+    found = explain_request(matrix.format, n, k, m, x.dtype, str(x.device), layout)
     if not isinstance(weight, CompositeWeight):
         return found
     sparse = [describe(term) for term in weight.added if isinstance(term, SparseTerm)]
@@ -146,11 +150,15 @@ def explain_request(
     k: int,
     m: int,
     dtype: torch.dtype,
-    device_type: str = "cpu",
+    on: str = "cpu",
     layout: str | None = None,
 ) -> Explanation:
-    """`explain` without tensors: an (m, k) x of `dtype` against an (n, k) weight, by default as kernels read it."""
-    layout = layout or available.kernel_layout(torch.device(device_type), format)
+    """`explain` without tensors: an (m, k) x of `dtype` against an (n, k) weight on a device, by default as kernels
+    read it.
+    """
+    device = torch.device(on)
+    device_type = device.type
+    layout = layout or available.kernel_layout(device, format)
     name = _DTYPE_NAMES[dtype]
     threads = requests.usable_threads(torch.get_num_threads())
     request = (
@@ -168,10 +176,15 @@ def explain_request(
         selected, known = CPU.explain(format.matrix, n, k, m, name, threads)
         kernels = tuple(Kernel(*each) for each in known)
         return Explanation(request, selected, kernels, sparse, lowrank)
-    selected = REFERENCE
+    memory = None
     if format.activation is None and dtype != torch.uint8:
-        selected = backend.describe(format, n, k, m, dtype, torch.device(device_type))
-    return Explanation(request, selected, (), sparse, lowrank)
+        selected = backend.describe(format, n, k, m, dtype, device)
+        memory = backend.temporary(format, n, k, m, dtype, device)
+    else:
+        selected = backend.describe_integers(device)
+    passed_over = available.passed_over(device, format, layout)
+    kernels = tuple(Kernel(kernel, None, None, why) for kernel, why in passed_over)
+    return Explanation(request, selected, kernels, sparse, lowrank, memory)
 
 
 def explain_fp8(

@@ -13,11 +13,12 @@ import torch
 
 import lowbit
 from lowbit import float8, layouts, reference
+from lowbit.backends import available
 from lowbit.backends.cuda import CUDA
 from lowbit.backends.cuda import fp8_matmul as matmul_cuda
 from lowbit.backends.cuda import weights as backend
 from lowbit.formats import FORMATS, parse
-from lowbit.layouts import M16
+from lowbit.layouts import M16, m16
 from weights import random_weight
 
 
@@ -31,7 +32,7 @@ class Launch:
         self.given: dict[str, Any] = {}
 
     def choose(
-        self, m: int, architecture: int, sms: int
+        self, m: int, architecture: int, code: int, sms: int
     ) -> tuple[str, int, int, int, int, int, bool]:
         return self.family, 1, self.splits, 1, 0, 4, True
 
@@ -40,7 +41,7 @@ class Launch:
                parts: int) -> None:  # fmt: skip
         self.given = {k: v for k, v in locals().items() if k != "self"}
         assert x % 16 == 0
-        assert m == 1 or x_stride % 8 == 0
+        assert m == 1 or (x_stride % 8 == 0 and x_stride >= self.x.shape[1])
         size = self.x.element_size()
         for row in range(m):
             columns = self.x.shape[1]
@@ -58,6 +59,7 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(available, "_PROBED", {0: (None, 90)})
 
 
 def launch(
@@ -83,8 +85,21 @@ BASE = torch.randn(9, 200)
         BASE[:, 1:65],
         BASE.t()[:64, :8].t(),
         BASE[::2, :64],
+        BASE[:1, :64].expand(5, 64),
+        BASE.flatten().unfold(0, 64, 8)[:9],
+        BASE[:1, :70].expand(5, 70),
     ),
-    ids=("rows", "odd k", "one row", "misaligned", "transposed", "every other row"),
+    ids=(
+        "rows",
+        "odd k",
+        "one row",
+        "misaligned",
+        "transposed",
+        "every other row",
+        "one row for all",
+        "overlapping rows",
+        "one row for all, odd k",
+    ),
 )
 def test_x_is_what_the_kernels_can_read(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.bfloat16, torch.float16):
@@ -122,6 +137,75 @@ def test_a_decoded_copy_multiplies_where_no_kernel_does(
     assert float((y.double() - exact).norm() / exact.norm()) <= (
         1e-6 if dtype == torch.float32 else 0.004
     )
+
+
+def rows_of_operands(indices: None, w: layouts.Operands, dtype: torch.dtype) -> torch.Tensor:
+    """What the kernel decodes."""
+    layout = layouts.find(M16)
+    for name, (shape, _) in layout.specs(w.format, w.n, w.k).items():
+        t = getattr(w, name)
+        assert tuple(t.shape) == shape, name
+        assert t.is_contiguous()
+        assert t.data_ptr() % 16 == 0
+    assert w.table is not None
+    values = w.table[m16.unpack_fragments(w.codes, w.format.bits, w.n, w.k).long()]
+    scales, zeros = (
+        None if t is None else layout.to_rows(t, w.n).float() for t in (w.scales, w.zeros)
+    )
+    return reference.apply_scales(values, w.format, scales, zeros).to(dtype)
+
+
+@pytest.mark.parametrize("with_bias", (False, True))
+@pytest.mark.parametrize("x_dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", ("nf4", "uint3_g32", "q4_1", "int8_row"))
+def test_a_large_weight_is_decoded_in_slices(
+    name: str, x_dtype: torch.dtype, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, k = 300, 96
+    qt = random_weight(parse(name), n, k)
+    w = layouts.to_operands(qt, M16)
+    x = torch.randn(5, k).to(x_dtype)
+    bias = torch.randn(n) if with_bias else None
+    fake = Launch("decode", 1, False, x)
+    monkeypatch.setattr(backend, "weight", lambda *_: fake)
+    given: list[int] = []
+
+    def rows(indices: None, w: layouts.Operands, dtype: torch.dtype) -> torch.Tensor:
+        given.append(w.n)
+        return rows_of_operands(indices, w, dtype)
+
+    monkeypatch.setattr(CUDA, "rows", rows)
+    whole = CUDA.linear(x, w, bias, torch.float32)
+    assert given == [n]
+    monkeypatch.setattr(backend, "_DECODED_ROWS", 32)
+    monkeypatch.setattr(backend, "_DECODED_BYTES", n * k * x_dtype.itemsize // 3)
+    given.clear()
+    sliced = CUDA.linear(x, w, bias, torch.float32)
+    assert given == [128, 128, 44]
+    same_dtype = CUDA.linear(x, w, bias)
+    assert same_dtype.dtype == x_dtype
+    decoded = qt.dequantize().to(x_dtype).double()
+    exact = x.double() @ decoded.T
+    if bias is not None:
+        exact += bias.to(x_dtype).double()
+    tolerance = 1e-6 if x_dtype == torch.float32 else 0.004  # y of torch's product in bf16
+    for y in (whole, sliced, same_dtype):
+        assert float((y.double() - exact).norm() / exact.norm()) <= tolerance
+
+
+def test_slices_bound_what_is_decoded() -> None:
+    for n, k, dtype in (
+        (128256, 4096, torch.bfloat16),
+        (28672, 8192, torch.float32),
+        (100, 64, torch.float16),
+    ):
+        parts = backend.slices(n, k, dtype)
+        assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])]
+        assert parts[-1].stop == n
+        assert all(p.start % 256 == 0 for p in parts)
+        most = max((p.stop - p.start) * k * dtype.itemsize for p in parts)
+        assert most <= (1 << 28) + 256 * k * dtype.itemsize
+    assert backend.slices(8192, 8192, torch.float32) == [slice(0, 8192)]
 
 
 def test_no_rows_need_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,3 +254,16 @@ def test_fp8_operands_are_what_the_kernel_can_read(
     y = matmul_cuda.scaled_mm(float8.Scaled(*qa, g), float8.Scaled(*qb, g), None, torch.float16)
     assert (y.shape, y.dtype) == ((7, 9), torch.float16)
     assert given["rest"] == (0, "fp32", y.data_ptr(), "fp16")
+
+
+def test_overlapping_fp8_rows_are_copied() -> None:
+    base = torch.randn(400).to(torch.float8_e4m3fn)
+    bits = base.view(torch.uint8)
+    one, overlapping = bits[:64].expand(5, 64), bits.unfold(0, 64, 16)[:7]
+    for t in (one, overlapping, one[:1], bits[:70].expand(3, 70)):
+        made = matmul_cuda._aligned(t.view(torch.float8_e4m3fn))
+        assert torch.equal(made.view(torch.uint8), t)
+        assert made.stride(0) >= t.shape[1]
+        assert made.stride(0) % 16 == made.data_ptr() % 16 == 0
+    apart = bits[:384].view(6, 64).view(torch.float8_e4m3fn)
+    assert matmul_cuda._aligned(apart) is apart

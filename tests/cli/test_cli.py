@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lowbit
+from lowbit.backends import available
 from lowbit.cli import bench, main
 from lowbit.formats import all_formats, parse
 
@@ -349,3 +351,38 @@ def test_without_torch_the_tables_still_work() -> None:
     assert ended.stdout.split() == [str(len(all_formats())), str(len(lowbit.kernels()))]
     assert "ModuleNotFoundError" in ended.stderr.splitlines()[-1]
     assert "torch" in ended.stderr.splitlines()[-1]
+
+
+def test_info_of_this_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which kernels a GPU runs, and why not: of two that are not there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    alone = run_json(capsys, "info")
+    assert (alone["torch"], alone["gpus"]) == (torch.__version__, [])
+    assert "no GPU that torch sees" in run(capsys, "info")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    properties = SimpleNamespace(
+        name="H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(available, "_CUDA_OBSTACLE", None)
+    monkeypatch.setattr(available, "_PROBED", {0: (None, 90), 1: ("the driver is old", 0)})
+    monkeypatch.setattr(available, "_HAS_TRITON", False)
+    found = run_json(capsys, "info")["gpus"]
+    assert [gpu["cuda"] for gpu in found] == [None, "the driver is old"]
+    assert [gpu["triton"] for gpu in found] == ["triton is not installed"] * 2
+    text = run(capsys, "info")
+    assert "GPU 0: H100, sm_90, 132 multiprocessors, 80.0 GiB\n  cuda: runs\n" in text
+    assert "cuda: does not run: the driver is old" in text
+
+
+@pytest.mark.parametrize("device", ("cuda:2", "cuda:", "gpu", "cpu:0"))
+def test_devices_that_are_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    message = fail(capsys, "explain", "--shape", "8,8", "-f", "nf4", "--device", device)
+    assert "device must be cpu, cuda or cuda:N with N below 2" in message
+    assert repr(device) in message

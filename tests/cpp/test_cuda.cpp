@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/heuristics.h"
+#include "cuda_choice.h"
 #include "cuda_fp8.h"
 #include "cuda_stage.h"
 #include "cuda_weight.h"
@@ -333,6 +334,7 @@ void check_bits(std::mt19937& rng) {
   for (const Zero zero : {Zero::kNone, Zero::kInt, Zero::kSubtract, Zero::kAdd}) {
     check_mma<kBits, 1>({1, 33, 600, 128, zero, 1}, rng);
     check_mma<kBits, 1>({7, 16, 1090, 32, zero, 2}, rng);
+    check_mma<kBits, 1>({13, 16, 600, 128, zero, 1}, rng);  // rows in turns
     check_mma<kBits, 1>({2, 16, 1500, 192, zero, 1}, rng);
     check_mma<kBits, 2>({13, 70, 300, 300, zero, 2}, rng);
     check_mma<kBits, 4>({29, 40, 130, 16, zero, 1}, rng);
@@ -363,42 +365,15 @@ void check_places() {
     }
 }
 
-// Every choice covers all of K, fits in shared memory and never leaves a block without work.
-void check_heuristics() {
-  for (const int architecture : {80, 86, 89, 90, 100, 120})
-    for (const int bits : {1, 2, 3, 4, 5, 6, 8})
-      for (const int64_t m : {1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 1000, 4096})
-        for (const int64_t k : {1, 576, 4096, 28672})
-          for (const int64_t n : {1, 576, 8192})
-            for (const int64_t group : {int64_t{32}, int64_t{128}, k}) {
-              const bool large = architecture == 80 || architecture == 90 || architecture == 100;
-              const Config c = choose(Request{m, n, k, std::min(group, k), bits, 4, 1, architecture, 132});
-              const int limit = architecture == 80 ? 163 << 10 : large ? 227 << 10 : 99 << 10;
-              expect(c.shared <= limit, "shared memory", m, c.shared, limit);
-              expect((c.family == Family::kWgmma) <= (architecture == 90 && m > 16), "wgmma", m, architecture, 90);
-              if (c.family == Family::kWgmma)
-                expect(c.splits * c.stages_per_split >= ceil_div(k, kTileK) &&
-                           (c.splits - 1) * c.stages_per_split < ceil_div(k, kTileK),
-                       "parts of K for wgmma", k, c.splits, static_cast<double>(c.stages_per_split));
-              if (c.family != Family::kMma) continue;
-              expect(c.depth >= 2 && c.depth <= 4, "depth", m, c.depth, 4);
-              const int64_t stages = for_bits(bits, [&]<int kBits>() {
-                return c.tiles_m == 1   ? ceil_div(ceil_div(k, kTileK), MmaTile<kBits, 1>::kStageTiles)
-                       : c.tiles_m == 2 ? ceil_div(ceil_div(k, kTileK), MmaTile<kBits, 2>::kStageTiles)
-                                        : ceil_div(ceil_div(k, kTileK), MmaTile<kBits, 4>::kStageTiles);
-              });
-              expect(c.splits >= 1 && c.splits <= 16 && c.splits * c.stages_per_split >= stages &&
-                         (c.splits - 1) * c.stages_per_split < stages,
-                     "parts of K", k, c.splits, stages);
-            }
-}
-
 }  // namespace
 
 int main() {
   std::mt19937 rng(0);
   check_reciprocal();
   check_places();
+  check_memo();
+  check_probe();
+  check_ring();
   check_heuristics();
   check_fp8_all(rng);
   for_bits(1, [&]<int kBits>() { check_bits<kBits>(rng); });

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit import packing, reference
+from lowbit.backends import int8_mm
 from lowbit.forking import alone_after_fork
 from lowbit.formats import FORMATS, Format
 from lowbit.layouts import Operands, PrunedOperands, canonical_tensors, group_terms
@@ -40,6 +41,11 @@ def compute_dtype(x: torch.dtype, format: Format) -> torch.dtype:
     return x if x != torch.float16 or fits else torch.float32
 
 
+def _integers(x: Tensor) -> reference.Product:
+    """What multiplies integers on the device of x: fp64 is slow on most GPUs."""
+    return int8_mm.product if x.device.type == "cuda" else reference.exact_product
+
+
 class Backend:
     """The kernels of one device and layout. x is (M, K), weights are (N, K), bias is (N,) or None."""
 
@@ -60,6 +66,16 @@ class Backend:
     ) -> str:
         """What `explain` calls the kernel that `linear` runs for M rows of dtype `x`."""
         return self.name
+
+    def describe_integers(self, device: torch.device) -> str:
+        """What `explain` calls `int8_linear` and `binary_linear`."""
+        return "torch._int_mm" if device.type == "cuda" else "reference"
+
+    def temporary(
+        self, format: Format, n: int, k: int, m: int, x: torch.dtype, device: torch.device
+    ) -> int | None:
+        """Bytes that `linear` of M contiguous rows of dtype `x` takes beside y; None where that is not known."""
+        return None
 
     def sparse_name(self) -> str:
         """What `explain` calls `sparse_linear`."""
@@ -184,7 +200,9 @@ class Backend:
     ) -> Tensor:  # (M, N) in `dtype`
         """`reference.int8_linear`, rounded once to `dtype`, or divided by out_scale for int8."""
         codes, scales, zeros, table = self._canonical(w)
-        y = reference.int8_linear(q, x_scales, codes, w.format, scales, zeros, table, bias)
+        y = reference.int8_linear(
+            q, x_scales, codes, w.format, scales, zeros, table, bias, _integers(q)
+        )
         return reference.requantize(y, out_scale) if out_scale is not None else y.to(dtype)
 
     def binary_quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +222,8 @@ class Backend:
         """`reference.binary_linear`, rounded once to `dtype`."""
         codes, scales, _, _ = self._canonical(w)
         signs = packing.unpack_codes(bits, w.format, w.k)
-        return reference.binary_linear(signs, x_scales, codes, w.format, scales, bias).to(dtype)
+        y = reference.binary_linear(signs, x_scales, codes, w.format, scales, bias, _integers(bits))
+        return y.to(dtype)
 
     def pack(self, codes: Tensor, format: Format) -> Tensor:
         """Canonical packing: (N, K) uint8 to (N, row bytes) uint8."""

@@ -244,14 +244,22 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 @app.command()
 def info(
     path: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             help="A .safetensors or .gguf file, or a folder with some, dense or quantized by anyone."
         ),
-    ],
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Lists the tensors of a checkpoint: formats, shapes, bytes, bits per weight."""
+    """Lists the tensors of a checkpoint: formats, shapes, bytes, bits per weight. Without one, says what runs on this
+    machine.
+    """
+    if path is None:
+        from lowbit.cli.machine import as_text, machine
+
+        found = machine()
+        print(as_json(found) if json_output else printable(as_text(found), keep="\n"))
+        return
     rows = _info_rows(path)
     total, packed = _totals(rows), _totals([row for row in rows if row["quantized"]])
     summary = {
@@ -318,19 +326,33 @@ def _dtype(name: str) -> Any:
     return dtypes[name]
 
 
+def _device(name: str) -> str:
+    import torch
+
+    kind, _, index = name.partition(":")
+    known = name == "cpu" or (kind == "cuda" and (":" not in name or index.isdecimal()))
+    if not known or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
+        gpus = torch.cuda.device_count()
+        raise ValueError(
+            f"device must be cpu, cuda or cuda:N with N below {gpus}, the GPUs here, got {name!r}"
+        )
+    return name
+
+
 @app.command()
 def explain(
     shape: Annotated[str, typer.Option(help="N,K of the weight.")],
     format: FormatName,
     m: Annotated[int, typer.Option("--m", "-m", min=0, max=_END - 1, help="Rows of x.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of x: fp32, bf16 or fp16.")] = "bf16",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     json_output: JsonFlag = False,
 ) -> None:
     """Says which kernel runs a product, and why the others do not."""
     from lowbit.explanation import explain_request
 
     n, k = _shape(shape)
-    found = explain_request(parse(format), n, k, m, _dtype(dtype))
+    found = explain_request(parse(format), n, k, m, _dtype(dtype), _device(device))
     if json_output:
         print(as_json(dataclasses.asdict(found)))
     else:

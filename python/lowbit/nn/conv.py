@@ -301,8 +301,8 @@ class QuantConv(PackedProduct):
             named = Backend.conv_name if self.format.more_terms else type(backend).conv_name
             how = named(backend, "{}", self.groups)
         dtype = torch.float32 if self.transposed else x.dtype
-        found = explain_request(self.format, n, k, m, dtype, x.device.type, self.layout)
-        found = replace(found, selected=how.format(found.selected), kernels=())
+        found = explain_request(self.format, n, k, m, dtype, str(x.device), self.layout)
+        found = replace(found, selected=how.format(found.selected), kernels=(), memory=None)
         request = found.request.removeprefix("linear ")
         return replace(found, request=f"{self.kind.__name__} of {tuple(x.shape)}: {request}")
 

@@ -16,6 +16,8 @@ from lowbit.ops.terms import Weight, terms
 from lowbit.strides import contiguous, shaped
 from lowbit.weights.quantized import QuantTensor
 
+_ASSERTING = ("cuda", "meta")  # devices whose tensors are asserted about, not looked at
+
 
 def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight, (N, K): computed in fp32 and rounded once to `dtype` (fp32, bf16 or fp16).
@@ -59,7 +61,8 @@ def embedding(indices: Tensor, weight: Weight, dtype: torch.dtype = torch.float3
 
     Raises:
         TypeError: indices are not int64 or int32, or `dtype` is not fp32, bf16 or fp16.
-        IndexError: an index is outside [0, N).
+        IndexError: an index is outside [0, N). On a GPU, where looking at them would wait for it and break the capture
+            of a graph, torch's assertion stops the device before a row is read, as in torch.nn.functional.embedding.
     """
     w, others = terms(weight)
     return call_embedding(indices, w, dtype, *others)
@@ -124,12 +127,21 @@ def _check_embedding(indices: Tensor, w: Operands, dtype: torch.dtype) -> None:
 def _embedding_impl(indices: Tensor, w: Operands, dtype: torch.dtype) -> Tensor:
     _check_embedding(indices, w, dtype)
     rows = contiguous(indices.reshape(-1).to(torch.int64))
-    if rows.numel():
-        low, high = (int(v) for v in torch.aminmax(rows))
-        if low < 0 or high >= w.n:
-            raise IndexError(f"indices must be in [0, {w.n}), got {low if low < 0 else high}")
+    _check_range(rows, w.n)
     y = backends.find(indices.device.type, w.layout).embedding(rows, w, dtype)
     return shaped(y, *indices.shape, w.k)
+
+
+def _check_range(rows: Tensor, n: int) -> None:
+    """Checks that rows are in [0, n), on a GPU without waiting for it."""
+    if rows.numel() == 0:
+        return
+    if rows.device.type in _ASSERTING:
+        torch._assert_async(((rows >= 0) & (rows < n)).all(), f"indices must be in [0, {n})")
+        return
+    low, high = (int(v) for v in torch.aminmax(rows))
+    if low < 0 or high >= n:
+        raise IndexError(f"indices must be in [0, {n}), got {low if low < 0 else high}")
 
 
 def _embedding_fake(indices: Tensor, w: Operands, dtype: torch.dtype) -> Tensor:

@@ -2,8 +2,10 @@
 
 from lowbit.reference.activations import (
     INT8_PART,
+    Product,
     apply_epilogue,
     binary_linear,
+    exact_product,
     int8_linear,
     quantize_binary,
     quantize_int8,
@@ -62,6 +64,7 @@ from lowbit.reference.weights import (
 __all__ = [
     "INT8_PART",
     "Geometry",
+    "Product",
     "add_low_rank",
     "add_outliers",
     "apply_epilogue",
@@ -78,6 +81,7 @@ __all__ = [
     "effective_scales",
     "effective_zeros",
     "embedding",
+    "exact_product",
     "group_index",
     "hadamard_matrix",
     "hadamard_order",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.formats import Format
 
+Product: TypeAlias = Callable[[Tensor, Tensor, bool, Tensor, Tensor | None], Tensor]
 INT8_PART = 65536  # csrc/core/int8_table.h kMaxInt8Group: weights whose products with int8 are summed in int32
 INT8_SUMS = 128  # csrc/core/int8_table.h kSumParts: parts whose fp32 sum stands apart
 
@@ -54,10 +58,24 @@ def binary_linear(
     format: Format,  # its table is (-1, 1)
     scales: Tensor | None,  # (N, groups) fp32
     bias: Tensor | None = None,  # (N,)
+    multiply: Product | None = None,
 ) -> Tensor:  # (M, N) fp32
     """`int8_linear` with the signs 2 * code - 1 for q."""
     signs = codes_x.to(torch.int8) * 2 - 1
-    return int8_linear(signs, x_scales, codes, format, scales, None, None, bias)
+    return int8_linear(signs, x_scales, codes, format, scales, None, None, bias, multiply)
+
+
+def exact_product(
+    q: Tensor,  # (M, K) int8, K at most INT8_PART
+    table: Tensor,  # (entries,) fp32, integers in -128 .. 255
+    shifted: bool,  # whether some are above 127
+    codes: Tensor,  # (N, K) uint8
+    zeros: Tensor | None,  # (N,) fp32, integers
+) -> Tensor:  # (M, N) fp32
+    """q (T[codes] - zeros)^T, exact before it is rounded once."""
+    w = table.double()[codes.long()]
+    w = w if zeros is None else w - zeros[:, None].double()
+    return (q.double() @ w.T).float()
 
 
 def table_int8(values: Tensor, step: float | None) -> tuple[Tensor, Tensor]:
@@ -83,6 +101,8 @@ def int8_linear(
     zeros: Tensor | None,  # (N, groups)
     table: Tensor | None,  # the fitted table
     bias: Tensor | None = None,  # (N,)
+    multiply: Product
+    | None = None,  # what computes the same as `exact_product`, which it is by default
 ) -> Tensor:  # (M, N) fp32
     """Products with int8 activations, bit for bit as the kernels compute them.
 
@@ -101,7 +121,8 @@ def int8_linear(
     if format.codec != "affine":
         exact = format.activation != "int8_table"
         table, table_step = table_int8(table, format.int8_step if exact else None)
-    weight = table.double()[codes.long()]
+    shifted = format.codec == "affine" and max(format.values() or ()) > 127
+    multiply = multiply or exact_product
     y = torch.zeros(m, codes.shape[0], dtype=torch.float32, device=q.device)
     size, blocks = format.group or k, x_scales.dim() == 2
     block = (format.activation_group or size) if blocks else k
@@ -116,18 +137,17 @@ def int8_linear(
         g, b = columns.start // size, columns.start // block
         if i % INT8_SUMS == 0:
             total, y = total + y, torch.zeros_like(y)
-        w, x = weight[:, columns], q[:, columns].double()
+        x = q[:, columns]
         zero = None if zeros is None else zeros[:, g].float()
-        if zero is not None and format.zero == "int":
-            w, zero = w - zero[:, None].double(), None
-        term = (x @ w.T).float()
+        of_codes, zero = (zero, None) if format.zero == "int" else (None, zero)
+        term = multiply(x, table, shifted, codes[:, columns], of_codes)
         scale = (
             torch.ones((), dtype=torch.float32, device=q.device) if scales is None else scales[:, g]
         )
         if zero is None:
             term = scale * term
         else:
-            shift = zero * x.sum(1).float()[:, None]
+            shift = zero * x.sum(1, dtype=torch.int32).float()[:, None]
             term = scale * term + shift if format.zero == "min" else scale * (term - shift)
         y = y + (term * x_scales[:, b, None] if blocks else term)
     y = total + y

@@ -31,8 +31,8 @@ def obstacle(device: torch.device, a: Granularity, b: Granularity, m: int) -> st
 
 @functools.cache
 def _obstacle(device: torch.device, a: Granularity, b: Granularity) -> str | None:
-    if available.cuda_obstacle() is not None:
-        return available.cuda_obstacle()
+    if (why := available.cuda_obstacle(device)) is not None:
+        return why
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"its instructions are those of sm_90a, this is sm_{capability[0]}{capability[1]}"
@@ -83,9 +83,12 @@ def _operand(s: Scaled) -> tuple[int, int, bool, int, str]:
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """t, or a copy of it, with rows at multiples of 16 bytes."""
-    if t.stride(0) % _ALIGNMENT == 0 and t.data_ptr() % _ALIGNMENT == 0:
+    """t, or a copy of it, with rows at multiples of 16 bytes, none of them within another."""
+    apart = t.stride(0) >= t.shape[1] and t.stride(0) % _ALIGNMENT == 0
+    if apart and t.data_ptr() % _ALIGNMENT == 0:
         return t
     padded = F.pad(t.view(torch.uint8), (0, -t.shape[1] % _ALIGNMENT))
-    copied = padded if padded.data_ptr() != t.data_ptr() else padded.clone()
+    copied = padded
+    if padded.data_ptr() == t.data_ptr() or padded.stride(0) < padded.shape[1]:
+        copied = padded.clone(memory_format=torch.contiguous_format)
     return copied.view(t.dtype)[:, : t.shape[1]]
