@@ -10,7 +10,7 @@ MUTANTS = [
         ("inverse = (top / absmax).clamp(max=torch.finfo(torch.float32).max)", "inverse = top / absmax"),
         ("return (x >= 0).to(torch.uint8), x.abs().mean(1)", "return (x > 0).to(torch.uint8), x.abs().mean(1)"),
         ("top = finite.abs().max() / 127\n", "top = finite.abs().max() / 128\n"),
-        ("shift = zero * x.sum(1).float()[:, None]", "shift = zero * x.abs().sum(1).float()[:, None]"),
+        ("shift = zero * x.sum(1, dtype=torch.int32).float()[:, None]", "shift = zero * x.abs().sum(1, dtype=torch.int32).float()[:, None]"),
         ("factor = table_step if blocks", "factor = 1.0 if blocks"),
         ("g, b = columns.start // size, columns.start // block", "g, b = columns.start // size, columns.start // size"),
         ("(y * inverse).clamp(-128, 127).nan_to_num(0)", "(y * inverse).clamp(-127, 127).nan_to_num(0)"),

@@ -64,7 +64,7 @@ MUTANTS = [
         ("if zeros is not None and f.zero != \"min\":", "if zeros is not None and f.zero == \"min\":"),
     ),
     *python("ops/weights.py", "ops", "nn")(
-        ("if low < 0 or high >= w.n:", "if low < 0 or high > w.n:"),
+        ("if low < 0 or high >= n:", "if low < 0 or high > n:"),
     ),
     *python("ops/weights.py", "outliers", "outliers_quantize")(
         ("decoded = _dequantize(*w, torch.float32)", "decoded = _dequantize(*w, dtype)"),
