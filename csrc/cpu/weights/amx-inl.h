@@ -37,7 +37,7 @@ inline void configure_tiles(int first_rows, int second_rows) {
 }
 
 // Adds the sums of a tile to those of its rows: to `y`, scaled, where a group ends, and else to `carry`.
-struct TileSums {
+struct AmxSums {
   const Launch& l;
   const Span& span;
   const PanelTerms& terms;
@@ -68,7 +68,7 @@ struct TileSums {
 
 // Multiplies a panel by one tile of rows of x, or by two.
 template <bool kTwo>
-inline void multiply_tiles(const TileSums& to, const uint16_t* panel, int64_t rows) {
+inline void multiply_tiles(const AmxSums& to, const uint16_t* panel, int64_t rows) {
   const Launch& l = to.l;
   const Span& span = to.span;
   const uint16_t* x = static_cast<const uint16_t*>(l.prepared) + to.row * kChunkK;
@@ -157,7 +157,7 @@ void gemm_amx_run(const Launch& l, int64_t begin, int64_t end) {
       written(panel);
       terms.read(l, span);
       const auto sums_from = [&](int64_t r) {
-        return TileSums{l, span, terms, carry + r * kBlockN, y + r * kBlockN, span.first_row + r};
+        return AmxSums{l, span, terms, carry + r * kBlockN, y + r * kBlockN, span.first_row + r};
       };
       if (rest < rows) configure_tiles(kTile, kTile);
       for (int64_t r = 0; r + kStep <= rows; r += kStep) multiply_tiles<true>(sums_from(r), panel, kStep);
