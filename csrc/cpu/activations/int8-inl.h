@@ -7,7 +7,7 @@
 // where the width divides 8, so that one shift brings all four into place. x is permuted to that order once.
 #pragma once
 
-#include "cpu/activations/quantize-inl.h"
+#include "cpu/activations/int8_sums-inl.h"
 
 #define LOWBIT_CODEC_KERNELS(C, codec) \
   skinny_i8<C>(LOWBIT_NAME("gemv", "i8", codec)), gemm_i8<C>(LOWBIT_NAME("gemm", "i8", codec)),
@@ -18,7 +18,6 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 namespace {
 
-constexpr int kDwordsPerChunk = kChunkK / 4;
 constexpr int kDwordBytes = 4 * kBlockN;  // of a panel: four weights of 64 columns
 
 // Pair of weights of a chunk in bytes 0 and 2 (`half` 0) and 1 and 3 (`half` 1) of dword d. Widths that do not divide 8
@@ -116,12 +115,6 @@ struct LutBytes {
     return table(dword_codes<B, D>(columns));
   }
 };
-
-LOWBIT_INLINE inline I broadcast4(const int8_t* x) {
-  int32_t bytes;
-  __builtin_memcpy(&bytes, x, 4);
-  return set1_i(bytes);
-}
 
 inline bool int_zeros(const Launch& l) { return l.zero == ZeroMode::kSubtract && l.zero_dtype == Dtype::kI8; }
 
@@ -239,31 +232,9 @@ inline void skinny_tile(const Launch& l, const C& codec, int64_t block, int64_t 
       acc[r][v] = halves ? set1_i(0) : part_start(l, codec.first, block, group, lane0 + v * kVecLanes, x_sums[r][part]);
     });
     const int64_t last = chunk + kPartChunks < segment_end ? chunk + kPartChunks : segment_end;
-    for (; chunk < last; ++chunk) {
-      const uint8_t* base = codes + chunk * chunk_bytes(kBits);
-      const uint8_t* columns[kVecs];
-      unroll<kVecs>([&](auto v) LOWBIT_INLINE {
-        const int lane = lane0 + v * kVecLanes;
-        columns[v] = base + lane / kUnitLanes * vector_bytes(kBits) + lane % kUnitLanes * 4;
-      });
-      if (fetches) prefetch_chunk<kBits>(base);
-      unroll<kDwordsPerChunk>([&](auto d) LOWBIT_INLINE {
-        if constexpr (kHalves && 2 * d == kDwordsPerChunk) {
-          if (halves) {
-            each([&](auto r, auto v) LOWBIT_INLINE {
-              of_half[0][r][v] = acc[r][v];
-              acc[r][v] = set1_i(0);
-            });
-          }
-        }
-        I w[kVecs];
-        unroll<kVecs>([&](auto v) LOWBIT_INLINE { w[v] = codec.template bytes<d>(columns[v]); });
-        unroll<kRows>([&](auto r) LOWBIT_INLINE {
-          const I xs = broadcast4(x[r] + chunk * kChunkK + 4 * d);
-          unroll<kVecs>([&](auto v) LOWBIT_INLINE { acc[r][v] = dot4<C::kWide>(acc[r][v], w[v], xs); });
-        });
-      });
-    }
+    sum_chunks<C, kRows, kVecs, kHalves>(std::make_integer_sequence<int, kDwordsPerChunk / 2>{}, codec, codes, lane0, x,
+                                         chunk, last, halves, fetches, acc, of_half[0]);
+    chunk = last;
     if constexpr (kHalves) {
       if (halves) {
         each([&](auto r, auto v) LOWBIT_INLINE { of_half[1][r][v] = acc[r][v]; });

@@ -118,7 +118,7 @@ struct Table {
       t[v] = load(lanes);
     }
   }
-  F operator()(I code) const {
+  LOWBIT_INLINE F operator()(I code) const {
     if constexpr (B <= 4) {
       return _mm512_permutexvar_ps(code, t[0]);
     } else {

@@ -11,19 +11,119 @@ namespace {
 // A long group is summed in pieces of 256 weights: one long chain of additions would round worse than a dense product.
 constexpr int64_t kSumChunks = 8;
 
-// Adds the products of `value`, of a step and a vector of columns, and each row of x to the sums: the first half of the
-// parts has those of the first half of a chunk. Products are numbered in a pack: lambdas would be a function for each
-// of them in each step, all of which the compiler holds at once.
-template <class Compute, int kStep, int... I, int kParts, int kRows, int kVecs, class Value>
-LOWBIT_INLINE inline void add_products(std::integer_sequence<int, I...>, F (&acc)[kParts][kRows][kVecs], int v,
-                                       const typename Compute::X* const (&x)[kRows], int64_t chunk,
-                                       const Value& value) {
-  constexpr int kTerms = Compute::kTerms, kOfHalf = kParts > 1 ? kParts / 2 : 1;
-  constexpr int kFirst = kParts > 1 ? kStep / (kChunkK / Compute::kStepK / 2) * kOfHalf : 0;
-  const auto add = [&](int term, F& a, const typename Compute::X* row) LOWBIT_INLINE {
-    a = Compute::dot(a, Compute::broadcast(row + chunk * kChunkK * kTerms + term * Compute::kStepK), value);
-  };
-  (add(kStep * kTerms + I / kRows, acc[kFirst + I / kRows % kOfHalf][I % kRows][v], x[I % kRows]), ...);
+// What a codec knows of kVecs vectors of columns in a group.
+template <class C, int kVecs>
+struct OfGroup {
+  decltype(std::declval<const C&>().at(0, 0, 0)) at[kVecs];
+};
+template <class C, int... V>
+LOWBIT_INLINE inline OfGroup<C, sizeof...(V)> of_group(std::integer_sequence<int, V...>, const C& codec, int64_t block,
+                                                       int64_t group, int lane0) {
+  return {{codec.at(block, group, lane0 + V * kVecLanes)...}};
+}
+
+// The sums of a tile: kParts of them for each row and vector of columns. What handles them numbers them in a pack and
+// is no closure that refers to them: compilers then hold them in registers from the start, where they would else search
+// the tile for every use of a sum.
+template <class Compute, int kRows, int kVecs>
+struct TileSums {
+  using C = typename Compute::Codec;
+  using X = typename Compute::X;
+  static_assert(kVecs * kVecLanes % kUnitLanes == 0);
+  static constexpr int kSteps = kChunkK / Compute::kStepK, kTerms = Compute::kTerms;
+  // Independent sums hide the latency of the multiply-add when few rows share a decoded value. The first half of the
+  // parts has the products of the first half of a chunk.
+  static constexpr int kParts = kRows == 1 ? 2 * kTerms : kRows == 2 ? 2 : 1, kOfHalf = kParts > 1 ? kParts / 2 : 1;
+  // Steps that one vector of columns takes before the next. One row is bound by memory: its codes are read in the
+  // order in which they lie, which for 8 bits takes a third of the time. Several rows are bound by arithmetic: a
+  // broadcast x serves all columns. 8 bits: two steps share a look-up.
+  static constexpr int kRun = kRows == 1 ? kSteps : C::kBits == 8 ? 2 : 1;
+  static constexpr std::make_integer_sequence<int, kParts * kRows * kVecs> kAll{};
+  static constexpr std::make_integer_sequence<int, kRows * kVecs> kOfPart{};
+
+  F of[kParts][kRows][kVecs];
+
+  template <int... I>
+  LOWBIT_INLINE void clear(std::integer_sequence<int, I...>) {
+    ((of[I / (kRows * kVecs)][I / kVecs % kRows][I % kVecs] = zero()), ...);
+  }
+  template <int kPart, int... I>
+  LOWBIT_INLINE void copy_to(std::integer_sequence<int, I...>, F (&to)[kRows][kVecs]) const {
+    ((to[I / kVecs][I % kVecs] = of[kPart][I / kVecs][I % kVecs]), ...);
+  }
+  template <int kPart, int kOther, int... I>
+  LOWBIT_INLINE void add_part(std::integer_sequence<int, I...>) {
+    ((of[kPart][I / kVecs][I % kVecs] = add(of[kPart][I / kVecs][I % kVecs], of[kOther][I / kVecs][I % kVecs])), ...);
+  }
+  // The products of `value`, of a step and vector v of columns, with x of a chunk.
+  template <int kStep, int v, class Value, int... I>
+  LOWBIT_INLINE void add_products(std::integer_sequence<int, I...>, const X* const (&x)[kRows], int64_t chunk,
+                                  const Value& value) {
+    constexpr int kFirst = kParts > 1 ? 2 * kStep / kSteps * kOfHalf : 0;
+    (add_product(of[kFirst + I / kRows % kOfHalf][I % kRows][v],
+                 x[I % kRows] + chunk * kChunkK * kTerms + (kStep * kTerms + I / kRows) * Compute::kStepK, value),
+     ...);
+  }
+  template <class Value>
+  LOWBIT_INLINE static void add_product(F& sum, const X* x, const Value& value) {
+    sum = Compute::dot(sum, Compute::broadcast(x), value);
+  }
+  // Those of the kAt-th step and vector; `codes` are the codes of the first column.
+  template <int kAt>
+  LOWBIT_INLINE void add_step(const C& codec, const uint8_t* codes, const OfGroup<C, kVecs> (&of_halves)[2],
+                              const X* const (&x)[kRows], int64_t chunk) {
+    constexpr int v = kAt / kRun % kVecs, kStep = kAt / (kRun * kVecs) * kRun + kAt % kRun, kLane = v * kVecLanes;
+    const uint8_t* columns = codes + kLane / kUnitLanes * vector_bytes(C::kBits) + kLane % kUnitLanes * 4;
+    const auto value = Compute::template value<kStep>(codec, columns, of_halves[2 * kStep / kSteps].at[v]);
+    add_products<kStep, v>(std::make_integer_sequence<int, kTerms * kRows>{}, x, chunk, value);
+  }
+};
+
+// Sums over the chunks [c, end) of a group. Where the halves of a chunk are groups, `of_half` gets theirs. At numbers
+// the products of half a chunk.
+template <class Compute, int kRows, int kVecs, int... At>
+LOWBIT_INLINE inline void sum_chunks(std::integer_sequence<int, At...>, const Launch& l,
+                                     const typename Compute::Codec& codec, int64_t block, int64_t group, int lane0,
+                                     const uint8_t* codes, const typename Compute::X* const (&x)[kRows], int64_t c,
+                                     int64_t end, bool halves, bool fetches, F (&sums)[kRows][kVecs],
+                                     F (&of_half)[2][kRows][kVecs]) {
+  using Sums = TileSums<Compute, kRows, kVecs>;
+  constexpr int kBits = Compute::Codec::kBits, kHalf = sizeof...(At);
+  constexpr std::make_integer_sequence<int, kVecs> kColumns;
+  Sums acc;
+  acc.clear(Sums::kAll);
+  for (; c < end; ++c) {
+    OfGroup<typename Compute::Codec, kVecs> of_halves[2];
+    const int64_t at = halves ? 2 * c : group;
+    of_halves[0] = of_group(kColumns, codec, block, at, lane0);
+    of_halves[1] = halves && at + 1 < l.num_groups ? of_group(kColumns, codec, block, at + 1, lane0) : of_halves[0];
+    const uint8_t* chunk = codes + c * chunk_bytes(kBits);
+    const uint8_t* columns = chunk + lane0 / kUnitLanes * vector_bytes(kBits);
+    if (fetches) prefetch_chunk<kBits>(chunk);
+    (acc.template add_step<At>(codec, columns, of_halves, x, c), ...);
+    if constexpr (Sums::kParts == 1) {
+      if (halves) {
+        acc.template copy_to<0>(Sums::kOfPart, of_half[0]);
+        acc.clear(Sums::kOfPart);
+      }
+    }
+    (acc.template add_step<kHalf + At>(codec, columns, of_halves, x, c), ...);
+  }
+  static_assert(Sums::kOfHalf <= 2);
+  if constexpr (Sums::kOfHalf == 2) {
+    acc.template add_part<0, 1>(Sums::kOfPart);
+    acc.template add_part<2, 3>(Sums::kOfPart);
+  }
+  if constexpr (Sums::kParts > 1) {
+    if (halves) {
+      acc.template copy_to<0>(Sums::kOfPart, of_half[0]);
+      acc.template copy_to<Sums::kOfHalf>(Sums::kOfPart, of_half[1]);
+    }
+    acc.template add_part<0, Sums::kOfHalf>(Sums::kOfPart);
+  } else if (halves) {
+    acc.template copy_to<0>(Sums::kOfPart, of_half[1]);
+  }
+  acc.template copy_to<0>(Sums::kOfPart, sums);
 }
 
 // Adds what a chunk gives whose halves are groups. A function of its own, which all codecs share.
@@ -50,14 +150,7 @@ inline void gemv_tile(const Launch& l, const typename Compute::Codec& codec, int
                       int lane0) {
   using X = typename Compute::X;
   constexpr int kBits = Compute::Codec::kBits;
-  constexpr int kSteps = kChunkK / Compute::kStepK;
-  constexpr int kTerms = Compute::kTerms;
-  // Independent sums hide the latency of the multiply-add when few rows share a decoded value.
-  constexpr int kParts = kRows == 1 ? 2 * kTerms : kRows == 2 ? 2 : 1;
-  // Steps that one vector of columns takes before the next. One row is bound by memory: its codes are read in the
-  // order in which they lie, which for 8 bits takes a third of the time. Several rows are bound by arithmetic: a
-  // broadcast x serves all columns. 8 bits: two steps share a look-up.
-  constexpr int kRun = kRows == 1 ? kSteps : kBits == 8 ? 2 : 1;
+  constexpr std::make_integer_sequence<int, kChunkK / Compute::kStepK * kVecs / 2> kHalfProducts;
   const int64_t chunks = num_chunks(l.k);
   const bool halves = halves_chunks(l.group, l.k);
   const int64_t chunks_per_group = l.num_groups == 1 ? chunks : halves ? 1 : l.group / kChunkK;
@@ -84,50 +177,12 @@ inline void gemv_tile(const Launch& l, const typename Compute::Codec& codec, int
     each([&](auto r, auto v) LOWBIT_INLINE { total[r][v] = zero(); });
     for (bool first = true; c < group_end; first = false) {
       const int64_t piece_end = c + kSumChunks < group_end ? c + kSumChunks : group_end;
-      F acc[kParts][kRows][kVecs];
-      unroll<kParts>([&](auto p) LOWBIT_INLINE { each([&](auto r, auto v) LOWBIT_INLINE { acc[p][r][v] = zero(); }); });
-      for (; c < piece_end; ++c) {
-        const uint8_t* columns[kVecs];
-        decltype(codec.at(0, 0, 0)) of_group[2][kVecs];  // of each half of the chunk
-        unroll<kVecs>([&](auto v) LOWBIT_INLINE {
-          const int lane = lane0 + v * kVecLanes;
-          const int64_t at = halves ? 2 * c : group;
-          of_group[0][v] = codec.at(block, at, lane);
-          of_group[1][v] = halves && at + 1 < l.num_groups ? codec.at(block, at + 1, lane) : of_group[0][v];
-          columns[v] = codes + c * chunk_bytes(kBits) + lane / kUnitLanes * vector_bytes(kBits) + lane % kUnitLanes * 4;
-        });
-        if (fetches) prefetch_chunk<kBits>(codes + c * chunk_bytes(kBits));
-        unroll<kSteps * kVecs>([&](auto at) LOWBIT_INLINE {
-          constexpr int v = at / kRun % kVecs, step = at / (kRun * kVecs) * kRun + at % kRun;
-          if constexpr (kParts == 1 && at * 2 == kSteps * kVecs) {
-            if (halves) {
-              each([&](auto r, auto u) LOWBIT_INLINE {
-                of_half[0][r][u] = acc[0][r][u];
-                acc[0][r][u] = zero();
-              });
-            }
-          }
-          const auto value = Compute::template value<step>(codec, columns[v], of_group[2 * step / kSteps][v]);
-          add_products<Compute, step>(std::make_integer_sequence<int, kTerms * kRows>{}, acc, v, x, c, value);
-        });
-      }
-      each([&](auto r, auto v) LOWBIT_INLINE {
-        constexpr int kOfHalf = kParts > 1 ? kParts / 2 : 1;
-        F sum = acc[0][r][v];
-        unroll<kOfHalf - 1>([&](auto p) LOWBIT_INLINE { sum = add(sum, acc[p + 1][r][v]); });
-        if constexpr (kParts > 1) {
-          F second = acc[kOfHalf][r][v];
-          unroll<kOfHalf - 1>([&](auto p) LOWBIT_INLINE { second = add(second, acc[kOfHalf + p + 1][r][v]); });
-          if (halves) {
-            of_half[0][r][v] = sum;
-            of_half[1][r][v] = second;
-          }
-          sum = add(sum, second);
-        } else if (halves) {
-          of_half[1][r][v] = sum;
-        }
-        total[r][v] = first ? sum : add(total[r][v], sum);
-      });
+      F sums[kRows][kVecs];
+      sum_chunks<Compute, kRows, kVecs>(kHalfProducts, l, codec, block, group, lane0, codes, x, c, piece_end, halves,
+                                        fetches, sums, of_half);
+      c = piece_end;
+      if (halves) break;
+      each([&](auto r, auto v) LOWBIT_INLINE { total[r][v] = first ? sums[r][v] : add(total[r][v], sums[r][v]); });
     }
     if (halves) {
       close_halves<kRows, kVecs>(l, block, group, lane0, rows, of_half, y);
