@@ -156,8 +156,8 @@ PARAMETERS = {
     "dequantize_kernel": "const Dequantize, const DequantizePlan",
     "gather_kernel": "const Dequantize",
 }
-# Two blocks of 288 threads, one of 544, one of 256 in 65536 registers, by tiles of x; three of 288 up to four bits where
-# a warp of its own copies.
+# Two blocks of 288 threads, one of 544, one of 256 in 65536 registers, by tiles of x; three of 288 up to four bits
+# where a warp of its own copies.
 REGISTERS = {1: 112, 2: 120, 4: 255, 8: 255}
 THREE_BLOCKS = 72
 
