@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc cmake python tests/cpp $(wildcard kernels) -type f 
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 
-.PHONY: demo test lint types unit cpp emulate sanitize dist docs peers bench vllm gpu clean
+.PHONY: demo test lint types unit cpp emulate sanitize dist docs peers bench vllm gpu cuda-code clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lowbit run --compare
@@ -151,6 +151,11 @@ vllm: $(VLLM)/.built $(VENV)/.ready
 gpu: $(VENV)/.built
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/report.py
+
+# The machine code of all CUDA kernels for all architectures: a quarter of an hour, no GPU. What tests read of it is kept in
+# tests/backends/cuda_code.json with a hash of the sources, so that they compile nothing.
+cuda-code: $(VENV)/.ready
+	$(BIN)/python tests/cuda_code.py
 
 clean:
 	rm -rf build $(VENV) $(PEERS) $(VLLM)

@@ -35,16 +35,12 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
 #undef LOWBIT_MMA
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kHasBulk = true;
+// The architecture that this is compiled for; 0 for the host.
+#ifdef __CUDA_ARCH__
+constexpr int kCode = __CUDA_ARCH__ / 10;
 #else
-constexpr bool kHasBulk = false;
+constexpr int kCode = 0;
 #endif
-
-template <class Tile>
-constexpr int launch_threads = Tile::threads(kHasBulk && Tile::kBulk);
-template <class Tile>
-constexpr int launch_blocks = Tile::resident(kHasBulk && Tile::kBulk);
 
 // What a block knows of its problem, in 32 bits where that is enough.
 struct Block {
@@ -122,7 +118,8 @@ struct Ring {
 
 // kFine: groups of 16 or 32, several in a tile.
 template <class T, int kBits, int kTilesM, bool kFine>
-__global__ void __launch_bounds__(launch_threads<MmaTile<kBits, kTilesM>>, launch_blocks<MmaTile<kBits, kTilesM>>)
+__global__ void __launch_bounds__(MmaTile<kBits, kTilesM>::threads(MmaTile<kBits, kTilesM>::bulk(kCode)),
+                                  MmaTile<kBits, kTilesM>::resident(kCode, kFine))
     mma_kernel(__grid_constant__ const Maps maps, const Linear p, const MmaRun run) {
   using Tile = MmaTile<kBits, kTilesM>;
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -147,7 +144,7 @@ __global__ void __launch_bounds__(launch_threads<MmaTile<kBits, kTilesM>>, launc
   uint8_t* const slots = shared + table_bytes(kBits);
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(slots + ring_bytes<Tile>(run.depth, bytes));
   Ring<Tile> ring{p, block, slots, bytes, barriers, barriers + Tile::kMostStages, run.depth, first, last, first, 0};
-  constexpr bool kBulk = kHasBulk && Tile::kBulk;
+  constexpr bool kBulk = Tile::bulk(kCode);
   if constexpr (kBulk) {
     if (threadIdx.x == 0) ring.initialize();
     __syncthreads();
@@ -174,7 +171,8 @@ __global__ void __launch_bounds__(launch_threads<MmaTile<kBits, kTilesM>>, launc
   const int scale_step = scaled ? kTileN * block.scale_size : 0, zero_step = groups ? kTileN * block.zero_size : 0;
   const int scale_pitch = block.stage_groups * scale_step, zero_pitch = block.stage_groups * zero_step;
   const int scales_at = kept(bytes.scales_at() + Tile::row_tile(warp, 0) * scale_pitch);
-  constexpr bool kKeepsX = kTilesM * Tile::kTilesK <= 2;  // more have no registers
+  // More have no registers, and from sm_100 on two tiles of x neither.
+  constexpr bool kKeepsX = kTilesM * Tile::kTilesK <= 2 && !(kCode >= 100 && kTilesM == 2);
   uint32_t x_kept[kKeepsX ? kTilesM : 1][Tile::kTilesK];
   const auto x_start = [&](int t, int j) {
     return bytes.x_at() + Tile::x_start(lane, t, Tile::k_tile(warp, j), block.rows);

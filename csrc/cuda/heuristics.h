@@ -65,8 +65,8 @@ Config mma_config(const Request& r) {
   const StageBytes stage = stage_bytes<Tile>(x_rows, groups, r.scale_bytes, r.zero_bytes);
   const auto shared_of = [&](int depth) { return shared_bytes<Tile>(depth, stage); };
   const int64_t blocks = ceil_div(r.n, Tile::kRows) * ceil_div(r.m, Tile::kCols);
-  const bool bulk = Tile::kBulk && r.code >= 90;
-  const RingDepth ring = choose_ring(ceil_div(blocks, r.sms), Tile::resident(bulk),
+  const bool bulk = Tile::bulk(r.code);
+  const RingDepth ring = choose_ring(ceil_div(blocks, r.sms), Tile::resident(r.code, groups_per_tile(r.group, r.k) > 1),
                                      bulk ? Tile::kMostStages : Tile::kMostAsyncStages, limits, shared_of);
   const int64_t stages = ceil_div(ceil_div(r.k, kTileK), Tile::kStageTiles);
   // A multiprocessor without a block is worth the pass over the sums of parts; one that could hold more is not.
@@ -111,7 +111,7 @@ std::vector<Config> candidates(const Request& r) {
   const auto with_tile = [&]<int kTilesM>() {
     using Tile = MmaTile<kBits, kTilesM>;
     if (kTilesM > 4 && r.m <= Tile::kCols / 2) return;
-    const bool bulk = Tile::kBulk && r.code >= 90;
+    const bool bulk = Tile::bulk(r.code);
     const int groups = stage_groups<Tile>(groups_per_tile(r.group, r.k), tiles_per_group(r.group));
     const int x_rows = static_cast<int>(r.m < Tile::kCols ? r.m : Tile::kCols);
     const StageBytes stage = stage_bytes<Tile>(x_rows, groups, r.scale_bytes, r.zero_bytes);

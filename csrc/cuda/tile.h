@@ -23,10 +23,14 @@ struct MmaTile {
   static constexpr bool kBulk = kTilesM <= 2;
   // Stages in the ring at most; cp.async waits for a number that its code spells out.
   static constexpr int kMostStages = kBulk ? 8 : 4, kMostAsyncStages = 4;
-  // Threads of a block, and blocks that the registers of a multiprocessor hold, which is what the code is compiled for:
-  // with a warp that fills the ring (`bulk`), or without.
-  static constexpr int threads(bool bulk) { return kThreads + (bulk ? kLanes : 0); }
-  static constexpr int resident(bool bulk) { return kTilesM > 1 ? 1 : bulk && kBits <= 4 ? 3 : 2; }
+  // Threads of a block, with a warp that fills the ring (`bulk`) or without, and blocks that the registers of a
+  // multiprocessor hold, which is what the code for an architecture (`code`) is compiled for. `fine`: with several
+  // groups in a tile, which for codes of one bit takes more registers from sm_100 on.
+  LOWBIT_HD static constexpr int threads(bool bulk) { return kThreads + (bulk ? kLanes : 0); }
+  LOWBIT_HD static constexpr bool bulk(int code) { return kBulk && code >= 90; }
+  LOWBIT_HD static constexpr int resident(int code, bool fine) {
+    return kTilesM > 1 ? 1 : bulk(code) && kBits <= 4 && !(code >= 100 && fine && kBits == 1) ? 3 : 2;
+  }
   static constexpr int kRows = kWarpsN * kRowTiles * kTileN;
   static constexpr int kCols = kTilesM * 8;
   static constexpr int kStageTiles = kWarpsK * kTilesK;

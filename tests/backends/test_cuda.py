@@ -1,4 +1,5 @@
-"""The CUDA kernels without a GPU: their layout against its description, and their machine code for four architectures.
+"""The CUDA kernels without a GPU: their layout against its description, and the machine code of some of them for four
+architectures; test_cuda_code.py has that of all, as it was recorded.
 
 What their threads do with the layout is walked through in tests/cpp/test_cuda.cpp.
 """
@@ -155,8 +156,10 @@ PARAMETERS = {
     "dequantize_kernel": "const Dequantize, const DequantizePlan",
     "gather_kernel": "const Dequantize",
 }
-# Two blocks of 288 threads, one of 544, one of 256 in 65536 registers, by tiles of x.
+# Two blocks of 288 threads, one of 544, one of 256 in 65536 registers, by tiles of x; three of 288 up to four bits
+# where a warp of its own copies.
 REGISTERS = {1: 112, 2: 120, 4: 255, 8: 255}
+THREE_BLOCKS = 72
 
 
 @functools.cache
@@ -218,9 +221,11 @@ def test_machine_code(architecture: str, folder: Path) -> None:
     assert len(reports) == len(KERNELS[architecture])
     for name, stores, loads, registers in reports:
         assert (stores, loads) == ("0", "0"), name
-        tiles = re.search(r"\d+mma_kernel.*Li\d+ELi(\d+)E", name)
+        tiles = re.search(r"\d+mma_kernel.*Li(\d+)ELi(\d+)E", name)
         # 384 threads start with 65536 / 384 registers each; dequantize_kernel wants 1024 on a multiprocessor.
-        most = REGISTERS[int(tiles[1])] if tiles else 64 if "dequantize" in name else 168
+        most = REGISTERS[int(tiles[2])] if tiles else 64 if "dequantize" in name else 168
+        if tiles and architecture != "80" and int(tiles[1]) <= 4 and tiles[2] == "1":
+            most = THREE_BLOCKS
         assert int(registers) <= most, (name, registers)
     for name, code in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.DOTALL):
         assert not re.search(r"\b(?:STL|LDL)\b", code), name

@@ -56,7 +56,8 @@ inline void check_ring() {
     expect(resident * (c.shared + 1024) <= limits.sm, "blocks of a multiprocessor", resident, c.shared, limits.sm);
   };
   const SharedLimits large = shared_limits(90), small = shared_limits(89);
-  expect(MmaTile<4, 1>::resident(true) == 3 && MmaTile<5, 1>::resident(true) == 2, "blocks in registers", 0, 0, 0);
+  expect(MmaTile<4, 1>::resident(90, true) == 3 && MmaTile<5, 1>::resident(90, false) == 2, "blocks in registers", 0, 0,
+         0);
   is(choice(4, 1, 4096, 4096, 128, 90), 1, 8, 1, large);   // one block for each multiprocessor
   is(choice(4, 1, 8192, 8192, 128, 90), 1, 8, 2, large);   // two
   is(choice(4, 1, 14336, 4096, 128, 90), 1, 4, 3, large);  // three and more
