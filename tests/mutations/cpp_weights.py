@@ -66,8 +66,8 @@ MUTANTS = [
     ),
     *cpp("cpu/weights/gemv-inl.h", "test_kernels", "avx2")(
         ("rows[r] = m0 + (r < valid_rows ? r : 0);", "rows[r] = m0;"),
-        ("codec.at(block, at + 1, lane)", "codec.at(block, at, lane)"),
-        ("total[r][v] = first ? sum : add(total[r][v], sum);", "total[r][v] = sum;"),
+        ("acc.template copy_to<0>(Sums::kOfPart, of_half[0]);\n        acc.clear(Sums::kOfPart);", "acc.template copy_to<0>(Sums::kOfPart, of_half[0]);"),
+        ("total[r][v] = first ? sums[r][v] : add(total[r][v], sums[r][v]);", "total[r][v] = sums[r][v];"),
         ("l.x_sums[rows[r] * l.num_groups + group] : 0.0f;\n        y[r][v] = finish_group(l, terms, y[r][v], total", "l.x_sums[rows[r] * l.num_groups] : 0.0f;\n        y[r][v] = finish_group(l, terms, y[r][v], total"),
         ("l.x_sums[rows[r] * l.num_groups + group] : 0.0f;\n        y[r][v] = finish_group(l, terms, y[r][v], sums", "l.x_sums[rows[r] * l.num_groups] : 0.0f;\n        y[r][v] = finish_group(l, terms, y[r][v], sums"),
     ),

@@ -123,7 +123,7 @@ def test_what_keeps_the_cuda_kernel_away(
 ) -> None:
     cuda, row, mx = torch.device("cuda"), find_granularity("row"), find_granularity("mx")
     monkeypatch.setattr(available, "has_triton", lambda: True)
-    monkeypatch.setattr(available, "cuda_obstacle", lambda: "it is not built")
+    monkeypatch.setattr(available, "cuda_obstacle", lambda _: "it is not built")
     cached = matmul_cuda._obstacle, backends._log_triton
     for f in cached:
         f.cache_clear()
@@ -139,7 +139,7 @@ def test_what_keeps_the_cuda_kernel_away(
         ((10, 0), row, "its instructions are those of sm_90a, this is sm_100"),
         ((9, 0), mx, "it does not know the scales row of a and mx of b"),
     ):
-        monkeypatch.setattr(available, "cuda_obstacle", lambda: None)
+        monkeypatch.setattr(available, "cuda_obstacle", lambda _: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         matmul_cuda._obstacle.cache_clear()
         assert matmul_cuda.obstacle(cuda, row, scales, 16) == why
