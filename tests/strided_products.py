@@ -33,6 +33,21 @@ def operands_of(w: Operands) -> dict[str, Tensor]:
     return {name: t for name, t in found.items() if t is not None}
 
 
+def of_operands(m: int, w: Operands) -> Case:
+    """The ops that read a weight, whose tensors are refused unless they lie in order."""
+    x, given = torch.randn(m, w.k), operands_of(w)
+
+    def call(**t: Tensor) -> Any:
+        made = w._replace(**t)
+        return [
+            torch.ops.lowbit.linear(x, *made, None),
+            torch.ops.lowbit.dequantize(*made, torch.float32),
+            torch.ops.lowbit.embedding(torch.arange(m), *made, torch.float16),
+        ]
+
+    return Case(call, given, refused=tuple(given))
+
+
 def cases_of(*names: str) -> Iterator[tuple[str, str]]:
     """Layouts and formats; one format for Triton's interpreter, which is slow."""
     yield from itertools.product(("n16", "canonical"), names)
@@ -112,19 +127,7 @@ for layout, name in cases_of("nf4", "uint4_zfloat", "kmeans3_pr"):
 
     @case(f"operands {name} {layout}")
     def _(m: int, layout: str = layout, name: str = name) -> Case:
-        w = weight(name, layout).operands
-        given = operands_of(w)
-        x = torch.randn(m, K)
-
-        def call(**t: Tensor) -> Any:
-            made = w._replace(**t)
-            return [
-                torch.ops.lowbit.linear(x, *made, None),
-                torch.ops.lowbit.dequantize(*made, torch.float32),
-                torch.ops.lowbit.embedding(torch.arange(m), *made, torch.float16),
-            ]
-
-        return Case(call, given, refused=tuple(given))
+        return of_operands(m, weight(name, layout).operands)
 
     @case(f"embedding {name} {layout}")
     def _(m: int, layout: str = layout, name: str = name) -> Case:

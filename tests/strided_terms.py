@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from strided import Case, case
 from strided_layers import module_case
-from strided_products import operands_of, weight
+from strided_products import of_operands, operands_of, weight
 from test_block_codecs import made as blocks
 from test_pruned_linear import pruned
 from test_structured import random_structured
@@ -53,18 +53,7 @@ for name in (*STRUCTURED, *BLOCK_BYTES):
 
     @case(f"operands {name}")
     def _(m: int, name: str = name) -> Case:
-        w = matrix(structured(name))
-        x, given = torch.randn(m, w.k), operands_of(w)
-
-        def call(**t: Tensor) -> Any:
-            made = w._replace(**t)
-            return [
-                torch.ops.lowbit.linear(x, *made, None),
-                torch.ops.lowbit.dequantize(*made, torch.float32),
-                torch.ops.lowbit.embedding(torch.arange(m), *made, torch.float16),
-            ]
-
-        return Case(call, given, refused=tuple(given))
+        return of_operands(m, matrix(structured(name)))
 
 
 @case("pruned_linear")

@@ -84,8 +84,7 @@ struct TileProduct {
 
 constexpr int64_t kWeightStride = 2 * sizeof(uint16_t) * kBlockN;
 
-// Where a group is a step: y stays in registers. Four products at a time, as a tile is not renamed: the next one of the
-// same tile would wait until its sums have left it.
+// Where a group is a step: y stays in registers. Four products at a time, of which none waits for the sums of another.
 template <ZeroMode kZero>
 void multiply_steps(const TileProduct& p) {
   alignas(64) float sums[4][kTile * kTile] = {}, x_sums[2 * kAmxPanelChunks][kTile] = {};
